@@ -1,7 +1,5 @@
 """specdec report: one page that needs nothing else and is looked at in a browser; tables and data for the rest."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -44,12 +42,8 @@ def folder(tmp_path: Path) -> Path:
     records = []
     for depth in (2, 4, 6):
         for continuations in (1, 3):
-            cell = Cell(
-                drafter="prompt-lookup",
-                drafter_options={"continuations": continuations},
-                num_speculative_tokens=depth,
-                against=("none", "hf"),
-            )
+            how = {"drafter_options": {"continuations": continuations}, "num_speculative_tokens": depth}
+            cell = Cell(drafter="prompt-lookup", against=("none", "hf"), **how)
             speed = 1 + depth / 10 + continuations / 5
             records.append(result(cell, speed, speedup={"none": estimate(speed), "hf": estimate(2 * speed)}))
         for threshold in (0.5, 0.9):
@@ -103,11 +97,8 @@ def test_labels_tell_what_ran() -> None:
         return labels([cell.as_dict() for cell in cells])
 
     assert named(Cell(drafter="m2r2", num_speculative_tokens=2)) == ["m2r2@2"]  # also where no other cell differs
-    assert named(*(Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto"))) == [
-        "m2r2@2",
-        "m2r2@4",
-        "m2r2",
-    ]
+    depths = [Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto")]
+    assert named(*depths) == ["m2r2@2", "m2r2@4", "m2r2"]
     lossy = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.8}}
     assert named(Cell(drafter="none"), Cell(drafter="m2r2", **lossy)) == ["none", "m2r2 confident exit_threshold=0.8"]
     joined = Cell(drafter="a+m2r2", drafter_options={"a": {"continuations": 2}}, num_speculative_tokens=3)
@@ -137,9 +128,8 @@ def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
 
 def test_a_report_is_also_markdown(folder: Path) -> None:
     text = report(folder, "--format", "markdown").stdout
-    assert text.startswith(
-        "# mine <&>\n\nWhat it is for.\n\n- 12 of 14 cells, 1 failed, 1 not run yet\n- smollm2-135m-inst"
-    )
+    head = "# mine <&>\n\nWhat it is for.\n\n- 12 of 14 cells, 1 failed, 1 not run yet\n- smollm2-135m-inst"
+    assert text.startswith(head)
     lines = text[text.index("| cell") :].split("\n\n")[0].splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 13 and "1.40 [1.26–1.54]" in lines[2]
     assert "| x plain (the worst prompt) | all |" in text and "| 1.40 (1.26) |" in text  # more tables follow
@@ -168,8 +158,6 @@ def test_a_page_without_matplotlib_is_one_line(folder: Path, monkeypatch) -> Non
     assert outcome.exit_code == 2 and "pip install -e '.[plot]'" in outcome.stderr
     assert report(folder, "--format", "markdown").exit_code == 0
 
-
-# --- in a browser ----------------------------------------------------------------------------------------------------
 
 PROBE = """<script>addEventListener("load", () => {
   const size = (e) => parseFloat(getComputedStyle(e).fontSize);

@@ -4,8 +4,6 @@ Names such as MODEL are folders of tiny models in the folder where a page runs. 
 have says so in its title (``NEEDS``); its commands are parsed.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """The extra that README names is enough to run the tests: what needs more is skipped."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Made-up results of cells in the format of ``specdec bench``, for tests of sweeps and reports without a model."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,11 +1,10 @@
 """What is trained on: files of every kind, their tokens, held-out prompts, the draft vocabulary."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from training import recipe
 
 from specdec.base.errors import SpecDecError
@@ -51,9 +50,7 @@ def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path)
 def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, tmp_path: Path) -> None:
     with answers.open("a") as file:
         file.write('\n{"prompt_ids": [5], "response_ids": [6, 97]}')  # of 97 tokens
-    with pytest.raises(
-        SpecDecError, match="answer 41 to train on holds token 97, but the model's vocabulary ends at 96"
-    ):
+    with refused("answer 41 to train on holds token 97, but the model's vocabulary ends at 96"):
         train(recipe(answers, tmp_path / "out"))
 
 

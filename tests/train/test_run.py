@@ -1,7 +1,5 @@
 """Whole runs of training: they learn, resume exactly, and say clearly what is wrong."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
@@ -33,9 +31,7 @@ from specdec.train.trainer import train
 
 
 @pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_projection": False, "draft_steps": 1}])
-def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
-    answers: Path, tmp_path: Path, path: dict[str, Any]
-) -> None:
+def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(answers, tmp_path, path) -> None:
     model, _ = loading.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     figures = train(recipe(answers, tmp_path / "out", steps=40, relative_rate=0.1, **path))
@@ -82,9 +78,7 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
-def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(answers, tmp_path, monkeypatch) -> None:
     out, step, said = tmp_path / "out", TrainingRun._step, list[str]()
 
     def beside(run: TrainingRun, *args: Any) -> dict[str, float]:
@@ -129,12 +123,9 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path,
     assert again["score"] >= first["score"]
     vocabularies = [drafter_folder.read_tensors(tmp_path / name)["draft_vocab"] for name in ("first", "again")]
     assert torch.equal(*vocabularies)
-    config = drafter_folder.read_config(tmp_path / "again")
-    assert config["path"] == drafter_folder.read_config(tmp_path / "first")["path"]
-    assert (
-        config["training"]["began_from"]["updates"]
-        == drafter_folder.read_config(tmp_path / "first")["training"]["updates"]
-    )
+    before, config = (drafter_folder.read_config(tmp_path / name) for name in ("first", "again"))
+    assert config["path"] == before["path"]
+    assert config["training"]["began_from"]["updates"] == before["training"]["updates"]
 
     config["base"] = {"fingerprint": "another"}
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))
@@ -165,9 +156,7 @@ def test_a_drafter_is_stored_as_asked_and_a_run_may_begin_from_8_bits(answers: P
         recipe(answers, tmp_path / "odd", storage="int4")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(answers, tmp_path, monkeypatch) -> None:
     loss = Teacher.loss
 
     def broken(teacher: Teacher, logits: torch.Tensor) -> torch.Tensor:
@@ -182,9 +171,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     assert all(t.isfinite().all() for t in checkpoint_of(tmp_path / "out").values())
 
 
-def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(tmp_path, monkeypatch, capsys) -> None:
     """In the dtype that this CPU multiplies faster; what it learns from is what the blocks compute."""
     opened, dtypes = trainer.training_target, list[torch.dtype]()
     monkeypatch.setattr(trainer, "float32_is_faster", lambda: True)

@@ -1,17 +1,15 @@
 """Teacher states: they are those of each answer alone, need the room that was announced, and show how far they are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import model_of, tiny_model
 from training import Killed, recipe
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
@@ -45,19 +43,10 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", pytest.param("native", marks=needs_native)])
 def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = training_target(tiny_model(kind))
-    assert isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
-    check_states(target, tmp_path, monkeypatch)
-
-
-@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
-def test_states_of_the_kernels_are_those_of_each_answer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_states(NativeTarget(model_of("llama")), tmp_path, monkeypatch)
-
-
-def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = NativeTarget(model_of("llama")) if kind == "native" else training_target(tiny_model(kind))
+    assert kind == "native" or isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
     answers = some_answers(3)
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)
@@ -91,9 +80,7 @@ def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path:
         train(recipe(answers, out, steps=1), resume=True)
 
 
-def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monkeypatch) -> None:
     target = training_target(tiny_model("llama"))
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))

@@ -1,7 +1,5 @@
 """The losslessness certificate: what is right passes, what is biased is caught, and the command says so."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -64,9 +62,6 @@ def test_an_option_that_drafts_forget_is_caught(model) -> None:
     assert certificate.checks["sampled"].faults and not certificate.checks["greedy"].faults
 
 
-# --- one answer ------------------------------------------------------------------------------------------------------
-
-
 def taken(model, answer: list[int], right: list[int], count: int = 12) -> Check:
     decoder = SpecDecoder(model, drafter="none")
     output = decoder.generate(PROMPT, max_new_tokens=1)
@@ -107,9 +102,6 @@ def test_a_token_whose_distance_cannot_be_told_is_a_fault(model) -> None:
     assert not is_near_tie(SpecDecoder(model, drafter="none").target, PROMPT, [3], math.nan)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
@@ -132,11 +124,8 @@ def test_a_lossless_decoder_gets_its_certificate(run, tmp_path: Path) -> None:
     data = json.loads(last)
     assert data == json.loads((tmp_path / "out/certificate.json").read_text())
     assert (tmp_path / "out/certificate.txt").read_text().strip() == page.strip()
-    assert [(c["name"], c["equal"], c["answers"]) for c in data["checks"]] == [
-        ("greedy", 2, 2),
-        ("sampled", 2, 2),
-        ("model.generate", 2, 2),
-    ]
+    checks = [(c["name"], c["equal"], c["answers"]) for c in data["checks"]]
+    assert checks == [("greedy", 2, 2), ("sampled", 2, 2), ("model.generate", 2, 2)]
     assert data["passed"] and data["complete"] and data["environment"]["threads"]
 
 
