@@ -123,7 +123,8 @@ def compute_states(
     shards = index["shards"]
     left = answers[len(shards) * SHARD_ANSWERS :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
-    task = progress.add_task(name, total=total, completed=total - missing, visible=missing > 0, unit="tokens")
+    task = progress.add_task(name, total=total, visible=missing > 0, unit="tokens", part="states")
+    progress.advance(task, total - missing)
     done = partial(progress.advance, task)
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
