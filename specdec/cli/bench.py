@@ -179,7 +179,7 @@ def _measure(
     waiting, interrupted = list(plan.cells), False
     with ExitStack() as stack:
         if store:
-            stack.enter_context(store.opened(plan, shared.command_line(), resume))
+            stack.enter_context(store.opened(plan, shared.command_line(), resume, decoders.chats(plan.cells)))
             records, waiting = store.records(), store.waiting(plan)
             requests = stack.enter_context((store.folder / REQUESTS).open("a", buffering=1, encoding="utf-8"))
             log = lambda request: requests.write(json.dumps(request.as_dict(), ensure_ascii=False) + "\n")  # noqa: E731
@@ -248,7 +248,7 @@ def _end(
     if interrupted and not records:
         raise typer.Exit(INTERRUPTED)
     ordered, total = [records[cell.key()] for cell in plan.cells if cell.key() in records], len(plan.cells)
-    results = Results(plan.name, plan.description, shared.command_line(), ordered, total - len(ordered))
+    results = Results(plan.name, plan.description, [shared.command_line()], ordered, total - len(ordered))
     terminal.write("".join(f"{line}\n" for line in results.notes()))
     for table in results.tables():
         print()
@@ -274,27 +274,37 @@ def _end(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a benchmark.")],
     form: Annotated[
-        Literal["html", "markdown"], typer.Option("--format", help="html: a page in DIR; markdown is printed.")
+        Literal["html", "markdown", "latex", "csv", "svg"],
+        typer.Option(
+            "--format",
+            help="html: a page in DIR; markdown and latex (tables) are printed; csv (tables), svg (charts): files "
+            "in DIR.",
+        ),
     ] = "html",
 ) -> None:
-    """Show the results of a benchmark: a table here, and a page with pictures in its folder."""
-    from specdec.bench.results import as_markdown, load_results
+    """Show the results of a benchmark: a table here, and a page with charts in its folder."""
+    from specdec.bench.results import as_latex, as_markdown, load_results, write_csv
 
     results = load_results(folder)
-    if form == "markdown":
-        terminal.write(as_markdown(results))
+    if form in ("markdown", "latex"):
+        terminal.write(as_markdown(results) if form == "markdown" else as_latex(results))
         return
-    with terminal.status("drawing"):
-        try:
-            from specdec.bench.report import write_page  # heavy
-        except ImportError:
-            raise SpecDecError(
-                f"the page needs matplotlib; {how_to_install('plot')}, or use --format markdown"
-            ) from None
-        page = write_page(results, folder)
-    table = results.table()
-    terminal.print_table(table.header, table.rows)
-    say(f"the page is '{page}'")
+    if form == "csv":
+        written = write_csv(results, folder)
+    else:
+        with terminal.status("drawing"):
+            try:
+                from specdec.bench.report import write_charts, write_page  # heavy
+            except ImportError:
+                raise SpecDecError(
+                    f"the charts need matplotlib; {how_to_install('plot')}, or use --format markdown"
+                ) from None
+            written = [write_page(results, folder)] if form == "html" else write_charts(results, folder)
+    if form == "html":
+        table = results.table()
+        terminal.print_table(table.header, table.rows)
+    for path in written:
+        say(f"written: '{path}'")
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
@@ -67,9 +68,10 @@ def read(sources: Sequence[str | Path]) -> list[TrainingAnswer | Prompt]:
 def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
     """Yield the answers and prompts of one file, in the formats of ``read``; none if the file is empty."""
     for where, record in inputs.prompts(path):
-        ids, kind = (record.get("prompt_ids"), record.get("response_ids")), str(record.get("category", ""))
+        ids: list[Any] = [record.get("prompt_ids"), record.get("response_ids")]
+        kind = str(record.get("category", ""))
         if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
-            yield TrainingAnswer(*map(tuple, ids), kind=kind)  # type: ignore[arg-type]
+            yield TrainingAnswer(tuple(ids[0]), tuple(ids[1]), kind)
         elif "response_ids" not in record and (turns := inputs.turns(record)):
             yield Prompt(turns, kind)
         else:
