@@ -152,7 +152,7 @@ def _speed(model: str, records: Sequence[Record]) -> Picture | None:
     for row, place in zip(wrapped, [-LINE / 2, *places], strict=True):
         for n, text in enumerate(row):
             x = sum(widths[:n]) - left
-            style = {"va": "center", "weight": "bold" if place < 0 else "normal", "annotation_clip": False}
+            style: Any = {"va": "center", "weight": "bold" if place < 0 else "normal", "annotation_clip": False}
             ax.annotate(text, (0, place), (x, 0), ("axes fraction", "data"), "offset points", **style)
     for (_, gain), place in zip(found, places, strict=True):
         ax.annotate(interval(gain), (1, place), (6, 0), ("axes fraction", "data"), "offset points", va="center")
