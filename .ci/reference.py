@@ -73,7 +73,15 @@ def escaped(text: str) -> str:
 
 # --- Python -----------------------------------------------------------------------------------------------------------
 
-TYPES = "base.settings", "base.options", "engine.request", "api.text", "api.generation", "api.decoder"  # with aliases
+TYPES = (
+    "base.settings",
+    "base.options",
+    "engine.request",
+    "api.prompts",
+    "api.text",
+    "api.generation",
+    "api.decoder",
+)  # with aliases
 CHECKS = "Raises SpecDecError for an argument of a wrong type, out of range or unknown."
 NAMED = re.compile(r"(\w+(?:(?:, | / | to )\w+)*(?:\[b\])?)( \[[^\]]*\])?: (?=\S)")
 WIDTH = 100

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.bench.environment import environment

@@ -27,7 +27,8 @@ from specdec.api.generation import (
     Options,
     RequestOptions,
 )
-from specdec.api.text import Detokenizer, Prompt, SharedTokenizer, encode
+from specdec.api.prompts import Prompt, encode
+from specdec.api.text import Detokenizer, token_ids
 from specdec.base.errors import SpecDecError
 from specdec.base.memory import free_memory
 from specdec.base.options import Count, Depth, SamplingOptions, SamplingParams, new_seed
@@ -263,7 +264,10 @@ class SpecDecoder:
         check_prompt(ids, self.target)
         ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), self.target.context - len(ids))
-        text = self._text(given, shown)
+        if (stop := given.get("stop", ())) and self.tokenizer is None:
+            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
+        stops, hidden = [stop] if isinstance(stop, str) else stop, given.get("stop_token_ids", ())
+        text = Detokenizer(self.tokenizer, stops, shown, hidden, given.get("min_new_tokens", 0))
         if given.get("prompt_logprobs") and logprobs is None:
             raise SpecDecError("prompt_logprobs needs logprobs, the number of likeliest tokens, such as 1; set it")
         if logprobs is not None:
@@ -293,14 +297,6 @@ class SpecDecoder:
             scope=scope,
         )
 
-    def _text(self, given: RequestOptions, shown: Sequence[str]) -> Detokenizer:
-        """Return the empty text of a request. shown: as in ``Detokenizer``. Raises SpecDecError."""
-        stop = given.get("stop", ())
-        if stop and self.tokenizer is None:
-            raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
-        stops, hidden = [stop] if isinstance(stop, str) else stop, given.get("stop_token_ids", ())
-        return Detokenizer(self.tokenizer, stops, shown, hidden, given.get("min_new_tokens", 0))
-
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
         """Return which tokens may come after a prompt of ``start`` tokens. Raises SpecDecError."""
         found = list[Processor]()
@@ -315,8 +311,8 @@ class SpecDecoder:
         if words := given.get("bad_words", ()):
             if self.tokenizer is None:
                 raise SpecDecError("bad_words need a tokenizer; give SpecDecoder one")
-            encode = SharedTokenizer(self.tokenizer).encode
-            ways = {tuple(encode(space + word.lstrip(), add_special=False)) for word in words for space in ("", " ")}
+            spelled = (space + word.lstrip() for word in words for space in ("", " "))
+            ways = {tuple(token_ids(self.tokenizer, text, add_special=False)) for text in spelled}
             found.append(NoBadWords(tuple(sorted(ways - {()})), start))
         return found
 
@@ -369,30 +365,14 @@ class SpecDecoder:
             raise
 
     @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        n: None = None,
-        **given: Unpack[GenerationOptions],
-    ) -> GenerationOutput: ...
+    def generate(self, prompt: Prompt, *, n: None = None, **given: Unpack[GenerationOptions]) -> GenerationOutput: ...
 
     @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        n: int | None = None,
-        **given: Unpack[GenerationOptions],
-    ) -> list[GenerationOutput]: ...
+    def generate(self, prompt: Prompt, *, n: int, **given: Unpack[GenerationOptions]) -> list[GenerationOutput]: ...
 
     @checked
     def generate(
-        self,
-        prompt: SkipValidation[Prompt],
-        *,
-        n: Count | None = None,
-        **given: Unpack[GenerationOptions],
+        self, prompt: SkipValidation[Prompt], *, n: Count | None = None, **given: Unpack[GenerationOptions]
     ) -> GenerationOutput | list[GenerationOutput]:
         """Generate from one prompt: text, token ids, a tensor, or chat messages.
 
@@ -427,11 +407,7 @@ class SpecDecoder:
 
     @checked
     def generate_batch(
-        self,
-        prompts: SkipValidation[Sequence[Prompt]],
-        *,
-        n: Count | None = None,
-        **given: Unpack[GenerationOptions],
+        self, prompts: SkipValidation[Sequence[Prompt]], *, n: Count | None = None, **given: Unpack[GenerationOptions]
     ) -> list[GenerationOutput]:
         """Generate from several prompts at once.
 
@@ -457,11 +433,7 @@ class SpecDecoder:
                     yield pieces[0]
 
     async def agenerate(
-        self,
-        prompt: Prompt,
-        *,
-        num_speculative_tokens: int | None = None,
-        **given: Unpack[RequestOptions],
+        self, prompt: Prompt, *, num_speculative_tokens: int | None = None, **given: Unpack[RequestOptions]
     ) -> GenerationOutput:
         """Generate as ``generate`` does, on an event loop. Calls that overlap are decoded together.
 
@@ -473,11 +445,7 @@ class SpecDecoder:
             return running.output()
 
     async def astream(
-        self,
-        prompt: Prompt,
-        *,
-        num_speculative_tokens: int | None = None,
-        **given: Unpack[RequestOptions],
+        self, prompt: Prompt, *, num_speculative_tokens: int | None = None, **given: Unpack[RequestOptions]
     ) -> AsyncIterator[str]:
         """Yield text as ``stream`` does, on an event loop: ``async for piece in decoder.astream(prompt)``.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -142,49 +141,37 @@ class Generation:
     """A running generation. Iterating yields, per step, the new text of each row, which may be "".
 
     ``steps`` runs the same steps without decoding text; ``outputs`` returns the text at the end.
+
+    engine: runs the steps, and has the drafter until the generation is closed.
+    requests: one for each row.
+    loads: counters of a mixture's experts after the prefill; None before, and for models without experts.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self.engine, self.requests = engine, list(requests)
-        self.row = {request: row for row, request in enumerate(requests)}
         for request in requests:
             engine.submit(request)
-        self.loads: Counters | None = None  # of experts, after the prefill
-        self.open = True
-        self._turn, self._closing = threading.RLock(), False  # closing waits for another thread's step
+        self.loads: Counters | None = None
 
     def __iter__(self) -> Iterator[list[str]]:
-        for events in self.steps():
-            timer, pieces = self.engine.timer, [""] * len(self.requests)
+        for _ in self.steps():
+            timer, texts = self.engine.timer, [(request, text_of(request)) for request in self.requests]
             timer.restart()
-            for row, _ in events:
-                text = text_of(self.requests[row])
-                pieces[row] = text.take() if self.requests[row].finish_reason is None else text.finish()
+            pieces = [text.take() if request.finish_reason is None else text.finish() for request, text in texts]
             timer.mark("detokenise")
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the steps; yield for each the rows with new tokens, and these."""
-        while (events := self._step()) is not None:
-            yield events
-
-    def _step(self) -> list[tuple[int, list[int]]] | None:
-        """Run one step and return its events; None at the end."""
-        with self._turn:
-            if not self.open or self._closing:
-                self.close()
-                return None
-            if error := next((request.error for request in self.requests if request.error is not None), None):
-                raise error
-            if not self.engine.busy:
-                self.close()
-                return None
-            events = list[tuple[int, list[int]]]()
-            while not events and self.engine.busy:  # a long prompt takes several steps
-                events = [(self.row[request], tokens) for request, tokens in next(self.engine.steps())]
+        """Run the steps; yield for each the rows with new tokens, and these. Raises the SpecDecError of a row."""
+        row = {request: number for number, request in enumerate(self.requests)}
+        for events in self.engine.steps():
             if self.loads is None and (experts := self.engine.target.experts) is not None:
                 self.loads = replace(experts.counters)
-            return events
+            if events:  # a long prompt takes several steps
+                yield [(row[request], tokens) for request, tokens in events]
+            if error := next((request.error for request in self.requests if request.error is not None), None):
+                raise error
+        self.close()
 
     def outputs(self) -> list[GenerationOutput]:
         """Return the output of every row so far."""
@@ -195,12 +182,8 @@ class Generation:
         return [GenerationOutput.of(request) for request in self.requests]
 
     def close(self) -> None:
-        """End the generation and free its cache; ``outputs`` stays available."""
-        self._closing = True
-        with self._turn:
-            if self.open:
-                self.open = False
-                self.engine.close()
+        """End the generation after the step under way and free its cache; ``outputs`` stays available."""
+        self.engine.close()
 
     def __enter__(self) -> Generation:
         return self

@@ -1,25 +1,32 @@
-"""Teaching a drafter ahead of time: the model answers the user's prompts, then questions that it makes up itself."""
+"""Teach a drafter ahead of time: the model answers the user's prompts, then questions that it makes up itself."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base.errors import SpecDecError
 
-ROWS, FIRST = 16, 4  # most prompts that are answered together, and those of the first batch
-QUESTION, ANSWER = 80, 160  # most new tokens of a made-up question, and of an answer
-Bar = Callable[[float, int, int], object]
+MAX_ROWS = 16  # most prompts that are answered together
+FIRST_ROWS = 4  # prompts of the first batch, which shows how long an answer takes
+QUESTION_TOKENS = 80  # most new tokens of a made-up question
+ANSWER_TOKENS = 160  # most new tokens of an answer
 MARK = "question"  # stands for the user's text in a rendered chat
-TRIED, TRIED_TOKENS = 6, 64  # questions that are never learned from, and the tokens of their answers that are measured
+HOLDOUT_QUESTIONS = 6  # questions that are never learned from
+HOLDOUT_TOKENS = 64  # tokens of each of their answers that are measured
 
 
 @dataclass
 class Primed:
-    """What priming came to: tokens learned from, and mean tokens a step before and after, on held-out questions."""
+    """What ``prime`` has achieved.
+
+    tokens: number of new tokens that the drafter learned from.
+    before, after: mean acceptance length on questions that are not learned from, before and after learning.
+    """
 
     tokens: int
     before: float
@@ -32,8 +39,10 @@ def prime(
     seconds: float,
     bar: Callable[[float, int, int], object] = lambda *done: None,
 ) -> Primed:
-    """Let the decoder's drafter learn for about ``seconds``: a batch has as many prompts as there is time for.
+    """Let the decoder's drafter learn from answers of the model for about ``seconds``.
 
+    prompts: texts that are answered first. When they are used up, the model makes up questions.
+    bar: called after each batch of answers with the seconds so far, the seconds of the whole and the tokens so far.
     Raises SpecDecError if the drafter does not teach itself, or what it learns would not be kept.
     """
     if (learner := decoder.drafter.learner) is None:
@@ -43,29 +52,33 @@ def prime(
         )
     learner.claim()
     began, tokens = time.monotonic(), 0
-    tried = _questions(decoder, TRIED)
+    tried = _questions(decoder, HOLDOUT_QUESTIONS)
     own = [encode(decoder.tokenizer, prompt, context=decoder.target.context) for prompt in prompts]
-    before, count = _tokens_a_step(decoder, tried), FIRST
+    before, count = _acceptance_length(decoder, tried), FIRST_ROWS
     while count:
         started, batch, own = time.monotonic(), own[:count] or _questions(decoder, count), own[count:]
-        for answer in _generate(decoder, batch, ANSWER, learn=True):
+        for answer in _generate(decoder, batch, ANSWER_TOKENS, learn=True):
             tokens += len(answer)
         decoder.learn()
         now = time.monotonic()
         bar(min(now - began, seconds), round(seconds), tokens)
-        count = min(int(max(began + seconds - now, 0) / (now - started) * len(batch)), ROWS)
-    return Primed(tokens, before, _tokens_a_step(decoder, tried))
+        count = min(int(max(began + seconds - now, 0) / (now - started) * len(batch)), MAX_ROWS)
+    return Primed(tokens, before, _acceptance_length(decoder, tried))
 
 
 def _questions(decoder: SpecDecoder, count: int) -> list[list[int]]:
-    """Return prompts of at most ``count`` made-up first turns; beginnings of texts if there is no chat template."""
+    """Let the model make up at most ``count`` questions; return prompts (token ids) that ask them.
+
+    Without a chat template, the prompts are beginnings of texts.
+    """
     tokenizer, seed = decoder.tokenizer, time.time_ns() % 2**31
     start = [next(iter(sorted(decoder.eos_ids())), 0)]
     chat = bool(getattr(tokenizer, "chat_template", None))
     if chat:
         before = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False).partition(MARK)[0]
         start = tokenizer.encode(before, add_special_tokens=False)
-    found = _generate(decoder, [start] * count, QUESTION if chat else 8, learn=False, seed=seed)
+    limit = QUESTION_TOKENS if chat else 8
+    found = _generate(decoder, [start] * count, limit, learn=False, temperature=1.0, seed=seed)
     if not chat:
         return [[*start, *ids] for ids in found]
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
@@ -73,30 +86,26 @@ def _questions(decoder: SpecDecoder, count: int) -> list[list[int]]:
 
 
 def _generate(
-    decoder: SpecDecoder, prompts: Sequence[list[int]], limit: int, learn: bool, seed: int | None = None
+    decoder: SpecDecoder, prompts: Sequence[list[int]], limit: int, learn: bool, **sampling: Any
 ) -> list[list[int]]:
-    """Decode plainly, all prompts together; greedily, or with a ``seed`` at temperature 1."""
-    how = {} if seed is None else {"temperature": 1.0, "seed": seed}
-    requests = [
-        decoder.request(prompt, stream=n, num_speculative_tokens=0, max_new_tokens=limit, **how)  # type: ignore[arg-type]
-        for n, prompt in enumerate(prompts)
-    ]
-    engine = decoder.stepped_engine(1, max_rows=len(requests))
-    try:
-        for request in requests:
+    """Decode all prompts (token ids) together, without drafts; return the new tokens of each.
+
+    limit: most new tokens of each. learn: whether drafters may learn from these texts. sampling: options of
+    ``SpecDecoder.open``; without any, decoding is greedy.
+    """
+    with decoder.open(prompts, num_speculative_tokens=0, max_new_tokens=limit, **sampling) as generation:
+        for request in generation.requests:
             request.learn = learn
-            engine.submit(request)
-        for _ in engine.steps():
+        for _ in generation.steps():
             pass
-    finally:
-        engine.close()
-    return [request.ids[len(request.prompt) :] for request in requests]
+        return [output.token_ids for output in generation.outputs()]
 
 
-def _tokens_a_step(decoder: SpecDecoder, prompts: Sequence[list[int]]) -> float:
+def _acceptance_length(decoder: SpecDecoder, prompts: Sequence[list[int]]) -> float:
+    """Return the mean acceptance length of answers to ``prompts`` (token ids), without learning from them."""
     steps = tokens = 0
     for prompt in prompts:
-        with decoder.open([prompt], max_new_tokens=TRIED_TOKENS) as generation:
+        with decoder.open([prompt], max_new_tokens=HOLDOUT_TOKENS) as generation:
             generation.requests[0].learn = False
             for _ in generation.steps():
                 pass

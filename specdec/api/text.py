@@ -1,280 +1,54 @@
-"""Prompts to token ids, and token ids to text as they arrive, in pieces. Knows nothing about models."""
+"""Token ids to text as they arrive, in pieces; and a tokenizer that threads share. Knows nothing about models."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-import re
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
-import torch
-from pydantic import SkipValidation
-from torch import Tensor
-
-from specdec.base.errors import PromptTooLongError, SpecDecError
-from specdec.base.settings import checked, short_repr
+from specdec.base.errors import SpecDecError
 from specdec.engine.request import Event, Request
 
-Prompt = str | Sequence[int] | Tensor | Sequence[dict[str, str]]
-
 CONTEXT = 16  # earlier tokens that are decoded with new ones, since a token's text depends on its context
-LONG_TOKEN = 16  # characters; a text of at most so many per token of the context is tokenised without a check
-PLACEHOLDERS = range(0xF0000, 0xFFFFE)  # private code points that replace the text of special tokens in a template
 
 
-class SharedTokenizer:
-    """A tokenizer that threads may use side by side.
+_splitting = weakref.WeakKeyDictionary[Any, Any]()  # by tokenizer, a copy that splits special tokens
+_copying = threading.Lock()
 
-    That special tokens in a text are split is a state of transformers' fast tokenizers, which a call sets for all
-    threads. Here a copy splits them, made at first use, and neither ever changes its state.
+
+def token_ids(tokenizer: Any, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
+    """Return the token ids of a text. Threads may share a tokenizer of transformers this way.
+
+    That special tokens in a text are split is a state of a fast tokenizer, which a call sets for all threads. So a copy
+    splits them, made at first use, and neither ever changes its state.
+    add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in the text
+    are tokenised as text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
     """
-
-    _copies: ClassVar = weakref.WeakKeyDictionary[Any, Any]()
-    _copying = threading.Lock()
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def encode(self, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
-        """Return the token ids of a text.
-
-        add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in it
-        are text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
-        """
-        source, how = (self._copy(), {"split_special_tokens": True}) if split_special else (self.tokenizer, {})
-        try:
-            return [int(t) for t in source(text, add_special_tokens=add_special, **how).input_ids]
-        except Exception as error:
-            raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
-
-    def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """Return the text of ``ids``. special: with special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
-
-    def _copy(self) -> Any:
-        with self._copying:
-            found = self._copies.get(self.tokenizer)
-            if found is None or len(found) != len(self.tokenizer):  # tokens were added to it
-                found = self._copies[self.tokenizer] = copy.deepcopy(self.tokenizer)
-            return found
-
-
-@checked
-def encode(
-    tokenizer: Any,
-    prompt: SkipValidation[Prompt],
-    chat: bool | None = None,
-    system: str | None = None,
-    name: str = "prompt",
-    context: int | None = None,
-    tools: Sequence[dict[str, Any]] | None = None,
-    template: Mapping[str, Any] | None = None,
-    continue_last: bool = False,
-) -> list[int]:
-    """Return token ids of a prompt.
-
-    In chat messages, special tokens are text: only the template adds special ones. In plain text they are special.
-
-    prompt: text, token ids (a list or a tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
-    chat: wrap text in the tokenizer's chat template; None does so if there is one.
-    system: a system message before the prompt.
-    name: of the prompt, for messages.
-    context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
-    tools: for the chat template, in OpenAI's format. template: its other arguments.
-    continue_last: the answer goes on with the last message instead of a new one.
-    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
-    """
-    if (ids := _given_ids(prompt, name)) is not None:
-        return ids
-    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
-        raise SpecDecError(f"the {name} is empty; give some text")
-    if tokenizer is None:
-        raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(prompt, str) and not (has_template if chat is None else chat):
-        if system is not None:
-            raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
-        _check_length(tokenizer, len(prompt), context)
-        return SharedTokenizer(tokenizer).encode(prompt)
-    if not has_template:
-        raise SpecDecError("this tokenizer has no chat template; use plain text (apply_chat_template=False, --raw)")
-    messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return _encode_chat(tokenizer, messages, context, tools, template or {}, continue_last)
-
-
-def _given_ids(prompt: Any, name: str) -> list[int] | None:
-    """Return the ids of a prompt of token ids; None for text and messages. Raises SpecDecError for anything else."""
-    if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, which may be long
-        return prompt
-    if isinstance(prompt, Tensor | np.ndarray):
-        if isinstance(prompt, np.ndarray) and prompt.dtype.kind not in "iu":
-            raise _wrong(name, f"an array of {prompt.dtype}")
-        return _tensor_ids(torch.as_tensor(prompt), name)
-    if isinstance(prompt, str):
-        return None
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise _wrong(name, short_repr(prompt))
-    if len(prompt) and all(isinstance(t, Integral) and not isinstance(t, bool) for t in prompt):
-        return [int(t) for t in prompt]
-    for item in prompt:
-        if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-            raise _wrong(name, f"a list with {short_repr(item)} in it")
-    return None
-
-
-def _encode_chat(
-    tokenizer: Any,
-    messages: list[Any],
-    context: int | None,
-    tools: Any,
-    template: Mapping[str, Any],
-    continue_last: bool,
-) -> list[int]:
-    """Return token ids of chat messages, rendered by the tokenizer's template."""
-    contents = [message.get("content") for message in messages]  # templates may ignore other keys
-    _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
-    special = _SpelledTokens(tokenizer, [messages, tools, template])
-    how = special.hidden(template) | ({"tools": special.hidden(tools)} if tools else {})
-    how |= {"continue_final_message" if continue_last else "add_generation_prompt": True}
+    how = {"split_special_tokens": True} if split_special else {}
+    if split_special:
+        with _copying:
+            copied = _splitting.get(tokenizer)
+            if copied is None or len(copied) != len(tokenizer):  # tokens were added to it
+                copied = _splitting[tokenizer] = copy.deepcopy(tokenizer)
+            tokenizer = copied
     try:
-        text = tokenizer.apply_chat_template(special.hidden(messages), tokenize=False, **how)
-    except Exception as error:  # a template is the model author's code and may raise any type
-        raise SpecDecError(f"the chat template refuses these messages: {error}") from None
-    _check_length(tokenizer, len(text), context)
-    return special.encode(text)
+        return [int(t) for t in tokenizer(text, add_special_tokens=add_special, **how).input_ids]
+    except Exception as error:
+        raise SpecDecError(f"the tokenizer cannot encode this text: {error}") from None
+
+
+def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
+    """Return the text of token ids. special: with special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:
     """Return the special tokens of a tokenizer by id; ``skip_special_tokens`` leaves them out of text."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return {int(i): token for i, token in added.items() if token.special and str(token)}
-
-
-class _SpelledTokens:
-    """Keeps special tokens that are spelled out in chat messages from becoming special.
-
-    ``hidden`` replaces each by a private character, which a template copies like a letter. ``encode`` puts the text
-    back into the rendered chat: text between two special tokens with such a character is tokenised as plain text, and
-    everything else as usual. Takes time linear in the text.
-    """
-
-    def __init__(self, tokenizer: Any, messages: Any) -> None:
-        self.tokenizer = SharedTokenizer(tokenizer)
-        self.tokens = {str(token): token for token in special_tokens(tokenizer).values()}
-        self.spelled = _any_of(tuple(self.tokens))
-        used = set[str]().union(*_texts(messages))
-        self.free = (chr(c) for c in PLACEHOLDERS if chr(c) not in used)
-        self.stand_ins = dict[str, str]()
-
-    def hidden(self, messages: Any) -> Any:
-        """Return ``messages`` with the private characters. Raises SpecDecError if there are not enough of them."""
-        if isinstance(messages, str):
-            return self.spelled.sub(self._stand_in, messages) if self.tokens else messages
-        if isinstance(messages, Mapping):
-            return {self.hidden(key): self.hidden(value) for key, value in messages.items()}
-        return [self.hidden(value) for value in messages] if isinstance(messages, list | tuple) else messages
-
-    def _stand_in(self, found: re.Match[str]) -> str:
-        if found[0] not in self.stand_ins:
-            if (character := next(self.free, None)) is None:
-                raise SpecDecError(
-                    "the messages contain special tokens and all private characters that could replace them; leave one "
-                    "or the other out"
-                )
-            self.stand_ins[found[0]] = character
-        return self.stand_ins[found[0]]
-
-    def encode(self, text: str) -> list[int]:
-        """Return the rendered chat as token ids."""
-        if not self.stand_ins:
-            return self._ids(text)
-        back = {stand_in: token for token, stand_in in self.stand_ins.items()}
-        marks = re.compile(f"[{''.join(back)}]")
-        ids, clean = list[int](), list[str]()
-        parts = ["", *re.split(f"({self.spelled.pattern})", text), ""]  # token, text, token, ...
-        for before, part, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
-            clean.append(before)
-            if not marks.search(part):
-                clean.append(part)
-                continue
-            if before and self.tokens[before].rstrip:  # this token includes white space after it
-                clean.append(part[: len(part) - len(part.lstrip())])
-                part = part.lstrip()
-            space = part[len(part.rstrip()) :] if after and self.tokens[after].lstrip else ""
-            plain = marks.sub(lambda found: back[found[0]], part[: len(part) - len(space)])
-            ids += self._ids("".join(clean)) + self._ids(plain, split_special=True)
-            clean = [space]
-        return ids + self._ids("".join(clean))
-
-    def _ids(self, text: str, split_special: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special=False, split_special=split_special) if text else []
-
-
-@functools.lru_cache(16)
-def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a regular expression that matches the longest of ``words``, without backtracking."""
-    tree: dict[str, Any] = {}
-    for word in words:
-        place = tree
-        for character in word:
-            place = place.setdefault(character, {})
-        place[""] = {}
-
-    def pattern(place: dict[str, Any]) -> str:
-        more = [re.escape(character) + pattern(after) for character, after in place.items() if character]
-        found = f"(?:{'|'.join(more)})" if len(more) > 1 else "".join(more)
-        return f"(?:{found})?" if found and "" in place else found
-
-    return re.compile(pattern(tree))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in chat messages."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in itertools.chain(value, value.values()) if isinstance(value, Mapping) else value:
-            yield from _texts(item)
-
-
-def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
-    if prompt.dtype == torch.bool or prompt.is_floating_point() or prompt.is_complex():
-        raise _wrong(name, f"a tensor of {str(prompt.dtype).removeprefix('torch.')}")
-    if prompt.dim() == 0 or (prompt.dim() > 1 and prompt.numel() != prompt.shape[-1]):
-        raise SpecDecError(
-            f"a prompt tensor holds one sequence, got shape {list(prompt.shape)}; use generate_batch for several"
-        )
-    if not prompt.numel():
-        raise SpecDecError(f"the {name} is empty; give some token ids")
-    return [int(t) for t in prompt.flatten().tolist()]
-
-
-def _wrong(name: str, what: str) -> SpecDecError:
-    return SpecDecError(
-        f"{name} must be text, token ids (whole numbers), an integer tensor of one sequence, or chat messages "
-        f"(mappings with 'role' and 'content'); got {what}"
-    )
-
-
-def _check_length(tokenizer: Any, length: int, context: int | None) -> None:
-    """Raise PromptTooLongError if even the tokenizer's longest tokens cannot fit the text into ``context`` tokens."""
-    if context is None or length <= LONG_TOKEN * context:
-        return
-    most = context * max(map(len, tokenizer.get_vocab()))
-    if length > most:
-        raise PromptTooLongError(
-            f"the prompt has {length} characters, and the model's context of {context} tokens holds at most {most}; "
-            "shorten it"
-        )
 
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish reason for the engine's
@@ -316,8 +90,11 @@ class Detokenizer:
         hidden: Iterable[int] = (),
         min_new_tokens: int = 0,
     ) -> None:
-        self.tokenizer, self.stop, self.shown = tokenizer, [s for s in stop if s], list(shown)
-        self.hidden, self.min_new_tokens = frozenset(hidden), min_new_tokens
+        self.tokenizer = tokenizer
+        self.stop = [s for s in stop if s]
+        self.shown = list(shown)
+        self.hidden = frozenset(hidden)
+        self.min_new_tokens = min_new_tokens
         self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
         self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
         self.ids: list[int] = []  # all new tokens
@@ -340,7 +117,7 @@ class Detokenizer:
             return None
         self._add(len(self.ids))
         self._decode_window()
-        hold = max((n for s in self.stop for n in range(1, len(s)) if self.whole.endswith(s[:n])), default=0)
+        hold = num_held(self.whole, self.stop)
         self.certain.append(len(self.text) if self.stopped is not None else self._place(len(self.whole) - hold))
         return None if self.stopped is None else "stop"
 
@@ -414,7 +191,7 @@ class Detokenizer:
                 return
 
     def _decode(self, ids: list[int]) -> str:
-        return SharedTokenizer(self.tokenizer).decode(ids) if ids and self.tokenizer else ""
+        return decode_ids(self.tokenizer, ids) if ids and self.tokenizer else ""
 
     def _extend(self, piece: str, seen: bool = True) -> None:
         old = len(self.whole)
@@ -437,6 +214,11 @@ class Detokenizer:
         piece = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return piece
+
+
+def num_held(text: str, marks: Iterable[str]) -> int:
+    """Return how many characters at the end of ``text`` may be the beginning of one of ``marks``."""
+    return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 def text_of(request: Request) -> Detokenizer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,14 +66,7 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
     return [[row[start:end] for row in rows] for start, end in itertools.pairwise(ends)]
 
 
-class DeviceEvent(Protocol):
-    """A point in a device's queue of work, with its time once the device has reached it (``torch.cuda.Event``)."""
-
-    def elapsed_time(self, end: Any) -> float:
-        """Return the milliseconds from this event until the event ``end``. The device must have reached both."""
-
-
-def record_event(device: torch.device | None) -> DeviceEvent | None:
+def record_event(device: torch.device | None) -> torch.cuda.Event | None:
     """Return an event after the work submitted to ``device`` so far; None for no device and for all but CUDA."""
     if device is None or device.type != "cuda":
         return None

@@ -26,7 +26,6 @@ from rich.text import Text
 from specdec.base.errors import SpecDecError, SpecDecWarning
 
 LINE_INTERVAL = 30.0  # seconds between two lines of progress in a pipe
-NARROW = 8  # characters that a column of a table has at least
 SILENCE = 1.0  # seconds without output on a terminal before a line says what is running
 _python_warns = warnings.showwarning
 
@@ -116,29 +115,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             print("\t".join(row))  # rich would expand the tabs
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    header, rows = [printable(name) for name in header], [[printable(cell) for cell in row] for row in rows]
-    words = [[cell_len(word) for cell in column for word in cell.split()] for column in zip(header, *rows, strict=True)]
-    longest = [max(lengths, default=0) for lengths in words]
-    whole = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
-    for name, width in zip(header, _widths(longest, whole, console.width - 2 * (len(header) - 1)), strict=True):
-        table.add_column(Text(name), overflow="fold", width=width)
+    for number, name in enumerate(header):
+        # The first column has names, which stay whole; the widest of the others, such as paths, are broken first.
+        words = [cell_len(word) for row in (header, *rows) for word in printable(row[number]).split()]
+        table.add_column(Text(printable(name)), overflow="fold", min_width=max(words, default=0) if not number else 1)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
-
-
-def _widths(longest: Sequence[int], whole: Sequence[int], room: int) -> list[int]:
-    """Return the widths of a table's columns, which fit in ``room`` characters if ``NARROW`` for each column does.
-
-    longest: length of the longest word of each column. whole: length of its longest cell. Words stay whole in the first
-    column, which has the names, and then in the columns with the shortest words; others, such as paths, are broken.
-    """
-    widths = [min(length, NARROW) for length in longest]
-    order = sorted(range(len(widths)), key=lambda column: (column > 0, longest[column]))
-    for wanted in (longest, whole):
-        for column in order:
-            widths[column] += max(0, min(wanted[column] - widths[column], room - sum(widths)))
-    return widths
 
 
 # --- standard streams ------------------------------------------------------------------------------------------------
@@ -194,18 +177,15 @@ def _stdout_failed(error: OSError) -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-class Description(progress.ProgressColumn):
-    """A column of a progress bar: the description of the task as plain text, with escaped control characters."""
+class Words(progress.ProgressColumn):
+    """A column of a progress bar: what ``text`` returns for a task, as plain text with escaped control characters."""
+
+    def __init__(self, text: Callable[[progress.Task], str]) -> None:
+        super().__init__()
+        self.text = text
 
     def render(self, task: progress.Task) -> Text:
-        return Text(printable(task.description))
-
-
-class Pace(progress.ProgressColumn):
-    """A column of a progress bar: the rate and the remaining time of a task that has a ``unit``."""
-
-    def render(self, task: progress.Task) -> Text:
-        return Text(pace(task))
+        return Text(printable(self.text(task)))
 
 
 class Progress(progress.Progress):
@@ -221,8 +201,9 @@ class Progress(progress.Progress):
         self, *columns: progress.ProgressColumn, console: Console | None = None, later: bool = False, **more: Any
     ) -> None:
         console = console or stderr()
+        name = Words(lambda task: task.description)
         self._shown_from = _begun + SILENCE if later else 0.0
-        super().__init__(Description(), *columns, Pace(), console=console, disable=not console.is_terminal, **more)
+        super().__init__(name, *columns, Words(pace), console=console, disable=not console.is_terminal, **more)
         self._ended, self._thread = Event(), Thread(target=self._lines, daemon=True)
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -288,7 +269,7 @@ def status(message: str, quiet: bool = False) -> Iterator[None]:
 OnProgress = Callable[[int, int, int], None]  # steps done, all steps, tokens so far
 
 
-class Bar:
+class Bar(Progress):
     """A progress bar for one task on stderr; a context manager, and a function to call with the progress.
 
     what: name of the task. unit: text after the counts until a rate is known.
@@ -297,21 +278,14 @@ class Bar:
 
     def __init__(self, what: str, unit: str = "") -> None:
         columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[rate]}"))
-        self.progress = Progress(*columns, progress.TimeRemainingColumn(), transient=True)
-        self.task = self.progress.add_task(what, total=None, rate=unit)
-        self.start = time.perf_counter()
-
-    def __enter__(self) -> Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+        super().__init__(*columns, progress.TimeRemainingColumn(), transient=True)
+        self.task = self.add_task(what, total=None, rate=unit)
+        self.began = time.perf_counter()
 
     def __call__(self, done: float, total: int, tokens: int | None = None) -> None:
-        self.progress.update(self.task, completed=done, total=total)
+        self.update(self.task, completed=done, total=total)
         if tokens is not None:
-            self.progress.update(self.task, rate=f"{tokens / (time.perf_counter() - self.start):.1f} tok/s")
+            self.update(self.task, rate=f"{tokens / (time.perf_counter() - self.began):.1f} tok/s")
 
 
 def pace(task: progress.Task) -> str:

@@ -17,7 +17,7 @@ from itertools import chain, count, product
 from typing import Any
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base import options
 from specdec.base.errors import SpecDecError, one_line, out_of_memory
 from specdec.base.terminal import OnProgress

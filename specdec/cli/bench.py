@@ -226,7 +226,7 @@ def _take(
             store.append(record)
         records[record["key"]] = record
         what = f"[{number}/{len(names)}] {names[record['key']]}: {outcome(record)} ({record['seconds']:.0f} s)"
-        tell(bar.progress.console, what)
+        tell(bar.console, what)
 
 
 def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: RunFlags, interrupted: bool) -> None:

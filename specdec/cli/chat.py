@@ -35,19 +35,14 @@ _text, _output = map(panel, ("Text", "Output"))
 
 @shared.grouped
 def chat(
-    loading: shared.HubFlags = shared.HubFlags(),
-    drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = None,
+    loading: shared.DecoderFlags = shared.DecoderFlags(),
     sampling: shared.SamplingFlags = shared.SamplingFlags(seed=None),
-    system: Annotated[str | None, _text("--system", "System message.", "TEXT")] = None,
-    max_new_tokens: Annotated[
-        int, _text("--max-new-tokens", "Largest number of new tokens of an answer.", "N", min=1)
-    ] = 1024,
-    quiet: Annotated[bool, _output("--quiet", "Print no figures after an answer and no colours.")] = False,
+    system: Annotated[str | None, _text("System message.", "TEXT")] = None,
+    max_new_tokens: Annotated[int, _text("Largest number of new tokens of an answer.", "N", min=1)] = 1024,
+    quiet: Annotated[bool, _output("Print no figures after an answer and no colours.", names=["--quiet"])] = False,
 ) -> None:
     """Chat with a model in the terminal. Colours show the depth in the draft, Ctrl-C stops an answer."""
     loading.check()
-    drafting.check()
     params = SamplingParams(**sampling.keywords)
     with terminal.status("starting"):
         terminal.warn_in_lines()
@@ -55,9 +50,7 @@ def chat(
 
         ask = _asker()
     with terminal.status(f"preparing {loading.model}"):
-        decoder = SpecDecoder.from_pretrained(
-            loading.model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
-        )
+        decoder = SpecDecoder.from_pretrained(loading.model, loading.drafter, **loading.keywords)
         engine = decoder.engine(max_rows=1)
     with engine:
         note(f"{loading.model} with {decoder.drafter.traits.label}; /help lists commands")
@@ -154,7 +147,8 @@ class ChatSession:
 
         Raises SpecDecError if the conversation exceeds the context or decoding fails; the message is then dropped.
         """
-        from specdec.api.text import encode, text_of
+        from specdec.api.prompts import encode
+        from specdec.api.text import text_of
 
         messages = [*self.messages, {"role": "user", "content": text}]
         context = self.decoder.target.context

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 8  # tokens that --compare decodes in both ways before timing
 TURNS = 3  # how often --compare decodes in each way
+SILENT: Callable[[str], None] = lambda text: None  # noqa: E731 (writes nothing)
 LEARNING = 5.0  # seconds after the text that a drafter may learn from it
 
 _model, _text, _sampling, _output = map(panel, ("Model", "Text", "Sampling", "Output"))
@@ -41,40 +42,37 @@ def generate(
             "--model.",
         ),
     ] = None,
-    drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = None,
+    loading: shared.DecoderFlags = shared.DecoderFlags(),
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
-    loading: shared.HubFlags = shared.HubFlags(),
     expert_cache: Annotated[
-        str | None,
-        _model("--expert-cache", "Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE"),
+        str | None, _model("Keep this share (0.25) or size (300MB) of a mixture's experts in memory.", "SIZE")
     ] = None,
     expert_prefetch: Annotated[
         bool,
-        _model("--expert-prefetch", "Read experts ahead of their use; forecasts are learned while the model runs."),
+        _model(
+            "Read experts ahead of their use; forecasts are learned while the model runs.", names=["--expert-prefetch"]
+        ),
     ] = False,
-    system: Annotated[str | None, _text("--system", options.System, "TEXT")] = None,
-    raw: Annotated[bool, _text("--raw", "Use the prompt as it is, without the chat template.")] = False,
-    stop: Annotated[list[str] | None, _text("--stop", options.Stop, "TEXT", show_default=False)] = None,
-    json_schema: Annotated[
-        Path | None, _text("--json-schema", "Constrain the text to JSON that this schema allows.", "FILE")
-    ] = None,
-    max_new_tokens: Annotated[int, _text("--max-new-tokens", options.MaxNewTokens, "N", min=1)] = 128,
+    system: Annotated[str | None, _text(options.System, "TEXT")] = None,
+    raw: Annotated[bool, _text("Use the prompt as it is, without the chat template.", names=["--raw"])] = False,
+    stop: Annotated[list[str] | None, _text(options.Stop, "TEXT", show_default=False)] = None,
+    json_schema: Annotated[Path | None, _text("Constrain the text to JSON that this schema allows.", "FILE")] = None,
+    max_new_tokens: Annotated[int, _text(options.MaxNewTokens, "N", min=1)] = 128,
     num_speculative_tokens: shared.Depth = "auto",
     sampling: shared.AllSamplingFlags = shared.AllSamplingFlags(),
-    logit_bias: Annotated[list[str] | None, _sampling("--logit-bias", options.LogitBias, "TOKEN=BIAS")] = None,
+    logit_bias: Annotated[list[str] | None, _sampling(options.LogitBias, "TOKEN=BIAS")] = None,
     compare: Annotated[
         bool,
         _output(
-            "--compare",
             "Decode with and without drafts in turns, three times each; print the speedup and whether the output is "
             "identical.",
+            names=["--compare"],
         ),
     ] = False,
-    as_json: Annotated[bool, _output("--json", "Print one JSON object instead of streaming.")] = False,
-    quiet: Annotated[bool, _output("--quiet", "Print no statistics.")] = False,
-    verbose: Annotated[bool, _output("--verbose", "Print more statistics, warnings and tracebacks.")] = False,
+    as_json: Annotated[bool, _output("Print one JSON object instead of streaming.", names=["--json"])] = False,
+    quiet: Annotated[bool, _output("Print no statistics.", names=["--quiet"])] = False,
+    verbose: Annotated[bool, _output("Print more statistics, warnings and tracebacks.", names=["--verbose"])] = False,
 ) -> None:
     """Generate text. Text streams to stdout; statistics go to stderr."""
     given = words or []
@@ -82,26 +80,24 @@ def generate(
         raise SpecDecError("there are several prompts; give one, in quotes, with at most the model before it")
     named, prompt = given[0] if len(given) > 1 else None, given[-1] if given else None
     loading = replace(loading, model=shared.one_model(named, loading.model, DEFAULT_MODEL))
-    model, drafter, silent = loading.model, drafting.drafter, quiet or as_json
+    model, drafter, silent = loading.model, loading.drafter, quiet or as_json
     text = _read(prompt)
     _check_text("--system", system or "")
     _check_text("--stop", "".join(stop or []))
     # Checks that need no model come first, because the model may have to be downloaded; and those that need no torch
     # before it is imported.
     loading.check()
-    drafting.check()
     registry.check_name("verifiers", verifier)
     params = options.SamplingParams(**sampling.keywords, logit_bias=_bias(logit_bias or []))
     schema = None if json_schema is None else _schema(json_schema)
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, **vars(params), "stop": stop or [], "constraint": None}
     settings: dict[str, Any] = {"num_speculative_tokens": shared.depth(num_speculative_tokens)}
     rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
-    drafter_options = drafting.options
     cache = None if expert_cache is None else options.parse_size("--expert-cache", expert_cache)
     with terminal.status("starting", silent):
         terminal.warn_in_lines(verbose)
         from specdec.api.decoder import SpecDecoder
-        from specdec.api.text import encode
+        from specdec.api.prompts import encode
         from specdec.speculation.constraints import Json
         from specdec.speculation.sampling import Sampler
 
@@ -112,12 +108,10 @@ def generate(
         decoder = SpecDecoder.from_pretrained(
             model,
             drafter,
-            **loading.keywords,
-            drafter_options=drafter_options,
+            **loading.keywords | {"learn": bool(loading.learn)},  # None would learn after the command's text only
             verifier=rule,
             expert_cache=cache,
             expert_prefetch=expert_prefetch,
-            learn=bool(learn),  # else the command would end after its text only
         )
     source = "" if drafter in ("auto", decoder.drafter.traits.label) else drafter  # a folder or NAME=SOURCE
     ids = encode(decoder.tokenizer, text, chat=False if raw else None, system=system, context=decoder.target.context)
@@ -132,7 +126,7 @@ def generate(
 
     # Turns have scopes of their own, so none drafts from the text of another one, or reuses its keys and values.
     scope = {"scope": "turn 1"} if compare else {}
-    output, failed = _decode(decoder, ids, settings | scope, _discard if as_json else terminal.write, silent)
+    output, failed = _decode(decoder, ids, settings | scope, SILENT if as_json else terminal.write, silent)
     if not as_json:
         terminal.write("\n")
     comparison, interrupted = None, output.finish_reason == "interrupted"
@@ -142,7 +136,7 @@ def generate(
         decoded = [output]
         for turn in range(1, 2 * TURNS):
             either, own = (plain, baseline_settings) if turn % 2 else (decoder, settings)
-            made, failed = _decode(either, ids, own | {"scope": f"turn {turn // 2 + 1}"}, _discard, silent)
+            made, failed = _decode(either, ids, own | {"scope": f"turn {turn // 2 + 1}"}, SILENT, silent)
             interrupted = made.finish_reason == "interrupted"
             if interrupted or failed is not None:
                 break
@@ -160,7 +154,7 @@ def generate(
             "model": model,
             "drafter": decoder.drafter.traits.label,
             "drafter_source": source or None,
-            "drafter_options": drafter_options,
+            "drafter_options": loading.options,
             **statistics.runtime(decoder),
             "runtime_note": decoder.runtime_note,
             "lossless": rule.lossless,
@@ -175,7 +169,7 @@ def generate(
         statistics.statistics(decoder, output, comparison, verbose, source)
     if failed is not None:
         raise failed
-    if learn and decoder.drafter.learner is not None and not interrupted:
+    if loading.learn and decoder.drafter.learner is not None and not interrupted:
         with terminal.status("learning", silent):
             decoder.learn(LEARNING)
     if interrupted:
@@ -256,7 +250,3 @@ def _decode(
             raise failed
         write(output.text[sent:])  # text that could have begun a stop string or a character
     return output, failed
-
-
-def _discard(text: str) -> None:
-    pass

@@ -37,9 +37,9 @@ app = typer.Typer(
 
 
 @app.command("ahead", epilog="Example: specdec learn my-model --prompts prompts.jsonl --minutes 10")
+@shared.grouped
 def ahead(
-    argument: shared.ModelArgument = None,
-    named: shared.ModelOption = None,
+    model: shared.NamedModel = "",
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE|NAME", help="Prompts to answer first, as in bench; default: none.")
     ] = None,
@@ -54,7 +54,6 @@ def ahead(
     adapter: shared.Adapter = None,
 ) -> None:
     """Teach a model's drafter ahead of time, with conversations that the model makes up. The same as learn MODEL."""
-    model = shared.one_model(argument, named)
     for name in filter(None, (model, base)):
         shared.check_model(name)
     shared.check_adapter(adapter)
@@ -121,15 +120,14 @@ def reset(
     """Forget what was learned."""
     from specdec.drafters.m2r2 import learned
 
-    model = None if argument is None and named is None else shared.one_model(argument, named)
-    if model is None:
-        count, stems = len(learned.all_progress()), None
+    if argument is None and named is None:
+        found, stems = learned.all_progress(), None
     else:
-        found = _learned_for(model)
-        count, stems = len(found), {path.stem for path, _ in found}
+        found = [*_learned_for(shared.one_model(argument, named))]
+        stems = {path.stem for path, _ in found}
     if learned.forget(stems):
         say("a process that is learning now starts anew")
-    say(f"forgot what was learned for {count} model{'' if count == 1 else 's'}")
+    say(f"forgot what was learned for {len(found)} model{'' if len(found) == 1 else 's'}")
 
 
 @app.command("export", epilog="Example: specdec learn export my-drafter --model my-model")

@@ -40,16 +40,12 @@ def models(
 
 
 @app.command(epilog="Example: specdec models pull qwen2.5-coder-0.5b-instruct")
-def pull(
-    argument: shared.ModelArgument = None,
-    named: shared.ModelOption = None,
-    revision: shared.Revision = None,
-) -> None:
+@shared.grouped
+def pull(model: shared.NamedModel = "", revision: shared.Revision = None) -> None:
     """Get a model ahead of time: download it, check it, and write its tokenizer into the cache.
 
     MODEL is a name, a GGUF file, ORG/REPO, or ORG/REPO:NAME for a GGUF file of a repository.
     """
-    model = shared.one_model(argument, named)
     shared.check_model(model, revision)
     from specdec.models.source import find_source
 
@@ -59,12 +55,9 @@ def pull(
 
 
 @app.command(epilog="Example: specdec models rm qwen2.5-coder-0.5b-instruct")
-def rm(
-    argument: shared.ModelArgument = None,
-    named: shared.ModelOption = None,
-) -> None:
+@shared.grouped
+def rm(model: shared.NamedModel = "") -> None:
     """Delete a model from the cache, by its name in 'specdec models'. A GGUF file of your own stays where it is."""
-    model = shared.one_model(argument, named)
     terminal.say(f"deleted {model} ({terminal.megabytes(remove(model))})")
 
 

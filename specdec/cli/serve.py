@@ -24,90 +24,75 @@ _server, _limits = map(panel, ("Server", "Limits"))
 
 @shared.grouped
 def serve(
-    loading: shared.HubFlags = shared.HubFlags(),
-    drafting: shared.DrafterFlags = shared.DrafterFlags(),
-    learn: shared.Learn = None,
-    host: Annotated[
-        str, _server("--host", "Address to listen on; 0.0.0.0 admits other machines.", "HOST")
-    ] = "127.0.0.1",
-    port: Annotated[int, _server("--port", "Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
+    loading: shared.DecoderFlags = shared.DecoderFlags(),
+    host: Annotated[str, _server("Address to listen on; 0.0.0.0 admits other machines.", "HOST")] = "127.0.0.1",
+    port: Annotated[int, _server("Port; 0 takes a free one.", "N", min=0, max=65535)] = 8000,
     name: Annotated[
         str | None,
         _server(
-            "--name",
             "Name of the model for clients; default: the name it was loaded by.",
             "NAME",
-            also="--served-model-name",
+            names=["--name", "--served-model-name"],
         ),
     ] = None,
     api_key: Annotated[
         str | None,
         _server(
-            "--api-key",
             "Key that clients must send; as an environment variable it is hidden from other users.",
             "KEY",
             envvar="SPECDEC_API_KEY",
         ),
     ] = None,
     api_keys: Annotated[
-        Path | None, _server("--api-keys", "YAML file of keys with names and limits; see docs/agents.md.", "FILE")
+        Path | None, _server("YAML file of keys with names and limits; see docs/agents.md.", "FILE")
     ] = None,
     cors: Annotated[
         list[str] | None,
         _server(
-            "--cors",
             "Allow pages of this origin to call the server; repeatable, or a JSON list.",
             "ORIGIN",
-            also="--allowed-origins",
+            names=["--cors", "--allowed-origins"],
         ),
     ] = None,
     allowed_hosts: Annotated[
-        list[str] | None,
-        _server("--allowed-hosts", "Another host name that requests may name; '*' is any; repeatable.", "HOST"),
+        list[str] | None, _server("Another host name that requests may name; '*' is any; repeatable.", "HOST")
     ] = None,
-    quiet: Annotated[bool, _server("--quiet", "Print no line for each request.")] = False,
+    quiet: Annotated[bool, _server("Print no line for each request.", names=["--quiet"])] = False,
     log_requests: Annotated[
-        bool, _server("--log-requests", "Write prompts and answers into the log.", also="--enable-log-requests")
+        bool, _server("Write prompts and answers into the log.", names=["--log-requests", "--enable-log-requests"])
     ] = False,
     num_speculative_tokens: shared.Depth = "auto",
     speculative_config: Annotated[
-        str | None,
-        _server("--speculative-config", f"vLLM's way to name a drafter and a draft length, such as {CONFIG}.", "JSON"),
+        str | None, _server(f"vLLM's way to name a drafter and a draft length, such as {CONFIG}.", "JSON")
     ] = None,
     max_rows: Annotated[
         int,
         _limits(
-            "--max-rows", "Largest number of requests that are decoded at once.", "N", also="--max-num-seqs", min=1
+            "Largest number of requests that are decoded at once.", "N", names=["--max-rows", "--max-num-seqs"], min=1
         ),
     ] = 16,
     max_waiting: Annotated[
-        int, _limits("--max-waiting", "Largest number of requests that wait; others get status 429.", "N", min=1)
+        int, _limits("Largest number of requests that wait; others get status 429.", "N", min=1)
     ] = 256,
     kv_memory: Annotated[
-        str | None,
-        _limits(
-            "--kv-memory", "Memory for keys and values, such as 2GiB; default: a share of the free memory.", "SIZE"
-        ),
+        str | None, _limits("Memory for keys and values, such as 2GiB; default: a share of the free memory.", "SIZE")
     ] = None,
     prefix_cache: Annotated[
-        str | None, _limits("--prefix-cache", "Keep keys and values of texts in this folder, for later starts.", "DIR")
+        str | None, _limits("Keep keys and values of texts in this folder, for later starts.", "DIR")
     ] = None,
-    prefix_cache_size: Annotated[
-        str, _limits("--prefix-cache-size", "Largest size of the folder of --prefix-cache.", "SIZE")
-    ] = "10GiB",
+    prefix_cache_size: Annotated[str, _limits("Largest size of the folder of --prefix-cache.", "SIZE")] = "10GiB",
     max_tokens: Annotated[
-        int | None,
-        _limits("--max-tokens", "Largest number of new tokens of a choice; default: the model's context.", "N", min=1),
+        int | None, _limits("Largest number of new tokens of a choice; default: the model's context.", "N", min=1)
     ] = None,
     max_connections: Annotated[
-        int, _limits("--max-connections", "Largest number of connections; further requests get 503.", "N", min=1)
+        int, _limits("Largest number of connections; further requests get 503.", "N", min=1)
     ] = 1024,
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's interfaces, a page, metrics. Needs the extra 'serve'."""
     model = loading.model
     if speculative_config is not None:
-        drafter, num_speculative_tokens = _speculative(speculative_config, drafting.drafter, num_speculative_tokens)
-        drafting = replace(drafting, drafter=drafter)
+        drafter, num_speculative_tokens = _speculative(speculative_config, loading.drafter, num_speculative_tokens)
+        loading = replace(loading, drafter=drafter)
     cors = [origin for text in cors or [] for origin in _listed("--cors", text)]
     for origin in cors:
         if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
@@ -135,7 +120,6 @@ def serve(
         if api_key is not None and not KEY.fullmatch(api_key):
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
         loading.check()
-        drafting.check()
         from specdec.speculation.drafter import DrafterWarning
 
         warnings.simplefilter("ignore", DrafterWarning)  # the log has a line for each failure
@@ -165,9 +149,7 @@ def serve(
             except ModuleNotFoundError as error:
                 raise _not_installed(error) from None
 
-            decoder = SpecDecoder.from_pretrained(
-                model, drafting.drafter, **loading.keywords, drafter_options=drafting.options, learn=learn
-            )
+            decoder = SpecDecoder.from_pretrained(model, loading.drafter, **loading.keywords)
             engine = decoder.engine(
                 max_rows=max_rows,
                 max_waiting=max_waiting,

@@ -7,7 +7,7 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from glob import escape, glob
 from pathlib import Path
@@ -29,13 +29,13 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 def panel(title: str) -> Callable[..., Any]:
     """Return a function that creates typer options in the help panel ``title``.
 
-    Its parameters: name, such as "--top-k"; help, a text or an option type of ``base.options`` with a description;
-    metavar; also, a second name, by which users of vLLM know the option.
+    Its parameters: help, a text or an option type of ``base.options`` with a description; metavar; names, such as
+    "--top-k" and others by which users of vLLM know the option (none: typer makes one of the parameter's name).
     """
 
-    def option(name: str, help: Any, metavar: str | None = None, also: str | None = None, **more: Any) -> Any:
+    def option(help: Any, metavar: str | None = None, names: Sequence[str] = (), **more: Any) -> Any:
         text = help if isinstance(help, str) else options.description(help)
-        return typer.Option(name, *filter(None, [also]), help=text, metavar=metavar, rich_help_panel=title, **more)
+        return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=title, **more)
 
     return option
 
@@ -43,124 +43,108 @@ def panel(title: str) -> Callable[..., Any]:
 _model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
 
 
-def complete_model(incomplete: str) -> list[str]:
-    """Return the names of embedded models and models in the cache that begin with ``incomplete``, for the shell."""
-    from specdec.models.cached import cached_models
+def completing(
+    names: Callable[[], Iterable[str]], separators: str = "", paths: bool = False
+) -> Callable[[str], list[str]]:
+    """Return the function by which the shell completes an argument: it takes the text so far and returns the ways on.
 
-    known = [*EMBEDDED, *(model.name for model in cached_models())]
-    return [name for name in dict.fromkeys(known) if name.startswith(incomplete)]
-
-
-def complete_drafter(incomplete: str) -> list[str]:
-    """Return completions of a drafter's name for the shell; after a "+", the last of the joined names is completed."""
-    before, plus, last = incomplete.rpartition("+")
-    return [f"{before}{plus}{name}" for name in ["auto", *sorted(registry.names("drafters"))] if name.startswith(last)]
-
-
-def complete_drafters(incomplete: str) -> list[str]:
-    """Return completions of a comma-separated list of drafters for the shell: its last name is completed."""
-    before, comma, last = incomplete.rpartition(",")
-    return [f"{before}{comma}{name}" for name in complete_drafter(last)]
-
-
-def complete_verifier(incomplete: str) -> list[str]:
-    """Return the names of verifiers that begin with ``incomplete``, for the shell."""
-    return [name for name in sorted(registry.names("verifiers")) if name.startswith(incomplete)]
-
-
-def complete_prompts(incomplete: str) -> list[str]:
-    """Return the names of prompt sets and the paths that begin with ``incomplete``, for the shell."""
-    from specdec.bench.prompts import PACKAGED, PROMPT_SETS
-
-    return _names_and_paths([*PACKAGED, *PROMPT_SETS], incomplete)
-
-
-def complete_config(kind: str) -> Callable[[str], list[str]]:
-    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+    names: returns what can be named; it is called when the shell asks.
+    separators: characters between several names, of which the last one is completed.
+    paths: whether a path can stand there, too.
+    """
 
     def complete(incomplete: str) -> list[str]:
-        return _names_and_paths(files.shipped_configs(kind), incomplete)
+        begin = max(incomplete.rfind(separator) for separator in separators or "\0") + 1
+        found = [incomplete[:begin] + name for name in names() if name.startswith(incomplete[begin:])]
+        there = sorted(glob(f"{escape(incomplete)}*")) if paths else ()
+        return [*found, *(f"{path}/" if Path(path).is_dir() else path for path in there)]
 
     return complete
 
 
-def _names_and_paths(names: Iterable[str], incomplete: str) -> list[str]:
-    paths = (f"{path}/" if Path(path).is_dir() else path for path in sorted(glob(f"{escape(incomplete)}*")))
-    return [*(name for name in names if name.startswith(incomplete)), *paths]
+def _models() -> Iterable[str]:
+    from specdec.models.cached import cached_models
 
+    return dict.fromkeys([*EMBEDDED, *(model.name for model in cached_models())])
+
+
+def _drafters() -> Iterable[str]:
+    return ["auto", *sorted(registry.names("drafters"))]
+
+
+def _prompt_sets() -> Iterable[str]:
+    from specdec.bench.prompts import PACKAGED, PROMPT_SETS
+
+    return [*PACKAGED, *PROMPT_SETS]
+
+
+def complete_config(kind: str) -> Callable[[str], list[str]]:
+    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+    return completing(functools.partial(files.shipped_configs, kind), paths=True)
+
+
+complete_model = completing(_models)
+complete_drafters = completing(_drafters, "+,")
+complete_prompts = completing(_prompt_sets, paths=True)
 
 MODEL = "Name (see 'specdec models'), Hugging Face id, folder or GGUF file."
-Model = Annotated[str, _model("--model", MODEL, "NAME", autocompletion=complete_model)]
+Model = Annotated[str, _model(MODEL, "NAME", autocompletion=complete_model)]
 ModelArgument = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="The same as --model.", autocompletion=complete_model, show_default=False),
 ]
-ModelOption = Annotated[str | None, _model("--model", "The same as MODEL.", "NAME", autocompletion=complete_model)]
-Dtype = Annotated[str, _model("--dtype", "auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
-Device = Annotated[
-    str, _model("--device", "auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")
-]
+_same = _model("The same as MODEL.", "NAME", ["--model"], autocompletion=complete_model, show_default=False)
+ModelOption = Annotated[str | None, _same]
+NamedModel = Annotated[str, _same]  # "": no model is named, which ``grouped`` refuses
+Dtype = Annotated[str, _model("auto (the checkpoint's), bfloat16, float16 or float32.", "DTYPE")]
+Device = Annotated[str, _model("auto (CUDA where there is one, else cpu), cpu, cuda, cuda:1, mps ...", "DEVICE")]
 Adapter = Annotated[
-    str | None,
-    _model(
-        "--adapter", "LoRA adapter to merge into the weights: folder of PEFT, GGUF file or Hugging Face id.", "NAME"
-    ),
+    str | None, _model("LoRA adapter to merge into the weights: folder of PEFT, GGUF file or Hugging Face id.", "NAME")
 ]
 Runtime = Annotated[
-    options.Runtime,
-    _model("--runtime", "auto (the fastest that serves the model), native, torch or transformers.", "NAME"),
+    options.Runtime, _model("auto (the fastest that serves the model), native, torch or transformers.", "NAME")
 ]
-Revision = Annotated[str | None, _model("--revision", "Branch, tag or commit of a Hugging Face id.", "REV")]
-TrustRemoteCode = Annotated[bool, _model("--trust-remote-code", "Run Python code that comes with the model.")]
+Revision = Annotated[str | None, _model("Branch, tag or commit of a Hugging Face id.", "REV")]
+TrustRemoteCode = Annotated[bool, _model("Run Python code that comes with the model.", names=["--trust-remote-code"])]
 Weights = Annotated[
     options.Weights,
-    _model(
-        "--weights",
-        "auto or dense (as loaded), or int8 or int4 (layers rounded to 8 or 4 bits; native runtime).",
-        "KIND",
-    ),
+    _model("auto or dense (as loaded), or int8 or int4 (layers rounded to 8 or 4 bits; native runtime).", "KIND"),
 ]
 KVCache = Annotated[
-    options.KVCacheFormat,
-    _model("--kv-cache", "auto (the model's dtype) or int8 (half the memory; lossy; native runtime).", "KIND"),
+    options.KVCacheFormat, _model("auto (the model's dtype) or int8 (half the memory; lossy; native runtime).", "KIND")
 ]
 Packed = Annotated[
-    bool,
-    _model("--packed/--no-packed", "Keep packed weights on disk, so that later starts are faster."),
+    bool, _model("Keep packed weights on disk, so that later starts are faster.", names=["--packed/--no-packed"])
 ]
 Drafter = Annotated[
     str,
     _model(
-        "--drafter",
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
         "with X one of these; auto: ngram+m2r2.",
         "NAME",
-        autocompletion=complete_drafter,
+        autocompletion=completing(_drafters, "+"),
     ),
 ]
 DrafterOption = Annotated[
-    list[str] | None,
-    _model("--drafter-option", "An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE"),
+    list[str] | None, _model("An option of the drafter, such as exit_layer=8; repeatable.", "KEY=VALUE")
 ]
 Learn = Annotated[
     bool | None,
     _model(
-        "--learn/--no-learn",
         "Let m2r2 learn from the texts while the machine is idle; serve and chat do so by default.",
+        names=["--learn/--no-learn"],
     ),
 ]
 Verifier = Annotated[
     str,
     _model(
-        "--verifier",
         "exact, or a lossy verifier: typical, confident.",
         "NAME",
-        autocompletion=complete_verifier,
+        autocompletion=completing(lambda: sorted(registry.names("verifiers"))),
     ),
 ]
 VerifierOption = Annotated[
-    list[str] | None,
-    _model("--verifier-option", "An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE"),
+    list[str] | None, _model("An option of the verifier, such as epsilon=0.1; repeatable.", "KEY=VALUE")
 ]
 
 Prompts = Annotated[
@@ -190,11 +174,11 @@ Depth = Annotated[
         "--num-speculative-tokens", metavar="K", help="Tokens that are drafted in a step; auto chooses the number."
     ),
 ]
-Temperature = Annotated[float, _sampling("--temperature", options.Temperature, "T")]
-TopP = Annotated[float, _sampling("--top-p", options.TopP, "P")]
-TopK = Annotated[int, _sampling("--top-k", options.TopK, "N")]
-Seed = Annotated[int | None, _sampling("--seed", options.Seed, "N", show_default=False)]
-JsonLine = Annotated[bool, _output("--json", "Print all results as one line of JSON at the end.")]
+Temperature = Annotated[float, _sampling(options.Temperature, "T")]
+TopP = Annotated[float, _sampling(options.TopP, "P")]
+TopK = Annotated[int, _sampling(options.TopK, "N")]
+Seed = Annotated[int | None, _sampling(options.Seed, "N", show_default=False)]
+JsonLine = Annotated[bool, _output("Print all results as one line of JSON at the end.", names=["--json"])]
 
 
 @dataclass(frozen=True)
@@ -222,20 +206,6 @@ class LoadingFlags:
 
 
 @dataclass(frozen=True)
-class HubFlags(LoadingFlags):
-    """``LoadingFlags`` with options for models of the Hugging Face Hub and for packed weights in the cache."""
-
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    packed: Packed = True
-
-    def check(self) -> None:
-        """Check the options as ``LoadingFlags`` does, then start reading the weights in the background."""
-        super().check()
-        read_ahead(self.model, self.keywords)
-
-
-@dataclass(frozen=True)
 class DrafterFlags:
     """The options of a command that choose its drafter."""
 
@@ -250,6 +220,28 @@ class DrafterFlags:
     def options(self) -> dict[str, Any]:
         """The options of the drafter, parsed. Raises SpecDecError for texts that are not KEY=VALUE."""
         return options.parse_assignments("--drafter-option", self.drafter_option or [])
+
+
+@dataclass(frozen=True)
+class DecoderFlags(LoadingFlags, DrafterFlags):
+    """The options of a command that decodes with a model, which may be downloaded, and a drafter."""
+
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    packed: Packed = True
+    learn: Learn = None
+
+    def check(self) -> None:
+        """Check the model and the drafter, then start reading the weights in the background. Raises SpecDecError."""
+        super().check()
+        DrafterFlags.check(self)
+        read_ahead(self.model, self.keywords)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """All options but the names of model and drafter, as keyword arguments of ``SpecDecoder.from_pretrained``."""
+        own = {name: value for name, value in super().keywords.items() if name not in ("drafter", "drafter_option")}
+        return own | {"drafter_options": self.options}
 
 
 @dataclass(frozen=True)
@@ -273,12 +265,10 @@ class AllSamplingFlags(SamplingFlags):
     """``SamplingFlags`` with filters and penalties that are used less often."""
 
     seed: Seed = None
-    min_p: Annotated[float, _sampling("--min-p", options.MinP, "P")] = 0.0
-    repetition_penalty: Annotated[float | None, _sampling("--repetition-penalty", options.RepetitionPenalty, "R")] = (
-        None
-    )
-    frequency_penalty: Annotated[float, _sampling("--frequency-penalty", options.FrequencyPenalty, "P")] = 0.0
-    presence_penalty: Annotated[float, _sampling("--presence-penalty", options.PresencePenalty, "P")] = 0.0
+    min_p: Annotated[float, _sampling(options.MinP, "P")] = 0.0
+    repetition_penalty: Annotated[float | None, _sampling(options.RepetitionPenalty, "R")] = None
+    frequency_penalty: Annotated[float, _sampling(options.FrequencyPenalty, "P")] = 0.0
+    presence_penalty: Annotated[float, _sampling(options.PresencePenalty, "P")] = 0.0
 
 
 def check_adapter(name: str | None) -> None:
@@ -295,7 +285,7 @@ def one_model(argument: str | None, option: str | None, default: str | None = No
     """
     if argument is not None and option not in (None, default, argument):
         raise SpecDecError(f"the model is named twice, as '{argument}' and with --model '{option}'; leave one out")
-    if (model := argument or option or default) is None:
+    if not (model := argument or option or default):
         raise SpecDecError("no model is named; give one, such as --model " + DEFAULT_MODEL)
     return model
 
@@ -309,7 +299,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Return ``command`` in the form that typer needs, for use as a decorator.
 
     Each parameter whose default is a dataclass (such as ``LoadingFlags``) is replaced by options, one per field. A
-    command with ``LoadingFlags`` and without positional arguments also takes the model as an argument.
+    command with an option ``model`` and without positional arguments also takes the model as an argument.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {n: p.default for n, p in signature.parameters.items() if is_dataclass(p.default)}
@@ -322,17 +312,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             default = getattr(groups[name], field)
             parameters.append(inspect.Parameter(field, parameter.kind, default=default, annotation=kind))
 
-    if loads := [name for name, group in groups.items() if isinstance(group, LoadingFlags)]:
-        positional = not any(map(_is_argument, parameters))
-        if positional:
-            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.insert(0, inspect.Parameter("model_argument", kind, default=None, annotation=ModelArgument))
-        default_model = groups[loads[0]].model
+    named = next((parameter for parameter in parameters if parameter.name == "model"), None)
+    if named is not None and any(map(_is_argument, parameters)):
+        named = None
+    if named is not None:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters.insert(0, inspect.Parameter("model_argument", kind, default=None, annotation=ModelArgument))
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        if loads and positional:
-            given["model"] = one_model(given.pop("model_argument"), given["model"], default_model)
+        if named is not None:
+            given["model"] = one_model(given.pop("model_argument"), given["model"], named.default)
         for name, group in groups.items():
             given[name] = replace(group, **{field: given.pop(field) for field in vars(group)})
         command(**given)

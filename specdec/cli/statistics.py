@@ -193,26 +193,16 @@ def advice(decoder: SpecDecoder, output: GenerationOutput, comparison: dict[str,
 
     comparison: the result of ``compare``, whose speedup decides; None: there was none.
     """
+    m, label, training = output.metrics, decoder.drafter.traits.label, decoder.drafter.training
     faster = comparison is not None and (comparison["speedup"] or 0.0) > 1
-    return "" if faster or not decoder.drafter.traits.drafts else nothing_accepted(decoder, output) or slower(output)
-
-
-def nothing_accepted(decoder: SpecDecoder, output: GenerationOutput) -> str:
-    """Return advice if no drafted token was accepted; "" if one was, or if fewer than ``MIN_DRAFTED`` were drafted."""
-    m = output.metrics
-    if m.num_draft_tokens < MIN_DRAFTED or m.num_accepted_draft_tokens:
+    if faster or not decoder.drafter.traits.drafts:
         return ""
-    training = decoder.drafter.training
-    other = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
-    return (
-        f"none of the {m.num_draft_tokens} tokens that {decoder.drafter.traits.label} drafted was accepted: it does "
-        f"not fit this model or this prompt; {other}, or decode plainly (--drafter none)"
-    )
-
-
-def slower(output: GenerationOutput) -> str:
-    """Return why drafting saved no time; "" if it did save time, or if nothing is known about it."""
-    m = output.metrics
+    if m.num_draft_tokens >= MIN_DRAFTED and not m.num_accepted_draft_tokens:
+        other = f"train one for this model ({training})" if training else "'specdec drafters' lists others"
+        return (
+            f"none of the {m.num_draft_tokens} tokens that {label} drafted was accepted: it does not fit this model or "
+            f"this prompt; {other}, or decode plainly (--drafter none)"
+        )
     if m.draft_note is None or m.draft_saved_seconds > 0:
         return ""
     drafted = f"{m.num_drafted_steps} of {m.num_spec_steps} steps drafted"

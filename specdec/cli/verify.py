@@ -60,7 +60,7 @@ def verify(
         import yaml
 
         from specdec.api.decoder import SpecDecoder
-        from specdec.api.text import encode
+        from specdec.api.prompts import encode
         from specdec.bench.environment import environment
         from specdec.verify.certificate import Certificate
 

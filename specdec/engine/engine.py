@@ -11,9 +11,8 @@ import math
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from specdec.base.background import Stop, Work
@@ -29,8 +28,6 @@ from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.verifier import Verifier
-
-__all__ = ["Engine", "EngineStats", "QueueFullError"]
 
 IDLE = 0.1  # seconds after which a thread without work checks that its engine is still there
 LEARNING = 0.01  # share of the time of steps that the drafter's own work may take while requests run
@@ -59,7 +56,6 @@ class EngineStats:
     steps: int
     drafted: int
     accepted: int
-    accepted_per_position: list[int] = field(default_factory=list)
     drafter: str = "none"
     drafter_failures: int = 0
     outage: Outage | None = None
@@ -110,7 +106,6 @@ class Engine:
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, prefixes, disk)
         self.timer = self.batch.timer
         self.steps_done = self.drafted = self.accepted = 0
-        self.positions: Counter[int] = Counter()
         self.requests = dict[Request, None]()  # accepted, and not ended for their readers: wherever they are in a step
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
         self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
@@ -180,10 +175,12 @@ class Engine:
     def steps(self) -> Iterator[Events]:
         """Run steps in the caller's thread until every request has ended; yield the new tokens of each step's rows.
 
+        ``close`` ends them, too, if another thread calls it.
+
         A step admits, prefills, decodes and delivers. A step that fails ends all requests but those that wait, and its
         error is raised.
         """
-        while self.busy:
+        while self.busy and (self._draining or not self._closing):
             events, error = self._try_step()
             if error is not None:
                 raise error
@@ -200,20 +197,26 @@ class Engine:
 
     def _step(self) -> Events:
         self.timer.restart()
-        self._drop_cancelled()
+        for row in self._all_requests():
+            if row.cancelled:
+                self._cancel(row)
         self._recover()
         scheduler, batch = self.scheduler, self.batch
         preempted, decoding = scheduler.preempt(), bool(batch.rows)
         if scheduler.waiting and not preempted:
             scheduler.admit()
-            self._start_phases(scheduler.prefilling.rows)
+            for row in scheduler.prefilling.rows:  # new ones share the engine's phases until they end
+                if row.phases_at_start is None:
+                    row.phases_at_start = dict(self.timer.seconds)
+                    row.metrics.phases = self.timer.seconds
         events: Events = []
         if scheduler.prefilling.rows:
             events += self._deliver(scheduler.prefill())
         if decoding and batch.rows:
             batch.step(self._notify)
-            for row in batch.rows:
-                self._count(row.metrics.per_step_drafted[-1], row.metrics.per_step_accepted[-1])
+            self.steps_done += len(batch.rows)
+            self.drafted += sum(row.metrics.per_step_drafted[-1] for row in batch.rows)
+            self.accepted += sum(row.metrics.per_step_accepted[-1] for row in batch.rows)
             events += self._deliver(batch.rows)
         if not (decoding and batch.rows):
             self._notify()
@@ -227,13 +230,6 @@ class Engine:
         if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
-    def _start_phases(self, rows: Sequence[Request]) -> None:
-        """Let new rows share the engine's phases from now on."""
-        for row in rows:
-            if row.phases_at_start is None:
-                row.phases_at_start = dict(self.timer.seconds)
-                row.metrics.phases = self.timer.seconds  # until the row ends
-
     def _deliver(self, rows: Sequence[Request]) -> Events:
         """Give each row's reader its new tokens, and remove the rows that have ended."""
         rows, now = list(rows), time.perf_counter()
@@ -242,8 +238,8 @@ class Engine:
                 constraint = row.sampler.constraint
                 row.error = None if constraint is None else constraint.error(row.ids)
                 row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
-            if not row.metrics.first_token_seconds:
-                row.metrics.first_token_seconds = now - row.submit_time
+            row.metrics.last_token_seconds = now - row.submit_time
+            row.metrics.first_token_seconds = row.metrics.first_token_seconds or now - row.submit_time
         ended = [row for row in rows if row.finish_reason is not None]
         if ended:
             self._end(ended)
@@ -267,24 +263,12 @@ class Engine:
         for handle in handles:
             handle.notify()
 
-    def _count(self, drafted: int, accepted: int) -> None:
-        self.steps_done += 1
-        self.drafted += drafted
-        self.accepted += accepted
-        self.positions.update(range(accepted))
-
     def _end(self, rows: Sequence[Request]) -> None:
         """Remove rows that have ended."""
         self.scheduler.remove(rows)
         for row in rows:
             if row.phases_at_start is not None:
                 self.batch.end(row)
-
-    def _drop_cancelled(self) -> None:
-        """Remove cancelled requests."""
-        for row in self._all_requests():
-            if row.cancelled:
-                self._cancel(row)
 
     def _all_requests(self) -> list[Request]:
         """Return all requests that run or wait."""
@@ -399,7 +383,6 @@ class Engine:
             steps=self.steps_done,
             drafted=self.drafted,
             accepted=self.accepted,
-            accepted_per_position=[self.positions[n] for n in range(max(self.positions, default=-1) + 1)],
             drafter=self.drafting,
             drafter_failures=self.batch.guard.failures,
             outage=self.outage,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdec.base.devices import DeviceEvent, record_event
+from specdec.base.devices import record_event
 
 MANY_ROWS = 3  # that decode together, from which on drafts may not pay for their number
 
@@ -26,7 +26,8 @@ class RequestMetrics:
     exit_layers: number of layers run, for each token that was accepted without scoring.
     experts: what reading experts from the disk cost while decoding, for all rows together (``MappedExperts.figures``).
     queue_seconds: from the submission until the request was admitted.
-    first_token_seconds: from the submission to the first token.
+    first_token_seconds: from the submission to the first token; 0.0 before there is one.
+    last_token_seconds: from the submission to the last token so far.
     accepted_by_source: accepted drafted tokens by what proposed them.
     draft_saved_seconds: about what plain decoding would have taken longer; 0 where the depth is fixed.
     drafting_off: why nothing is drafted, if the drafter has failed.
@@ -45,6 +46,7 @@ class RequestMetrics:
     experts: dict[str, float] = field(default_factory=dict)
     queue_seconds: float = 0.0
     first_token_seconds: float = 0.0
+    last_token_seconds: float = 0.0
     num_cached_tokens: int = 0
     saved_seconds: float = 0.0
     accepted_by_source: dict[str, int] = field(default_factory=dict)
@@ -166,8 +168,8 @@ class PhaseTimer:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device, self.seconds, self.step = device, dict[str, float](), dict[str, float]()
         self._last = time.perf_counter()
-        self._begin: DeviceEvent | None = None
-        self._behind: tuple[str, float, DeviceEvent, DeviceEvent] | None = None
+        self._begin: torch.cuda.Event | None = None
+        self._behind: tuple[str, float, torch.cuda.Event, torch.cuda.Event] | None = None
 
     def restart(self) -> None:
         """Restart the clock; the time since the last mark belongs to no phase."""

@@ -2,38 +2,104 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from anyio.to_thread import run_sync
 from pydantic_core import to_json
 
-from specdec.serve.choice import Choice, merge_pieces
+from specdec.api.text import REASONS, Piece, text_of
+from specdec.base.errors import ConstraintError
+from specdec.engine.request import Event, Handle
 from specdec.serve.errors import ApiError
 from specdec.serve.events import sse
-from specdec.serve.parts import Block
+from specdec.serve.metrics import Metrics
+from specdec.serve.parts import Part
 from specdec.serve.request import GenerationRequest
 
 Events = Iterator[dict[str, Any]]
 
 
 class Answer(ABC):
-    """The answer to a request."""
+    """The answer to a request.
 
-    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str) -> None:
-        self.asked, self.choices, self.model = asked, choices, model
+    asked: the client's request.
+    handles: of the engine's requests, one for each choice, in the order of their numbers.
+    counters: of the server, which count tokens as they are read.
+    texts: the texts of the choices, as far as they have been read.
+    parsers: what splits the texts into parts.
+    """
+
+    def __init__(self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics) -> None:
+        self.asked = asked
+        self.handles = handles
+        self.counters = counters
+        self.texts = [text_of(handle.request) for handle in handles]
+        self.parsers = [asked.new_parser() for _ in handles]
 
     @abstractmethod
     async def json(self) -> bytes:
-        """Return the whole answer, once all choices have finished."""
+        """Return the whole answer as JSON, once all choices have finished. Raises ApiError."""
 
     @abstractmethod
     def events(self) -> AsyncIterator[bytes]:
-        """Return the answer as a stream."""
+        """Return the answer as a stream of server-sent events, of which the last one may be an error."""
+
+    async def _pieces(self, number: int = 0, per_token: bool = False) -> AsyncIterator[Piece]:
+        """Yield the text of a choice, a piece per step or ``per_token``. The last piece has a finish reason.
+
+        Raises ApiError if the engine fails. Leaving the loop early cancels the choice.
+        """
+        handle, latest = self.handles[number], 0.0
+        try:
+            async for event in handle:
+                if event.tokens:
+                    now = time.perf_counter()
+                    seconds = now - (latest or handle.request.submit_time)
+                    self.counters.record_tokens(len(event.tokens), seconds, first=not latest)
+                    latest = now
+                if event.finish_reason is not None and event.finish_reason not in REASONS:
+                    raise _failure(event)
+                for piece in self.texts[number].read(event, per_token):
+                    yield piece
+        finally:
+            handle.cancel()
+
+    async def _all_pieces(self, per_token: bool = False) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (number of a choice, piece of its text) for all choices, in the order in which they are generated."""
+        if len(self.handles) == 1:
+            async for piece in self._pieces(0, per_token):
+                yield 0, piece
+            return
+        arrived: asyncio.Queue[tuple[int, Piece] | Exception] = asyncio.Queue(maxsize=len(self.handles))
+
+        async def forward(number: int) -> None:
+            try:
+                async for piece in self._pieces(number, per_token):
+                    await arrived.put((number, piece))
+            except Exception as error:
+                await arrived.put(error)
+
+        tasks = [asyncio.create_task(forward(number)) for number in range(len(self.handles))]
+        try:
+            running = len(tasks)
+            while running:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                running -= item[1].finish is not None
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _finished(self) -> None:
-        async for _ in merge_pieces(self.choices, per_token=False):
+        """Read all choices to their ends. Raises ApiError."""
+        async for _ in self._all_pieces():
             pass
 
     def counts(self) -> tuple[int, int, int]:
@@ -41,75 +107,85 @@ class Answer(ABC):
 
         A prompt counts once for all its choices.
         """
-        prompts = [choice.handle.metrics for choice in self.choices[self.asked.n - 1 :: self.asked.n]]
+        prompts = [handle.metrics for handle in self.handles[self.asked.n - 1 :: self.asked.n]]
         cached = sum(metrics.num_cached_tokens for metrics in prompts)
-        new = sum(choice.text.num_read for choice in self.choices)
-        return sum(metrics.num_prompt_tokens for metrics in prompts), cached, new
+        return sum(metrics.num_prompt_tokens for metrics in prompts), cached, sum(text.num_read for text in self.texts)
 
     def time_saved(self) -> dict[str, int]:
         """Return about how many milliseconds the cached tokens would have taken, as a member of ``usage``."""
-        return {"time_saved_ms": round(1e3 * sum(choice.handle.metrics.saved_seconds for choice in self.choices))}
+        return {"time_saved_ms": round(1e3 * sum(handle.metrics.saved_seconds for handle in self.handles))}
 
     def summary(self) -> str:
         """Return the end of the request's line in the log."""
-        (before, _, new), steps = self.counts(), sum(c.handle.metrics.num_spec_steps for c in self.choices)
-        accepted = sum(c.handle.metrics.num_accepted_draft_tokens for c in self.choices)
+        (before, _, new), figures = self.counts(), [handle.metrics for handle in self.handles]
+        steps = sum(metrics.num_spec_steps for metrics in figures)
+        accepted = sum(metrics.num_accepted_draft_tokens for metrics in figures)
         length = 1 + accepted / steps if steps else 1.0
-        reasons = "+".join(sorted({c.text.finish_reason or "cancelled" for c in self.choices}))
+        reasons = "+".join(sorted({text.finish_reason or "cancelled" for text in self.texts}))
         return f"{before} prompt + {new} new tokens, {length:.2f} per step, {reasons}"
 
     def metrics(self) -> dict[str, Any]:
-        """Return the member ``metrics``, unless the client wants none."""
+        """Return the member ``metrics`` of a response with one choice, unless the client wants none.
+
+        As in vLLM there are no figures for several choices.
+        """
         if not self.asked.include_metrics:
             return {}
-        return {"metrics": _response_metrics(self.choices, self.asked.per_step_metrics)}
+        if len(self.handles) > 1:
+            return {"metrics": {"speculative_decoding": None}}
+        [metrics], [text] = [handle.metrics for handle in self.handles], self.texts
+        seconds, gaps = metrics.last_token_seconds - metrics.first_token_seconds, text.num_read - 1
+        deepest, histogram = max(metrics.per_step_drafted, default=0), metrics.acceptance_histogram
+        names = ["num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "mean_acceptance_length"]
+        names += ["draft_acceptance_rate", "num_drafted_steps", "accepted_by_source"]
+        if self.asked.per_step_metrics:
+            names += ["per_step_drafted", "per_step_accepted"]
+        speculation = {name: getattr(metrics, name) for name in names} | {
+            "num_spec_tokens": deepest,
+            "time_saved_ms": round(1e3 * metrics.draft_saved_seconds),
+            "note": metrics.draft_note,
+            "acceptance_histogram": histogram + [0] * (deepest + 1 - len(histogram)),
+        }
+        return {
+            "metrics": {
+                "time_to_first_token_ms": 1e3 * metrics.first_token_seconds,
+                "generation_time_ms": 1e3 * seconds,
+                "queue_time_ms": 1e3 * metrics.queue_seconds,
+                "mean_itl_ms": 1e3 * seconds / gaps if gaps > 0 else None,
+                "tokens_per_second": gaps / seconds if seconds > 0 else None,
+                "speculative_decoding": speculation,
+            }
+        }
 
 
-def _response_metrics(choices: Sequence[Choice], per_step: bool) -> dict[str, Any]:
-    """Return the ``metrics`` of a response with one choice. As in vLLM there are none for several choices."""
-    if len(choices) != 1:
-        return {"speculative_decoding": None}
-    choice, metrics = choices[0], choices[0].handle.metrics
-    seconds, gaps = choice.last_token_at - choice.first_token_at, choice.text.num_read - 1
-    deepest, histogram = max(metrics.per_step_drafted, default=0), metrics.acceptance_histogram
-    names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens", "mean_acceptance_length")
-    speculation: dict[str, Any] = {
-        "num_spec_tokens": deepest,
-        **{name: getattr(metrics, name) for name in (*names, "draft_acceptance_rate", "num_drafted_steps")},
-        "accepted_by_source": metrics.accepted_by_source,
-        "time_saved_ms": round(1e3 * metrics.draft_saved_seconds),
-        "note": metrics.draft_note,
-        "acceptance_histogram": histogram + [0] * (deepest + 1 - len(histogram)),
-    }
-    if per_step:
-        speculation |= {name: list(getattr(metrics, name)) for name in ("per_step_drafted", "per_step_accepted")}
-    return {
-        "time_to_first_token_ms": 1e3 * (choice.first_token_at - choice.started),
-        "generation_time_ms": 1e3 * seconds,
-        "queue_time_ms": 1e3 * metrics.queue_seconds,
-        "mean_itl_ms": 1e3 * seconds / gaps if gaps > 0 else None,
-        "tokens_per_second": gaps / seconds if seconds > 0 else None,
-        "speculative_decoding": speculation,
-    }
+def _failure(event: Event) -> ApiError:
+    """Return the error for an event that ends a request otherwise than an answer ends."""
+    if event.finish_reason == "cancelled":
+        return ApiError(503, "the server is shutting down; try again later")
+    if isinstance(event.error, ConstraintError):
+        return ApiError(400, str(event.error), code="invalid_value")
+    return ApiError(500, f"decoding failed: {event.error}")
 
 
 class BlockAnswer(Answer):
     """An answer with one choice, written block by block.
 
-    A subclass returns the events of each; their ``type`` is their name. blocks: so far.
+    A subclass returns the events of each; their ``type`` is their name.
+    text: of the choice.
+    blocks: the blocks so far.
     """
 
-    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str) -> None:
-        super().__init__(asked, choices, model)
-        [self.choice] = self.choices
-        self.parser, self.blocks = asked.new_parser(), list[Block]()
+    def __init__(self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics) -> None:
+        super().__init__(asked, handles, counters)
+        [self.text] = self.texts
+        self.blocks = list[Part]()
 
     async def json(self) -> bytes:
         await self._finished()
         return await run_sync(self._whole)
 
     def _whole(self) -> bytes:
-        for _ in self._read(self.choice.text.text, last=True):
+        for _ in self._read(self.text.text, last=True):
             pass
         return to_json(self.result() | self.metrics())
 
@@ -117,7 +193,7 @@ class BlockAnswer(Answer):
         try:
             for event in self.begin():
                 yield self._written(event)
-            async for piece in self.choice.pieces():
+            async for piece in self._pieces():
                 for event in self._read(piece.text, last=piece.finish is not None):
                     yield self._written(event)
             for event in [*(self.end_block(self.blocks[-1], last=True) if self.blocks else ()), *self.end()]:
@@ -126,12 +202,12 @@ class BlockAnswer(Answer):
             yield self._written(self.failure(error))
 
     def _read(self, text: str, last: bool) -> Events:
-        """Yield the events of more text."""
-        for part in self.parser.push(text, last):
+        """Yield the events of more text. last: the text is complete."""
+        for part in self.parsers[0].push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
                 if self.blocks:
                     yield from self.end_block(self.blocks[-1])
-                self.blocks.append(Block(part.kind, "", part.name, part.id))
+                self.blocks.append(replace(part, text=""))
                 yield from self.begin_block(self.blocks[-1])
             if part.text:
                 self.blocks[-1].text += part.text
@@ -153,15 +229,15 @@ class BlockAnswer(Answer):
         """Return events before the first block."""
 
     @abstractmethod
-    def begin_block(self, block: Block) -> Events:
+    def begin_block(self, block: Part) -> Events:
         """Return events of a new block, which is empty."""
 
     @abstractmethod
-    def delta(self, block: Block, text: str) -> Events:
+    def delta(self, block: Part, text: str) -> Events:
         """Return events of new text at the end of a block."""
 
     @abstractmethod
-    def end_block(self, block: Block, last: bool = False) -> Events:
+    def end_block(self, block: Part, last: bool = False) -> Events:
         """Return events of a block that is complete, or that was cut, if it is the last one."""
 
     @abstractmethod

@@ -19,14 +19,15 @@ from specdec import __version__
 from specdec.api.decoder import SpecDecoder
 from specdec.base.terminal import say
 from specdec.engine.engine import Engine
+from specdec.engine.request import Handle
 from specdec.serve.answer import Answer
 from specdec.serve.bodies import CLIENT_CLOSED_REQUEST, JsonRoute
 from specdec.serve.chat import OpenAIAnswer
-from specdec.serve.choice import Choice
 from specdec.serve.clients import Client
 from specdec.serve.errors import ErrorBody, add_handlers
 from specdec.serve.events import EventStream, until_disconnect
 from specdec.serve.messages import CountBody, MessagesAnswer, MessagesBody
+from specdec.serve.metrics import Metrics
 from specdec.serve.middleware import IGNORED, AccessLog, AllowedHosts, ApiKey
 from specdec.serve.page import build
 from specdec.serve.request import GenerationRequest
@@ -36,7 +37,7 @@ from specdec.serve.service import Service
 from specdec.serve.settings import ServerSettings
 
 DRAFTER = "X-Specdec-Drafter"
-MakeAnswer = Callable[[GenerationRequest, list[Choice], str], Answer]
+MakeAnswer = Callable[[GenerationRequest, list[Handle], Metrics], Answer]
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
@@ -72,20 +73,18 @@ def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]
     async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
         """Run a request until it ends or the client disconnects."""
         client: Client = request.state.client
-        asked, choices = await run_sync(service.start, translate, client)
-        answer = make(asked, choices, service.settings.name)
+        asked, handles = await run_sync(service.start, translate, client)
+        answer = make(asked, handles, service.metrics)
         headers = {DRAFTER: service.drafter_label(asked)}
 
         def end() -> None:
             request.state.summary.append(answer.summary())
-            service.finish(choices, client)
+            service.finish(handles, client)
             if service.settings.log_requests:
-                for choice in choices:
-                    text = {
-                        "prompt": service.decode(choice.handle.request.prompt, special=True),
-                        "answer": choice.text.text,
-                    }
-                    write(json.dumps({"id": request.state.request_id} | text, ensure_ascii=True))
+                for handle, text in zip(handles, answer.texts, strict=True):
+                    prompt = service.decode(handle.request.prompt, special=True)
+                    line = {"id": request.state.request_id, "prompt": prompt, "answer": text.text}
+                    write(json.dumps(line, ensure_ascii=True))
 
         if asked.stream:
             return EventStream(answer.events(), end, headers, service.settings.client_timeout)

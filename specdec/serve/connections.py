@@ -158,10 +158,9 @@ class Server(uvicorn.Server):
                 client.close()
                 raise
             with suppress(OSError):  # the client has gone
-                await loop.connect_accepted_socket(self._connection, client)
-
-    def _connection(self) -> Connection:
-        return Connection(self.config, self, self.settings.client_timeout, self.changed.set)
+                await loop.connect_accepted_socket(
+                    lambda: Connection(self.config, self, self.settings.client_timeout, self.changed.set), client
+                )
 
     async def _make_room(self) -> None:
         """Make room for another connection: close an idle one, or wait until there is one or one is closed.

@@ -1,4 +1,7 @@
-"""Errors in the protocol of a path: OpenAI's ``{"error": {message, type, param, code}}``, or Anthropic's."""
+"""Errors as HTTP responses, in the protocol of the request's path: OpenAI's, or Anthropic's.
+
+OpenAI's are ``{"error": {message, type, param, code}}``, Anthropic's ``{"type": "error", "error": {type, message}}``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.settings import UNKNOWN, explain
 
 ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
-NAMES = {  # what other protocols call parameters of chats; "" if they have none
+NAMES = {  # by beginning of the path: what other protocols call parameters of chats; "" if they have none
     ANTHROPIC: {
         "n": "",
         "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
@@ -35,34 +38,25 @@ NAMES = {  # what other protocols call parameters of chats; "" if they have none
         "stop": "",
     },
 }
-INSTEAD = {  # parameters of chats that do what others, which are refused, ask for
-    "do_sample": "temperature",
-    "enable_thinking": "chat_template_kwargs",
-    "format": "response_format",
-    "function_call": "tool_choice",
-    "functions": "tools",
-    "grammar": "structured_outputs",
-    "guided_choice": "structured_outputs",
-    "guided_grammar": "structured_outputs",
-    "guided_json": "structured_outputs",
-    "guided_regex": "structured_outputs",
-    "instructions": "messages",
-    "json_schema": "response_format",
-    "max_completion_tokens": "max_tokens",
-    "max_new_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "n_predict": "max_tokens",
-    "num_predict": "max_tokens",
-    "num_return_sequences": "n",
-    "output_config": "response_format",
-    "reasoning": "reasoning_effort",
-    "repeat_penalty": "repetition_penalty",
-    "stop_sequences": "stop",
-    "system": "messages",
-    "text": "response_format",
-    "thinking": "reasoning_effort",
+INSTEAD = {  # the parameter of chats that does what another one asks for, which is refused
+    name: same
+    for same, names in {
+        "max_tokens": "max_completion_tokens max_new_tokens max_output_tokens n_predict num_predict",
+        "messages": "instructions system",
+        "response_format": "format json_schema output_config text",
+        "reasoning_effort": "reasoning thinking",
+        "structured_outputs": "grammar guided_choice guided_grammar guided_json guided_regex",
+        "chat_template_kwargs": "enable_thinking",
+        "n": "num_return_sequences",
+        "repetition_penalty": "repeat_penalty",
+        "stop": "stop_sequences",
+        "temperature": "do_sample",
+        "tool_choice": "function_call",
+        "tools": "functions",
+    }.items()
+    for name in names.split()
 }
-ANTHROPIC_TYPES = {
+ANTHROPIC_TYPES = {  # Anthropic's ``type`` by status
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -77,6 +71,8 @@ LONGEST = 300  # characters of what pydantic says, which may quote the client
 
 
 class ErrorObject(BaseModel):
+    """The fields of ``ApiError`` in OpenAI's protocol, for the schema of the HTTP interface."""
+
     message: str
     type: str
     param: str | None
@@ -84,49 +80,64 @@ class ErrorObject(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    """The body of a response with an error in OpenAI's protocol, for the schema of the HTTP interface."""
+
     error: ErrorObject
 
 
 class ApiError(HTTPException):
-    """What the client gets instead of an answer.
+    """Raised where the client gets an error instead of an answer.
 
-    param: the parameter that is wrong. code: the kind of error, for programs.
+    status: the HTTP status.
+    message: one sentence that says what is wrong and what to do.
+    param: the name of the wrong parameter in chats of OpenAI; None: the error is not about one.
+    code: the kind of error, for programs; None: it has no name.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(status, message, HEADERS.get(status))
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
 
     def body(self) -> dict[str, Any]:
+        """Return the body of the response in OpenAI's protocol."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def anthropic_body(self) -> dict[str, Any]:
+        """Return the body of the response in Anthropic's protocol."""
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response(self, scope: Scope) -> JSONResponse:
-        """The answer to the request of ``scope``."""
+        """Return the response to the ASGI request ``scope``, in the protocol of its path."""
         body = self.body()
         if scope["path"].startswith(ANTHROPIC):
             body = self.anthropic_body() | {"request_id": scope.get("state", {}).get("request_id")}
         return JSONResponse(body, self.status, self.headers)
 
     def as_sent(self, path: str) -> ApiError:
-        """The error with the client's name for a parameter of chats."""
+        """Return the error with the name that the protocol of ``path`` has for the parameter, also in the message."""
         param = self.param or ""
         if not (name := _names(path).get(param.partition(".")[0])):
             return self
         return ApiError(self.status, self.message.replace(f"'{param}'", f"'{name}'", 1), name, self.code)
 
 
+def invalid(param: str, message: str) -> ApiError:
+    """Return the error for a parameter ``param`` that is there and has a value that cannot be used."""
+    return ApiError(400, message, param, "invalid_value")
+
+
 def _names(path: str) -> dict[str, str]:
-    """What the protocol of a path calls parameters of chats."""
+    """Return what the protocol of a path calls parameters of chats: an entry of ``NAMES``, or {}."""
     return next((names for start, names in NAMES.items() if path.startswith(start)), {})
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answer every error of ``app``."""
+    """Make ``app`` answer every exception that an endpoint raises with an ``ApiError``."""
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -156,7 +167,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError, path: str) -> ApiError:
-    """The answer to a body that is no JSON object, or has a parameter that is wrong."""
+    """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter."""
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")
     found, place, said = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)

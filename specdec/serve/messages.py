@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from specdec.serve.answer import BlockAnswer, Events
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Block, begun_object
-from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
+from specdec.serve.parts import Part, begun_object
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -49,7 +49,7 @@ class ThinkingBlock(Strict):
 
 
 class RedactedBlock(Strict):
-    """What other models have thought; it is not given to this one."""
+    """Encrypted reasoning of another model. It is accepted and left out of the prompt."""
 
     type: Literal["redacted_thinking"]
     data: str
@@ -73,12 +73,8 @@ AnyBlock = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUse | ToolR
 Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-def _text(given: Texts | None) -> str:
-    return given if isinstance(given, str) else "\n".join(block.text for block in given or ())
-
-
 class Turn(Strict):
-    """A message."""
+    """A message of the conversation, whose content is text or a list of blocks."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[AnyBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -100,11 +96,11 @@ class Turn(Strict):
         return self
 
     def messages(self) -> list[dict[str, Any]]:
-        """The messages for a template that it stands for: tool results come before the text beside them."""
-        text = _text(self.of(TextBlock))
+        """Return the messages that a chat template needs for this one: tool results come first, then the text."""
+        text = joined(self.of(TextBlock), "\n")
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
-                {"role": "tool", "tool_call_id": result.tool_use_id, "content": _text(result.content)}
+                {"role": "tool", "tool_call_id": result.tool_use_id, "content": joined(result.content, "\n")}
                 for result in self.of(ToolResult)
             ]
             return found + ([{"role": self.role, "content": text}] if text or not found else [])
@@ -156,7 +152,7 @@ class OutputConfig(Strict):
 
 
 class CountBody(Options):
-    """What the two endpoints have in common."""
+    """The body of ``/v1/messages/count_tokens``, which is also a part of the body of ``/v1/messages``."""
 
     unused = PROMPT
     model: str
@@ -169,7 +165,7 @@ class CountBody(Options):
 
     @model_validator(mode="after")
     def _join_turns(self) -> CountBody:
-        """Join turns of one role in a row, as Anthropic does."""
+        """Join successive messages of the same role into one, as Anthropic does."""
         joined = list[Turn]()
         for role, group in itertools.groupby(self.messages, key=lambda turn: turn.role):
             turns = list(group)
@@ -180,8 +176,8 @@ class CountBody(Options):
         return self
 
     def chat(self) -> ChatPrompt:
-        """The chat in this body. Raises ApiError."""
-        head = [{"role": "system", "content": _text(self.system)}] if self.system else []
+        """Return the chat in this body. Raises ApiError if its parts do not fit together."""
+        head = [{"role": "system", "content": joined(self.system, "\n")}] if self.system else []
         effort = EFFORTS.get(self.thinking.type) if self.thinking else None
         if self.output_config is not None:
             effort = self.output_config.effort or effort
@@ -199,28 +195,30 @@ class CountBody(Options):
 
 
 class MessagesBody(CountBody):
+    """The body of ``/v1/messages``. max_tokens: most new tokens. stop_sequences: texts that end the answer."""
+
     unused = UNUSED | PROMPT
 
     max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
 
     def request(self) -> GenerationRequest:
-        """The request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts do not fit together."""
         form = self.output_config.format if self.output_config else None
         limits = {"max_new_tokens": self.max_tokens, "stop": self.stop_sequences}
         return self.generation(Json(form.schema_) if form else None, limits, model=self.model, chat=self.chat())
 
 
 class MessagesAnswer(BlockAnswer):
-    """A message of the assistant."""
+    """The answer to a request of ``/v1/messages``: a message of the assistant."""
 
     @property
     def _stop(self) -> dict[str, str | None]:
-        sequence = self.choice.text.stopped
-        if self.choice.text.finish_reason == "length":
+        sequence = self.text.stopped
+        if self.text.finish_reason == "length":
             reason = "max_tokens"
         else:
-            reason = "tool_use" if self.parser.called else "end_turn" if sequence is None else "stop_sequence"
+            reason = "tool_use" if self.parsers[0].called else "end_turn" if sequence is None else "stop_sequence"
         return {"stop_reason": reason, "stop_sequence": sequence if reason == "stop_sequence" else None}
 
     @property
@@ -234,7 +232,7 @@ class MessagesAnswer(BlockAnswer):
         } | self.time_saved()
 
     def _message(self, content: list[Any], stop: dict[str, str | None]) -> dict[str, Any]:
-        head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.model}
+        head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": self.asked.model}
         return head | {"content": content} | stop | {"usage": self._usage}
 
     def result(self) -> dict[str, Any]:
@@ -245,10 +243,10 @@ class MessagesAnswer(BlockAnswer):
         yield {"type": "message_start", "message": message}
         yield {"type": "ping"}
 
-    def begin_block(self, block: Block) -> Events:
+    def begin_block(self, block: Part) -> Events:
         yield {"type": "content_block_start", "index": self._index, "content_block": _content(block, whole=False)}
 
-    def delta(self, block: Block, text: str) -> Events:
+    def delta(self, block: Part, text: str) -> Events:
         kind, name = {
             "text": ("text_delta", "text"),
             "reasoning": ("thinking_delta", "thinking"),
@@ -256,7 +254,7 @@ class MessagesAnswer(BlockAnswer):
         }[block.kind]
         yield {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, name: text}}
 
-    def end_block(self, block: Block, last: bool = False) -> Events:
+    def end_block(self, block: Part, last: bool = False) -> Events:
         if block.kind == "reasoning":
             signature = {"type": "signature_delta", "signature": SIGNATURE}
             yield {"type": "content_block_delta", "index": self._index, "delta": signature}
@@ -270,11 +268,11 @@ class MessagesAnswer(BlockAnswer):
         return error.anthropic_body()
 
 
-SIGNATURE = "c3BlY2RlYw=="  # thoughts are not signed; clients send back only those with a signature
+SIGNATURE = "c3BlY2RlYw=="  # of all reasoning: clients send back only reasoning that has one
 
 
-def _content(block: Block, whole: bool) -> dict[str, Any]:
-    """A block of content. whole: with what is in it."""
+def _content(block: Part, whole: bool) -> dict[str, Any]:
+    """Return a part of an answer as a block of content. whole: with its text or arguments; else it is empty."""
     if block.kind == "text":
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":

@@ -7,11 +7,13 @@ import re
 import secrets
 import string
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic_core import from_json
+
+from specdec.api.text import num_held
 
 Kind = Literal["reasoning", "text", "call"]
 Schemas = Mapping[str, dict[str, Any] | None]  # of the arguments of tools, by name; None: no arguments
@@ -23,16 +25,29 @@ MEMBERS = {"name", "arguments", "parameters"}  # of a call without marks; the de
 LONGEST_FENCE = 2**16  # characters of a fenced call
 LONGEST_HEAD = 256  # characters of it before its name
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
+_SIGN = re.compile(r'\\.|["{}\[\]]', re.DOTALL)  # an escaped character, a quote or a bracket
 NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
 
-class Part(NamedTuple):
-    """New output of one kind. Of a call: new text of its arguments, its name and id; its first part begins it."""
+@dataclass
+class Part:
+    """A part of an answer: new output of one kind, or all of it.
+
+    kind: "reasoning", "text" or "call".
+    text: of a call, its arguments as JSON, or new text of these.
+    name, id: of a call; "" for the other kinds.
+    begins: whether it is the first part of its call.
+    """
 
     kind: Kind
     text: str
     name: str = ""
     id: str = ""
+    begins: bool = False
+
+    def takes(self, part: Part) -> bool:
+        """Return whether ``part`` goes on with this one."""
+        return (self.kind, self.id) == (part.kind, part.id)
 
 
 Parts = Generator[Part | None, None, T]  # None: more text is needed
@@ -40,25 +55,12 @@ Make = Callable[[str], Part]
 TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 
-@dataclass
-class Block:
-    """A complete part of the output. For a call, text is its arguments, and name and id are the call's."""
-
-    kind: Kind
-    text: str = ""
-    name: str = ""
-    id: str = ""
-
-    def takes(self, part: Part) -> bool:
-        return (self.kind, self.id) == (part.kind, part.id)
-
-
-def merged(parts: Iterable[Part]) -> list[Block]:
-    """Return the blocks that consist of ``parts``."""
-    blocks = list[Block]()
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """Return the whole parts that consist of ``parts``."""
+    blocks = list[Part]()
     for part in parts:
         if not blocks or not blocks[-1].takes(part):
-            blocks.append(Block(part.kind, "", part.name, part.id))
+            blocks.append(replace(part, text=""))
         blocks[-1].text += part.text
     return blocks
 
@@ -69,10 +71,12 @@ def new_id() -> str:
 
 
 class Source:
-    """Text that has arrived and is not read yet. last: no more comes. space: white space before the last mark."""
+    """Text that has arrived and is not read yet."""
 
     def __init__(self) -> None:
-        self.text, self.last, self.space = "", False, ""
+        self.text = ""
+        self.last = False  # whether no more comes
+        self.space = ""  # white space before the last mark
 
     def skip(self, characters: str | None = None) -> Parts[None]:
         """Drop leading white space, or ``characters``; wait for what follows."""
@@ -97,6 +101,12 @@ class Source:
         before, _, self.text = self.text.partition(mark)
         return before
 
+    def quote(self, make: Make, *marks: str) -> Parts[None]:
+        """Turn text up to the first of ``marks``, which is taken, into parts that are a JSON string."""
+        yield make('"')
+        yield from self.pass_on(lambda text: make(json.dumps(text, ensure_ascii=False)[1:-1]), *marks, strip=False)
+        yield make('"')
+
     def pass_on(self, make: Make, *marks: str, strip: bool = True) -> Parts[str]:
         """Turn text into parts up to the first of ``marks``, which is taken and returned; "" at the end.
 
@@ -107,7 +117,7 @@ class Source:
             if mark:
                 before, self.text = self.text[:at], self.text[at + len(mark) :]
             else:
-                held = 0 if self.last else max((_held(self.text, mark) for mark in marks), default=0)
+                held = 0 if self.last else num_held(self.text, marks)
                 before = self.text[: len(self.text) - held]
             if strip and marks and (mark or not self.last):
                 before, self.space = before.rstrip(), before[len(before.rstrip()) :]
@@ -118,11 +128,6 @@ class Source:
             if mark or self.last:
                 return mark
             yield None
-
-
-def _held(text: str, mark: str) -> int:
-    """Return characters at the end of ``text`` with which ``mark`` may begin."""
-    return max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 class Format:
@@ -146,10 +151,13 @@ class Format:
 class AnswerParser:
     """Splits the text of an answer, as it arrives, into parts.
 
-    tools: those that may be called; a call of another name is text.
+    form: how the model writes calls.
+    tools: the tools that may be called; a call of another name is text. None: there are no tools.
     single: drop calls after the first.
-    reasoning: the marks around reasoning, with which the answer may begin. inside: it begins after the first of them.
-    called: the ids of the calls so far.
+    reasoning: the marks around reasoning, with which the answer may begin; None: the model does not reason.
+    inside: the answer begins inside reasoning, after its first mark.
+    source: the text that is not read yet.
+    called: the ids of the calls so far, in the order in which they have begun.
     """
 
     def __init__(
@@ -160,8 +168,11 @@ class AnswerParser:
         reasoning: tuple[str, str] | None = None,
         inside: bool = False,
     ) -> None:
-        self.form, self.tools, self.single = form, tools or {}, single
-        self.source, self.called = Source(), list[str]()
+        self.form = form
+        self.tools = tools or {}
+        self.single = single
+        self.source = Source()
+        self.called = list[str]()
         self.reader = self._read(reasoning, inside)
 
     def push(self, text: str, last: bool = False) -> list[Part]:
@@ -174,6 +185,7 @@ class AnswerParser:
                 if self.single and self.called and part.id != self.called[0]:
                     continue
                 if part.id not in self.called:
+                    part.begins = True
                     self.called.append(part.id)
             found.append(part)
         return found
@@ -263,6 +275,13 @@ class AnswerParser:
         calls = [call for value in found if (call := call_of(value, self.tools)) and value.keys() <= MEMBERS]
         return [_whole_call(*call) for call in calls] if len(calls) == len(found) else []
 
+    def begin_call(self, name: str, written: str) -> Parts[Make | None]:
+        """Begin a call of the tool ``name``: return what makes its parts. If there is none, ``written`` is text."""
+        if name in self.tools:
+            return partial(Part, "call", name=name, id=new_id())
+        yield TEXT(written)
+        return None
+
     def json_call(self, name: str = "") -> Parts[None]:
         """Read a call that is a JSON object; text if it is no call of a tool. name: if it came before the object."""
         call = _JsonCall(self.tools, name)
@@ -280,14 +299,23 @@ class AnswerParser:
 class _JsonCall:
     """A call as a JSON object with a name and arguments, read as it arrives.
 
-    named: the name, if it came before the object, which then holds only the arguments.
-    raw: the text so far. sent: the end of the arguments that ``parts`` has returned. end: of the arguments, or 0.
+    named: the name, if it came before the object, which then holds only the arguments; else "".
+    raw: the text so far.
+    read: number of its characters that have been looked at.
+    depth: number of brackets that are open there. quoted: whether a string is.
+    head: the text up to the arguments, once it is there.
+    end: where the arguments end; 0 before that.
+    sent: where the arguments end that ``parts`` has returned.
+    begun: whether ``parts`` has returned any. complete: whether the object has ended.
     """
 
     def __init__(self, tools: Schemas, named: str) -> None:
-        self.tools, self.id, self.raw, self.named = tools, new_id(), "", bool(named)
-        self.depth = self.sent = self.end = 0
-        self.quoted = self.escaped = self.complete = self.begun = False
+        self.tools = tools
+        self.id = new_id()
+        self.named = bool(named)
+        self.raw = ""
+        self.read = self.depth = self.sent = self.end = 0
+        self.quoted = self.complete = self.begun = False
         self.head: re.Match[str] | None = None
         if named:
             self.take(f'{{"name": "{named}", "arguments": ')
@@ -296,24 +324,24 @@ class _JsonCall:
         """Read more text; return how many of its characters belong to the call."""
         before = len(self.raw)
         self.raw += text
-        for end, character in enumerate(text, start=before + 1):
-            if self.escaped:
-                self.escaped = False
-            elif self.quoted:
-                self.escaped, self.quoted = character == "\\", character != '"'
-            elif character == '"':
-                self.quoted = True
-            elif character in "{[":
+        for sign in _SIGN.finditer(self.raw, self.read):
+            self.read = sign.end()
+            if sign[0] == '"':
+                self.quoted = not self.quoted
+            elif self.quoted or sign[0][0] == "\\":
+                continue
+            elif sign[0] in "{[":
                 self.depth += 1
                 if self.depth == 2 and self.head is None:
-                    self._begin_arguments(end - 1)
-            elif character in "}]":
+                    self._begin_arguments(sign.start())
+            else:
                 self.depth -= 1
                 if self.depth == 1 and self.head is not None and not self.end:
-                    self.end = end
+                    self.end = self.read
                 if not self.depth or (self.named and self.end):
-                    self.complete, self.raw = True, self.raw[:end]
-                    return end - before
+                    self.complete, self.raw = True, self.raw[: self.read]
+                    return self.read - before
+        self.read = max(self.read, len(self.raw) - self.raw.endswith("\\"))
         return len(text)
 
     def _begin_arguments(self, place: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.api.generation import GenerationOptions
-from specdec.serve.errors import ApiError
+from specdec.serve.errors import invalid
 from specdec.serve.parts import AnswerParser, Schemas
 from specdec.serve.tools import PLAIN
 from specdec.speculation.constraints import CompiledConstraint, Constraint
@@ -16,6 +16,12 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 def thought(text: str) -> dict[str, Any]:
     """Return the reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
     return dict.fromkeys(("reasoning_content", "thinking"), text)
+
+
+def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
+    """Return the text of a message's content: text, or parts with a ``text`` each, with ``between`` between them."""
+    parts: Iterable[Any] = () if isinstance(content, str) else content or ()
+    return content if isinstance(content, str) else between.join(part.text for part in parts)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -45,16 +51,16 @@ class ChatPrompt:
 
     def __post_init__(self) -> None:
         if not self.messages:
-            raise _wrong("messages", "'messages' needs at least one message")
+            raise invalid("messages", "'messages' needs at least one message")
         names = [function["name"] for function in self.functions]
         if len(set(names)) < len(names):
-            raise _wrong("tools", "two tools have the same name")
+            raise invalid("tools", "two tools have the same name")
         if self.choice == "required" and not names:
-            raise _wrong("tool_choice", "tool_choice needs tools")
+            raise invalid("tool_choice", "tool_choice needs tools")
         if self.named is not None and self.named not in names:
-            raise _wrong("tool_choice", f"tool_choice names '{self.named[:64]}', which is not in tools")
+            raise invalid("tool_choice", f"tool_choice names '{self.named[:64]}', which is not in tools")
         if self.continue_last and self.messages[-1]["role"] != "assistant":
-            raise _wrong("continue_final_message", "continue_final_message needs a last message of the role assistant")
+            raise invalid("continue_final_message", "continue_final_message needs a last message of the role assistant")
 
     @property
     def tools(self) -> list[dict[str, Any]]:
@@ -114,11 +120,11 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         forced = self.chat is not None and bool(self.chat.forced)  # the compiled constraint is then that of the call
         if self.options.get("min_new_tokens") and (forced or self.constraint is not None):
-            raise _wrong(
+            raise invalid(
                 "min_tokens", "'min_tokens' cannot be combined with a format, which ends the text; leave one out"
             )
         if forced and self.constraint is not None and not isinstance(self.constraint, CompiledConstraint):
-            raise _wrong(
+            raise invalid(
                 "tool_choice",
                 "a tool_choice that forces a call cannot be combined with a format of text; leave one out",
             )
@@ -131,7 +137,3 @@ class GenerationRequest:
     def num_logprobs(self) -> int | None:
         """Likeliest tokens to return with each log-probability; None without log-probabilities."""
         return self.options.get("logprobs")
-
-
-def _wrong(name: str, what: str) -> ApiError:
-    return ApiError(400, what, name, "invalid_value")

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from specdec.api.text import SharedTokenizer
+from specdec.api.text import token_ids
+from specdec.engine.request import Handle
 from specdec.serve.answer import BlockAnswer, Events
-from specdec.serve.choice import Choice
 from specdec.serve.errors import ApiError
-from specdec.serve.parts import Block, begun_object
-from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
+from specdec.serve.metrics import Metrics
+from specdec.serve.parts import Part, begun_object
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -36,10 +37,6 @@ class TextItem(Strict):
 
 
 Texts = Annotated[list[TextItem], Field(max_length=MAX_PARTS, fail_fast=True)]
-
-
-def _text(given: str | Sequence[TextItem] | None) -> str:
-    return given if isinstance(given, str) else "".join(part.text for part in given or ())
 
 
 class MessageItem(Strict):
@@ -82,18 +79,18 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
         last = found[-1] if found and found[-1]["role"] == "assistant" else {}
         bare = bool(last) and not last["content"] and "tool_calls" not in last
         if isinstance(item, OutputItem):
-            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
         elif isinstance(item, MessageItem) and not (item.role == "assistant" and bare):
             role = "system" if item.role == "developer" else item.role
-            found.append({"role": role, "content": _text(item.content)})
+            found.append({"role": role, "content": joined(item.content)})
         elif isinstance(item, MessageItem):
-            last["content"] = _text(item.content)
+            last["content"] = joined(item.content)
         else:
             if not last or (isinstance(item, ReasoningItem) and not bare):
                 last = {"role": "assistant", "content": ""}
                 found.append(last)
             if isinstance(item, ReasoningItem):
-                last |= thought(_text(item.content or item.summary))
+                last |= thought(joined(item.content or item.summary))
             else:
                 last.setdefault("tool_calls", []).append(called(item.call_id, item.name, begun_object(item.arguments)))
     return found
@@ -169,17 +166,27 @@ class ResponsesBody(Options):
 
 
 class ResponsesAnswer(BlockAnswer):
-    """A response."""
+    """The answer to a request of ``/v1/responses``.
 
-    def __init__(self, asked: GenerationRequest, choices: list[Choice], model: str, body: ResponsesBody) -> None:
-        super().__init__(asked, choices, model)
-        self.body, self.number, self.key = body, 0, uuid.uuid4().hex
+    body: the request's body, some members of which the answer repeats.
+    created: Unix time in seconds.
+    key: a part of all ids in the answer.
+    number: number of events so far.
+    """
+
+    def __init__(
+        self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics, body: ResponsesBody
+    ) -> None:
+        super().__init__(asked, handles, counters)
+        self.body = body
         self.created = int(time.time())
+        self.key = uuid.uuid4().hex
+        self.number = 0
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
         """Return the members that OpenAI's schema requires, and those of ``more``."""
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
-        found |= {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": []}
+        found |= {"status": status, "error": None, "incomplete_details": None, "model": self.asked.model, "output": []}
         return found | {name: getattr(self.body, name) for name in ECHOED} | {
             "parallel_tool_calls": self.body.parallel_tool_calls is not False,
             "tool_choice": self.body.model_dump()["tool_choice"] or "auto",
@@ -188,11 +195,11 @@ class ResponsesAnswer(BlockAnswer):
         } | more  # fmt: skip
 
     def result(self) -> dict[str, Any]:
-        cut = self.choice.text.finish_reason == "length"
+        cut = self.text.finish_reason == "length"
         output = [self._item(n, block, self._status(n == self._index)) for n, block in enumerate(self.blocks)]
         before, cached, new = self.counts()
-        encode = SharedTokenizer(self.choice.text.tokenizer).encode
-        thought = sum(len(encode(b.text, add_special=False)) for b in self.blocks if b.kind == "reasoning")
+        thoughts = [block.text for block in self.blocks if block.kind == "reasoning"]
+        thought = sum(len(token_ids(self.text.tokenizer, text, add_special=False)) for text in thoughts)
         usage = {
             "input_tokens": before,
             "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0} | self.time_saved(),
@@ -211,9 +218,9 @@ class ResponsesAnswer(BlockAnswer):
 
     def _status(self, last: bool) -> str:
         """Return the status of an item that has ended. last: it is the last one."""
-        return "incomplete" if last and self.choice.text.finish_reason == "length" else "completed"
+        return "incomplete" if last and self.text.finish_reason == "length" else "completed"
 
-    def _item(self, index: int, block: Block, status: str) -> dict[str, Any]:
+    def _item(self, index: int, block: Part, status: str) -> dict[str, Any]:
         item: dict[str, Any] = {"id": f"{PREFIXES[block.kind]}_{self.key}{index}", "status": status}
         if block.kind == "call":
             return item | {"type": "function_call", "call_id": block.id, "name": block.name, "arguments": block.text}
@@ -226,17 +233,17 @@ class ResponsesAnswer(BlockAnswer):
         for name in ("created", "in_progress"):
             yield {"type": f"response.{name}", "response": self._response("in_progress")}
 
-    def begin_block(self, block: Block) -> Events:
+    def begin_block(self, block: Part) -> Events:
         item = self._item(self._index, block, "in_progress")
         yield {"type": "response.output_item.added", "output_index": self._index, "item": item}
         if block.kind != "call":
             yield self._event("response.content_part.added", part=_part(block))
 
-    def delta(self, block: Block, text: str) -> Events:
+    def delta(self, block: Part, text: str) -> Events:
         more: dict[str, Any] = {"logprobs": []} if block.kind == "text" else {}
         yield self._event(f"response.{NAMES[block.kind]}.delta", delta=text, **more)
 
-    def end_block(self, block: Block, last: bool = False) -> Events:
+    def end_block(self, block: Part, last: bool = False) -> Events:
         kind = NAMES[block.kind]
         if block.kind == "call":
             yield self._event(f"response.{kind}.done", name=block.name, arguments=block.text)
@@ -271,7 +278,7 @@ PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
 NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
 
 
-def _part(block: Block) -> dict[str, Any]:
+def _part(block: Part) -> dict[str, Any]:
     """Return the part of a message or of reasoning that holds its text."""
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}

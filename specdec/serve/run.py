@@ -1,6 +1,6 @@
 """The server process: its socket, what it answers while the model loads, and its end.
 
-The first signal drains, the second one stops.
+After the first signal the server finishes the running requests, after the second one it ends at once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from specdec.serve import connections
 from specdec.serve.errors import ApiError
 from specdec.serve.settings import ServerSettings
 
-REUSE = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # the latter lets two servers share one on Windows
+REUSE = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # with the latter two servers share one on Windows
 SEND_BUFFER = 256 * 2**10  # bytes that the system keeps for one client
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises SpecDecError if the address cannot be used."""
+    """Return a socket that is bound to a TCP port and does not listen yet.
+
+    host: a name or an IP address of this machine. port: its number; 0 takes a free one.
+    Raises SpecDecError if the address cannot be used.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -45,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """The URL of a server on this socket."""
+    """Return the URL of a server at a socket that is bound."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -53,8 +57,10 @@ def address(listener: socket.socket) -> str:
 def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish the running requests and return.
 
-    A second signal, or one while the model loads, ends the process. make: loads the model, in a thread, and returns the
-    application and a line for the log; until then the server says that it is loading. What it raises is raised.
+    A second signal, or one while the model loads, ends the process.
+    make: loads the model, in a thread, and returns the application and a line for the log. Until it returns, requests
+    get status 503. What it raises ends the server and is raised here.
+    listener: the socket of ``bind``.
     """
     ignore: Any = lambda number, frame: None  # noqa: E731
     handlers = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -69,25 +75,34 @@ def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, lis
 
 
 class Starting:
-    """Hands requests on to ``app``, once that is there. Until then ``/health`` says that the model is loading."""
+    """An application that hands requests on to another one, and answers with status 503 while that is not there.
+
+    app: the other application; None while the model is loading.
+    """
 
     app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self.app or self._loading(scope["path"]))(scope, receive, send)
-
-    def _loading(self, path: str) -> JSONResponse:
-        error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
-        return JSONResponse({"status": "loading"} if path == "/health" else error.body(), 503, error.headers)
+        if (app := self.app) is None:
+            error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
+            body = {"status": "loading"} if scope["path"] == "/health" else error.body()
+            app = JSONResponse(body, 503, error.headers)
+        await app(scope, receive, send)
 
 
 class _Server(connections.Server):
-    """error: what ended it before it was ready."""
+    """A server that loads its model after it has begun to listen.
+
+    starting: the application.
+    make: as in ``serve``.
+    error: what ``make`` has raised; None: nothing.
+    """
 
     error: BaseException | None = None
 
     def __init__(self, make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings) -> None:
-        self.starting, self.make = Starting(), make
+        self.starting = Starting()
+        self.make = make
         super().__init__(self.starting, settings)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,4 +1,7 @@
-"""Request bodies. A parameter that is not declared here is ignored, unless it would change the text."""
+"""Bodies of OpenAI's chats and completions, and what the bodies of all protocols share.
+
+A parameter that no body declares is ignored, unless it would change the text: then the request is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from specdec.api.generation import GenerationOptions
 from specdec.base import options
-from specdec.serve.errors import ApiError
-from specdec.serve.request import ChatPrompt, GenerationRequest, called, thought
+from specdec.serve.errors import invalid
+from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.speculation.constraints import Choice, Constraint, Grammar, Json, Regex
 
 ignored = ContextVar[set[str] | None]("ignored", default=None)  # names of members that a request's body has in vain
@@ -35,72 +38,28 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast
 Messages = Annotated[list["Message"], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
-# Parameters that would change the text, with the values that mean "not used". A body refuses what it does not declare.
+# Parameters that would change the text, by the values that mean "not used". A body refuses what it does not declare.
 UNUSED: dict[str, tuple[Any, ...]] = {
-    "adapter": (),
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": ("",),
-    "continue_final_message": (False,),
-    "do_sample": (True,),
-    "documents": ([],),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "echo": (False,),
-    "enable_thinking": (),
-    "format": ("",),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "grammar": ("",),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": ("",),
-    "include_stop_str_in_output": (False,),
-    "instructions": ("",),
-    "json_schema": (),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "lora": ([],),
-    "lora_request": (),
-    "max_completion_tokens": (),
-    "max_new_tokens": (),
-    "max_output_tokens": (),
-    "max_tokens": (),
-    "mirostat": (0,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "n_predict": (-1,),
-    "no_repeat_ngram_size": (0,),
-    "num_beams": (1,),
-    "num_predict": (-1,),
-    "num_return_sequences": (1,),
-    "output_config": ({},),
-    "parallel_tool_calls": (True,),
-    "reasoning": ({},),
-    "reasoning_effort": (),
-    "repeat_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "samplers": (),
-    "skip_special_tokens": (True,),
-    "stop": ([],),
-    "stop_sequences": ([],),
-    "suffix": ("",),
-    "system": ("",),
-    "text": ({}, {"format": {"type": "text"}}),
-    "tfs_z": (1,),
-    "thinking": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_n_sigma": (-1, 0),
-    "truncate_prompt_tokens": (),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-    "xtc_probability": (0,),
+    name: values
+    for values, names in (
+        ((), "adapter audio enable_thinking guided_choice guided_grammar guided_json guided_regex json_schema"),
+        ((), "lora_request max_completion_tokens max_new_tokens max_output_tokens max_tokens reasoning_effort"),
+        ((), "samplers thinking truncate_prompt_tokens web_search_options"),
+        (("",), "chat_template format grammar guided_whitespace_pattern instructions suffix system"),
+        (([],), "allowed_token_ids documents functions logits_processors lora stop stop_sequences tools"),
+        (({},), "output_config reasoning"),
+        ((True,), "add_generation_prompt do_sample parallel_tool_calls skip_special_tokens"),
+        ((False,), "continue_final_message echo include_stop_str_in_output use_beam_search"),
+        ((0,), "dry_multiplier dynatemp_range mirostat no_repeat_ngram_size xtc_probability"),
+        ((1,), "best_of length_penalty n num_beams num_return_sequences repeat_penalty tfs_z typical_p"),
+        ((-1,), "n_predict num_predict"),
+        ((-1, 0), "top_n_sigma"),
+        (("none", "auto"), "function_call tool_choice"),
+        ((["text"],), "modalities"),
+        (({"type": "text"},), "response_format"),
+        (({}, {"format": {"type": "text"}}), "text"),
+    )
+    for name in names.split()
 }
 
 
@@ -112,13 +71,14 @@ def _check_count(given: Any) -> Any:
 
 
 class Strict(BaseModel):
-    """An object. Members that are neither declared nor in ``unused`` are ignored, and so are those that are null."""
+    """A JSON object in a body. Members that are neither declared nor in ``unused`` are ignored, and so are null ones.
+
+    unused: members that are refused, with the values that they may have nevertheless, as these mean "not used".
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    unused: ClassVar[
-        Mapping[str, Sequence[Any]]
-    ] = {}  # members refused, if not declared, unless of one of these values
+    unused: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +98,14 @@ class Strict(BaseModel):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's ways to constrain the text. Exactly one is given."""
+    """vLLM's ways to constrain the text, of which a request gives one.
+
+    json_: a JSON schema, as an object or as text.
+    regex: a regular expression that the whole text matches.
+    choice: the texts of which one is the answer.
+    grammar: a grammar in Lark's notation.
+    json_object: whether the text is any JSON object.
+    """
 
     unused = {"structural_tag": (), "whitespace_pattern": ("",), "disable_additional_properties": (False,)}
 
@@ -150,15 +117,20 @@ class StructuredOutputs(Strict):
 
     @property
     def rules(self) -> list[Constraint]:
-        """The constraints that are given."""
+        """Return the constraints that are given."""
         given = self.json_, self.regex, self.choice, self.grammar, {"type": "object"} if self.json_object else None
         makes: tuple[Callable[[Any], Constraint], ...] = (Json, Regex, Choice, Grammar, Json)
         return [make(value) for make, value in zip(makes, given, strict=True) if value is not None]
 
 
 class Options(Strict):
-    """Parameters of all protocols beside those that each calls by a name of its own.
+    """The parameters that have the same name in all protocols. None: not given.
 
+    stream: send the answer as server-sent events.
+    temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: as in
+    ``SamplingParams``; a top_k of -1 is 0.
+    ignore_eos, stop_token_ids, bad_words: as in ``RequestOptions``. min_tokens: its ``min_new_tokens``.
+    structured_outputs: what the text must be.
     num_speculative_tokens: most tokens that are drafted in a step; 0 decodes plainly.
     include_metrics: add metrics of the request to the response.
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
@@ -184,12 +156,16 @@ class Options(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def generation(self, form: Constraint | None, limits: Mapping[str, Any], **more: Any) -> GenerationRequest:
-        """The request. form: the constraint of the protocol. limits: options beside those here. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts do not fit together.
+
+        form: the constraint that a parameter of the protocol's own asks for; None: none does.
+        limits: options of ``GenerationOptions`` that the protocol gives by names of its own; None: not given.
+        more: further fields of ``GenerationRequest``.
+        """
         rules = self.structured_outputs.rules if self.structured_outputs else []
         rules += [] if form is None else [form]
         if len(rules) > 1:
-            what = "the text can have one format only; leave the others out"
-            raise ApiError(400, what, "response_format", "invalid_value")
+            raise invalid("response_format", "the text can have one format only; leave the others out")
         chosen = self.model_dump(include=OPTIONS) | {"min_new_tokens": self.min_tokens}
         return GenerationRequest(
             options=cast(GenerationOptions, {k: v for k, v in (chosen | dict(limits)).items() if v is not None}),
@@ -201,14 +177,18 @@ class Options(Strict):
 
 
 class StreamOptions(Strict):
-    """include_draft_depth: send a chunk per token, with its depth in the draft (0: the model chose it)."""
+    """What a stream has beside the text.
+
+    include_usage: a last chunk with the numbers of tokens.
+    include_draft_depth: a chunk per token, with its depth in the draft (0: the model chose it).
+    """
 
     include_usage: bool = False
     include_draft_depth: bool = False
 
 
 class JsonSchema(Strict):
-    """The output follows ``schema`` with or without ``strict``."""
+    """A JSON schema that the text follows, whether ``strict`` is given or not."""
 
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
@@ -217,7 +197,7 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """json_object: any JSON object. json_schema: JSON of a schema."""
+    """The format of the text: any text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -234,16 +214,19 @@ class ResponseFormat(Strict):
 
 
 def json_of(kind: str, schema: JsonSchema | None) -> Json | None:
-    """The constraint of a format of the type ``kind``."""
+    """Return the constraint for a format: None for "text", any object for "json_object", else that of ``schema``."""
     if kind == "text":
         return None
     return Json({"type": "object"} if kind == "json_object" or schema is None else schema.schema_)
 
 
 class GenerationBody(Options):
-    """What OpenAI's first two endpoints have in common.
+    """The parameters that ``/v1/chat/completions`` and ``/v1/completions`` share.
 
-    max_tokens: 0 only runs the prompt, in the background, for later requests to begin with.
+    model: the name of the model.
+    max_tokens: most new tokens; 0 only runs the prompt, in the background, for later requests that begin with it.
+    n: answers to each prompt.
+    stop: texts that end the answer.
     per_step_metrics: add metrics of each step to the response.
     """
 
@@ -265,7 +248,11 @@ class GenerationBody(Options):
         return self
 
     def asked(self, most: int | None, logprobs: int | None, **more: Any) -> GenerationRequest:
-        """The request. most: new tokens. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts do not fit together.
+
+        most: most new tokens; None: as many as fit. logprobs: number of the likeliest tokens with each log-probability;
+        None: no log-probabilities. more: further fields of ``GenerationRequest``.
+        """
         streamed = self.stream_options or StreamOptions()
         return self.generation(
             self.response_format.constraint if self.response_format else None,
@@ -285,7 +272,7 @@ class TextPart(Strict):
 
 
 class CalledFunction(Strict):
-    """A call that the model has made. arguments: a JSON object as text."""
+    """A call of a tool in a message of the assistant. arguments: a JSON object as text; "" is an empty one."""
 
     name: Annotated[str, Field(max_length=128)]
     arguments: Annotated[pydantic.Json[dict[str, Any]], BeforeValidator(lambda given: given or "{}")]
@@ -314,10 +301,9 @@ class Message(Strict):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        """Return the message as chat templates expect it."""
+        role = "system" if self.role == "developer" else self.role
+        found: dict[str, Any] = {"role": role, "content": joined(self.content)}
         found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
         if self.reasoning_content is not None:
             found |= thought(self.reasoning_content)
@@ -329,7 +315,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    """parameters: a JSON schema of the arguments; None without arguments."""
+    """A function that the model may call. parameters: a JSON schema of the arguments; None: it has none."""
 
     name: ToolName
     description: str | None = None
@@ -338,7 +324,7 @@ class Function(Strict):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """The function as chat templates expect it."""
+        """Return the function as chat templates expect it."""
         return self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
 
 
@@ -359,7 +345,14 @@ class NamedTool(OfFunction):
 
 
 class ChatBody(GenerationBody):
-    """continue_final_message: the answer goes on with the last message, which is the assistant's."""
+    """The body of ``/v1/chat/completions``.
+
+    max_completion_tokens: another name of ``max_tokens``, which it overrides.
+    logprobs: return log-probabilities. top_logprobs: number of the likeliest tokens with each.
+    tool_choice: whether tools may be called ("auto"), must be ("required") or must not be ("none"), or which one must.
+    reasoning_effort: how much to reason, for chat templates that know it.
+    continue_final_message: the answer goes on with the last message, which is the assistant's.
+    """
 
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -381,7 +374,7 @@ class ChatBody(GenerationBody):
         return self
 
     def request(self) -> GenerationRequest:
-        """The request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts do not fit together."""
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         chat = ChatPrompt(
             messages=[message.for_template() for message in self.messages],
@@ -398,12 +391,19 @@ class ChatBody(GenerationBody):
 
 
 class CompletionBody(GenerationBody):
+    """The body of ``/v1/completions``.
+
+    prompt: a text, token ids, or a list of one of these.
+    echo: put the prompt before the answer.
+    logprobs: number of the likeliest tokens with each log-probability; None: no log-probabilities.
+    """
+
     prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
     echo: bool = False
     logprobs: Top | None = None
 
     def request(self) -> GenerationRequest:
-        """The request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts do not fit together."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         most = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
         return self.asked(most, self.logprobs, prompts=[self.prompt] if alone else self.prompt, echo=self.echo)

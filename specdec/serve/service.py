@@ -13,13 +13,13 @@ from typing import Any
 from urllib.parse import quote
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import SharedTokenizer, encode
+from specdec.api.prompts import encode
+from specdec.api.text import decode_ids, text_of
 from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
-from specdec.engine.request import Request
-from specdec.serve.choice import Choice
+from specdec.engine.request import Handle, Request
 from specdec.serve.clients import Client
-from specdec.serve.errors import ApiError
+from specdec.serve.errors import ApiError, invalid
 from specdec.serve.metrics import Metrics
 from specdec.serve.parts import AnswerParser
 from specdec.serve.request import ChatPrompt, GenerationRequest
@@ -40,14 +40,23 @@ MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 
 
 
 class Service:
-    """One model and its engine. started: Unix time in seconds."""
+    """Turns clients' requests into requests of one engine.
+
+    context: most tokens of a prompt and its answer.
+    metrics: what ``/metrics`` shows.
+    started: Unix time in seconds.
+    templates: what is known of each chat template, by its text.
+    """
 
     def __init__(self, decoder: SpecDecoder, engine: Engine, settings: ServerSettings) -> None:
-        self.decoder, self.engine, self.settings = decoder, engine, settings
-        self.tokenizer, self.context = decoder.tokenizer, decoder.target.context
+        self.decoder = decoder
+        self.engine = engine
+        self.settings = settings
+        self.tokenizer = decoder.tokenizer
+        self.context = decoder.target.context
         self.metrics = Metrics(settings.name, engine.stats)
         self.started = int(time.time())
-        self.templates = dict[str, ChatTemplate]()  # by their text
+        self.templates = dict[str, ChatTemplate]()
 
     def check_engine(self) -> None:
         if self.engine.closed:
@@ -60,8 +69,8 @@ class Service:
 
     def start(
         self, translate: Callable[[], GenerationRequest], client: Client
-    ) -> tuple[GenerationRequest, list[Choice]]:
-        """Translate a body to a request, and submit it; return the request and its choices. Raises ApiError."""
+    ) -> tuple[GenerationRequest, list[Handle]]:
+        """Translate a body to a request, and submit it; return it and a handle for each choice. Raises ApiError."""
         asked = translate()
         self.check_limits(asked)
         asked = self.prepare(asked) if asked.chat is None else self.prepare_chat(asked, asked.chat)
@@ -73,11 +82,9 @@ class Service:
         self.check_engine()
         choices, wanted, most = asked.n * max(len(asked.prompts), 1), asked.max_new_tokens, self.settings.max_tokens
         if choices > MAX_CHOICES:
-            message = f"{choices} choices exceed the limit, {MAX_CHOICES}; lower n or send fewer prompts"
-            raise ApiError(400, message, "n", "invalid_value")
+            raise invalid("n", f"{choices} choices exceed the limit, {MAX_CHOICES}; lower n or send fewer prompts")
         if most is not None and wanted is not None and wanted > most:
-            message = f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer"
-            raise ApiError(400, message, "max_tokens", "invalid_value")
+            raise invalid("max_tokens", f"{wanted} new tokens exceed this server's limit of {most}; ask for fewer")
         self._check_least(asked)
         self._check_logprobs(asked, choices, choices * self._max_new_tokens(asked))
         self.check_token_ids("logit_bias", list(asked.options.get("logit_bias") or ()))
@@ -89,15 +96,15 @@ class Service:
             return
         if asked.max_new_tokens is None:
             message = f"'min_tokens' is {least}, and at most {most} new tokens are possible; lower it"
-            raise ApiError(400, message, "min_tokens", "invalid_value")
+            raise invalid("min_tokens", message)
         message = f"'max_tokens' allows {most} new tokens, fewer than the {least} of 'min_tokens'; change one of them"
-        raise ApiError(400, message, "max_tokens", "invalid_value")
+        raise invalid("max_tokens", message)
 
     def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
         """Raise ApiError if ``tokens``, of all choices, would have too many log-probabilities."""
         if asked.num_logprobs is not None and choices > 1 and tokens * (1 + asked.num_logprobs) > MAX_LOGPROBS:
             message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
-            raise ApiError(400, f"{message}; set max_tokens, or ask for fewer", "logprobs", "invalid_value")
+            raise invalid("logprobs", f"{message}; set max_tokens, or ask for fewer")
 
     def _max_new_tokens(self, asked: GenerationRequest) -> int:
         """The smallest limit on new tokens: the client's, the server's and the model's."""
@@ -167,7 +174,7 @@ class Service:
         for name in given:
             if name not in known:
                 message = f"this model's chat template has no argument '{name[:64]}'; leave it out"
-                raise ApiError(400, message, "chat_template_kwargs", "invalid_value")
+                raise invalid("chat_template_kwargs", message)
         if effort is None:
             return given
         if "reasoning_effort" in known:
@@ -200,11 +207,11 @@ class Service:
     def check_token_ids(self, name: str, ids: Sequence[int]) -> None:
         if max(ids, default=0) >= self.decoder.target.vocab_size:
             message = f"{name} has token ids outside the model's vocabulary of {self.decoder.target.vocab_size}"
-            raise ApiError(400, message, name, "invalid_value")
+            raise invalid(name, message)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of ``ids``. special: keep special tokens."""
-        return SharedTokenizer(self.tokenizer).decode(ids, special)
+        return decode_ids(self.tokenizer, ids, special)
 
     def compile(
         self, asked: GenerationRequest, rule: Constraint | CompiledConstraint | None, name: str
@@ -214,41 +221,39 @@ class Service:
             ignore_eos = asked.options.get("ignore_eos", False)
             return None if rule is None else self.decoder.compile_constraint(rule, ignore_eos)
         except SpecDecError as error:
-            raise ApiError(400, str(error), name, "invalid_value") from None
+            raise invalid(name, str(error)) from None
 
-    def submit(self, asked: GenerationRequest, client: Client) -> list[Choice]:
+    def submit(self, asked: GenerationRequest, client: Client) -> list[Handle]:
         """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted."""
         seed = asked.options.get("seed", secrets.randbelow(SEEDS))
         rows = [prompt for prompt in asked.ids for _ in range(asked.n)]
-        choices: list[Choice] = []
+        handles = list[Handle]()
         try:
-            for index, (prompt, stream) in enumerate(zip(rows, streams(rows), strict=True)):
-                handle = self.engine.submit(self._request(prompt, asked, client, seed=seed, stream=stream))
-                choices.append(Choice(index, handle, self.metrics))
+            for prompt, stream in zip(rows, streams(rows), strict=True):
+                handles.append(self.engine.submit(self._request(prompt, asked, client, seed=seed, stream=stream)))
         except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         finally:
-            if len(choices) < len(rows):
-                for choice in choices:
-                    choice.close()
-        return choices
+            for handle in handles if len(handles) < len(rows) else ():
+                handle.cancel()
+        return handles
 
     def drafter_label(self, asked: GenerationRequest) -> str:
         """The drafter of a request, for a header; "none" while the drafter is off."""
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 
-    def finish(self, choices: Sequence[Choice], client: Client) -> None:
-        """Close the choices of a request, which has finished or whose client has disconnected, and count them."""
-        now = time.perf_counter()
-        for choice in choices:
-            choice.close()
-            self.metrics.record_finished(
-                choice.handle.metrics, choice.text.finish_reason or "abort", now - choice.started
-            )
+    def finish(self, handles: Sequence[Handle], client: Client) -> None:
+        """Cancel the choices of a request that still run, as their client has disconnected, and count them all."""
+        now, tokens = time.perf_counter(), 0
+        for handle in handles:
+            handle.cancel()
+            text = text_of(handle.request)
+            seconds = now - handle.request.submit_time
+            self.metrics.record_finished(handle.metrics, text.finish_reason or "abort", seconds)
+            tokens += handle.metrics.num_prompt_tokens + text.num_read
         if client.key is not None:
-            used = sum(choice.handle.metrics.num_prompt_tokens + choice.text.num_read for choice in choices)
-            self.metrics.record_key(client.key.name, len(choices), used)
+            self.metrics.record_key(client.key.name, len(handles), tokens)
 
     def _request(
         self,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Part, Parts, Schemas, new_id
+from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Make, Part, Parts, Schemas, new_id
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -91,10 +90,10 @@ class QwenXml(Format):
             if not (yield from source.starts("<function=")):
                 return
         name = (yield from source.upto(">")).strip()
-        if name not in answer.tools:
-            yield TEXT(f"<function={name}>")
+        make = yield from answer.begin_call(name, f"<function={name}>")
+        if make is None:
             return
-        members, make, between = (answer.tools[name] or {}).get("properties"), partial(_call, name, new_id()), "{"
+        members, between = (answer.tools[name] or {}).get("properties"), "{"
         while True:
             yield from source.skip()
             if not (yield from source.starts("<parameter=")):
@@ -108,13 +107,11 @@ class QwenXml(Format):
             if (yield from source.starts(end)):
                 yield from source.skip()
 
-    def _value(self, answer: AnswerParser, make: Callable[[str], Part], kinds: set[str]) -> Parts[None]:
+    def _value(self, answer: AnswerParser, make: Make, kinds: set[str]) -> Parts[None]:
         source, ends = answer.source, ("\n</parameter>", "</parameter>")
         yield from source.starts("\n")
         if not kinds or "string" in kinds:
-            yield make('"')
-            yield from source.pass_on(lambda text: make(_escaped(text)), *ends, strip=False)
-            yield make('"')
+            yield from source.quote(make, *ends)
             return
         value = (yield from source.upto(ends[1])).strip()
         yield make(value if _is_json(value) else json.dumps(value, ensure_ascii=False))
@@ -132,17 +129,14 @@ class Gemma(Format):
         if not (yield from source.starts("call:")):
             return
         name = (yield from source.upto("{")).strip()
-        if name not in answer.tools:
-            yield TEXT(f"call:{name}{{")
+        make, depth = (yield from answer.begin_call(name, f"call:{name}{{")), 1
+        if make is None:
             return
-        make, depth = partial(_call, name, new_id()), 1
         yield make("{")
         while depth and (source.text or not source.last):
             sign = yield from source.starts(self.quote, *"{}[],:")
             if sign == self.quote:
-                yield make('"')
-                yield from source.pass_on(lambda text: make(_escaped(text)), self.quote, strip=False)
-                yield make('"')
+                yield from source.quote(make, self.quote)
             elif sign:
                 depth += (sign in "{[") - (sign in "}]")
                 yield make(sign + " " * (sign in ",:"))
@@ -172,7 +166,7 @@ class Harmony(Format):
             header = yield from source.upto("<|message|>")
             to, make = re.search(r"to=(?:functions\.)?([\w-]+)", header), TEXT
             if to is not None and to[1] in answer.tools:
-                make = partial(_call, to[1], new_id())
+                make = partial(Part, "call", name=to[1], id=new_id())
                 yield make("")
             elif "analysis" in header:
                 make = THOUGHT
@@ -245,15 +239,6 @@ def types(schema: Any) -> set[str]:
     own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]
     found = {each for each in (own if isinstance(own, list) else [own]) if isinstance(each, str)}
     return found.union(*(types(each) for other in others if isinstance(other, list) for each in other))
-
-
-def _call(name: str, id: str, text: str) -> Part:
-    return Part("call", text, name, id)
-
-
-def _escaped(text: str) -> str:
-    """Return ``text`` as a part of a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _is_json(text: str) -> bool:

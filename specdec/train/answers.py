@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from specdec.api.decoder import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress
 from specdec.engine.depth import FixedDepth

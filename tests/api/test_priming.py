@@ -35,7 +35,7 @@ def test_the_last_batch_is_as_small_as_the_time_left(
     monkeypatch.setattr(priming, "time", clock)
     monkeypatch.setattr(priming, "_generate", clock.generate)
     monkeypatch.setattr(priming, "_questions", lambda decoder, count: [[1]] * count)
-    monkeypatch.setattr(priming, "_tokens_a_step", lambda decoder, prompts: 1.0)
+    monkeypatch.setattr(priming, "_acceptance_length", lambda decoder, prompts: 1.0)
     decoder: Any = SimpleNamespace(
         drafter=SimpleNamespace(learner=SimpleNamespace(claim=lambda: None)), learn=lambda: None
     )

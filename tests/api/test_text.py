@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_tokenizers import Bytes, special_tokenizer
 
-from specdec.api.text import PLACEHOLDERS, Detokenizer, encode
+from specdec.api.prompts import PLACEHOLDERS, encode
+from specdec.api.text import Detokenizer
 from specdec.base.errors import PromptTooLongError, SpecDecError
 
 

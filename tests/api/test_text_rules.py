@@ -12,7 +12,7 @@ from tiny_tokenizers import Letters
 from transformers import PreTrainedModel
 
 from specdec import SpecDecError, SpecDecoder
-from specdec.api import text
+from specdec.api import prompts
 
 COUNT = 16
 PROMPTS = [(5, 6, 7, 8), (9, 9, 4), (20, 21, 20, 21, 20)]
@@ -121,8 +121,8 @@ def test_sampled_text_is_that_of_plain_decoding(model: PreTrainedModel) -> None:
 
 
 def test_a_prompt_is_encoded_once(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, given_ids = list[Any](), text._given_ids
-    monkeypatch.setattr(text, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))
+    read, given_ids = list[Any](), prompts._given_ids
+    monkeypatch.setattr(prompts, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))
     SpecDecoder(model, Letters(), "none").generate_batch([*PROMPTS, "abc"], max_new_tokens=2)
     assert read == [*PROMPTS, "abc"]
 

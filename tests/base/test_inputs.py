@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base import inputs, options
 from specdec.base.errors import SpecDecError
 from specdec.bench.plan import load_plan

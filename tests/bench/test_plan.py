@@ -16,7 +16,7 @@ from measured import result
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base.errors import SpecDecError
 from specdec.base.files import shipped_configs
 from specdec.bench.cell import Cell

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder, cli
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base.errors import SpecDecError
 from specdec.bench import figures, methods, prompts
 from specdec.bench.cell import Cell

@@ -33,8 +33,8 @@ def quick_collections() -> Iterator[None]:
 def quickly(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Little is learned from, and little is measured."""
     learn_soon(monkeypatch, folder)
-    monkeypatch.setattr(priming, "TRIED", 1)
-    monkeypatch.setattr(priming, "TRIED_TOKENS", 8)
+    monkeypatch.setattr(priming, "HOLDOUT_QUESTIONS", 1)
+    monkeypatch.setattr(priming, "HOLDOUT_TOKENS", 8)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from tiny_gguf import write_gguf
 from tiny_tokenizers import TEXTS, letters, special_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from specdec.api.text import encode, special_tokens
+from specdec.api.prompts import encode
+from specdec.api.text import special_tokens
 from specdec.models import catalogue, loading, prepare
 from specdec.models.chat_template import render
 from specdec.models.gguf.file import read_header

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdec import SpecDecoder
-from specdec.api.text import encode
+from specdec.api.prompts import encode
 from specdec.base import files
 from specdec.models.catalogue import DEFAULT_MODEL
 from specdec.verify.replay import NEAR_TIE, margins

@@ -239,7 +239,7 @@ def test_closing_waits_for_the_step_of_another_thread(monkeypatch: pytest.Monkey
     def slow(self: PromptLookupDrafter, *arguments: Any) -> Any:
         thread = threading.Thread(target=generation.close)
         thread.start()
-        while not generation._closing:
+        while not generation.engine.closed:
             time.sleep(0.001)
         closed.append(not thread.is_alive())
         return propose(self, *arguments)

@@ -69,7 +69,7 @@ def test_choices_are_counted_before_anything_is_made(
 ) -> None:
     made: list[Any] = []
     monkeypatch.setattr(service.Service, "encode_text", lambda self, prompt: made.append(prompt))
-    monkeypatch.setattr("specdec.serve.chat.Completion", made.append)
+    monkeypatch.setattr("specdec.serve.answer.Answer.__init__", made.append)
     response = server.complete(**more)
     assert response.status_code == 400 and response.json()["error"]["param"] == "n" and made == []
 

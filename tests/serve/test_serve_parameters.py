@@ -16,7 +16,7 @@ from tiny import tiny_model
 from tiny_tokenizers import letters
 
 from specdec import SpecDecoder
-from specdec.api import text as api_text
+from specdec.api import prompts
 from specdec.serve.messages import MessagesBody
 from specdec.serve.responses import ResponsesBody
 from specdec.serve.schema import UNUSED, ChatBody, CompletionBody, Options
@@ -94,8 +94,8 @@ def test_all_protocols_take_them(server: Server, plain: SpecDecoder) -> None:
 
 
 def test_a_prompt_is_encoded_once_for_all_its_choices(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, given_ids = list[Any](), api_text._given_ids
-    monkeypatch.setattr(api_text, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))
+    read, given_ids = list[Any](), prompts._given_ids
+    monkeypatch.setattr(prompts, "_given_ids", lambda prompt, name: read.append(prompt) or given_ids(prompt, name))
     assert server.complete(n=3, max_tokens=2).status_code == server.chat(n=2, max_tokens=2).status_code == 200
     assert len([prompt for prompt in read if not isinstance(prompt[0], int)]) == 2  # token ids are taken as they are
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,7 @@ class Replay:
     def submit(self, request: Request) -> Any:
         if self.refuse is not None:
             raise self.refuse
+        request.submit_time = time.perf_counter()
         self.handles.append(_Replayed(request, self.script(request)))
         return self.handles[-1]
 
@@ -225,7 +227,6 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
         adapter=None,
         eos_ids=lambda: frozenset({0}),
     )
-    made._text = lambda *given: SpecDecoder._text(made, *given)
     made._request = lambda *given: SpecDecoder._request(made, *given)
     made.request = lambda prompt, **given: SpecDecoder.request(
         made, prompt, sampler=RowSampler(SamplingParams()), **given
