@@ -94,12 +94,11 @@ def about(records: list[dict[str, Any]]) -> Iterator[str]:
     ]
     same = sum(each["equal"] for each in equal), sum(each["of"] for each in equal)
     outputs = "All outputs equal" if same[0] == same[1] else f"{same[0]} of {same[1]} outputs equal"
-    turns = "first turns of " if cell["turns"] == 1 else ""
+    turns = "first turns" if cell["turns"] == 1 else "conversations"
     text = (
-        f"{cell['model']}, {machine['cpu']}, {machine['threads']} threads, specdec {machine['specdec']}; {turns}"
-        f"{prompts['conversations']} conversations of {public(prompts['name'])}, at most {cell['max_new_tokens']} "
-        "tokens, whole calls, greedy, in one interleaved run; medians with 95 % bootstrap intervals. "
-        f"{outputs} plain decoding."
+        f"{cell['model']}, {machine['cpu']}, {machine['threads']} threads; "
+        f"{prompts['conversations']} {turns} of {public(prompts['name'])}, at most {cell['max_new_tokens']} tokens, "
+        f"whole calls, greedy, interleaved; medians with 95 % bootstrap intervals. {outputs} plain decoding."
     )
     yield from textwrap.wrap(text, 130, break_on_hyphens=False)
 
