@@ -120,7 +120,7 @@ class NgramDrafter(Drafter):
         row_state.seen = len(ids)
         texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)
         sources = [(each, weight) for each, weight in texts if each is not None]
-        noise = None if chooser.transforms.greedy else (chooser.noise, len(ids))
+        noise = None if chooser.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
         # Nodes that are worth half their price are found, too: calibration learns from them.

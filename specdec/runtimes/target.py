@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -68,6 +68,19 @@ class Pass:
     adapters: Adapters | None = None
     routed: Tensor | None = None
     choose: Callable[[int, Tensor], Tensor] | None = None
+
+
+class TokenCosts(NamedTuple):
+    """Estimated times of one token in a pass, over the time of reading the weights.
+
+    multiply: of multiplying a token by the weights.
+    read: of reading the keys and values of a cached token; 0: unknown.
+    attend: of multiplying a token by those of a cached one; 0: unknown.
+    """
+
+    multiply: float
+    read: float = 0.0
+    attend: float = 0.0
 
 
 # Bytes that are read from memory / multiplications in the same time.
@@ -155,9 +168,9 @@ class Target(ABC):
         yield from ()
 
     @property
-    def token_ratio(self) -> float:
-        """Return the estimated time of multiplying one token by the weights / the time of reading the weights."""
-        return TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize
+    def token_costs(self) -> TokenCosts:
+        """Return what a token is expected to cost in a pass."""
+        return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.

@@ -28,7 +28,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, TokenCosts
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.drafter import Drafter
 from specdec.verifiers.exact import ExactVerifier
@@ -216,7 +216,7 @@ def test_a_row_whose_drafts_fail_stops_while_its_neighbour_goes_on(llama: PreTra
         return [((right.ids[len(ids) + i] if known else 96) if len(ids) + i < 64 else 96, i) for i in range(limit)]
 
     requests = [Request(PROMPTS[0], 60), Request(PROMPTS[1], 60)]
-    together(target, Scripted(script), requests, AutoDepth(ratio=0.3, shares=(0.03,)))
+    together(target, Scripted(script), requests, AutoDepth(token=TokenCosts(0.3), shares=(0.03,)))
     good, bad = (request.metrics for request in requests)
     beside = bad.per_step_drafted[: len(good.per_step_drafted)]
     assert sum(good.per_step_drafted) > 3 * sum(beside)

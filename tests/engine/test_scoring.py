@@ -18,7 +18,7 @@ from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.sampling import RowSampler, SamplingParams, Transforms
+from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 
@@ -30,13 +30,13 @@ def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: py
     target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
     drafter, processed = NgramDrafter(9, prior=False), list[int]()
     drafter.bind(target)
-    transform = Transforms.__call__
+    process = Sampler.scores
 
     def spy(self, logits, prefixes, vocab=None):  # type: ignore[no-untyped-def]
         processed.append(logits.shape[0] * logits.shape[1])
-        return transform(self, logits, prefixes, vocab)
+        return process(self, logits, prefixes, vocab)
 
-    monkeypatch.setattr(Transforms, "__call__", spy)
+    monkeypatch.setattr(Sampler, "scores", spy)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
     samplers = [RowSampler(SamplingParams(temperature=0.3, seed=seed)) for seed in (1, 2)]
     rows = [Request([5, 6, 7, 5, 6, 7, 5, 6], 24, sampler) for sampler in samplers]

@@ -82,8 +82,8 @@ class FixedExit(FixedDepth):
         super().__init__(depth)
         self.exit = exit
 
-    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        return super().choose(rows, caps)._replace(exit=self.exit)
+    def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
+        return super().choose(rows, caps, contexts)._replace(exit=self.exit)
 
 
 class Ran(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import NEAR, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.native.library import (
     FLOAT,
     INT,
@@ -34,7 +34,6 @@ from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.torch.linear import UNIT_EPS
 
 KNOTS = 11  # numbers of a table of calibrated probabilities (calibrate.h)
-NEAR = 2048  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 MOST_GIVEN = 64  # nodes of a tree of another source
 
 

@@ -32,12 +32,13 @@ from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceA
 from specdec.runtimes.native.linear import Packed
 from specdec.runtimes.native.packed_file import ModelFile, using
 from specdec.runtimes.native.packing import ROUNDED, PackedModel, mapped
-from specdec.runtimes.target import TOKEN_RATIO, Pass, Target
+from specdec.runtimes.target import TOKEN_RATIO, Pass, Target, TokenCosts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES = tuple(families.FAMILIES)
+ATTENTION_COST = 2.0  # of multiplying by a key or value, in multiplications by a weight
 
 
 class NativeTarget(Target):
@@ -195,8 +196,10 @@ class NativeTarget(Target):
         return self.packed.bytes_of_layers + self.head(None).nbytes
 
     @property
-    def token_ratio(self) -> float:
-        return TOKEN_RATIO["cpu"] * self.packed.weights_per_byte
+    def token_costs(self) -> TokenCosts:
+        multiply, size = TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, len(self._attention) * self.head_dim
+        attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * size * self.heads / self.bytes_read
+        return TokenCosts(multiply, (2 - self.int8_cache) * 2 * size * self.kv_heads / self.bytes_read, attend)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:

@@ -10,6 +10,7 @@ import pytest
 
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, FixedDepth, StepReport
 from specdec.engine.depth.calibration import expected_gain
+from specdec.runtimes.target import TokenCosts
 from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import Prices
@@ -229,7 +230,7 @@ def test_rows_whose_drafts_fail_lose_little_together(rows: int) -> None:
 
 
 def test_a_row_whose_drafts_fail_drafts_less_than_its_neighbours() -> None:
-    policy = AutoDepth(ratio=0.03)
+    policy = AutoDepth(token=TokenCosts(0.03))
     _, drafted = rows_of(policy, [0.9, 0.9, 0.02, 0.9], 300, random.Random(3))
     assert drafted[2] < 0.3 * min(drafted[:2])
 
@@ -317,7 +318,7 @@ def test_levels_that_become_good_are_noticed() -> None:
 @pytest.mark.parametrize("others", [0, 7])
 def test_rows_that_never_draft_say_nothing_of_the_drafter(others: int) -> None:
     """A drafter that is always right is worth as much beside them, but for what they wait for."""
-    policy = AutoDepth(ratio=0.001)
+    policy = AutoDepth(token=TokenCosts(0.001))
     rows = [policy.begin() for _ in range(1 + others)]
     for _ in range(60):
         choice = policy.choose(rows, [MOST, *[0] * others])

@@ -20,6 +20,7 @@ from simulated import DEPTH, Free, Levels, Row, World, state_of
 from specdec.drafters.joined import JoinedDrafter
 from specdec.engine.depth import AutoDepth, StepReport
 from specdec.engine.depth.calibration import RAW_PROBABILITIES
+from specdec.runtimes.target import TokenCosts
 from specdec.speculation.candidates import Candidates
 
 REQUEST = 200  # tokens of a request
@@ -30,7 +31,7 @@ def run(world: World, seed: int) -> list[float]:
     drafter, rng, done, spent = JoinedDrafter(Free(), Levels()), random.Random(seed), 0, list[float]()
     busy = world.busy
     drafter.bind(SimpleNamespace())  # type: ignore[arg-type]
-    policy = AutoDepth(True, 3, (0.1,), world.told * world.ratio)
+    policy = AutoDepth(True, 3, (0.1,), TokenCosts(world.told * world.ratio))
     histories = [policy.begin() for _ in range(world.rows)]
     for phase, kinds in enumerate([world.phases[0], *world.phases]):
         rows, total = [Row(world, kinds, 1000 * seed + 20 * phase + b) for b in range(world.rows)], 0.0
