@@ -7,14 +7,14 @@ from unittest.mock import Mock
 
 import pytest
 from refusals import refused
-from rich.progress import Progress
 from tiny import greedy_reference, tiny_model
 from training import Tokens
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress
 from specdec.train import answers
-from specdec.train.answers import answer_prompts
+from specdec.train.answers import answer_prompts, known_answers
 from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.settings import TrainSettings
 
@@ -38,7 +38,7 @@ def made(
     decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), Tokens(), drafter="none")
     folder.mkdir(exist_ok=True)
     items = [*given, *(Prompt((" ".join(map(str, prompt)),)) for prompt in prompts)]
-    return answer_prompts(folder, decoder, items, settings, Progress(disable=True))
+    return answer_prompts(folder, decoder, known_answers(folder, decoder, items), settings, Progress())
 
 
 def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import yaml
 from lora import save_lora
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model
 from tiny_gguf import write_gguf
-from training import Killed, checkpoint_of, evaluations, recipe
+from training import Killed, Tokens, checkpoint_of, evaluations, recipe
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
@@ -24,6 +26,7 @@ from specdec.models import drafter_folder, loading
 from specdec.train import data, trainer
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
+from specdec.train.progress import RunProgress
 from specdec.train.run import TrainingRun
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher
@@ -76,6 +79,56 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_writes_a_checkpoint_and_goes_on_to_the_same_weights(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    train(recipe(answers, tmp_path / "whole", steps=10))
+    step, before = TrainingRun._step, signal.getsignal(number)
+
+    def stopped(run: TrainingRun, *args: Any) -> dict[str, float]:
+        if run.update == 4:
+            os.kill(os.getpid(), number)
+        return step(run, *args)
+
+    monkeypatch.setattr(TrainingRun, "_step", stopped)
+    settings = recipe(answers, tmp_path / "parts", steps=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["update"] == 5  # the update has ended
+    monkeypatch.undo()
+    monkeypatch.setattr(loading, "load", lambda *args, **kwargs: (tiny_model("llama", eos_token_id=None), Tokens()))
+    train(settings, resume=True)
+    for name, tensor in checkpoint_of(tmp_path / "whole").items():
+        assert torch.equal(tensor, checkpoint_of(tmp_path / "parts")[name]), name
+
+
+def test_the_whole_time_is_known_before_and_all_parts_count(answers: Path, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    train(recipe(answers, tmp_path / "out", steps=10), console=Console(file=shown, width=200), preset="mine")
+    (line,) = [line for line in shown.getvalue().splitlines() if line.startswith("training m2r2 with preset mine")]
+    assert "takes about" in line and "gradients" in line and "(10 updates)" in line
+    progress = RunProgress(Console(quiet=True))
+    progress.plan({"answers": 10, "states": 20, "fit": 0, "gradients": 30})
+    for part, done, whole in (("answers", 5, 5), ("states", 5, 20), ("gradients", 10, 60)):
+        progress.advance(progress.add_task(part, total=10, part=part), done)
+        assert progress.tasks[0].completed == whole
+
+
+def test_a_card_stands_beside_the_drafter(answers: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines = [line | {"category": ("code", "math")[number % 2]} for number, line in enumerate(lines)]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    train(recipe(answers, tmp_path / "out", steps=2, eval_fraction=0.3))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# m2r2 for ") and str(tmp_path) not in card
+    assert (
+        "--preset train.yaml --prompts answers.jsonl --output DIR" in card and "licence" in card and "## Data" in card
+    )
+    assert "| code (" in card and "| math (" in card and card.count("mean acceptance length") == 3
 
 
 def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(answers, tmp_path, monkeypatch) -> None:

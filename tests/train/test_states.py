@@ -10,6 +10,7 @@ from tiny import model_of, tiny_model
 from training import Killed, recipe
 
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
@@ -51,7 +52,9 @@ def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkey
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)
     monkeypatch.setattr(states, "SHARD_ANSWERS", 5)
-    for answer, record in zip(answers, states.compute_states(tmp_path, target, answers, WANTED), strict=True):
+    for answer, record in zip(
+        answers, states.compute_states(tmp_path, target, answers, WANTED, Progress(), "train"), strict=True
+    ):
         expected = alone(target, answer)
         found = {"best": record.best, "log_z": record.log_z}
         found |= {
@@ -85,7 +88,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monk
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
-    whole = states.compute_states(tmp_path / "whole", target, some, wanted)
+    whole = states.compute_states(tmp_path / "whole", target, some, wanted, Progress(), "train")
     teach, calls = states._make_shard, []
 
     def killed(*args: Any) -> Any:
@@ -96,11 +99,11 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monk
 
     monkeypatch.setattr(states, "_make_shard", killed)
     with pytest.raises(Killed):
-        states.compute_states(tmp_path / "parts", target, some, wanted)
-    parts = states.compute_states(tmp_path / "parts", target, some, wanted)
+        states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
+    parts = states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
     assert len(calls) == 4  # two shards, the killed one, and that one again
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
     with pytest.raises(SpecDecError, match="other fingerprint"):
         target.fingerprint = "another model"
-        states.compute_states(tmp_path / "parts", target, some, wanted)
+        states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
