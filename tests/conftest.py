@@ -3,8 +3,6 @@
 ``--strict-skips`` (continuous integration): a test that is skipped for a reason not in ``SKIPS`` fails.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

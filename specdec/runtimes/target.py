@@ -19,80 +19,27 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
+from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from specdec.models.native_model import NativeModel
     from specdec.runtimes.native.experts import MappedExperts
 
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
-UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_finding = threading.Lock()
-
-
-def lock_of(model: nn.Module) -> Any:
-    """Return the reentrant lock of ``model``. A caller that changes the model, or needs it unchanged, holds it."""
-    with _finding:
-        return _locks.setdefault(model, threading.RLock())
-
-
-def largest(logits: Tensor) -> Tensor:
-    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
-    best = logits.argmax(-1)
-    finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
-    return best.masked_fill(~finite, -1)
-
-
-@dataclass
-class Pass:
-    """The context of a pass of T tokens of each of B rows through layers [lo, hi).
-
-    positions: int64 [B, T].
-    mask: the result of ``cache.register(lo, positions, ...)``.
-    cache: the KV cache that the pass appends keys and values to.
-    taps: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (l = hi: the result).
-    adapters: changes of the layers for all tokens; None: none.
-    routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
-    choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
-        has its own routers; None: the experts with the largest logits.
-    """
-
-    positions: Tensor
-    mask: Mask
-    cache: KVCache
-    taps: dict[int, Tensor] | None = None
-    adapters: Adapters | None = None
-    routed: Tensor | None = None
-    choose: Callable[[int, Tensor], Tensor] | None = None
-
-
-class TokenCosts(NamedTuple):
-    """Estimated times of one token in a pass, over the time of reading the weights.
-
-    multiply: of multiplying a token by the weights.
-    read: of reading the keys and values of a cached token; 0: unknown.
-    attend: of multiplying a token by those of a cached one; 0: unknown.
-    """
-
-    multiply: float
-    read: float = 0.0
-    attend: float = 0.0
-
-
 # Bytes that are read from memory / multiplications in the same time.
 TOKEN_RATIO = {"cpu": 0.1, "gpu": 0.007}
+UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
 
 
 class Target(ABC):
     """A causal language model in one runtime: embed tokens, run a range of layers, read out logits.
 
-    Several threads may use it, each with its own caches. Shared state is made under the model's lock.
+    A subclass gives ``runtime``, ``logit_difference``, ``embed``, ``layers``, ``readout`` and ``linears``; all else has
+    a default. Several threads may use a target, each with its own caches. Shared state is made under the model's lock.
 
+    runtime: name of the runtime.
     model: the model of transformers, or a ``NativeModel``.
     num_layers, hidden_size, vocab_size: N, D, V.
     context: maximum number of positions.
@@ -108,46 +55,16 @@ class Target(ABC):
     """
 
     runtime: str
-    ragged = False
-    weight_format = "as loaded"
-    kv_cache = "as computed"
-    activations = "as computed"
     logit_difference: float
+    ragged: bool = False
+    weight_format: str = "as loaded"
+    kv_cache: str = "as computed"
+    activations: str = "as computed"
     tokenizer: Any = None
     recurrent_layers: frozenset[int] = frozenset()
     experts: MappedExperts | None = None
 
-    def __init__(
-        self,
-        model: NativeModel | PreTrainedModel,
-        sample: Callable[[Tensor | Blocks], Tensor] = identity.sample,
-    ) -> None:
-        self.model, self.lock = model, lock_of(model)
-        with self.lock:
-            self.own_head: Any = model.get_output_embeddings()
-            self.fingerprint = identity.fingerprint(model, sample)
-        cores.limit_threads()
-        config = model.config.get_text_config()
-        self.num_layers = int(config.num_hidden_layers)
-        self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(matrix(self.own_head).shape[0])
-        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self.windows = _windows(config)
-        self.device, self.dtype = model.device, model.dtype
-
-    @property
-    def kernels(self) -> str:
-        """Return the name of the processor or of the kernels: targets with another name may round differently."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
-
-    @property
-    def spare_bytes(self) -> int:
-        """Bytes for keys and values that no row has."""
-        return 0
-
-    def new_cache(self, batch: int = 1) -> KVCache:
-        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
+    # -- what a subclass must give -------------------------------------------------------------------------------------
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -164,14 +81,33 @@ class Target(ABC):
         head: an output head with V outputs; None: the model's own.
         """
 
-    def preparing(self, head: nn.Linear) -> Generator[None]:
-        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
-        yield from ()
+    @abstractmethod
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Return ``{module path: (in_features, out_features)}`` of a layer's linear layers that adapters can change."""
 
-    @property
-    def token_costs(self) -> TokenCosts:
-        """Return what a token is expected to cost in a pass."""
-        return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
+    # -- what it may override ------------------------------------------------------------------------------------------
+
+    def __init__(
+        self,
+        model: AnyModel,
+        sample: Callable[[Tensor | Blocks], Tensor] = identity.sample,
+    ) -> None:
+        self.model = model
+        self.lock = lock_of(model)
+        with self.lock:
+            self.own_head: Any = model.get_output_embeddings()
+            self.fingerprint = identity.fingerprint(model, sample)
+        cores.limit_threads()
+        config = model.config.get_text_config()
+        self.num_layers = int(config.num_hidden_layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(matrix(self.own_head).shape[0])
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.windows = _windows(config)
+        self.device, self.dtype = model.device, model.dtype
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
@@ -218,9 +154,25 @@ class Target(ABC):
                 cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
         return taken(grown, choice)
 
-    @abstractmethod
-    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
-        """Return ``{module path: (in_features, out_features)}`` of a layer's linear layers that adapters can change."""
+    def preparing(self, head: nn.Linear) -> Generator[None]:
+        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
+        yield from ()
+
+    @property
+    def kernels(self) -> str:
+        """Return the name of the processor or of the kernels: targets with another name may round differently."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
+
+    @property
+    def token_costs(self) -> TokenCosts:
+        """Return what a token is expected to cost in a pass."""
+        return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes for keys and values that no row has."""
+        return 0
 
     def block(self, layer: int) -> nn.Module:
         """Return the module of a decoder layer; by default ``model.model.layers[layer]``."""
@@ -242,6 +194,42 @@ class Target(ABC):
         full = self.own_head
         index, bias = token_ids.to(self.device), getattr(full, "bias", None)
         return weight_rows(full, index), None if bias is None else bias.detach()[index]
+
+
+@dataclass
+class Pass:
+    """The context of a pass of T tokens of each of B rows through layers [lo, hi).
+
+    positions: int64 [B, T].
+    mask: the result of ``cache.register(lo, positions, ...)``.
+    cache: the KV cache that the pass appends keys and values to.
+    taps: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (l = hi: the result).
+    adapters: changes of the layers for all tokens; None: none.
+    routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
+    choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
+        has its own routers; None: the experts with the largest logits.
+    """
+
+    positions: Tensor
+    mask: Mask
+    cache: KVCache
+    taps: dict[int, Tensor] | None = None
+    adapters: Adapters | None = None
+    routed: Tensor | None = None
+    choose: Callable[[int, Tensor], Tensor] | None = None
+
+
+class TokenCosts(NamedTuple):
+    """Estimated times of one token in a pass, over the time of reading the weights.
+
+    multiply: of multiplying a token by the weights.
+    read: of reading the keys and values of a cached token; 0: unknown.
+    attend: of multiplying a token by those of a cached one; 0: unknown.
+    """
+
+    multiply: float
+    read: float = 0.0
+    attend: float = 0.0
 
 
 class GivenLinear(nn.Linear):
@@ -308,3 +296,20 @@ def _windows(config: Any) -> list[int | None]:
                 "use a model with full, sliding-window or chunked attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]
+
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """Return the reentrant lock of ``model``. A caller that changes the model, or needs it unchanged, holds it."""
+    with _finding:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
+    best = logits.argmax(-1)
+    finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
+    return best.masked_fill(~finite, -1)

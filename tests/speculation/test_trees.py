@@ -1,7 +1,5 @@
 """The best tree for a node budget: against all trees by brute force, and what is refused."""
 
-from __future__ import annotations
-
 import math
 import random
 from itertools import chain, combinations, product

@@ -4,8 +4,6 @@
 tests in a process of their own.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from statistics import median
@@ -32,6 +30,8 @@ READS: dict[str, tuple[int, int]] = {
     "none": ONE,
     "ngram (tree)": ONE,
     "m2r2: projection": ONE,
+    "prompt-lookup": ONE,
+    "m2r2-paper": ONE,
     "m2r2: two projections, no early layer": ONE,
     "m2r2 (tree)": ONE,
     "ngram+m2r2 (tree)": ONE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import KernelStates
 from specdec.models import families, identity
 from specdec.models.gguf.blocks import BlockLinear, densify
-from specdec.models.native_model import NativeModel
+from specdec.models.native_model import AnyModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
@@ -33,9 +33,6 @@ from specdec.runtimes.native.linear import Packed
 from specdec.runtimes.native.packed_file import ModelFile, using
 from specdec.runtimes.native.packing import ROUNDED, PackedModel, mapped
 from specdec.runtimes.target import TOKEN_RATIO, Pass, Target, TokenCosts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FAMILIES = tuple(families.FAMILIES)
 ATTENTION_COST = 2.0  # of multiplying by a key or value, in multiplications by a weight
@@ -58,7 +55,7 @@ class NativeTarget(Target):
 
     def __init__(
         self,
-        model: NativeModel | PreTrainedModel,
+        model: AnyModel,
         weights: str = "auto",
         kv_cache: str = "auto",
         expert_cache: float | None = None,
@@ -296,7 +293,7 @@ class NativeTarget(Target):
 
 
 def native_target(
-    model: NativeModel | PreTrainedModel,
+    model: AnyModel,
     weights: str,
     kv_cache: str,
     expert_cache: float | None,

@@ -5,8 +5,6 @@ fixed choice, which is known in hindsight: plain decoding, the free draft alone,
 of nodes and levels.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -41,7 +39,6 @@ def run(world: World, seed: int) -> list[float]:
             if choice.depth:
                 draft = drafter.propose(state_of(rows, choice.prices, pair=True), choice.depth)
                 found, nodes = draft.found, sum(token >= 0 for own in draft.lists() for token in own)
-                assert found is not None
                 levels, drafting = found.levels, world.drafting(True, found.levels)
                 for own, paths, row in zip(taken, map(draft.paths, range(world.rows)), rows, strict=True):
                     right = [path for path in paths if all(map(row.rightly, range(len(path)), path))]
@@ -120,6 +117,7 @@ WORLDS = {
     "steep passes, copying after prose": replace(STEEP, phases=(PROSE, COPIED), level=0.2, tokens=1200),
     "steep passes, nothing is good": replace(STEEP, phases=(WEAK,), level=0.2),
     "both are too sure": World((PROSE,), powers=(2.5, 2.0)),
+    "both are too modest": World((PROSE,), powers=(0.6, 0.6)),
     "other work at first": World((PROSE,), busy=12),
     "other work at first, n-grams alone": World((NGRAMS,), busy=12),
     "passes are steeper than the formula says": replace(STEEP, told=0.5),

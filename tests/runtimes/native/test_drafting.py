@@ -1,7 +1,5 @@
 """Native drafts with another source's tree and tables of calibrated probabilities: those of a plain loop."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence
@@ -10,25 +8,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from passes import by_path, drafted, drafted_rows, random_route, seeded
+from passes import after, by_path, drafted, drafted_rows, random_route, seeded, several
+from targets import needs_native
 from tiny import model_of
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError
 from specdec.runtimes import target as target_module
 from specdec.runtimes.draft_path import KNOTS, DraftPath, DraftRoots, TreeLimits, calibrated
-from specdec.runtimes.native import drafting, library
+from specdec.runtimes.native import drafting
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.runtimes.torch.draft import Step
 from specdec.speculation.candidates import Candidates
 
-try:
-    library.load()
-except SpecDecError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "kernels")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]
 Tables = Sequence[Sequence[float]]
 LOW, HIGH = [0.05] * len(KNOTS), [0.9] * len(KNOTS)
 
@@ -51,7 +44,6 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
     """A draft path, and the tokens that its heads do not have."""
     torch.manual_seed(seed)
     route = random_route(target, heads=2)
-    assert route.tokens is not None
     return route, sorted(set(range(97)) - set(route.tokens.tolist()))
 
 
@@ -161,15 +153,12 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     target = sharp_target()
     cache, roots = seeded(target)
     route, (other, behind, *_) = route_of(target)
-    cache.select([0, 0])
-    final, *carried = (x[:, roots.place :][:, :1].repeat(2, 1, 1) for x in (roots.final, *roots.carried))
-    rows = DraftRoots(list(roots.tokens) * 2, list(roots.positions) * 2, final, carried)
+    rows = several(cache, roots, 2)
     limits = TreeLimits(3, 1)
     plain = drafted_rows(target, cache, rows, route, limits)
     assert plain is not None and plain[0] == plain[1]
     trees = [given((other, 0, 0.99), (behind, 1, 0.99)), given((plain[1].tokens[0], 0, 0.01))]
     found = drafted_rows(target, cache, replace(rows, given=trees), route, limits)
-    assert found is not None
     assert found[1].tokens == plain[1].tokens and found[1].raw == plain[1].raw
     assert {(other,), (other, behind)} <= by_path(found[0]).keys()
     chain = max(by_path(found[0]), key=len)
@@ -186,7 +175,6 @@ def test_a_path_whose_vocabulary_changes_drafts_as_a_new_one() -> None:
     target = sharp_target()
     cache, roots = seeded(target)
     route, _ = route_of(target)
-    assert route.tokens is not None
     both, limits = (route.heads, route.tokens), TreeLimits(3, 3)
     one = route.heads[:1], route.tokens[:50]
     for heads, tokens in (both, one, both):
@@ -202,14 +190,8 @@ def test_a_draft_reads_the_first_keys_and_the_last_ones(rows: int, monkeypatch: 
     monkeypatch.setattr(drafting, "NEAR", 40)
     target = NativeTarget(model_of("llama", max_position_embeddings=512))
     route, limits = random_route(target, heads=2), TreeLimits(4, 2)
-    ids, positions = torch.randint(3, 97, (1, 200)), torch.arange(200)[None]
-    cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
-    given = Pass(positions, cache.register(0, positions), cache, taps)
-    final = target.layers(target.embed(ids, positions), 0, 4, given)
-    cache.commit([list(range(200))])
-    cache.select([0] * rows)
-    final, *carried = (x[:, -1:].repeat(rows, 1, 1) for x in (final, *taps.values()))
-    roots = DraftRoots([5] * rows, [200] * rows, final, carried)
+    cache, roots = after(target, torch.randint(3, 97, (1, 200)))
+    roots = several(cache, roots, rows)
 
     def draft() -> list[Candidates] | None:
         return drafted_rows(target, cache, roots, route, limits)

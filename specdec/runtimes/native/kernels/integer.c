@@ -198,15 +198,19 @@ INLINE void rows_of_kind(int kind, int tokens, const uint8_t *tiles, int count, 
     }
 }
 
+/* Call a function whose first argument is `kind`, as a constant. */
+#define BY_KIND(function, ...)                                                                                         \
+    switch (kind) {                                                                                                    \
+    case Q8: function(Q8, __VA_ARGS__); break;                                                                         \
+    case Q4: function(Q4, __VA_ARGS__); break;                                                                         \
+    case Q5: function(Q5, __VA_ARGS__); break;                                                                         \
+    case K4: function(K4, __VA_ARGS__); break;                                                                         \
+    case K5: function(K5, __VA_ARGS__); break;                                                                         \
+    case MX: function(MX, __VA_ARGS__); break;                                                                         \
+    default: function(K6, __VA_ARGS__);                                                                                \
+    }
+
 /* to [tokens][16 outputs] = a row of tiles in blocks times `tokens` rounded tokens, 16 at most. */
 static void dot_few_tokens(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
-    switch (kind) {
-    case Q8: rows_of_kind(Q8, tokens, tiles, count, x, to); break;
-    case Q4: rows_of_kind(Q4, tokens, tiles, count, x, to); break;
-    case Q5: rows_of_kind(Q5, tokens, tiles, count, x, to); break;
-    case K4: rows_of_kind(K4, tokens, tiles, count, x, to); break;
-    case K5: rows_of_kind(K5, tokens, tiles, count, x, to); break;
-    case MX: rows_of_kind(MX, tokens, tiles, count, x, to); break;
-    default: rows_of_kind(K6, tokens, tiles, count, x, to);
-    }
+    BY_KIND(rows_of_kind, tokens, tiles, count, x, to)
 }
