@@ -14,6 +14,7 @@ from zoo import finish
 
 from specdec import SpecDecError
 from specdec.base.errors import SpecDecWarning
+from specdec.cli.shared import DecoderFlags
 from specdec.drafters import ngram_store
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.ngram_store import KeptTexts, forget
@@ -21,6 +22,8 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation import drafter_spec
+from specdec.speculation.drafter_spec import DrafterSpec
 from specdec.verifiers.exact import ExactVerifier
 
 KEY = "5e884898"
@@ -99,6 +102,28 @@ def test_processes_that_share_a_file_add_to_it_and_a_deleted_one_stays_deleted(d
     forget()
     two.save()  # nothing is new
     assert not [*data.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "given", "expected"),
+    [
+        ("ngram", ["nodes=3"], {"nodes": 3, "corpus": "texts", "keep": True}),
+        ("auto", [], {"ngram": {"corpus": "texts", "keep": True}}),
+        ("ngram+m2r2", ["ngram={nodes: 3}"], {"ngram": {"nodes": 3, "corpus": "texts", "keep": True}}),
+    ],
+)
+def test_the_command_line_gives_options_to_ngrams(drafter: str, given: list[str], expected: dict[str, Any]) -> None:
+    flags = DecoderFlags(drafter=drafter, drafter_option=given, ngram_corpus=Path("texts"), keep_ngrams=True)
+    assert flags.keywords["drafter_options"] == expected and "keep_ngrams" not in flags.keywords
+
+
+def test_options_by_name_serve_where_auto_is_ngrams_alone(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafter_spec.registry, "load_object", lambda place: lambda target: DrafterSpec.parse("ngram"))
+    monkeypatch.setattr(drafter_spec.registry, "lookup", lambda kind, name: NgramDrafter)
+    made = DrafterSpec().load(TransformersTarget(llama), {"ngram": {"keep": True}})
+    assert isinstance(made, NgramDrafter) and made.keep
 
 
 @pytest.mark.parametrize("damage", [b"", b"foreign", b"bit", b"token", b"large"])
