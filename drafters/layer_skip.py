@@ -25,15 +25,9 @@ from .chain import ChainDrafter, Readout
 
 def ranges_without(skipped: Collection[int], num_layers: int) -> list[tuple[int, int]]:
     """Return the ranges [lo, hi) of the layers that are not ``skipped``."""
-    found = list[tuple[int, int]]()
-    for layer in range(num_layers):
-        if layer in skipped:
-            continue
-        if found and found[-1][1] == layer:
-            found[-1] = found[-1][0], layer + 1
-        else:
-            found.append((layer, layer + 1))
-    return found
+    run = set(range(num_layers)).difference(skipped)
+    begin, end = ([layer for layer in sorted(run) if layer + side not in run] for side in (-1, 1))
+    return [(lo, last + 1) for lo, last in zip(begin, end, strict=True)]
 
 
 class LayerSkipDrafter(ChainDrafter):

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from specdec.base import options
 from specdec.base.errors import SpecDecError, one_line
 from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder
 from specdec.models.native_model import as_transformers
 from specdec.models.source import weight_files
 from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.state import State
 
 from .pairs import PairDrafter
 
@@ -140,17 +140,8 @@ class MTPDrafter(PairDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.head.draft_target.readout(outputs)
 
-    def run(
-        self,
-        state: State,
-        cache: KVCache,
-        tokens: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        tree: Tensor | None = None,
-    ) -> Tensor:
-        x, mask = self.head.inputs(state.target.embed(tokens, positions), states), cache.register(0, positions, tree)
-        return self.head.draft_target.layers(x, 0, 1, Pass(positions, mask, cache))
+    def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        return self.head.draft_target.layers(self.head.inputs(embedded, states), 0, 1, Pass(positions, mask, cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:

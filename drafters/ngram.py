@@ -165,7 +165,7 @@ class NgramDrafter(Drafter):
         texts = [(self.corpus, CORPUS_WEIGHT), (self.own_corpus, STORE_WEIGHT)]
         texts += [(row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)]
         sources = [(each, weight) for each, weight in texts if each is not None]
-        noise = None if chooser.transforms.greedy else (chooser.noise, len(ids))
+        noise = None if chooser.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
         # Nodes that are worth half their price are found, too: calibration learns from them.

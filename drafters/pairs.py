@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
 from specdec.speculation.draft import Draft
@@ -57,19 +58,8 @@ class PairDrafter(ChainDrafter):
         """Return an empty cache of one row."""
 
     @abstractmethod
-    def run(
-        self,
-        state: State,
-        cache: KVCache,
-        tokens: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        tree: Tensor | None = None,
-    ) -> Tensor:
-        """Run pairs of ``tokens`` [B, T] and ``states`` [B, T, ...] after the pairs in ``cache``; return [B, T, D'].
-
-        tree: as in ``KVCache.register``.
-        """
+    def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        """Run pairs of ``embedded`` tokens and ``states``, [B, T, ...] each, after those in ``cache``: [B, T, D']."""
 
     @abstractmethod
     def inputs(self, states: Tensor) -> Tensor:
@@ -78,6 +68,10 @@ class PairDrafter(ChainDrafter):
     def fed(self, outputs: Tensor) -> Tensor:
         """Return the ``states`` that ``run`` takes, from its own outputs [B, T, D']; by default these."""
         return outputs
+
+    def embed(self, target: Target, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return embeddings [B, T, D'] of tokens at positions, int64 [B, T] each; by default the model's."""
+        return target.embed(tokens, positions)
 
     @abstractmethod
     def logits(self, outputs: Tensor) -> Tensor:
@@ -108,7 +102,9 @@ class PairDrafter(ChainDrafter):
         def step(token: Tensor, positions: Tensor) -> Readout:
             nonlocal last, drafted
             if drafted:
-                last = self.run(state, cache, token, self.fed(last), positions - self.shift)
+                own = positions - self.shift
+                embedded = self.embed(state.target, token, own)
+                last = self.run(embedded, self.fed(last), own, cache.register(0, own), cache)
             drafted = True
             return Readout(self.logits(last)[:, 0])
 
@@ -123,7 +119,8 @@ class PairDrafter(ChainDrafter):
             return cache
         new = [torch.cat([like, *row.states]) for row in rows]  # (n, ...) each
         for states, counts, tokens, positions in _chunks(state, new, self.shift):
-            out = self.run(state, cache, tokens, self.inputs(states), positions)  # (B, T, D')
+            embedded, mask = self.embed(state.target, tokens, positions), cache.register(0, positions)
+            out = self.run(embedded, self.inputs(states), positions, mask, cache)  # (B, T, D')
             cache.commit([range(count) for count in counts])
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:

@@ -5,7 +5,6 @@ Needs no training and no model. Searches the text so far; ``ngram`` also searche
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 from specdec.base.errors import SpecDecError
@@ -77,15 +76,11 @@ class PromptLookupDrafter(Drafter):
         index, ids = state.row_states[row], state.ids[row]
         index.add(ids)  # an n-gram enters it once its continuation is known, so the current suffix never finds itself
         found: dict[int, list[int]] = {}  # by first token
-        for text, start in self._continuations(index, ids):
+        # Of the longest n-gram at the end of the text, then of shorter ones
+        grams = (tuple(ids[-n:]) for n in self.sizes if n <= len(ids))
+        for text, start in (each for gram in grams for each in index.found.get(gram, ())):
             if text[start] not in found and (tokens := state.allowed(row, text[start : start + limit])):
                 found[text[start]] = tokens
             if len(found) == self.continuations:
                 break
         return list(found.values())
-
-    def _continuations(self, own: _Index, ids: list[int]) -> Iterator[Continuation]:
-        """Yield the continuations of the longest n-gram at the end of ``ids``, then of shorter ones."""
-        for n in self.sizes:
-            if n <= len(ids):
-                yield from own.found.get(tuple(ids[-n:]), ())

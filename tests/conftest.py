@@ -3,8 +3,6 @@
 ``--strict-skips`` (continuous integration): a test that is skipped for a reason not in ``SKIPS`` fails.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -126,10 +124,10 @@ def scripted_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def by_formula(policy: AutoDepth, step: StepReport) -> None:
         count, levels = len(step.rows), max(step.drafted, default=0) if step.found is None else step.found.levels
-        step.other = policy.model.passing(count, step.scored - count)[-1]
+        step.other = policy.model.passing([0] * count, step.scored - count)[-1]
         exit, model = policy.choice.exit or 0, policy.model
-        first = model.first(exit, count) if levels else 0.0
-        step.drafting = model.drafting(count) + first + levels * model.level(exit, count)
+        first = model.first(exit, [0] * count) if levels else 0.0
+        step.drafting = model.drafting([0] * count) + first + levels * model.level(exit, [0] * count)
         observe(policy, step)
 
     observe = AutoDepth.observe

@@ -1,7 +1,5 @@
 """On a CUDA device, where there is one: what stand-ins on a CPU cannot show. Skipped elsewhere."""
 
-from __future__ import annotations
-
 import gc
 import random
 import subprocess
@@ -36,9 +34,6 @@ ROWS = 12  # tokens
 def generated(model: Any, prompt: list[int], count: int) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     return model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)[0, len(prompt) :].tolist()
-
-
-# --- decoding ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "torch"])
@@ -110,9 +105,6 @@ def test_the_second_device_records_its_own_passes() -> None:
         assert out.token_ids == generated(model, zoo.PROMPTS[0], ROWS)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 SMALL = "draft_vocab: 50\nrows: 4\nwindow: 8\nmax_new_tokens: 12\neval_fraction: 0.2\n"
 OWN = {
     "m2r2": "segments: [[2, 4]]\nfinal_projection: true\nrank: 2\n",
@@ -142,10 +134,8 @@ def test_what_is_trained_there_drafts(method: str, dtype: str, tmp_path: Path) -
     assert result.exit_code == 0, result.output
     tensors = load_file(output / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values() if tensor.is_floating_point())
-    decoders = (
-        SpecDecoder.from_pretrained(str(tmp_path / "model"), drafter, dtype="float32", device="cuda")
-        for drafter in (str(output), "none")
-    )
+    given = str(tmp_path / "model"), {"dtype": "float32", "device": "cuda"}
+    decoders = (SpecDecoder.from_pretrained(given[0], drafter, **given[1]) for drafter in (str(output), "none"))
     drafted, plain = (each.generate("hello", max_new_tokens=24, num_speculative_tokens=2) for each in decoders)
     assert drafted.token_ids == plain.token_ids and drafted.metrics.num_draft_tokens
 

@@ -1,7 +1,5 @@
 """The engine does what the reference does, step by step: the same drafts, accepted paths and tokens."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -75,10 +73,8 @@ def by_engine(family: str, drafter: Drafter, rows: Sequence[Row], depth: int) ->
     """The steps after the prefill of each row of a batch."""
     verifier = Watching()
     engine = Engine(target_of(family), drafter, verifier, FixedDepth(depth))
-    requests = [
-        Request(prompt, COUNT, RowSampler(WAYS[way][0], stream=WAYS[way][1].stream, start=len(prompt)), eos=ENDS)
-        for prompt, way in rows
-    ]
+    samplers = [RowSampler(WAYS[way][0], stream=WAYS[way][1].stream, start=len(prompt)) for prompt, way in rows]
+    requests = [Request(row[0], COUNT, sampler, eos=ENDS) for row, sampler in zip(rows, samplers, strict=True)]
     steps: dict[Request, list[Recorded]] = {request: [] for request in requests}
     for request in requests:
         engine.submit(request)
@@ -132,9 +128,7 @@ def test_greedy_is_generate() -> None:
     width=st.integers(1, 3),
     right=st.sampled_from([0.0, 0.6, 0.9, 1.0]),
 )
-def test_any_drafts(
-    family: str, prompts: list[list[int]], ways: list[int], depth: int, width: int, right: float
-) -> None:
+def test_any_drafts(family, prompts, ways, depth, width, right) -> None:
     """Chains and trees in batches whose rows choose differently; tokens are right as often as ``right`` says."""
     rows = list(zip(prompts, ways, strict=False))
     texts = [continued(family, tuple(prompt), way) for prompt, way in rows]

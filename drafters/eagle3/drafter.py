@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder, hub
 from specdec.models.names import display_name
 from specdec.runtimes.draft_path import WIDTH, TreeLimits
@@ -102,7 +103,8 @@ class Eagle3Drafter(PairDrafter):
             nonlocal features, level
             if level:
                 positions = torch.full_like(tokens, position + level)
-                features = self.run(state, cache, tokens, features[:, parents], positions, paths[:, 1:])
+                embedded, mask = self.embed(state.target, tokens, positions), cache.register(0, positions, paths[:, 1:])
+                features = self.run(embedded, features[:, parents], positions, mask, cache)
             level += 1
             return self.network.logits(features)[0]
 
@@ -117,21 +119,14 @@ class Eagle3Drafter(PairDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.network.logits(outputs)
 
-    def run(
-        self,
-        state: State,
-        cache: KVCache,
-        tokens: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        tree: Tensor | None = None,
-    ) -> Tensor:
-        network, mask = self.network, cache.register(0, positions, tree)
+    def embed(self, target: Target, tokens: Tensor, positions: Tensor) -> Tensor:
+        own = self.network.embed_tokens
+        embedded: Tensor = super().embed(target, tokens, positions) if own is None else own(tokens)
+        return embedded
 
+    def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.append(0, k, v)
             return F.scaled_dot_product_attention(q, keys, values, mask.bool_mask(), enable_gqa=True)
 
-        own = network.embed_tokens
-        embedded = state.target.embed(tokens, positions) if own is None else own(tokens)
-        return network.layer(embedded, states, positions, attend)
+        return self.network.layer(embedded, states, positions, attend)

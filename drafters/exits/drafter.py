@@ -71,7 +71,7 @@ class ExitDrafter(ChainDrafter):
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
         """Run the last token to ``layer``, the exit of that index; return the fields of the ``Readout`` there."""
-        h = tokens.to(layer)
+        h = tokens.to(layer)[:, -1:]
         logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]
         certainty = best_probability(logits)
         return logits, certainty, torch.full_like(certainty, layer, dtype=torch.long)

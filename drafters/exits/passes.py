@@ -23,13 +23,18 @@ class PartialPass:
         self.groups: list[tuple[int, Tensor, Tensor]] = []
         self.count = 0
 
-    def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add a token of each row and its position, int64 [B, 1] each, at layer 0."""
+    def push(self, token: Tensor, positions: Tensor) -> Tensor:
+        """Add a token of each row and its position, int64 [B, 1] each, at layer 0; return its embedding [B, 1, D]."""
+        x = self.target.embed(token, positions)
         self.count += 1
-        self.groups.append((0, self.target.embed(token, positions), positions))
+        self.groups.append((0, x, positions))
+        return x
 
     def to(self, layer: int) -> Tensor:
-        """Run every token that is below ``layer`` up to it; return the last token's state there, [B, 1, D]."""
+        """Run every token that is below ``layer`` up to it; return the states of the tokens there, [B, n, D].
+
+        The last of these tokens is the draft's last one.
+        """
         while (level := self.groups[-1][0]) < layer:
             _, x, positions = self.groups.pop()
             above = self.groups[-1][0] if self.groups else layer
@@ -39,15 +44,14 @@ class PartialPass:
                 _, earlier, before = self.groups.pop()
                 x, positions = torch.cat((earlier, x), 1), torch.cat((before, positions), 1)
             self.groups.append((goal, x, positions))
-        return self.groups[-1][1][:, -1:]
+        return self.groups[-1][1]
 
     def finish(self) -> tuple[Tensor | None, int]:
         """Return all tokens' states [B, n, D] at the deepest layer that a token has reached, and that layer."""
         if not self.groups:
             return None, 0
         deepest = self.groups[0][0]
-        self.to(deepest)
-        return self.groups[0][1], deepest
+        return self.to(deepest), deepest
 
 
 class RoutedPass:

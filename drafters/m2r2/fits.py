@@ -139,13 +139,6 @@ class Fits:
         self.source = self.store
         self.stamp = self.read_at = self.store.stamp()
 
-    def claim(self) -> None:
-        """Become the process that writes the file. Raises SpecDecError if another one does, or none can."""
-        if not self.store.claim():
-            other = f"another process learns for '{self.name}', and only one keeps what it learns"
-            other += "; end it, or start it with --no-learn, and try again"
-            raise SpecDecError(self.store.why_not or other)
-
     @property
     def forgotten(self) -> bool:
         """Whether another process has deleted the file (``learned.forget``)."""

@@ -118,6 +118,12 @@ class Store:
             self.why_not = f"'{self.path.parent}' cannot be written ({one_line(error)})"
         return self.writes
 
+    def take(self, model: str) -> None:
+        """Become the process that writes the file. Raises SpecDecError, with the ``model``'s name, if it cannot."""
+        if not self.claim():
+            other = f"another process learns for '{model}', and only one keeps what it learns"
+            raise SpecDecError(self.why_not or f"{other}; end it, or start it with --no-learn, and try again")
+
     def release(self) -> None:
         """Let other processes write the file."""
         self.lock.release()
@@ -206,8 +212,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
     for name, tensor in tensors.items():
         if name.startswith("sums."):
             tensor *= factor
-    if not store.claim():
-        raise SpecDecError(store.why_not or f"another process learns for '{model}'; end it and try again")
+    store.take(model)
     try:
         store.save(own, tensors)
     except Exception as error:

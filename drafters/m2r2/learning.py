@@ -106,7 +106,7 @@ class M2R2Learner(Learner):
         return self.fits.version
 
     def claim(self) -> None:
-        self.fits.claim()
+        self.fits.store.take(self.fits.name)
 
     def add(self, ids: Sequence[int], start: int) -> None:
         """Queue a text to learn from. ids: its tokens. start: number of prompt tokens."""

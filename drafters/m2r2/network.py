@@ -160,20 +160,21 @@ class M2R2(nn.Module):
 
     def run_shared(
         self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Run (2), layers [lo, hi), on h and p of the next n tokens of a chain, both from ``x`` = h[lo], [B, n, D].
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run (2), layers [lo, hi), on p of the last n tokens of a chain, from ``x`` = h[lo], [B, n, D].
 
-        Return h[hi], p[hi] and, if ``watched``, what the router reads. Only the keys and values of h stay in the cache.
+        The cache has the keys and values of h of these tokens; those of p do not stay in it. Return p[hi] and, if
+        ``watched``, what the router reads.
         """
-        n, old = x.shape[1], cache.lengths[lo] - cache.committed
-        h = target.layers(x, lo, hi, Pass(positions, cache.register(lo, positions), cache))
+        n = x.shape[1]
+        old = cache.lengths[lo] - cache.committed - n
         # p sees h's keys (shared KV), also at its own position; no token sees p's.
         chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
         mask = cache.register(lo, positions, torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1))
         taps = router_taps(lo + 1, hi) if watched else None
         p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
         cache.trim(n, lo, hi)
-        return h, p, list((taps or {}).values())
+        return p, list((taps or {}).values())
 
 
 def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:

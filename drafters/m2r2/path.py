@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from specdec.base.errors import SpecDecError
+from specdec.base.settings import explain
+
+INVALID = "the drafter's config.json has no valid M2R2 path"
+REQUIRED = {"exit_layer", "segments", "final_projection", "rank", "adapters"}  # entries of all versions
 
 
 @dataclass(frozen=True)
@@ -96,25 +103,18 @@ class M2R2Path:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> M2R2Path:
+    def from_json(cls, data: Any) -> M2R2Path:
         """Return the path of an entry of config.json, also of earlier versions (there a projection is a leap).
 
         Raises SpecDecError for data that is no path.
         """
+        if isinstance(data, dict):
+            data = {"final_projection" if name == "final_leap" else name: each for name, each in data.items()}
+            if missing := REQUIRED - data.keys():
+                raise SpecDecError(f"{INVALID}: {min(missing)} is missing")
         try:
-            path = cls(
-                data["exit_layer"],
-                tuple((lo, hi) for lo, hi in data["segments"]),
-                bool(data["final_leap" if "final_leap" in data else "final_projection"]),
-                data["rank"],
-                {int(layer): [str(p) for p in paths] for layer, paths in data["adapters"].items()},
-                tuple(data.get("exits", ())),
-                data.get("neurons", 0),
-            )
-            numbers = [path.exit_layer, path.rank, path.neurons, *path.exits]
-            numbers += [n for segment in path.segments for n in segment]
-            if odd := [n for n in numbers if type(n) is not int]:
-                raise ValueError(f"{odd[0]!r} is not a whole number")
-            return path
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SpecDecError(f"the drafter's config.json has no valid M2R2 path ({error!r})") from None
+            return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            _, place, said = explain(error.errors(), data)
+            what = " ".join([".".join(map(str, place)), said]).strip()
+            raise SpecDecError(f"{INVALID}: {what}") from None

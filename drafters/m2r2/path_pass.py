@@ -1,6 +1,7 @@
 """Running the tokens of a draft along an M2R2's draft path, each token as far as its exit.
 
-When a later token goes deeper, the stages that earlier tokens have not run are run for all tokens at once.
+When a later token goes deeper, the stages that earlier tokens have not run are run for all tokens at once. The slow
+residual h of the shared layers is that of a drafter that exits early: ``PartialPass`` runs it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from specdec.kvcache.cache import KVCache
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 
+from ..exits.passes import PartialPass
 from .network import M2R2, Carry
 
 
@@ -21,14 +23,13 @@ class _Token:
     """A drafted token of each row.
 
     positions: its positions, int64 [B, 1].
-    h, p: the slow and the accelerated residual after the last stage that was run, [B, 1, D].
+    p: the accelerated residual after the last stage that was run, [B, 1, D].
     previous_carry: the carry of the token before. carry: the token's own.
     stages_run: number of stages that were run.
     residuals: what the router reads, [B, 1, D] each.
     """
 
     positions: Tensor
-    h: Tensor
     p: Tensor
     previous_carry: Carry
     carry: Carry
@@ -40,17 +41,19 @@ class PathPass:
     """The tokens of a draft on the draft path; an earlier token has run at least the stages of a later one.
 
     carry: the carry of the token before each root.
+    slow: h of the tokens in the shared layers.
     """
 
     def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
         self.network, self.target, self.cache, self.carry = network, target, cache, carry
+        self.slow = PartialPass(target, cache)
         self.tokens: list[_Token] = []
 
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Add a token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
         before = self.tokens[-1].carry if self.tokens else self.carry
-        x = self.target.embed(token, positions)
-        self.tokens.append(_Token(positions, x, x, before, Carry(x, [])))
+        x = self.slow.push(token, positions)
+        self.tokens.append(_Token(positions, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
         """Run the last token to an exit; return the estimate of h[N], [B, 1, D], and what the router reads."""
@@ -59,11 +62,8 @@ class PathPass:
         final = network.estimate(exit, token.p, token.previous_carry)
         return final, [*token.residuals, final] if network.path.final_projection else token.residuals
 
-    def _run(self, stages: int, drafting: bool = True) -> None:
-        """Run the first ``stages`` stages of the last token, and of earlier tokens that have not run them.
-
-        drafting: whether to run p where p differs from h; False: only h.
-        """
+    def _run(self, stages: int) -> None:
+        """Run the first ``stages`` stages of the last token, and of earlier tokens that have not run them."""
         network, target, cache = self.network, self.target, self.cache
         shared, watched = network.path.shared, network.routers is not None
         for stage in range(self.tokens[-1].stages_run, stages):
@@ -71,14 +71,11 @@ class PathPass:
             positions = torch.cat([token.positions for token in late], 1)  # (B, n)
             lo, hi = network.path.stages[stage]
             if stage < len(shared):
-                x = torch.cat([token.h for token in late], 1)
-                if drafting and network.path.adapts_early:
-                    h, p, passed = network.run_shared(target, x, lo, hi, positions, cache, watched)
-                else:
-                    h = p = target.layers(x, lo, hi, Pass(positions, cache.register(lo, positions), cache))
-                    passed = [h]
-                for index, token in enumerate(late):
-                    token.h = h[:, index : index + 1]
+                x = self.slow.to(lo)  # (B, n, D)
+                p = self.slow.to(hi)[:, -len(late) :]
+                passed = [p]
+                if network.path.adapts_early:
+                    p, passed = network.run_shared(target, x, lo, hi, positions, cache, watched)
             else:
                 index = stage - len(shared)
                 for token in late:  # one after another: each depends on the projection of the token before
@@ -99,6 +96,4 @@ class PathPass:
             cache.trim(sum(token.stages_run > segment for token in self.tokens), lo, hi)
         if not path.shared or not self.tokens:
             return None, 0
-        deepest = min(self.tokens[0].stages_run, len(path.shared))
-        self._run(deepest, drafting=False)
-        return torch.cat([token.h for token in self.tokens], 1), path.shared[deepest - 1][1]
+        return self.slow.finish()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +18,7 @@ from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, Traits
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.trees import MOST_NODES, grow_best_first
+from specdec.speculation.trees import MOST_NODES, Choice, likeliest_paths
 
 from ..vocabulary import Context, DraftVocabulary
 from . import public
@@ -109,25 +108,18 @@ class MedusaDrafter(Drafter):
         table: calibrates probabilities (``calibrated``); None: they stay. best: of the row, as ``_best`` returns it.
         """
         constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
-        tokens: dict[tuple[int, ...], int] = {(): state.ids[row][-1]}  # by the ranks on a node's path
-        probability: dict[tuple[int, ...], float] = {}
 
-        def after(path: tuple[int, ...]) -> list[float]:
+        def after(path: Sequence[int]) -> Iterable[Choice]:
             depth = len(path)
             if depth == len(logits):
-                return []
+                return ()
             own, likely, ids = best[depth]
             if constraint is not None:
-                text = [tokens[path[:n]] for n in range(1, depth + 1)]
-                scores = constraint.masked(state.ids[row] + text, logits[depth : depth + 1].clone(), vocab)
+                scores = constraint.masked([*state.ids[row], *path], logits[depth : depth + 1], vocab)
                 [[[own, likely, ids]]] = _best(scores[None], vocab, [table])
-            tokens.update({(*path, rank): int(token) for rank, token in enumerate(ids)})
-            probability.update({(*path, rank): p for rank, p in enumerate(own)})
-            return likely
+            return zip(map(int, ids), own, likely, strict=True)
 
-        tree = grow_best_first(after, self.nodes or MOST_NODES)
-        chosen, own = [tokens[path] for path in tree.paths], [probability[path] for path in tree.paths]
-        return Candidates([math.log(value) for value in tree.values], chosen, tree.parents, [own])
+        return likeliest_paths(after, self.nodes or MOST_NODES)
 
     def _logits(self, state: State) -> Tensor:
         """Return each head's logits [B, K, V'], over the vocabulary's tokens."""

@@ -548,7 +548,7 @@ class SpecDecoder:
         if not self.verifier.lossless:
             return FixedDepth(LOSSY_DEPTH)  # the text depends on the depth, which timings must not choose
         if self._auto is None:
-            self._auto = AutoDepth.of(self.drafter, self.target.token_ratio, cost_cache.load(self.target, self.drafter))
+            self._auto = AutoDepth.of(self.drafter, self.target.token_costs, cost_cache.load(self.target, self.drafter))
         return self._auto
 
     def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:

@@ -29,6 +29,7 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     mean_acceptance_length    EST, tokens per step, pooled over all steps; includes the bonus token
     acceptance_rate           accepted over drafted tokens; None if nothing was drafted
     acceptance_per_position   [share of accepted tokens at this position, over all drafts that reach it]
+    drafts_per_position       [number of these drafts]
     acceptance_histogram      entry n: steps that accepted n drafted tokens
     mean_layers_per_token     EST, layers run per token, pooled
     phase_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}
@@ -97,7 +98,8 @@ EXTERNAL_METHODS = {"hf": ExternalMethod(drafts=False), "hf-lookup": ExternalMet
 Text = Annotated[str, Field(min_length=1)]
 GROUPS = ("drafter", "verifier")  # settings whose values have options
 DRAFT_LENGTH = "num_speculative_tokens"
-SHORT = {"max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T"}  # names of settings in labels
+# Names of settings in labels and tables.
+SHORT = {"max_new_tokens": "tokens", "batch_size": "batch", "temperature": "T", DRAFT_LENGTH: "length"}
 
 
 def _baseline(name: str) -> str:

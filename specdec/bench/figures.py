@@ -119,6 +119,7 @@ def summarize(
         },
         "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
         "acceptance_per_position": steps.acceptance_per_position,
+        "drafts_per_position": steps.drafts_per_position,
         "acceptance_histogram": steps.acceptance_histogram,
         "mean_layers_per_token": _pooled(
             mine, lambda m: m.mean_layers_per_token * m.num_new_tokens, lambda m: m.num_new_tokens

@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field
 
 from specdec.base import inputs
@@ -52,13 +53,14 @@ class Plan:
     """A checked benchmark: the cells to measure, without duplicates.
 
     name: of the benchmark, and the default name of its folder. description: a line for the report; may be empty.
-    resources: what one task on a Ray cluster needs.
+    resources: what one task on a Ray cluster needs. settings: the plan as a YAML file that gives it again.
     """
 
     name: str
     description: str
     cells: tuple[Cell, ...]
     resources: Resources = field(default_factory=Resources)
+    settings: str = ""
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -110,7 +112,8 @@ def load_plan(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
         found = {cell.key(): cell for cell in (cell.canonical() for cell in cells)}
         resources = Resources(**_mapping(given.get("resources"), "resources"))
         name = str(given.get("name", path and path.stem))
-        return Plan(name, " ".join(str(given.get("description", "")).split()), tuple(found.values()), resources)
+        text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+        return Plan(name, " ".join(str(given.get("description", "")).split()), tuple(found.values()), resources, text)
 
 
 @contextlib.contextmanager

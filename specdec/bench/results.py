@@ -6,15 +6,23 @@ cell that failed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specdec.base.errors import SpecDecError
+from specdec.base.files import write_atomically
 from specdec.bench.cell import DRAFT_LENGTH, GROUPS, as_yaml, method_label, short_name
 from specdec.bench.store import Store
 
+LEAST = 30  # drafts that reach a position, from which its acceptance is shown
+LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "\n": " "}
+    | {c: f"\\{c}" for c in "&%$#_{}"}
+)
 NAMES = {"none": "plain", "hf": "model.generate"}  # of baselines, in tables
 Record = Mapping[str, Any]
 Estimate = Mapping[str, Any]  # {"value", "low", "high"}; the bounds may be None
@@ -52,30 +60,36 @@ def other_axes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class ResultTable:
+    """A table: its title, its column names and the texts of its rows."""
+
+    title: str
     header: list[str]
     rows: list[list[str]]
 
 
-def make_table(rows: Sequence[Mapping[str, str]]) -> ResultTable:
+def make_table(title: str, rows: Sequence[Mapping[str, str]]) -> ResultTable:
     """Make a table of rows {column: text}. Columns that are empty in all rows are left out; "error" is the last."""
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "error")
     used = [name for name in names if any(row.get(name) for row in rows)]
-    return ResultTable(used, [[row.get(name, "") for name in used] for row in rows])
+    return ResultTable(title, used, [[row.get(name, "") for name in used] for row in rows])
 
 
 @dataclass(frozen=True)
 class Results:
     """The results of one benchmark.
 
-    name, description: of the plan. command: the command line that measured it.
+    name, description: of the plan. commands: the command lines that measured it.
     records: one per cell that has run, in the order of the plan. missing: number of cells that have not run.
+    settings: of the plan, as YAML. prompts: name of each prompt set -> its conversations, {"id", "category", "turns"}.
     """
 
     name: str
     description: str
-    command: str
+    commands: Sequence[str]
     records: Sequence[Record]
     missing: int = 0
+    settings: str = ""
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def done(self) -> list[Record]:
@@ -95,36 +109,39 @@ class Results:
         for label, record in zip(self.labels(), self.records, strict=True):
             figures = {"error": record["error"]} if "error" in record else _figures(record["method"])
             rows.append({"cell": label} | figures)
-        return make_table(rows)
+        return make_table("All cells", rows)
 
     def tables(self) -> list[ResultTable]:
-        """Return the main table and three tables of the cells that did not fail.
-
-        They show speedups by category, times of phases, and percentiles of latency.
-        """
+        """Return the main table and, of the cells that did not fail, those of ``TABLES`` and of the costs of passes."""
         names = labels([record["cell"] for record in self.done])
         methods = list(zip(names, (record["method"] for record in self.done), strict=True))
-        if not methods:
-            return [self.table()]
-        return [
-            self.table(),
-            make_table([{"x plain (the worst prompt)": name} | _by_category(method) for name, method in methods]),
-            make_table([{"method": name} | _phases(method) for name, method in methods]),
-            make_table([{"method": name} | _percentiles(method) for name, method in methods]),
+        tables = [
+            make_table(title, [{first: name} | figures(method) for name, method in methods])
+            for title, (first, figures) in TABLES.items()
         ]
+        return [self.table(), *(table for table in [*tables, self._passes()] if table.rows and len(table.header) > 1)]
+
+    def _passes(self) -> ResultTable:
+        """Return the table of the costs of passes over several tokens, for each model, way of loading and engine."""
+        found = dict[tuple[str, ...], dict[str, str]]()
+        for record in self.done:
+            cell, about = record["cell"], record["environment"]
+            for engine, costs in record["pass_ms"].items():
+                key = (cell["model"], about["runtime"], about["dtype"], cell.get("weights", "auto"), engine)
+                one = costs.get("1") or 1.0
+                shown = {f"{n} tokens": f"{ms:.1f} ({ms / one:.2f} x)" for n, ms in costs.items()}
+                found.setdefault(key, {"ms of a pass over": " ".join(key)} | shown)
+        return make_table("Costs of passes", list(found.values()))
 
     def notes(self) -> list[str]:
-        """Return lines of text: counts of cells, settings, times of forward passes, engines, and skipped prompts."""
+        """Return lines of text: counts of cells, settings, load averages, engines, and skipped prompts."""
         lines = [f"{len(self.done)} of {len(self.records) + self.missing} cells"]
         lines[0] += f", {len(self.failed)} failed" * bool(self.failed)
         lines[0] += f", {self.missing} not run yet" * bool(self.missing)
         for record in self.done:
             lines += _settings(record)
-        for record in self.done[:1]:
-            for engine, costs in record["pass_ms"].items():
-                one = costs.get("1") or 1.0
-                shown = ", ".join(f"{ms:.1f} ({ms / one:.2f} x)" for ms in costs.values())
-                lines.append(f"{engine}: a pass over {', '.join(costs)} tokens takes {shown} ms")
+        if loads := [load for record in self.done if (load := record["environment"].get("load_average")) is not None]:
+            lines.append(f"load average of the machine when a group began: {min(loads)} to {max(loads)}")
         for method in (method for record in self.done for method in (record["method"], *record["baselines"].values())):
             if method["engine"]:
                 about = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in method["engine"].items())
@@ -196,11 +213,30 @@ def _phases(method: Mapping[str, Any]) -> dict[str, str]:
 def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
     columns = {"token": "P50, P99: ms/token", "first_token": "ms to first token", "step": "ms/step"}
     found = {column: method["latency_ms"][what] for what, column in columns.items()}
-    return {column: f"{one['p50']:.1f}, {one['p99']:.1f}" if one else "" for column, one in found.items()} | {
-        "accepted at position 1, 2 ..": " ".join(
-            f"{share:.2f}".removeprefix("0") for share in method["acceptance_per_position"]
-        )
-    }
+    return {column: f"{one['p50']:.1f}, {one['p99']:.1f}" if one else "" for column, one in found.items()}
+
+
+def acceptance(method: Mapping[str, Any]) -> list[tuple[float, int]]:
+    """Return (share of accepted tokens, number of drafts) by position in the draft, as far as ``LEAST`` drafts reach.
+
+    method: the FIGURES of a method; older ones have no numbers, and all positions count.
+    """
+    shares = method["acceptance_per_position"]
+    counts = method.get("drafts_per_position") or [LEAST] * len(shares)
+    return [(share, count) for share, count in zip(shares, counts, strict=True) if count >= LEAST]
+
+
+def _positions(method: Mapping[str, Any]) -> dict[str, str]:
+    found = enumerate(acceptance(method), start=1)
+    return {str(position): f"{share:.2f} of {count}" for position, (share, count) in found}
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, str]]]] = {  # title -> (first column, figures)
+    "Speed by category": ("x plain (the worst prompt)", _by_category),
+    "Acceptance by position": ("accepted at position", _positions),
+    "Time by phase": ("method", _phases),
+    "Latency": ("method", _percentiles),
+}
 
 
 def load_results(folder: Path) -> Results:
@@ -212,8 +248,10 @@ def load_results(folder: Path) -> Results:
     ordered = [found[key] for key in manifest["cells"] if key in found]
     if not ordered:
         raise SpecDecError(f"'{folder}' holds no results yet: no cell has ended")
-    name, description, command = (str(manifest.get(key, "")) for key in ("name", "description", "command"))
-    return Results(name, description, command, ordered, len(manifest["cells"]) - len(ordered))
+    name, description, settings = (str(manifest.get(key, "")) for key in ("name", "description", "settings"))
+    commands = manifest.get("commands") or [str(manifest.get("command", ""))]
+    missing = len(manifest["cells"]) - len(ordered)
+    return Results(name, description, commands, ordered, missing, settings, manifest.get("prompts", {}))
 
 
 # Display.
@@ -261,11 +299,37 @@ def equality(method: Mapping[str, Any]) -> str:
 def as_markdown(results: Results) -> str:
     """Return the name, the notes and all tables of ``results`` as Markdown."""
     parts = [f"# {results.name}\n", f"{results.description}\n" if results.description else ""]
-    parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_table, results.tables())]
+    parts += ["".join(f"- {line}\n" for line in results.notes()), *map(_markdown, results.tables())]
     return "\n".join(filter(None, parts))
 
 
-def _table(table: ResultTable) -> str:
+def as_latex(results: Results) -> str:
+    """Return all tables of ``results`` as LaTeX, for the package booktabs."""
+    return "\n".join(map(_latex, results.tables()))
+
+
+def write_csv(results: Results, folder: Path) -> list[Path]:
+    """Write each table of ``results`` as a CSV file into ``folder`` and return their paths."""
+    paths = []
+    for table in results.tables():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([table.header, *table.rows])
+        paths.append(folder / f"{table.title.lower().replace(' ', '-')}.csv")
+        write_atomically(paths[-1], text.getvalue().encode())
+    return paths
+
+
+def _latex(table: ResultTable) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cell.translate(LATEX) for cell in cells) + " \\\\\n"
+
+    body = "".join(map(line, table.rows))
+    columns = "l" + "r" * (len(table.header) - 1)
+    begin = f"% {table.title}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n"
+    return f"{begin}{line(table.header)}\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+
+
+def _markdown(table: ResultTable) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib import import_module
 from itertools import chain, count, product
 from typing import Any
@@ -83,6 +83,14 @@ class Decoders:
             self._prompts[cell.prompts] = load_prompts(cell.prompts)
         found = self._prompts[cell.prompts]
         return replace(found, conversations=tuple(replace(c, turns=c.turns[: cell.turns]) for c in found.conversations))
+
+    def chats(self, cells: Iterable[Cell]) -> dict[str, Any]:
+        """Return {name of a prompt set: the conversations that the cells take of it, as JSON values}."""
+        found = dict[str, dict[str, Any]]()
+        for cell in {(cell.prompts, cell.limit, cell.turns): cell for cell in cells}.values():
+            for chat in evenly_spaced(self.prompts(cell).conversations, cell.limit):
+                found.setdefault(cell.prompts, {})[f"{chat.id}, {len(chat.turns)}"] = asdict(chat)
+        return {name: list(chats.values()) for name, chats in found.items()}
 
 
 class BenchRun:

@@ -1,6 +1,6 @@
 """The output folder of a benchmark: its plan, and one line per finished cell.
 
-    sweep.json    name, description, command, resources and the cells of the plan, by key
+    sweep.json    name, description, settings (as YAML), commands, resources, prompts and the cells of the plan, by key
     cells.jsonl   one record per line, append-only: the result of a cell, or {"key", "cell", "error", "seconds"}
                   for a cell that failed; the last line of a key counts
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,28 +39,33 @@ class Store:
         self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
 
     @contextmanager
-    def opened(self, plan: Plan, command: str, resume: bool = False) -> Iterator[None]:
+    def opened(
+        self, plan: Plan, command: str, resume: bool = False, prompts: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
         """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
 
         command: the command line, for the report.
         resume: whether the folder may hold finished cells of this plan.
+        prompts: name of each prompt set -> its conversations as JSON values, for the report.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
         self._check(plan, resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / LOCK, timeout=0):
-                if not self.manifest.is_file():
-                    manifest = {
-                        "name": plan.name,
-                        "description": plan.description,
-                        "command": command,
-                        "resources": plan.resources.model_dump(),
-                        "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
-                    }
-                    write_atomically(
-                        self.manifest, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-                    )
+                manifest: dict[str, Any] = {
+                    "name": plan.name,
+                    "description": plan.description,
+                    "settings": plan.settings,
+                    "resources": plan.resources.model_dump(),
+                    "prompts": prompts or {},
+                    "cells": {cell.key(): cell.as_dict() for cell in plan.cells},
+                }
+                if self.manifest.is_file():
+                    manifest = self.read_manifest()
+                manifest["commands"] = [*manifest.get("commands", []), command]
+                text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+                write_atomically(self.manifest, text.encode())
                 if self.path.is_file():  # cut off the end that a killed process may have left
                     os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
                 yield

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,24 +30,29 @@ REQUESTS = "results.jsonl"
 FILES = (".yaml", ".yml")
 
 
-OutputFolder = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder for the results, and for every request (results.jsonl); for sweep default runs/NAME.",
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
-]
-Launcher = Annotated[
-    Literal["local", "ray"],
-    typer.Option(
-        help="local: one group after the other in this process; ray: on the Ray cluster at $RAY_ADDRESS, else on a "
-        "new local one."
-    ),
-]
+@dataclass(frozen=True)
+class RunFlags:
+    """The options of ``bench`` and ``sweep`` that say where and how cells run."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the results, and for every request (results.jsonl); for sweep default runs/NAME.",
+        ),
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what the output folder holds.")] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells (combinations of settings) and measure nothing.")
+    ] = False
+    launcher: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="local: one group after the other in this process; ray: on the Ray cluster at $RAY_ADDRESS, else on a "
+            "new local one."
+        ),
+    ] = "local"
+    as_json: shared.JsonLine = False
 
 
 @shared.grouped
@@ -76,11 +82,7 @@ def bench(
     num_speculative_tokens: shared.Depth = "auto",
     verifier: shared.Verifier = "exact",
     verifier_option: shared.VerifierOption = None,
-    output: OutputFolder = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    launcher: Launcher = "local",
-    as_json: shared.JsonLine = False,
+    running: RunFlags = RunFlags(),
 ) -> None:
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
 
@@ -109,9 +111,10 @@ def bench(
         "batch_size": batch_size,
         "repetitions": repetitions,
     }
-    _measure(settings, options, output, resume, dry_run, launcher, as_json)
+    _measure(settings, options, running)
 
 
+@shared.grouped
 def sweep(
     file: Annotated[
         str,
@@ -127,11 +130,7 @@ def sweep(
             metavar="[KEY=VALUE,...]...", help="Settings in place of those of FILE: limit=4 temperature=0,0.7."
         ),
     ] = None,
-    output: OutputFolder = None,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    launcher: Launcher = "local",
-    as_json: shared.JsonLine = False,
+    running: RunFlags = RunFlags(),
 ) -> None:
     """Measure every combination of the settings in FILE, where a list gives several values to a setting.
 
@@ -140,21 +139,13 @@ def sweep(
     code is 1. The settings are those of specdec bench; drafter.NAME.OPTION is an option of a drafter.
     """
     path = find_config("sweeps", file, "benchmark file")
-    _measure(path, overrides or [], output, resume, dry_run, launcher, as_json)
+    _measure(path, overrides or [], running)
 
 
-def _measure(
-    source: Path | dict[str, Any],
-    overrides: list[str],
-    output: Path | None,
-    resume: bool,
-    dry_run: bool,
-    launcher: str,
-    as_json: bool,
-) -> None:
+def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFlags) -> None:
     """Measure the cells of a file or of plain settings, print the results and end with the exit code.
 
-    overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``. The other parameters are options of ``bench``.
+    overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``.
     """
     with terminal.status("loading"):
         from specdec.bench import launch
@@ -169,9 +160,9 @@ def _measure(
             found = decoders.prompts(cell)
             if found.licence:
                 say(f"prompts: {found.name} ({found.licence})")
-        folder = output or (Path("runs") / plan.name if isinstance(source, Path) else None)
+        folder = running.output or (Path("runs") / plan.name if isinstance(source, Path) else None)
         store = Store(folder) if folder else None
-    if dry_run:
+    if running.dry_run:
         _print_plan(plan, store.records() if store else {})
         return
     records: dict[str, Any] = {}
@@ -179,7 +170,7 @@ def _measure(
     waiting, interrupted = list(plan.cells), False
     with ExitStack() as stack:
         if store:
-            stack.enter_context(store.opened(plan, shared.command_line(), resume))
+            stack.enter_context(store.opened(plan, shared.command_line(), running.resume, decoders.chats(plan.cells)))
             records, waiting = store.records(), store.waiting(plan)
             requests = stack.enter_context((store.folder / REQUESTS).open("a", buffering=1, encoding="utf-8"))
             log = lambda request: requests.write(json.dumps(request.as_dict(), ensure_ascii=False) + "\n")  # noqa: E731
@@ -188,7 +179,7 @@ def _measure(
         if before:
             say(f"{before} of {total} cells are done already")
         bar = stack.enter_context(terminal.Bar("cells"))
-        if launcher == "ray":
+        if running.launcher == "ray":
             arriving = launch.run_on_ray(groups(waiting), plan.resources)
         else:
             arriving = launch.run_locally(groups(waiting), decoders, lambda done: bar(before + done, total), log)
@@ -198,7 +189,7 @@ def _measure(
             interrupted = True
         finally:
             arriving.close()  # disconnects from the cluster
-    _end(plan, records, store, as_json, resume, interrupted)
+    _end(plan, records, store, running, interrupted)
 
 
 def _methods(drafters: str, pairs: list[str]) -> dict[str, Any]:
@@ -238,9 +229,7 @@ def _take(
         tell(bar.console, what)
 
 
-def _end(
-    plan: Plan, records: Mapping[str, Any], store: Store | None, as_json: bool, resume: bool, interrupted: bool
-) -> None:
+def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: RunFlags, interrupted: bool) -> None:
     """Print notes, tables and how to continue. Raises typer.Exit or SpecDecError if a cell failed."""
     from specdec.bench.results import Results
     from specdec.bench.store import finished
@@ -248,17 +237,17 @@ def _end(
     if interrupted and not records:
         raise typer.Exit(INTERRUPTED)
     ordered, total = [records[cell.key()] for cell in plan.cells if cell.key() in records], len(plan.cells)
-    results = Results(plan.name, plan.description, shared.command_line(), ordered, total - len(ordered))
+    results = Results(plan.name, plan.description, [shared.command_line()], ordered, total - len(ordered))
     terminal.write("".join(f"{line}\n" for line in results.notes()))
     for table in results.tables():
         print()
         terminal.print_table(table.header, table.rows)
-    if as_json:
+    if running.as_json:
         shared.print_json(vars(results))
     if store:
         whole = sum(map(finished, ordered))
         if whole < total:
-            again = shared.command_line(*([] if resume else ["--resume"]))
+            again = shared.command_line(*([] if running.resume else ["--resume"]))
             what = "interrupted; " if interrupted else ""
             failed = f", {len(results.failed)} failed" if results.failed else ""
             say(f"{what}{whole} of {total} cells are done{failed}; continue with: {again}")
@@ -274,27 +263,37 @@ def _end(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of a benchmark.")],
     form: Annotated[
-        Literal["html", "markdown"], typer.Option("--format", help="html: a page in DIR; markdown is printed.")
+        Literal["html", "markdown", "latex", "csv", "svg"],
+        typer.Option(
+            "--format",
+            help="html: a page in DIR; markdown and latex (tables) are printed; csv (tables), svg (charts): files "
+            "in DIR.",
+        ),
     ] = "html",
 ) -> None:
-    """Show the results of a benchmark: a table here, and a page with pictures in its folder."""
-    from specdec.bench.results import as_markdown, load_results
+    """Show the results of a benchmark: a table here, and a page with charts in its folder."""
+    from specdec.bench.results import as_latex, as_markdown, load_results, write_csv
 
     results = load_results(folder)
-    if form == "markdown":
-        terminal.write(as_markdown(results))
+    if form in ("markdown", "latex"):
+        terminal.write(as_markdown(results) if form == "markdown" else as_latex(results))
         return
-    with terminal.status("drawing"):
-        try:
-            from specdec.bench.report import write_page  # heavy
-        except ImportError:
-            raise SpecDecError(
-                f"the page needs matplotlib; {how_to_install('plot')}, or use --format markdown"
-            ) from None
-        page = write_page(results, folder)
-    table = results.table()
-    terminal.print_table(table.header, table.rows)
-    say(f"the page is '{page}'")
+    if form == "csv":
+        written = write_csv(results, folder)
+    else:
+        with terminal.status("drawing"):
+            try:
+                from specdec.bench.report import write_charts, write_page  # heavy
+            except ImportError:
+                raise SpecDecError(
+                    f"the charts need matplotlib; {how_to_install('plot')}, or use --format markdown"
+                ) from None
+            written = [write_page(results, folder)] if form == "html" else write_charts(results, folder)
+    if form == "html":
+        table = results.table()
+        terminal.print_table(table.header, table.rows)
+    for path in written:
+        say(f"written: '{path}'")
 
 
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, did_you_mean, errors_as, how_to_install
+from specdec.base.interrupts import interrupting
 from specdec.base.options import SamplingParams
 from specdec.base.terminal import as_text, note, say
 from specdec.cli import shared
@@ -163,7 +164,7 @@ class ChatSession:
         handle = self.engine.submit(request)
         answer, write = text_of(request), _writer(self.quiet)
         failed: BaseException | None = None
-        with shared.interrupting(handle.cancel, every=True):
+        with interrupting(handle.cancel, every=True):
             for event in handle:
                 failed = event.error
                 for piece in answer.read(event, per_token=True):

@@ -14,6 +14,7 @@ import typer
 
 from specdec.base import inputs, options, terminal
 from specdec.base.errors import SpecDecError, errors_as
+from specdec.base.interrupts import interrupting
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
 from specdec.models.catalogue import DEFAULT_MODEL
@@ -234,7 +235,7 @@ def _decode(
     sent = 0
     failed: SpecDecError | None = None
     interrupted = Event()  # the current step and write finish
-    with shared.interrupting(interrupted.set), generation:
+    with interrupting(interrupted.set), generation:
         try:
             pieces = iter(generation)
             with terminal.status(f"reading the prompt of {len(ids)} tokens", silent):

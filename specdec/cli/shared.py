@@ -7,10 +7,8 @@ import inspect
 import json
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from glob import escape, glob
 from pathlib import Path
@@ -381,27 +379,6 @@ def commas(text: str) -> list[str]:
 def command_line(*more: str) -> str:
     """Return the command line of this process with further arguments ``more``, quoted for a shell."""
     return shlex.join(["specdec", *sys.argv[1:], *more])
-
-
-@contextmanager
-def interrupting(call: Callable[[], object], every: bool = False) -> Iterator[None]:
-    """Let Ctrl-C call ``call`` during the ``with`` block, instead of raising KeyboardInterrupt.
-
-    every: True: each Ctrl-C calls it. False: the first Ctrl-C calls it, the second one raises KeyboardInterrupt.
-    """
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(number: int, frame: object) -> None:
-        if not every:
-            signal.signal(signal.SIGINT, before)
-        call()
-
-    if before is not signal.SIG_IGN:  # ignored, for example, in a script's background jobs
-        signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def print_json(value: Any) -> None:

@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from specdec.base import inputs, options
-from specdec.base.errors import SpecDecError
+from specdec.base import options
+from specdec.base.interrupts import interrupting
 from specdec.base.terminal import stderr, tell, write
 from specdec.cli import shared
 from specdec.models.names import check_model
-from specdec.train.method import METHODS
+from specdec.train import data
+from specdec.train.method import METHODS, PRESETS
+from specdec.train.settings import load_settings, read_preset
 
 # What a run writes for those that continue it, by its file (``train.output``, which imports torch).
 SAVED = {
@@ -31,8 +33,12 @@ def run(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the drafter and the state of the run.")],
     prompts: Annotated[
-        list[Path] | None,
-        typer.Option(help="JSONL of prompts or of answers in token ids, or one prompt a line; may be gzipped (.gz)."),
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="JSONL of prompts or of answers in token ids, one prompt a line (also .gz), or a set of bench: own.",
+            autocompletion=shared.complete_prompts,
+        ),
     ] = None,
     argument: shared.ModelArgument = None,
     model: Annotated[
@@ -49,7 +55,9 @@ def run(
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes of gradient training, in total.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of updates, instead of --minutes.")] = None,
-    holdout: Annotated[list[Path] | None, typer.Option(help="Files whose prompts must not be trained on.")] = None,
+    holdout: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|NAME", help="Like --prompts; these must not be trained on.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     device: Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")] = None,
@@ -65,30 +73,32 @@ def run(
             model = shared.one_model(argument, model)
             check_model(model)
         shared.check_adapter(adapter)
-        _check_files(prompts or [], holdout or [])
-        from specdec.train.method import lookup  # heavy imports stay out of --help
-        from specdec.train.settings import load_settings
-        from specdec.train.trainer import train
-
         overrides: dict[str, Any] = {
             "output": str(output), "model": model, "adapter": adapter, "minutes": minutes, "steps": steps,
-            "dtype": dtype, "device": device, "seed": seed,
+            "dtype": dtype, "device": device, "seed": seed, "prompts": prompts or None, "holdout": holdout or None,
         }  # fmt: skip
-        for name, paths in (("prompts", prompts), ("holdout", holdout)):
-            overrides[name] = [str(path) for path in paths] if paths else None
         overrides |= options.parse_assignments("--set", set_ or [])
-        method = str(context.command.name)
+        command = str(context.command.name)
+        method, preset = PRESETS.get(command, command), preset or command
+        # Wrong prompts are known before anything heavy is imported.
+        given = read_preset(preset) | {name: value for name, value in overrides.items() if value}
+        for names in (given.get("prompts", []), *([given["holdout"]] if given.get("holdout") else [])):
+            data.read([names] if isinstance(names, str) else names)
+        from specdec.train.method import lookup  # heavy imports stay out of --help
+        from specdec.train.trainer import train
+
         kind = lookup(method)
-        figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console)
+        figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console, preset)
         if not console.quiet:  # it is for all processes but the first
             write(f"{output}: {kind.describe(figures)}\n")
 
 
 @contextmanager
 def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[None]:
-    """After Ctrl-C, say what is saved and how to go on, and end the command."""
+    """After Ctrl-C or SIGTERM, say what is saved and how to go on, and end the command."""
     try:
-        yield
+        with interrupting(_raise, ended=True):
+            yield
     except KeyboardInterrupt:
         if not console.quiet:  # as in ``run``
             saved = [what for name, what in SAVED.items() if (output / name).exists()]
@@ -100,18 +110,14 @@ def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[Non
         raise typer.Exit(shared.INTERRUPTED) from None
 
 
-def _check_files(prompts: list[Path], others: list[Path]) -> None:
-    """Raise SpecDecError for files that are missing, and for prompts without any, before anything heavy is imported."""
-    for path in (*prompts, *others):
-        if not path.is_file():
-            raise SpecDecError(f"there is no file '{path}'; give one that exists")
-    if prompts and next((each for path in prompts for each in inputs.prompts(path)), None) is None:
-        raise SpecDecError(f"no prompts in {', '.join(map(str, prompts))}; write some, or give another file")
+def _raise() -> None:
+    raise KeyboardInterrupt
 
 
-for _name in METHODS:
+for _name in (*METHODS, *PRESETS):
+    what = f"Train {PRESETS[_name]} with the preset {_name}" if _name in PRESETS else f"Train {_name}"
     app.command(
         _name,
-        help=f"Train {_name} for a model by distillation from it; the model stays frozen.",
+        help=f"{what} for a model by distillation from it; the model stays frozen.",
         epilog=f"Example: specdec train {_name} --prompts prompts.jsonl --output my-drafter --minutes 30",
     )(run)

@@ -209,7 +209,9 @@ class Batch:
         caps = [self._deepest(b) if able and not tokens else 0 for b, tokens in enumerate(forced)]
         fixed = [row.num_speculative_tokens for row, cap in zip(rows, caps, strict=True) if cap]
         self.chosen = None in fixed or not fixed
-        choice = self.policy.choose([row.depth_history for row in rows], caps) if self.chosen else DepthChoice(caps)
+        choice = DepthChoice(caps)
+        if self.chosen:
+            choice = self.policy.choose([row.depth_history for row in rows], caps, self.cache.rows)
         state.exit, state.prices, state.depths = choice.exit, choice.prices, list(choice.depths)
         self.timer.mark("overhead")
 
@@ -260,13 +262,14 @@ class Batch:
 
     def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: Sequence[Sequence[int]]) -> None:
         """Update each row's metrics and the depth policy, which learns nothing from a step with forced tokens."""
-        tokens, depths, deepest = draft.lists(), draft.depths(), []
+        tokens, depths, deepest, counts = draft.lists(), draft.depths(), list[int](), list[int]()
         seconds = self.timer.step
         other, drafting = (sum(seconds[phase] for phase in phases) for phases in (SCORING, DRAFTING))
         off = None if self.guard.outage is None else f"drafter off: {self.guard.outage.error}"
         for b, (row, path, own) in enumerate(zip(self.rows, accepted.paths, forced, strict=True)):
             row.metrics.drafting_off = off or row.metrics.drafting_off
             nodes = [node for node, token in enumerate(tokens[b], start=1) if token >= 0]
+            counts.append(len(nodes))
             deepest.append(max((depths[node] for node in nodes), default=0))
             taken = row.new_tokens[: len(path) - 1]
             row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new_tokens)), len(self.rows))
@@ -277,9 +280,11 @@ class Batch:
                 used = path[1 : 1 + len(row.new_tokens)]
                 row.metrics.exit_layers += draft.layers[b, [node - 1 for node in used]].tolist()
         if self.chosen and not any(forced):
-            histories, counts = [row.depth_history for row in self.rows], [len(path) - 1 for path in accepted.paths]
+            histories, right = [row.depth_history for row in self.rows], [len(path) - 1 for path in accepted.paths]
             new = [row.new_tokens for row in self.rows]
-            self.policy.observe(StepReport(histories, deepest, counts, scored, drafting, other, new, draft.found))
+            self.policy.observe(
+                StepReport(histories, deepest, right, scored, drafting, other, new, draft.found, counts)
+            )
         self.timer.mark("overhead")
 
     def _sources(self, draft: Draft, b: int, tokens: list[int]) -> list[str]:

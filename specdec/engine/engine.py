@@ -120,7 +120,7 @@ class Engine:
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises QueueFullError if too many wait, and SpecDecError if it cannot run."""
         check_prompt(request.prompt, self.target)
-        if request.sampler.transforms.highest >= self.target.vocab_size:
+        if max(request.sampler.params.logit_bias or (), default=-1) >= self.target.vocab_size:
             raise SpecDecError(f"logit_bias has token ids outside the model's vocabulary of {self.target.vocab_size}")
         if request.submit_time:
             raise SpecDecError("a request is run once; make another of the same prompt")

@@ -105,14 +105,15 @@ class RequestMetrics:
         return [counts[n] for n in range(max(counts, default=-1) + 1)]
 
     @property
+    def drafts_per_position(self) -> list[int]:
+        """Entry i: the number of steps that drafted deeper than i."""
+        return [sum(d > i for d in self.per_step_drafted) for i in range(max(self.per_step_drafted, default=0))]
+
+    @property
     def acceptance_per_position(self) -> list[float]:
         """Entry i: the share of steps that accepted drafted token i, of those that drafted deeper than i."""
-        shares = []
-        for i in range(max(self.per_step_drafted, default=0)):
-            steps = zip(self.per_step_drafted, self.per_step_accepted, strict=True)
-            accepted = [a > i for d, a in steps if d > i]
-            shares.append(sum(accepted) / len(accepted))
-        return shares
+        accepted = [sum(a > i for a in self.per_step_accepted) for i in range(max(self.per_step_drafted, default=0))]
+        return [some / count for some, count in zip(accepted, self.drafts_per_position, strict=True)]
 
     @property
     def mean_layers_per_token(self) -> float:

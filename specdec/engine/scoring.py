@@ -90,7 +90,8 @@ class _Scorer:
             if readout in taps:
                 taps[readout] = logits
             if sampler.plain_greedy or along:
-                tokens = largest(logits) if sampler.some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)
+                some_greedy = any(row.greedy for row in sampler.rows)
+                tokens = largest(logits) if some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)
                 if is_asynchronous(cache.device):
                     self._make_masks()
             else:
@@ -99,7 +100,7 @@ class _Scorer:
                 after = [[len(ids) + depth for depth in draft.depths()] for ids in state.ids]
                 tokens = sampler.choose(scores, after)
                 if verifier.needs_probabilities and not sampler.greedy:
-                    p, certain = scores.softmax(-1), [b for b, row in enumerate(sampler.rows) if row.transforms.greedy]
+                    p, certain = scores.softmax(-1), [b for b, row in enumerate(sampler.rows) if row.greedy]
                     p[certain] = _point_masses(tokens[certain], target.vocab_size)
             *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
         if read:
@@ -157,7 +158,7 @@ class _Scorer:
                 scores = sampler.scores(raw, lambda b=b, own=own: [self._prefixes(b, own)])  # type: ignore[misc]
                 found = sampler.choose(scores, [[len(state.ids[b]) + depths[node] for node in own]])[0].tolist()
             if verifier.needs_probabilities and not state.sampler.greedy:
-                if row.transforms.greedy:
+                if row.greedy:
                     likely = _point_masses(upload([found], cache.device), target.vocab_size)
                 else:
                     likely = scores.softmax(-1)

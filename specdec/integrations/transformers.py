@@ -29,7 +29,7 @@ from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.generation_config import refuse_stateful
-from specdec.speculation.sampling import RowSampler, Transforms, streams
+from specdec.speculation.sampling import RowSampler, streams
 
 # Processors that do not read the tokens, so that they can process all positions at once.
 WARPERS: tuple[type[LogitsProcessor], ...] = (
@@ -234,9 +234,7 @@ def _samplers(
     rows, batch = [], len(prompts)
     for b, (prompt, stream) in enumerate(zip(prompts, streams(prompts), strict=True)):
         own = _RowProcessors(processors, b, input_ids[b : b + 1, : input_ids.shape[1] - len(prompt)], batch)
-        transforms = Transforms(params, [own] if processors else [])
-        transforms.warpers = warpers
-        rows.append(RowSampler(params, stream=stream, transforms=transforms))
+        rows.append(RowSampler(params, [own] if processors else [], stream, warpers=warpers))
     return rows
 
 

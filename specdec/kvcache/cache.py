@@ -33,15 +33,16 @@ class RowEntries:
 
     count: number of committed tokens.
     expected: number of slots that the row will need; 0: unknown. On a CPU, new buffers have this capacity.
-    buffers: tensors by name: either "kv" of all attention layers, [2 (keys, values), N', H, slots, d], or for each
-        layer, such as layer 3, "k3" and "v3", [H, slots, d].
+    buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, or one for each layer,
+        such as "3", with N' = 1. If keys and values differ in size, d is the larger one.
     pointers: capacity in slots of "kv", and the addresses of its keys and of its values.
     states: the states of the recurrent layers; None: the model has no recurrent layers.
     lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
     """
 
     def __init__(self, states: RowStates | None = None) -> None:
-        self.count = self.expected = 0
+        self.count = 0
+        self.expected = 0
         self.buffers = dict[str, Tensor]()
         self.pointers = (0, 0, 0)
         self.states = states
@@ -60,7 +61,8 @@ class RowEntries:
 
     def put(self, name: str, buffer: Tensor, lent: bool = False) -> None:
         """Set the buffer ``name``. lent: as the attribute."""
-        self.buffers[name], self.lent = buffer, lent
+        self.buffers[name] = buffer
+        self.lent = lent
         if name == WHOLE:
             begin = buffer.data_ptr()
             self.pointers = buffer.shape[-2], begin, begin + buffer.nbytes // 2
@@ -75,7 +77,7 @@ class KVCache:
     layers: numbers of the N' attention layers, which have one buffer "kv" per row; None: each layer has its own.
     recurrent: numbers of the recurrent layers.
     shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
-    int8: whether keys and values are stored in 8 bits (``quantize_rows``).
+    int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
     entries: the rows.
     lengths: number of filled slots of each layer, in the row with most committed tokens.
     draft_positions: positions of the uncommitted slots, int64 [B, U].
@@ -208,52 +210,51 @@ class KVCache:
 
         counts: number of slots of each row. heads, head_dim, dtype: those of the keys.
         """
-        ahead, layers = self.lengths[lo] - self.committed, self.layers or ()
+        ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):
             if (end := max(row.count + ahead + count, 1)) > row.pointers[0]:  # a row without tokens also has a buffer
-                self._grow(row, WHOLE, (2, len(layers), heads), end, head_dim, dtype)
+                self._grow(row, WHOLE, heads, end, head_dim, dtype)
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Append keys ``k`` and values ``v`` [B, H, T, d] to ``layer``; return all keys and values [B, H, S, d].
 
         S is the length of the longest row, rounded up to ``multiple``. Slots after a row's own have old or zero
-        entries, which the caller must mask. With one row, the results are views of the buffers.
+        entries, which the caller must mask. With one row, the results are views of the buffers. The sizes d of keys and
+        values may differ.
         """
-        ahead, t, made = self.lengths[layer] - self.committed, k.shape[2], list[Tensor]()
-        if self.layers is not None:
-            self.claim(layer, layer + 1, [t] * self.batch, k.shape[1], k.shape[3], k.dtype)
+        name, index = self._place_of(layer)
+        ahead, (_, heads, t, size) = self.lengths[layer] - self.committed, k.shape
+        for row, *parts in zip(self.entries, k, v, strict=True):
+            start = row.count + ahead
+            if name not in row.buffers or row.buffers[name].shape[3] < start + t:
+                self._grow(row, name, heads, start + t, max(size, v.shape[3]), k.dtype)
+            for part, own in enumerate(parts):  # (H, T, d)
+                row.buffers[name][part, index, :, start : start + t, : own.shape[2]] = own
         self.lengths[layer] = self.committed + ahead + t
         end = -(-self.lengths[layer] // multiple) * multiple
-        for part, (name, new) in enumerate((("k", k), ("v", v))):
-            stored, views = quantize_rows(new) if self.int8 else new, list[Tensor]()
-            for row, own in zip(self.entries, stored, strict=True):
-                start = row.count + ahead
-                if self.layers is not None:
-                    view = row.buffers[WHOLE][part, self.layers.index(layer)]  # (H, slots, d)
-                else:
-                    held = row.buffers.get(f"{name}{layer}")
-                    if held is None or held.shape[1] < start + t:
-                        self._grow(row, f"{name}{layer}", new.shape[1:2], start + t, new.shape[3], new.dtype)
-                    view = row.buffers[f"{name}{layer}"]
-                view[:, start : start + t] = own
-                views.append(view[:, :end] if view.shape[1] >= end else F.pad(view, (0, 0, 0, end - view.shape[1])))
-            whole = views[0][None] if len(views) == 1 else torch.stack(views)
-            made.append(dequantize_rows(whole, new.dtype) if self.int8 else whole)
+        made = list[Tensor]()
+        for part, new in enumerate((k, v)):
+            views = [row.buffers[name][part, index, :, :end, : new.shape[3]] for row in self.entries]
+            views = [F.pad(view, (0, 0, 0, end - view.shape[1])) if view.shape[1] < end else view for view in views]
+            made.append(views[0][None] if len(views) == 1 else torch.stack(views))
         return made[0], made[1]
 
-    def _grow(
-        self, row: RowEntries, name: str, outer: Sequence[int], end: int, head_dim: int, dtype: torch.dtype
-    ) -> None:
-        """Grow the buffer ``name`` [*outer, slots, head_dim] of a row to at least ``end`` slots."""
+    def _place_of(self, layer: int) -> tuple[str, int]:
+        """Return the name of the buffer of ``layer``, and the layer's index in it."""
+        return (str(layer), 0) if self.layers is None else (WHOLE, self.layers.index(layer))
+
+    def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Grow the buffer ``name`` of a row to at least ``end`` slots."""
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
-        old, size = row.buffers.get(name), math.prod(outer) * head_dim * dtype.itemsize
-        have = 0 if old is None else old.shape[-2]
-        slots = self._slots(row, end, have, size if name == WHOLE else 2 * len(self.lengths) * size)
-        grown = zeros((*outer, slots, head_dim), dtype, self.device)
+        old = row.buffers.get(name)
+        have = 0 if old is None else old.shape[3]
+        layers = len(self.lengths if self.layers is None else self.layers)
+        slots = self._slots(row, end, have, 2 * layers * heads * head_dim * dtype.itemsize)
+        grown = zeros((2, 1 if self.layers is None else layers, heads, slots, head_dim), dtype, self.device)
         if old is not None:
-            grown[..., :have, :] = old
+            grown[:, :, :, :have] = old
         row.put(name, grown)
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
@@ -419,15 +420,13 @@ class KVCache:
 
         The tensors may be views. {} if the layer stores no keys.
         """
-        own, found = self.entries[row], dict[str, Tensor]()
-        for part, name in enumerate("kv"):
-            held = own.buffers.get(f"{name}{layer}")
-            if self.layers is not None and layer in self.layers and WHOLE in own.buffers:
-                held = own.buffers[WHOLE][part, self.layers.index(layer)]
-            if held is not None:
-                filled = held[:, : self.lengths[layer] - self.committed + own.count]
-                found[name] = (dequantize_rows(filled, torch.bfloat16) if self.int8 else filled).transpose(0, 1)
-        return found
+        own = self.entries[row]
+        name, index = self._place_of(layer) if self.layers is None or layer in self.layers else ("", 0)
+        if name not in own.buffers:
+            return {}
+        filled = own.buffers[name][:, index, :, : self.lengths[layer] - self.committed + own.count]
+        parts = dequantize_rows(filled, torch.bfloat16) if self.int8 else filled
+        return {part: values.transpose(0, 1) for part, values in zip("kv", parts, strict=True)}
 
 
 def quantize_rows(x: Tensor) -> Tensor:

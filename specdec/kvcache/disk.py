@@ -37,6 +37,7 @@ from specdec.base.files import write_atomically
 from specdec.kvcache.cache import KVCache
 
 CHUNK = 64  # tokens of a chunk; a prompt computes fewer than that many again
+LAYOUT = 2  # of the tensors in a file; files of another layout are not found
 READERS = 4  # threads
 MAX_PENDING = 1 << 30  # bytes of caches that wait to be written; one text may be larger
 BUSY = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # temporary errors
@@ -154,7 +155,7 @@ class PrefixDisk:
             self.thread.join()
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
-        digest = hashlib.sha256(f"{self.identity}\n{CHUNK}\n{scope or ''}\n".encode())
+        digest = hashlib.sha256(f"{self.identity}\n{LAYOUT} {CHUNK}\n{scope or ''}\n".encode())
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()

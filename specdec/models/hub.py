@@ -73,23 +73,18 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
     the latest. Cached files of a commit need no network. files: glob patterns. hint: the end of error messages.
     Raises SpecDecError if the repository or the revision does not exist or cannot be downloaded.
     """
-    from huggingface_hub.errors import (  # heavy
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors  # heavy
 
     try:
         if revision is not None and _COMMIT.fullmatch(revision) and (folder := _cached(repository, revision, files)):
             return folder
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files, etag_timeout=TIMEOUT))
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise SpecDecError(f"{kind} '{repository}' has no revision '{revision}' on Hugging Face") from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         what = "there is no such folder or Hugging Face repository; for a private one run 'hf auth login'"
         raise SpecDecError(f"unknown {kind} '{repository}': {what}{hint}") from None
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         what = "is not in the Hugging Face cache, and the network is unavailable"
         raise SpecDecError(f"{kind} '{repository}' {what} ({one_line(error.__cause__ or error)}){hint}") from None
     except Exception as error:  # a full disk, ...; the type depends on the HTTP library

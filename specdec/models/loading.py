@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,13 +23,10 @@ from specdec.models import config, families, packed, prepare, safetensors_file, 
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.names import dtype_name
-from specdec.models.native_model import NativeModel
+from specdec.models.native_model import AnyModel, NativeModel
 from specdec.models.source import Source, explain_errors, find_source
 from specdec.models.tensor_file import TensorFile
 from specdec.models.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def load(
@@ -41,7 +38,7 @@ def load(
     trust_remote_code: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     check: Callable[[Any], None] | None = None,
-) -> tuple[NativeModel | PreTrainedModel, Any]:
+) -> tuple[AnyModel, Any]:
     """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
 
     Weights are read from safetensors or GGUF, never from pickles. Weights of a GGUF file stay in its blocks if the

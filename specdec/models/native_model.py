@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from specdec.models.rotary import Rotary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+AnyModel: TypeAlias = "NativeModel | PreTrainedModel"
 _making = threading.Lock()
 
 

@@ -12,20 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from specdec.base.errors import SpecDecError, one_line
-from specdec.models import hub
+from specdec.models import hub, names
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
 from specdec.models.gguf.file import GGUFFile, read_header
-from specdec.models.names import (
-    HUB_FILE,
-    KNOWN,
-    check_model,
-    display_name,
-    gguf_in,
-    guess_model,
-    hub_folder,
-    whole_name,
-)
 from specdec.models.prepare import GGUF, PARTS, prepare_embedded, prepare_gguf
 
 WEIGHTS = ["model*.safetensors"]  # files of a repository that are downloaded only when they are read
@@ -74,7 +64,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     revision: branch, tag or commit of a Hugging Face id; None: the latest.
     Raises SpecDecError if the model is unknown, missing or broken.
     """
-    check_model(name, revision)
+    names.check_model(name, revision)
     path = Path(name).expanduser()
     if name in EMBEDDED:
         path = prepare_embedded(name)
@@ -82,7 +72,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if name and path.is_dir():
         if (path / "config.json").is_file():
             return Source(name, path)
-        path = gguf_in(path)
+        path = names.gguf_in(path)
     if path.is_file():
         file = read_header(path, name)
         if file.architecture not in gguf_model.ARCHITECTURES:
@@ -92,10 +82,10 @@ def find_source(name: str, revision: str | None = None) -> Source:
             )
         entry = prepare_gguf(name, file)
         return Source(name, entry, entry, file)
-    if file_in_repository := HUB_FILE.fullmatch(name):
+    if file_in_repository := names.HUB_FILE.fullmatch(name):
         repository, member = file_in_repository.groups()
         return replace(find_source(str(_file_in_repository(repository, member, revision))), name=name)
-    folder = hub.fetch("model", name, revision, PARTS, f"{guess_model(name)}; {KNOWN}")
+    folder = hub.fetch("model", name, revision, PARTS, f"{names.guess_model(name)}; {names.KNOWN}")
     if not (folder / "config.json").is_file():
         raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:NAME'")
     return Source(name, folder, remote=True)
@@ -118,7 +108,7 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
     Raises SpecDecError unless exactly one file fits."""
     every = dict[str, str]()
     for file in sorted(file for file in files if file.endswith(".gguf")):
-        every.setdefault(whole_name(file).removesuffix(".gguf").lower(), file)
+        every.setdefault(names.whole_name(file).removesuffix(".gguf").lower(), file)
     name = wanted.lower()
     found = [file for whole, file in every.items() if name in (whole, whole.rpartition("/")[2])]
     if not found:
@@ -150,7 +140,7 @@ def public_name(name: str, adapter: str | None = None) -> str:
     if name in EMBEDDED or not path.exists():
         return name
     path = path.resolve()
-    return path.name if hub_folder(path) is None else display_name(path)
+    return path.name if names.hub_folder(path) is None else names.display_name(path)
 
 
 @contextlib.contextmanager

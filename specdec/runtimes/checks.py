@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from specdec.base.errors import NotFiniteError, SpecDecError, out_of_memory
 from specdec.models.families import FAMILIES, mixture_of
 from specdec.models.gguf.blocks import Blocks, ExpertBlocks, dequantize, named_weights
-from specdec.models.native_model import NativeModel
+from specdec.models.native_model import AnyModel, NativeModel
 from specdec.runtimes.decoder_layer import has_experts, router
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.model import logits_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def refuse_unsupported(model: NativeModel | PreTrainedModel) -> None:
+def refuse_unsupported(model: AnyModel) -> None:
     """Raise SpecDecError with the reason if no runtime supports ``model``.
 
     It must be a decoder-only causal model whose state can be rolled back and whose attention takes tree masks.
@@ -43,7 +40,7 @@ def refuse_unsupported(model: NativeModel | PreTrainedModel) -> None:
         )
 
 
-def not_finite(model: NativeModel | PreTrainedModel) -> NotFiniteError:
+def not_finite(model: AnyModel) -> NotFiniteError:
     """Return the error for NaN or infinite logits of ``model``: it names the first broken weight, or else the dtype."""
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
     for key, found in named_weights(model):

@@ -12,6 +12,7 @@ from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.torch.linear import UnitMap
 
 WIDTH = 4  # nodes of a level that get children: running them together costs about what one costs
+NEAR = 2048  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 
 # Tokens after the root -> the tokens that may follow, bool [V]; None: none may follow.
 Masks = Callable[[Sequence[int]], Tensor | None]

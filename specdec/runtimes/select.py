@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 
 from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
 from specdec.base.options import KVCacheFormat, Runtime, Weights
 from specdec.models.gguf.blocks import densify
-from specdec.models.native_model import NativeModel, as_transformers
+from specdec.models.native_model import AnyModel, as_transformers
 from specdec.runtimes.checks import refuse_unsupported
 from specdec.runtimes.native.target import native_target
 from specdec.runtimes.target import Target, lock_of
 from specdec.runtimes.torch.graphs import CapturedTarget
 from specdec.runtimes.torch.target import TorchTarget
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 CHOICES = {"runtime": Runtime, "weights": Weights, "kv_cache": KVCacheFormat}
 FORMER = {"graphs": "torch", "fused": "torch", "reference": "transformers"}  # names of earlier versions
@@ -38,7 +35,7 @@ def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "a
 
 
 def make_target(
-    model: NativeModel | PreTrainedModel,
+    model: AnyModel,
     runtime: str = "auto",
     weights: str = "auto",
     kv_cache: str = "auto",
@@ -90,7 +87,7 @@ def make_target(
     raise SpecDecError(f"{what} is not possible here ({'; '.join(reasons)}); leave it out")
 
 
-def _other(name: str, model: NativeModel | PreTrainedModel) -> Target:
+def _other(name: str, model: AnyModel) -> Target:
     if name == "torch":
         return CapturedTarget(model) if model.device.type == "cuda" else TorchTarget(model)
     from specdec.runtimes.transformers import TransformersTarget  # heavy

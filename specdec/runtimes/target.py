@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,32 +19,153 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
+from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from specdec.models.native_model import NativeModel
     from specdec.runtimes.native.experts import MappedExperts
 
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
+# Bytes that are read from memory / multiplications in the same time.
+TOKEN_RATIO = {"cpu": 0.1, "gpu": 0.007}
 UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe", "experts")
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_finding = threading.Lock()
 
 
-def lock_of(model: nn.Module) -> Any:
-    """Return the reentrant lock of ``model``. A caller that changes the model, or needs it unchanged, holds it."""
-    with _finding:
-        return _locks.setdefault(model, threading.RLock())
+class Target(ABC):
+    """A causal language model in one runtime: embed tokens, run a range of layers, read out logits.
 
+    A subclass gives ``runtime``, ``logit_difference``, ``embed``, ``layers``, ``readout`` and ``linears``; all else has
+    a default. Several threads may use a target, each with its own caches. Shared state is made under the model's lock.
 
-def largest(logits: Tensor) -> Tensor:
-    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
-    best = logits.argmax(-1)
-    finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
-    return best.masked_fill(~finite, -1)
+    runtime: name of the runtime.
+    model: the model of transformers, or a ``NativeModel``.
+    num_layers, hidden_size, vocab_size: N, D, V.
+    context: maximum number of positions.
+    windows: attention window of each layer in tokens; None: no limit.
+    fingerprint: identifies the weights as loaded (``identity.fingerprint``).
+    own_head: the model's output head.
+    ragged: whether a pass takes rows with different numbers of tokens, one row after the other.
+    weight_format, kv_cache, activations: formats of weights, of keys and values, and of activations, for reports.
+    logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.
+    tokenizer: the model's tokenizer, for drafters with a model of their own; None: unknown.
+    recurrent_layers: numbers of the recurrent layers, with which a text can be resumed only at checkpoints.
+    experts: the expert cache; None: all experts are in memory.
+    """
+
+    runtime: str
+    logit_difference: float
+    ragged: bool = False
+    weight_format: str = "as loaded"
+    kv_cache: str = "as computed"
+    activations: str = "as computed"
+    tokenizer: Any = None
+    recurrent_layers: frozenset[int] = frozenset()
+    experts: MappedExperts | None = None
+
+    # -- what a subclass must give -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the input of layer 0 [B, T, D] for token ids and positions, both int64 [B, T]."""
+
+    @abstractmethod
+    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
+        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to the cache; return [B, T, D]."""
+
+    @abstractmethod
+    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        """Return the logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, logit cap.
+
+        head: an output head with V outputs; None: the model's own.
+        """
+
+    @abstractmethod
+    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """Return ``{module path: (in_features, out_features)}`` of a layer's linear layers that adapters can change."""
+
+    # -- what it may override ------------------------------------------------------------------------------------------
+
+    def __init__(
+        self,
+        model: AnyModel,
+        sample: Callable[[Tensor | Blocks], Tensor] = identity.sample,
+    ) -> None:
+        self.model = model
+        self.lock = lock_of(model)
+        with self.lock:
+            self.own_head: Any = model.get_output_embeddings()
+            self.fingerprint = identity.fingerprint(model, sample)
+        cores.limit_threads()
+        config = model.config.get_text_config()
+        self.num_layers = int(config.num_hidden_layers)
+        self.hidden_size = int(config.hidden_size)
+        self.vocab_size = int(matrix(self.own_head).shape[0])
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.windows = _windows(config)
+        self.device, self.dtype = model.device, model.dtype
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
+
+    def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
+        """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
+
+        x: final states [B, T, D]. The greedy token is the first with the largest logit; -1 if that is not finite.
+        """
+        return download(*also, largest(self.readout(x)))
+
+    def draft_rows(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
+    ) -> list[Nodes] | None:
+        """Draft along ``path`` in one call: a tree if ``cache`` has one row, chains with siblings if it has several.
+
+        roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
+        draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
+        Returns the candidates of each row; None: this runtime cannot draft in one call.
+        """
+        return None
+
+    def preparing(self, head: nn.Linear) -> Generator[None]:
+        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
+        yield from ()
+
+    @property
+    def kernels(self) -> str:
+        """Return the name of the processor or of the kernels: targets with another name may round differently."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
+
+    @property
+    def token_costs(self) -> TokenCosts:
+        """Return what a token is expected to cost in a pass."""
+        return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes for keys and values that no row has."""
+        return 0
+
+    def block(self, layer: int) -> nn.Module:
+        """Return the module of a decoder layer; by default ``model.model.layers[layer]``."""
+        found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
+        return found
+
+    def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
+        """Return the output head restricted to ``token_ids``, int [V']: ``readout(x, head)`` gives [B, T, V'].
+
+        lasting: whether later processes will need the same head, so that a runtime may store what it derives from it.
+        """
+        return GivenLinear(*self._head_rows(token_ids))
+
+    def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:
+        """Return ``head`` (None: no outputs) with further outputs for ``token_ids``, int [n]; reads only their rows."""
+        return GrowingLinear(head, *self._head_rows(token_ids))
+
+    def _head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        full = self.own_head
+        index, bias = token_ids.to(self.device), getattr(full, "bias", None)
+        return weight_rows(full, index), None if bias is None else bias.detach()[index]
 
 
 @dataclass
@@ -70,137 +191,17 @@ class Pass:
     choose: Callable[[int, Tensor], Tensor] | None = None
 
 
-# Bytes that are read from memory / multiplications in the same time.
-TOKEN_RATIO = {"cpu": 0.1, "gpu": 0.007}
+class TokenCosts(NamedTuple):
+    """Estimated times of one token in a pass, over the time of reading the weights.
 
-
-class Target(ABC):
-    """A causal language model in one runtime: embed tokens, run a range of layers, read out logits.
-
-    Several threads may use it, each with its own caches. Shared state is made under the model's lock.
-
-    model: the model of transformers, or a ``NativeModel``.
-    num_layers, hidden_size, vocab_size: N, D, V.
-    context: maximum number of positions.
-    windows: attention window of each layer in tokens; None: no limit.
-    fingerprint: identifies the weights as loaded (``identity.fingerprint``).
-    own_head: the model's output head.
-    ragged: whether a pass takes rows with different numbers of tokens, one row after the other.
-    weight_format, kv_cache, activations: formats of weights, of keys and values, and of activations, for reports.
-    logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.
-    tokenizer: the model's tokenizer, for drafters with a model of their own; None: unknown.
-    recurrent_layers: numbers of the recurrent layers, with which a text can be resumed only at checkpoints.
-    experts: the expert cache; None: all experts are in memory.
+    multiply: of multiplying a token by the weights.
+    read: of reading the keys and values of a cached token; 0: unknown.
+    attend: of multiplying a token by those of a cached one; 0: unknown.
     """
 
-    runtime: str
-    ragged = False
-    weight_format = "as loaded"
-    kv_cache = "as computed"
-    activations = "as computed"
-    logit_difference: float
-    tokenizer: Any = None
-    recurrent_layers: frozenset[int] = frozenset()
-    experts: MappedExperts | None = None
-
-    def __init__(
-        self,
-        model: NativeModel | PreTrainedModel,
-        sample: Callable[[Tensor | Blocks], Tensor] = identity.sample,
-    ) -> None:
-        self.model, self.lock = model, lock_of(model)
-        with self.lock:
-            self.own_head: Any = model.get_output_embeddings()
-            self.fingerprint = identity.fingerprint(model, sample)
-        cores.limit_threads()
-        config = model.config.get_text_config()
-        self.num_layers = int(config.num_hidden_layers)
-        self.hidden_size = int(config.hidden_size)
-        self.vocab_size = int(matrix(self.own_head).shape[0])
-        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self.windows = _windows(config)
-        self.device, self.dtype = model.device, model.dtype
-
-    @property
-    def kernels(self) -> str:
-        """Return the name of the processor or of the kernels: targets with another name may round differently."""
-        cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
-
-    @property
-    def spare_bytes(self) -> int:
-        """Bytes for keys and values that no row has."""
-        return 0
-
-    def new_cache(self, batch: int = 1) -> KVCache:
-        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
-
-    @abstractmethod
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the input of layer 0 [B, T, D] for token ids and positions, both int64 [B, T]."""
-
-    @abstractmethod
-    def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to the cache; return [B, T, D]."""
-
-    @abstractmethod
-    def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        """Return the logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, logit cap.
-
-        head: an output head with V outputs; None: the model's own.
-        """
-
-    def preparing(self, head: nn.Linear) -> Generator[None]:
-        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
-        yield from ()
-
-    @property
-    def token_ratio(self) -> float:
-        """Return the estimated time of multiplying one token by the weights / the time of reading the weights."""
-        return TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize
-
-    def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
-        """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
-
-        x: final states [B, T, D]. The greedy token is the first with the largest logit; -1 if that is not finite.
-        """
-        return download(*also, largest(self.readout(x)))
-
-    def draft_rows(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> list[Nodes] | None:
-        """Draft along ``path`` in one call: a tree if ``cache`` has one row, chains with siblings if it has several.
-
-        roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
-        draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
-        Returns the candidates of each row; None: this runtime cannot draft in one call.
-        """
-        return None
-
-    @abstractmethod
-    def linears(self, layer: int) -> dict[str, tuple[int, int]]:
-        """Return ``{module path: (in_features, out_features)}`` of a layer's linear layers that adapters can change."""
-
-    def block(self, layer: int) -> nn.Module:
-        """Return the module of a decoder layer; by default ``model.model.layers[layer]``."""
-        found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
-        return found
-
-    def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
-        """Return the output head restricted to ``token_ids``, int [V']: ``readout(x, head)`` gives [B, T, V'].
-
-        lasting: whether later processes will need the same head, so that a runtime may store what it derives from it.
-        """
-        return GivenLinear(*self._head_rows(token_ids))
-
-    def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:
-        """Return ``head`` (None: no outputs) with further outputs for ``token_ids``, int [n]; reads only their rows."""
-        return GrowingLinear(head, *self._head_rows(token_ids))
-
-    def _head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        full = self.own_head
-        index, bias = token_ids.to(self.device), getattr(full, "bias", None)
-        return weight_rows(full, index), None if bias is None else bias.detach()[index]
+    multiply: float
+    read: float = 0.0
+    attend: float = 0.0
 
 
 class GivenLinear(nn.Linear):
@@ -267,3 +268,20 @@ def _windows(config: Any) -> list[int | None]:
                 "use a model with full, sliding-window or chunked attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]
+
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_finding = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """Return the reentrant lock of ``model``. A caller that changes the model, or needs it unchanged, holds it."""
+    with _finding:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
+    best = logits.argmax(-1)
+    finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
+    return best.masked_fill(~finite, -1)

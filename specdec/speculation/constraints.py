@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -38,8 +37,11 @@ T = TypeVar("T")
 _tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
 
 
-class Constraint(ABC):
-    """What the new text must be. kind: the name of the constraint in messages."""
+class Constraint:
+    """What the new text must be: a text in llguidance's variant of Lark, or what a subclass makes of its own.
+
+    kind: the name of the constraint in messages.
+    """
 
     kind: str
 
@@ -49,9 +51,9 @@ class Constraint(ABC):
         source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return source
 
-    @abstractmethod
     def grammar(self, matcher: Any) -> str:
         """Return the constraint as llguidance reads it. matcher: llguidance's class ``LLMatcher``."""
+        return str(matcher.grammar_from_lark(self.source))
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,6 @@ class Grammar(Constraint):
     lark: str
     kind = "grammar"
 
-    def grammar(self, matcher: Any) -> str:
-        return str(matcher.grammar_from_lark(self.lark))
-
 
 @dataclass(frozen=True)
 class Choice(Constraint):
@@ -124,12 +123,14 @@ class Choice(Constraint):
             raise SpecDecError("a choice needs a list of texts that are not empty")
         return "start: " + " | ".join(json.dumps(text) for text in self.texts)
 
-    def grammar(self, matcher: Any) -> str:
-        return str(matcher.grammar_from_lark(self.source))
 
+def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tensor:
+    """Return ``scores`` [..., V'] of the tokens ``vocab`` (None: all), with -inf where ``allowed`` [V] is False.
 
-def masked(scores: Tensor, allowed: Tensor, vocab: Tensor | None) -> Tensor:
-    """Return ``scores`` [..., V'] of the tokens ``vocab`` (None: all), with -inf where ``allowed`` [V] is False."""
+    allowed: None: no token is.
+    """
+    if allowed is None:
+        return torch.full_like(scores, float("-inf"))
     own = (allowed[: scores.shape[-1]] if vocab is None else allowed[vocab.cpu()]).to(scores.device)
     return scores.masked_fill(~own, float("-inf"))
 
@@ -141,23 +142,17 @@ class CompiledConstraint:
     ends: the end tokens.
     block: the tokens that begin and end a reasoning block; None: the model does not reason.
     reasoning: the tokens that are allowed in a reasoning block, bool [V].
-    nothing: no token is allowed, bool [V].
     """
 
-    def __init__(
-        self, matcher: Any, vocab_size: int, ends: frozenset[int], block: tuple[int, int] | None = None
-    ) -> None:
-        self.matcher, self.vocab_size, self.ends, self.block = matcher, vocab_size, ends, block
+    def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
+        self.matcher, self.vocab_size, self.ends = matcher, vocab_size, ends
+        self.block: tuple[int, int] | None = None
         self.reasoning = torch.ones(vocab_size, dtype=torch.bool)
         self.reasoning[[end for end in ends if end < vocab_size]] = False
-        self.nothing: Tensor | None = torch.zeros(vocab_size, dtype=torch.bool)
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
         """Return the processor of a row with this prompt, which may open a reasoning block or close an empty one."""
-        marks = [] if self.block is None else [n for n, token in enumerate(prompt) if token in self.block]
-        inside = bool(marks) and self.block is not None and prompt[marks[-1]] == self.block[0]
-        closed = bool(marks) and not inside and len(prompt) - marks[-1] <= CLOSED
-        return ConstraintState(self, len(prompt), inside, self.block is not None and not inside and not closed)
+        return ConstraintState(self, prompt)
 
 
 def compile_constraint(
@@ -188,12 +183,13 @@ def compile_constraint(
         raise _invalid(constraint, str(error)) from None
     if matcher.is_error():
         raise _invalid(constraint, matcher.get_error())
-    made = CompiledConstraint(matcher, vocab_size, ends, _block(tokenizer))
-    first = ConstraintState(made, 0)
+    made = CompiledConstraint(matcher, vocab_size, ends)
+    first = made.state(())
     begun = [token for token in first.forced((), 2 * LONGEST) if token not in ends]
     allowed = first.mask(begun)  # where there is a choice at first
     if first.error_text or allowed is None or not bool(allowed.any()):
         raise _invalid(constraint, first.error_text or "it allows no text")
+    made.block = _block(tokenizer)
     return made
 
 
@@ -253,10 +249,13 @@ class ConstraintState:
     error_text: why the matcher failed; "": it did not.
     """
 
-    def __init__(
-        self, compiled: CompiledConstraint, start: int, inside: bool = False, may_reason: bool = False
-    ) -> None:
-        self.compiled, self.start, self.inside, self.may_reason = compiled, start, inside, may_reason
+    def __init__(self, compiled: CompiledConstraint, prompt: Sequence[int]) -> None:
+        self.compiled, self.start = compiled, len(prompt)
+        block: Sequence[int] = compiled.block or ()
+        marks = [n for n, token in enumerate(prompt) if token in block]
+        self.inside = bool(marks) and prompt[marks[-1]] == block[0]
+        closed = bool(marks) and not self.inside and len(prompt) - marks[-1] <= CLOSED
+        self.may_reason = bool(block) and not self.inside and not closed
         self.matcher, self.consumed = compiled.matcher.deep_copy(), list[int]()
         self.masks: dict[tuple[int, ...], Tensor | None] = {}
         self.error_text = ""
@@ -274,20 +273,18 @@ class ConstraintState:
     def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
         """Return ``scores`` [1, V'] of the token after the text ``ids``, with -inf for tokens that are not allowed.
 
+        No token is allowed after a drafted token that is rejected; elsewhere the row ends with an error.
         vocab: the token ids of ``scores``, int64 [V']; None: all.
         """
-        allowed = self.mask(ids[self.start :])
-        if allowed is None:  # after a drafted token that is rejected; elsewhere the row ends with an error
-            return torch.full_like(scores, float("-inf"))
-        return masked(scores, allowed, vocab)
+        return masked(scores, self.mask(ids[self.start :]), vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
-        """Return the tokens allowed after the new tokens ``new``, bool [V]; None: ``new`` is forbidden itself."""
+        """Return the tokens allowed after the new tokens ``new``, bool [V]; None: none, or ``new`` is forbidden."""
         key = tuple(new)
         if key not in self.masks:
             if len(self.masks) >= MASKS:
                 self.masks.clear()
-            self.masks[key] = self._guarded(self._mask, key, self.compiled.nothing)
+            self.masks[key] = self._guarded(self._mask, key, None)
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:

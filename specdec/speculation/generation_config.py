@@ -45,8 +45,8 @@ def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
     given = {} if config is None else config.to_diff_dict()
     if not given.get("do_sample"):
         return {}
-    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # as transformers has them
-    return {name: value if given.get(name) is None else given[name] for name, value in usual.items()}
+    defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # as transformers has them
+    return {name: value if given.get(name) is None else given[name] for name, value in defaults.items()}
 
 
 def logits_processors(
@@ -67,21 +67,10 @@ def logits_processors(
     penalty = given.get("repetition_penalty", 1.0) if repetition_penalty is None else repetition_penalty
     if not others and given.keys() <= PLAIN and isinstance(penalty, int | float) and penalty > 0:
         return [] if penalty == 1 else [RepetitionPenalty(float(penalty))]
-    found = _of_transformers(as_transformers(model), prompt, max_new_tokens, repetition_penalty, others)
-    refuse_stateful(found, "remove it from the model's generation_config or from logits_processor")
-    return found
+    from transformers import GenerationConfig  # heavy
 
-
-def _of_transformers(
-    model: PreTrainedModel,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    repetition_penalty: float | None,
-    others: Sequence[Callable[..., Any]],
-) -> list[Processor]:
-    from transformers import GenerationConfig
-
-    config: Any = copy.copy(model.generation_config) or GenerationConfig()
+    whole = as_transformers(model)
+    config = copy.copy(whole.generation_config) or GenerationConfig()
     config.do_sample, config.max_length = False, len(prompt) + max_new_tokens
     if config.min_new_tokens is not None:
         config.min_length = len(prompt) + config.min_new_tokens
@@ -89,17 +78,18 @@ def _of_transformers(
         config.repetition_penalty = repetition_penalty
     eos = config.eos_token_id
     try:
-        config._eos_token_tensor = None if eos is None else torch.tensor(eos, device=model.device).reshape(-1)
-        make: Any = model._get_logits_processor
+        config._eos_token_tensor = None if eos is None else torch.tensor(eos, device=whole.device).reshape(-1)
+        make: Any = whole._get_logits_processor
         found = make(
             config,
             input_ids_seq_length=len(prompt),
-            encoder_input_ids=torch.tensor([list(prompt)], device=model.device),
+            encoder_input_ids=torch.tensor([list(prompt)], device=whole.device),
             logits_processor=list(others),
-            device=model.device,
+            device=whole.device,
         )
     except Exception as error:  # the type depends on the setting
         raise SpecDecError(f"the model's generation_config cannot be used: {one_line(error)}") from None
+    refuse_stateful(found, "remove it from the model's generation_config or from logits_processor")
     return list(found)
 
 

@@ -28,68 +28,6 @@ from specdec.speculation.warpers import MinP, Penalties, Processor, RepetitionPe
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
 
 
-class Transforms:
-    """Turns logits into processed logits, by the sampling parameters and extra processors, as ``generate`` does.
-
-    params: the sampling parameters. start: number of prompt tokens, which penalties do not count.
-    greedy: whether the temperature is 0.
-    processors: the processors that read the tokens before a position.
-    warpers: temperature, top-k, top-p and min-p, which read logits alone.
-    sharpness: factor by which differences of logits grow: 1 / temperature, at least 1.
-    highest: the highest token id with a bias; -1: there is no bias.
-    sampling: temperature, top-k (0: all), top-p and min-p.
-    group: equal for rows whose transforms do the same.
-    filters: whether top-k, top-p or min-p rules out tokens.
-    """
-
-    def __init__(self, params: SamplingParams, processors: Sequence[Processor] = (), start: int = 0) -> None:
-        self.greedy = params.temperature == 0
-        self.sharpness = 1.0 if self.greedy else max(1.0 / params.temperature, 1.0)
-        self.processors: list[Processor] = []
-        if params.repetition_penalty not in (None, 1):
-            self.processors.append(RepetitionPenalty(params.repetition_penalty))
-        self.processors += processors
-        if params.frequency_penalty or params.presence_penalty or params.logit_bias:
-            self.processors.append(Penalties(params, start))
-        self.highest = max(params.logit_bias or (), default=-1)
-        self.sampling = params.temperature, params.top_k or 0, params.top_p, params.min_p or 0.0
-        self.group: Hashable = id(self) if self.processors else self.sampling
-        self.warpers: list[Processor] = []
-        if not self.greedy:
-            if params.temperature != 1:
-                self.warpers.append(Temperature(float(params.temperature)))
-            if params.top_k:
-                self.warpers.append(TopK(params.top_k))
-            if params.top_p < 1:
-                self.warpers.append(TopP(params.top_p))
-            if params.min_p:
-                self.warpers.append(MinP(params.min_p))
-        self.filters = any(not isinstance(warper, Temperature) for warper in self.warpers)
-
-    def __call__(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
-        """Return processed logits, float32 [B, T, V'], of ``logits`` [B, T, V'].
-
-        prefixes: returns the tokens before each position, [B][T]; called only if a processor reads them.
-        vocab: the token ids of the logits, int64 [V'], which only constraints and warpers can do with; None: all.
-        """
-        scores = logits.float().reshape(-1, logits.shape[-1])  # (B * T, V')
-        if self.processors:
-            scores = scores.clone()
-            for i, prefix in enumerate(prefix for row in prefixes() for prefix in row):
-                row, ids = scores[i : i + 1], None
-                for processor in self.processors:
-                    if isinstance(processor, ConstraintState):
-                        row = processor.masked(prefix, row, vocab)
-                    else:
-                        ids = torch.tensor([list(prefix)], device=scores.device) if ids is None else ids
-                        row = processor(ids, row)
-                scores[i] = row[0]
-        nothing = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
-        for warper in self.warpers:
-            scores = warper(nothing, scores)
-        return scores.view(logits.shape)
-
-
 class Noise:
     """Standard Gumbel noise over the vocabulary for each position of one request.
 
@@ -129,12 +67,18 @@ class Noise:
 
 
 class RowSampler:
-    """How the tokens of one row are chosen.
+    """How the tokens of one row are chosen from logits, by sampling parameters and processors, as ``generate`` does.
 
-    params, processors, start: as in ``Transforms``.
+    params: the sampling parameters. start: number of prompt tokens, which penalties do not count.
     stream: rows with one seed draw the same at one position unless their streams differ.
-    transforms: used instead of ``params``, ``processors`` and ``start``; None: made of these.
+    processors: the processors that read the tokens before a position.
+    warpers: temperature, top-k, top-p and min-p, which read logits alone; None: those of ``params``.
+    sampling: temperature, top-k (0: all), top-p and min-p. Rows with equal ones have equal warpers.
     noise: the noise of the row's seed and stream.
+    greedy: whether the temperature is 0.
+    constraint: the constraint on the row's text; None: there is none.
+    plain_greedy: whether every choice is the argmax of the raw logits.
+    masked_greedy: whether every choice is the argmax of the raw logits of the tokens that a constraint allows.
     """
 
     def __init__(
@@ -142,26 +86,54 @@ class RowSampler:
         params: SamplingParams,
         processors: Sequence[Processor] = (),
         stream: int = 0,
-        transforms: Transforms | None = None,
         start: int = 0,
+        warpers: Sequence[Processor] | None = None,
     ) -> None:
-        self.transforms = Transforms(params, processors, start) if transforms is None else transforms
+        self.params = params
+        self.processors: list[Processor] = []
+        if params.repetition_penalty not in (None, 1):
+            self.processors.append(RepetitionPenalty(params.repetition_penalty))
+        self.processors += processors
+        if params.frequency_penalty or params.presence_penalty or params.logit_bias:
+            self.processors.append(Penalties(params, start))
+        self.warpers: list[Processor] = [*(warpers or ())]
+        if warpers is None and params.temperature:
+            if params.temperature != 1:
+                self.warpers.append(Temperature(float(params.temperature)))
+            if params.top_k:
+                self.warpers.append(TopK(params.top_k))
+            if params.top_p < 1:
+                self.warpers.append(TopP(params.top_p))
+            if params.min_p:
+                self.warpers.append(MinP(params.min_p))
+        self.sampling = params.temperature, params.top_k or 0, params.top_p, params.min_p or 0.0
         self.noise = Noise(params.seed, stream)
+        self.greedy = params.temperature == 0
+        self.constraint = next((each for each in self.processors if isinstance(each, ConstraintState)), None)
+        self.plain_greedy = self.greedy and not self.processors
+        self.masked_greedy = self.greedy and self.constraint is not None and len(self.processors) == 1
 
-    @property
-    def constraint(self) -> ConstraintState | None:
-        """The constraint on the row's text; None: there is none."""
-        return next((each for each in self.transforms.processors if isinstance(each, ConstraintState)), None)
+    def process(self, scores: Tensor, before: Sequence[int], vocab: Tensor | None) -> Tensor:
+        """Return what the processors make of ``scores``, float32 [1, V'], of the token after the tokens ``before``.
 
-    @property
-    def plain_greedy(self) -> bool:
-        """True if every choice is the argmax of the raw logits."""
-        return self.transforms.greedy and not self.transforms.processors
+        vocab: the token ids of ``scores``, int64 [V'], which only constraints can do with; None: all.
+        """
+        ids: Tensor | None = None
+        for processor in self.processors:
+            if isinstance(processor, ConstraintState):
+                scores = processor.masked(before, scores, vocab)
+            else:
+                ids = torch.tensor([list(before)], device=scores.device) if ids is None else ids
+                scores = processor(ids, scores)
+        return scores
 
-    @property
-    def masked_greedy(self) -> bool:
-        """True if every choice is the argmax of the raw logits of the tokens that a constraint allows."""
-        return self.transforms.greedy and self.constraint is not None and len(self.transforms.processors) == 1
+    def warp(self, scores: Tensor) -> Tensor:
+        """Return what the warpers make of ``scores``, float32 [B, T, V']."""
+        rows = scores.reshape(-1, scores.shape[-1])  # (B * T, V')
+        no_ids = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
+        for warper in self.warpers:
+            rows = warper(no_ids, rows)
+        return rows.view(scores.shape)
 
 
 class Sampler:
@@ -181,17 +153,17 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """True if every choice is the argmax of logits, processed or not."""
-        return all(row.transforms.greedy for row in self.rows)
-
-    @property
-    def some_greedy(self) -> bool:
-        """True if some choices are the argmax of logits."""
-        return any(row.transforms.greedy for row in self.rows)
+        return all(row.greedy for row in self.rows)
 
     @property
     def best_allowed(self) -> bool:
         """True if every choice is the argmax of the raw logits of the tokens that the row's constraint allows."""
         return all(row.plain_greedy or row.masked_greedy for row in self.rows)
+
+    @property
+    def needs_prefixes(self) -> bool:
+        """True if processors other than constraints read the tokens before a position."""
+        return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
         """Return how the token after each row's ``ids`` is sampled, without processors; None: all rows are greedy."""
@@ -200,45 +172,28 @@ class Sampler:
         made = []
         for row, own in zip(self.rows, ids, strict=True):
             seed, stream = row.noise.key.tolist()
-            made.append(Sampled(seed, stream, len(own), *row.transforms.sampling))
+            made.append(Sampled(seed, stream, len(own), *row.sampling))
         return made
-
-    @property
-    def sharpness(self) -> float:
-        """The largest ``Transforms.sharpness``."""
-        return max(row.transforms.sharpness for row in self.rows)
-
-    @property
-    def filters(self) -> bool:
-        """True if top-k, top-p or min-p rules out tokens."""
-        return any(row.transforms.filters for row in self.rows)
-
-    @property
-    def needs_prefixes(self) -> bool:
-        """True if processors other than constraints read the tokens before a position."""
-        return any(
-            not isinstance(processor, ConstraintState) for row in self.rows for processor in row.transforms.processors
-        )
 
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Return processed logits, float32 [B, T, V'], of ``logits`` [B, T, V'].
 
-        prefixes: ``prefixes()[b][t]`` are the tokens before position t of row b.
+        prefixes: ``prefixes()[b][t]`` are the tokens before position t of row b; called only if a processor reads them.
         vocab: the token ids of the logits, int64 [V']; None: all, as processors need (``needs_prefixes``).
         """
-        groups: dict[Hashable, list[int]] = {}  # rows by what transforms them
+        groups: dict[Hashable, list[int]] = {}  # rows by what their warpers do
         for b, row in enumerate(self.rows):
-            groups.setdefault(row.transforms.group, []).append(b)
+            groups.setdefault(row.sampling, []).append(b)
+        processed = [b for b, row in enumerate(self.rows) if row.processors]
+        scores = logits.to(torch.float32, copy=bool(processed) or len(groups) > 1)
+        texts = prefixes() if processed else ()
+        for b in processed:
+            for t, before in enumerate(texts[b]):
+                scores[b, t] = self.rows[b].process(scores[b, t, None], before, vocab)[0]
         if len(groups) == 1:
-            return self.rows[0].transforms(logits, prefixes, vocab)
-        scores = torch.empty_like(logits, dtype=torch.float32)
+            return self.rows[0].warp(scores)
         for group in groups.values():
-
-            def own(group: list[int] = group) -> Sequence[Sequence[Sequence[int]]]:
-                before = prefixes()
-                return [before[b] for b in group]
-
-            scores[group] = self.rows[group[0]].transforms(logits[group], own, vocab)
+            scores[group] = self.rows[group[0]].warp(scores[group])
         return scores
 
     def perturb(
@@ -255,7 +210,7 @@ class Sampler:
         perturbed = scores - scores.amax(-1, keepdim=True)  # near zero, where scores compete, float32 is finest
         here = vocab if scores.device.type == "cpu" else None  # of few tokens, noise takes a fraction of the time
         for b, row in enumerate(self.rows):
-            if not row.transforms.greedy:
+            if not row.greedy:
                 for t, position in enumerate(positions[b]):
                     noise = row.noise(position, size, here).to(scores.device)
                     perturbed[b, t] += noise if vocab is here else noise[vocab]
@@ -266,7 +221,7 @@ class Sampler:
         if scores.device.type == "cpu" and (lib := library.load()) is not None:
             chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
             for row, own, tokens, at in zip(self.rows, scores, chosen, positions, strict=True):
-                if row.transforms.greedy:
+                if row.greedy:
                     tokens[:] = largest(own[None])[0]
                 else:
                     tokens[:] = torch.tensor([row.noise.choose(lib, *each) for each in zip(own, at, strict=True)])

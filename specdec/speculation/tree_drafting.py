@@ -48,7 +48,7 @@ def expand_tree(
     for level in range(limits.levels):
         logits = step(tokens, parents, paths).float()
         if masks is not None:
-            logits = _masked(logits, vocab, [masks(text) for text in texts])
+            logits = torch.stack([masked(own, masks(text), vocab) for own, text in zip(logits, texts, strict=True)])
         best, index = logits.log_softmax(-1).topk(min(limits.width, logits.shape[-1]))  # (W, k)
         if masks is not None:
             best = best.nan_to_num(-math.inf, neginf=-math.inf)  # NaN where nothing may follow
@@ -77,15 +77,6 @@ def expand_tree(
     values, drafted, origins, said = torch.cat(found, 1).tolist()
     every = Candidates(values, [int(token) for token in drafted], [int(node) for node in origins], [said])
     return every if masks is None else every.only([node for node, score in enumerate(values) if score > -math.inf])
-
-
-def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
-    """Return ``logits`` [W, V'] over ``vocab`` with -inf where the mask of the row (None: all False) is False."""
-    out = torch.full_like(logits, -math.inf)
-    for row, mask in enumerate(masks):
-        if mask is not None:
-            out[row] = masked(logits[row], mask, vocab)
-    return out
 
 
 def candidates_on_path(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from specdec.runtimes.draft_path import TreeLimits
 from specdec.speculation.candidates import Candidates
 
 MOST_NODES = 24  # maximum nodes of a tree that is sized by prices
 TYPICAL_NODES = 2, 6  # number of nodes of a row: the mean price between both is the price of a node of another level
+Choice = tuple[int, float, float]  # a token, its raw probability after the tokens before it, and the calibrated one
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Prices:
         a row that does not draft; empty: raw probabilities count as they are.
     allowance: tokens that nodes may be expected to lose, as exploration.
     level_allowance: tokens that levels may be expected to lose, as exploration.
+    beyond: what a node of each row costs beyond ``nodes``, as it attends to more cached tokens; empty: nothing.
     """
 
     nodes: Sequence[float]
@@ -41,6 +42,7 @@ class Prices:
     tables: Sequence[Sequence[Sequence[float]]] = ()
     allowance: float = 0.0
     level_allowance: float = 0.0
+    beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
         """Return these prices with the tables of the sources with these indices."""
@@ -100,53 +102,41 @@ class Prices:
     def take(self, probabilities: Sequence[float]) -> int:
         """Return how many nodes add most tokens beyond their price; 0: none pays.
 
-        probabilities: the calibrated probability of each node's path, best first.
+        probabilities: the calibrated probability of each node's path, less what its row costs ``beyond``, best first.
         """
         sums = itertools.accumulate(probabilities)
         gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]
         return gains.index(max(gains)) + 1 if gains and max(gains) + self.allowance > 0 else 0
 
 
-class Tree(NamedTuple):
-    """The nodes of a tree whose tokens are known by their rank, parents before children.
-
-    parents: the parent of each node; 0: the root, i + 1: node i.
-    paths: for each node, the ranks of the candidates on the path to it.
-    values: the probability of each node's path.
-    """
-
-    parents: list[int]
-    paths: list[tuple[int, ...]]
-    values: list[float]
-
-
-def grow_best_first(after: Callable[[tuple[int, ...]], Sequence[float]], budget: int) -> Tree:
+def likeliest_paths(after: Callable[[Sequence[int]], Iterable[Choice]], budget: int) -> Candidates:
     """Return the tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, likeliest nodes first.
 
-    after: takes the ranks on the path to a node (() for the root) and returns the probabilities of the candidates after
-        the node. It is called once for each node that gets children.
+    after: takes the tokens on the path to a node (none for the root) and returns the choices after the node. It is
+        called once for each node that gets children.
 
-    A node is accepted if all candidates on its path are right, so with the product of their probabilities, and a tree
+    A node is accepted if all tokens on its path are right, so with the product of their probabilities, and a tree
     keeps the sum over its nodes (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
     ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
     Nodes that are never right are left out.
     """
-    tree = Tree([], [], [])
-    # (-value, order, parent, path); ``order`` makes ties fall to the node found first: parents before children.
-    heap: list[tuple[float, int, int, tuple[int, ...]]] = []
+    found = Candidates.none()
+    # (-value, order, parent, path, raw); ``order`` makes ties fall to the node found first: parents before children.
+    heap: list[tuple[float, int, int, list[int], float]] = []
     order = itertools.count()
 
-    def offer(parent: int, path: tuple[int, ...], reach: float) -> None:
-        for rank, right in enumerate(after(path)):
+    def offer(parent: int, path: list[int], reach: float) -> None:
+        for token, raw, right in after(path):
             if (value := reach * right) > 0:
-                heapq.heappush(heap, (-value, next(order), parent, (*path, rank)))
+                heapq.heappush(heap, (-value, next(order), parent, [*path, token], raw))
 
-    offer(0, (), 1.0)
-    while heap and len(tree.paths) < budget:
-        negative, _, parent, path = heapq.heappop(heap)
-        tree.parents.append(parent)
-        tree.paths.append(path)
-        tree.values.append(-negative)
-        if len(tree.paths) < budget:
-            offer(len(tree.paths), path, -negative)
-    return tree
+    offer(0, [], 1.0)
+    while heap and len(found.tokens) < budget:
+        negative, _, parent, path, raw = heapq.heappop(heap)
+        found.scores.append(math.log(-negative))
+        found.tokens.append(path[-1])
+        found.parents.append(parent)
+        found.raw[0].append(raw)
+        if len(found.tokens) < budget:
+            offer(len(found.tokens), path, -negative)
+    return found

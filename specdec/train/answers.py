@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from specdec.api.decoder import SpecDecoder
@@ -25,34 +26,48 @@ from specdec.train.settings import TrainSettings
 MAX_ROWS = 48  # answers generated in one batch
 
 
+def known_answers(output: Path, decoder: SpecDecoder, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer]:
+    """Return ``items`` as answers, in the same order; those of prompts that have no answer yet are empty.
+
+    A prompt is encoded in the model's chat template, or as plain text if the model has none. Its answer may be in
+    ``output``/answers.jsonl. Raises SpecDecError if this file holds answers to other prompts.
+    """
+    given = [
+        item
+        if isinstance(item, TrainingAnswer)
+        else TrainingAnswer(tuple(encode(decoder.tokenizer, item.turns[0])), (), item.kind)
+        for item in items
+    ]
+    made = _written(output / ANSWERS, {answer.prompt_ids for answer in given if not answer.response_ids})
+    return [a if a.response_ids else replace(made.get(a.prompt_ids, a), kind=a.kind) for a in given]
+
+
 def answer_prompts(
     output: Path,
     decoder: SpecDecoder,
-    items: Sequence[TrainingAnswer | Prompt],
+    known: Sequence[TrainingAnswer],
     settings: TrainSettings,
     progress: Progress,
 ) -> list[TrainingAnswer]:
-    """Return one answer for each of ``items``, in the same order: given answers as they are, prompts answered.
+    """Return the answers ``known`` with ``decoder``'s answers to the prompts that have none, in the same order.
 
-    ``decoder``'s model answers the prompts that ``output``/answers.jsonl does not hold yet, and the new answers are
-    appended to this file. A prompt is encoded in the model's chat template, or as plain text if the model has none.
-    An answer does not depend on the other rows of its batch (up to rounding) or on interruptions of the run.
-    Raises SpecDecError if the disk is full and if the file holds answers to other prompts.
+    The new answers are appended to ``output``/answers.jsonl. An answer does not depend on the other rows of its batch
+    (up to rounding) or on interruptions of the run. Raises SpecDecError if the disk is full.
     """
-    answers = [item if isinstance(item, TrainingAnswer) else encode(decoder.tokenizer, item.turns[0]) for item in items]
-    prompts = [tuple(item) for item in answers if not isinstance(item, TrainingAnswer)]
-    made = _written(output / ANSWERS, set(prompts))
-    left = [p for p in dict.fromkeys(prompts) if p not in made]
-    task = progress.add_task("answers", total=len(made) + len(left), completed=len(made), visible=bool(left))
+    left = {answer.prompt_ids: answer for answer in known if not answer.response_ids}
+    task = progress.add_task("answers", total=len(known), visible=bool(left), unit="answers", part="answers")
+    progress.advance(task, len(known) - len(left))
+    made = dict[tuple[int, ...], TrainingAnswer]()
     if left:
         with writing("answers", output), (output / ANSWERS).open("a", encoding="utf-8") as file:
-            for answer in _generate(decoder, left, settings):
+            for answer in _generate(decoder, list(left), settings):
                 ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
-                file.write(json.dumps(ids) + "\n")
+                kind = left[answer.prompt_ids].kind
+                file.write(json.dumps(ids | ({"category": kind} if kind else {})) + "\n")
                 file.flush()
-                made[answer.prompt_ids] = answer
-                progress.update(task, completed=len(made))
-    return [item if isinstance(item, TrainingAnswer) else made[tuple(item)] for item in answers]
+                made[answer.prompt_ids] = replace(answer, kind=kind)
+                progress.advance(task)
+    return [answer if answer.response_ids else made[answer.prompt_ids] for answer in known]
 
 
 def _generate(

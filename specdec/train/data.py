@@ -1,4 +1,7 @@
-"""Training data: reading prompts and answers, checking them, and the split into training and evaluation."""
+"""Training data: reading prompts and answers, checking them, and the split into training and evaluation.
+
+Imports nothing heavy, so that the command line reads prompts before anything else.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from specdec.base import inputs
 from specdec.base.errors import SpecDecError
+from specdec.bench.prompts import PACKAGED, PROMPT_SETS, load_prompts
+
+SETS = (*PACKAGED, *PROMPT_SETS)
 
 
 @dataclass(frozen=True)
 class TrainingAnswer:
-    """A prompt and the base model's own answer to it, both as token ids. Its length counts both."""
+    """A prompt and the base model's own answer to it, both as token ids. Its length counts both.
+
+    response_ids: empty if the prompt has no answer yet. kind: the prompt's category, "" if the file gives none.
+    """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    kind: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -28,32 +36,44 @@ class TrainingAnswer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The texts of a user's turns, for which no answer is known. Training answers the first turn."""
+    """The texts of a user's turns, for which no answer is known. Training answers the first turn.
+
+    kind: the prompt's category, "" if the file gives none.
+    """
 
     turns: tuple[str, ...]
+    kind: str = ""
 
 
-def read(paths: Sequence[Path]) -> list[TrainingAnswer | Prompt]:
-    """Read the answers and prompts of all files, in order.
+def read(sources: Sequence[str | Path]) -> list[TrainingAnswer | Prompt]:
+    """Read the answers and prompts of all ``sources``, in order: files, and names of the prompt sets of ``bench``.
 
-    A line is ``{"prompt_ids": [...], "response_ids": [...]}``, ``{"turns": [...]}``, ``{"prompt": ...}`` or plain text.
-    A ``.gz`` file is unpacked. Raises SpecDecError for unreadable files, for a broken line (with its number) and if
-    the files are empty.
+    A line is ``{"prompt_ids": [...], "response_ids": [...]}``, ``{"turns": [...]}``, ``{"prompt": ...}`` or plain text,
+    a JSON object optionally with ``category``. A ``.gz`` file is unpacked. Raises SpecDecError for unknown names and
+    unreadable files, for a broken line (with its number) and if the files are empty.
     """
-    items = [item for path in paths for item in records(path)]
+    if not sources:
+        raise SpecDecError("nothing to train on; give --prompts, a file or the name of a prompt set such as own")
+    items = list[TrainingAnswer | Prompt]()
+    for source in map(str, sources):
+        if Path(source).is_file() and source not in SETS:
+            items += records(Path(source))
+        else:
+            items += [Prompt(chat.turns, chat.category) for chat in load_prompts(source).conversations]
     if not items:
-        raise SpecDecError(f"no prompts in {', '.join(map(str, paths))}; write some, or give another file")
+        raise SpecDecError(f"no prompts in {', '.join(map(str, sources))}; write some, or give another file")
     return items
 
 
 def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
     """Yield the answers and prompts of one file, in the formats of ``read``; none if the file is empty."""
     for where, record in inputs.prompts(path):
-        ids = record.get("prompt_ids"), record.get("response_ids")
+        ids: list[Any] = [record.get("prompt_ids"), record.get("response_ids")]
+        kind = str(record.get("category", ""))
         if all(isinstance(part, list) and part and all(type(i) is int and i >= 0 for i in part) for part in ids):
-            yield TrainingAnswer(*map(tuple, ids))  # type: ignore[arg-type]
+            yield TrainingAnswer(tuple(ids[0]), tuple(ids[1]), kind)
         elif "response_ids" not in record and (turns := inputs.turns(record)):
-            yield Prompt(turns)
+            yield Prompt(turns, kind)
         else:
             raise SpecDecError(
                 f"{where} has no usable 'turns', 'prompt' or 'prompt_ids' + 'response_ids'; repair or remove it"
@@ -118,18 +138,15 @@ def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[Trai
     return train, held
 
 
-def draft_vocabulary(answers: Sequence[TrainingAnswer], size: int, always: Sequence[int], vocab_size: int) -> Tensor:
+def draft_vocabulary(answers: Sequence[TrainingAnswer], size: int, always: Sequence[int], vocab_size: int) -> list[int]:
     """Choose the token ids that a drafter can draft: ``always``, then the most frequent ones of the answers.
 
     If the answers have too few different tokens, the most frequent tokens of their prompts follow, then the smallest
-    ids below ``vocab_size``. Returns at most ``size`` ids, int32 [V'], ascending.
+    ids below ``vocab_size``. Returns at most ``size`` ids, ascending.
     """
-    count: Counter[int] = Counter()
-    for answer in answers:
-        count.update(answer.response_ids)
-    ranked = [token for token, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))]
-    prompts: Counter[int] = Counter(token for answer in answers for token in answer.prompt_ids)
-    ranked += [token for token, _ in sorted(prompts.items(), key=lambda item: (-item[1], item[0]))]
+    ranked = list[int]()
+    for texts in ([answer.response_ids for answer in answers], [answer.prompt_ids for answer in answers]):
+        count = Counter(token for text in texts for token in text)
+        ranked += sorted(count, key=lambda token: (-count[token], token))
     ranked += range(vocab_size)  # most tokenizers give small ids to frequent merges
-    chosen = list(dict.fromkeys([*always, *ranked]))[: min(size, vocab_size)]
-    return torch.tensor(sorted(chosen), dtype=torch.int32)
+    return sorted(list(dict.fromkeys([*always, *ranked]))[: min(size, vocab_size)])

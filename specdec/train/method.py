@@ -32,6 +32,7 @@ METHODS: dict[str, str] = {
     "medusa": "specdec.train.medusa:MedusaMethod",
     "mixture-of-depths": "specdec.train.exits:MixtureOfDepthsMethod",
 }
+PRESETS = {"m2r2-paper": "m2r2"}  # commands for a preset of a method
 Network = TypeVar("Network", bound="nn.Module")
 
 

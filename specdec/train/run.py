@@ -18,21 +18,22 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
-from rich.console import Console
-from rich.progress import BarColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from specdec.base import devices
 from specdec.base.errors import SpecDecError
+from specdec.base.interrupts import interrupting
 from specdec.base.terminal import Progress, tell
 from specdec.models import drafter_folder, source
 from specdec.train import batches
 from specdec.train.batches import TrainingBatch, Window
+from specdec.train.card import write_card
 from specdec.train.method import TrainingMethod
-from specdec.train.output import CHECKPOINT, METRICS, RECIPE, read_checkpoint, write_checkpoint, writing
+from specdec.train.output import CHECKPOINT, METRICS, RECIPE, read_checkpoint, recorded, write_checkpoint, writing
 from specdec.train.states import AnswerStates
 
 REPORT_UPDATES = 10  # updates per line of metrics.jsonl
+STOP = 2.0  # stands for the finished share of the schedule where the run is stopped
 STATE = "update", "tokens", "seconds", "best", "logged"  # attributes of a run that its checkpoint stores
 
 
@@ -40,8 +41,9 @@ class TrainingRun:
     """The gradient training of one drafter by ``method``, in one of the processes. Only the first one writes.
 
     vocab: the draft vocabulary, token ids int32 [V']; None: the full vocabulary.
-    train, held_out: the base model's states of the answers to train on and to evaluate on.
-    output: the output folder. console: shows progress. processes: the group of processes that train together.
+    train, held_out: the base model's states of the answers to train on and to evaluate on. kinds: categories of the
+    prompts of ``held_out``, "" where unknown.
+    output: the output folder. progress: shows how far it is. processes: the group of processes that train together.
     """
 
     def __init__(
@@ -50,16 +52,17 @@ class TrainingRun:
         vocab: Tensor | None,
         train: Sequence[AnswerStates],
         held_out: Sequence[AnswerStates],
+        kinds: Sequence[str],
         output: Path,
-        console: Console,
+        progress: Progress,
         processes: PartialState,
     ) -> None:
         self.method, self.settings, self.target = method, method.settings, method.target
-        self.output, self.console, self.processes = output, console, processes
+        self.output, self.progress, self.processes = output, progress, processes
         torch.manual_seed(self.settings.seed)  # for the initial values of the master weights
         self.masters = method.build(vocab).to(self.target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # the running copy
-        self.records, self.held_out = train, held_out
+        self.records, self.held_out, self.kinds = train, held_out, kinds
         self.windows = batches.windows(train, self.settings.window)
         self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
         self.running = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
@@ -72,52 +75,66 @@ class TrainingRun:
         self.seconds = 0.0  # of training, over all runs of this folder
         self.best = -math.inf  # the best score so far
         self.logged = 0  # length of metrics.jsonl in bytes
+        self.stopped = False  # whether Ctrl-C or SIGTERM asked it to end after the update
 
     def train(self, resume: bool) -> dict[str, Any]:
         """Train to the end of the schedule and return the evaluation figures of the best drafter.
 
         resume: whether to continue from the checkpoint in the output folder, if there is one.
+        At Ctrl-C and SIGTERM the run ends after the update: it writes a checkpoint and raises KeyboardInterrupt.
         Raises SpecDecError if the loss becomes NaN or infinite; the best drafter so far stays in the folder.
         """
         if resume and (self.output / CHECKPOINT).exists():
             self._restore()
         else:
             self._start()
-        settings, earlier, start = self.settings, self.seconds, time.monotonic()
-        saved = evaluated = start
-        with progress_bars(self.console) as progress:
-            task, recent = progress.add_task("training", total=1000), list[dict[str, float]]()
-            for epoch, rows in batches.endless(self.windows, settings.rows, settings.seed, self.update):
-                now = time.monotonic()
-                self.seconds = earlier + now - start
-                done = float(broadcast(torch.tensor(self._done(), device=self.target.device)))
-                if done >= 1:
-                    break
-                figures = self._step(rows, self._rate(done))
-                if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was skipped
-                    self._finish()
-                    raise SpecDecError(
-                        f"the loss is not finite at update {self.update}; '{self.output}' keeps the best drafter so "
-                        f"far: continue from it with --set init={self.output} and a lower relative_rate in another "
-                        "--output"
-                    )
-                recent.append(figures)
-                if self.update % REPORT_UPDATES == 0:
-                    means = {key: round(fmean(each[key] for each in recent), 5) for key in figures}
-                    self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
-                    progress.update(
-                        task, completed=1000 * done, description=f"training: {self._progress_text(means, done)}"
-                    )
-                    recent.clear()
-                if now - saved > 60 * settings.checkpoint_minutes:
-                    self._save()
-                    saved = time.monotonic()
-                if now - evaluated > 60 * settings.eval_minutes:
-                    self._evaluate()
-                    evaluated = time.monotonic()
+        with interrupting(self._stop, ended=True):
+            self._update_until_the_end()
+        if self.stopped:
+            self._save()
+            raise KeyboardInterrupt
         self._finish()
         best: dict[str, Any] = drafter_folder.read_config(self.output)["training"]["held_out"]
         return best
+
+    def _stop(self) -> None:
+        self.stopped = True
+
+    def _update_until_the_end(self) -> None:
+        """Update until the schedule ends or the run is stopped, with checkpoints and evaluations on the way."""
+        settings, earlier, start = self.settings, self.seconds, time.monotonic()
+        saved = evaluated = start
+        task, shown = self.progress.add_task("gradients", total=1000, part="gradients"), 0.0
+        recent = list[dict[str, float]]()
+        for epoch, rows in batches.endless(self.windows, settings.rows, settings.seed, self.update):
+            now = time.monotonic()
+            self.seconds = earlier + now - start
+            # The first process decides, because all of them must end after the same update.
+            done = float(broadcast(torch.tensor(STOP if self.stopped else self._done(), device=self.target.device)))
+            if done >= 1:
+                self.stopped = done == STOP
+                return
+            figures = self._step(rows, self._rate(done))
+            if not math.isfinite(figures["loss"] + figures["gradient"]):  # the update was skipped
+                self._finish()
+                raise SpecDecError(
+                    f"the loss is not finite at update {self.update}; '{self.output}' keeps the best drafter so far: "
+                    f"continue from it with --set init={self.output} and a lower relative_rate in another --output"
+                )
+            recent.append(figures)
+            if self.update % REPORT_UPDATES == 0:
+                means = {key: round(fmean(each[key] for each in recent), 5) for key in figures}
+                self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
+                self.progress.update(task, description=f"gradients: {self._progress_text(means, done)}")
+                self.progress.advance(task, 1000 * done - shown)
+                shown = 1000 * done
+                recent.clear()
+            if now - saved > 60 * settings.checkpoint_minutes:
+                self._save()
+                saved = time.monotonic()
+            if now - evaluated > 60 * settings.eval_minutes:
+                self._evaluate()
+                evaluated = time.monotonic()
 
     def _start(self) -> None:
         """Initialize the weights, from the drafter ``init`` or by closed-form regression, and evaluate them."""
@@ -128,7 +145,7 @@ class TrainingRun:
             self._begin_from(self.init, self.method.read_parameters(Path(self.settings.init)))
         elif first:
             total = min(self.settings.fit_tokens, count_positions(self.windows))
-            self.method.fit(self.network, lambda: self._show("closed-form fit", self._fit_batches(), total))
+            self.method.fit(self.network, lambda: self._show("closed-form fit", self._fit_batches(), total, "fit"))
             copy_values(self.running, self.parameters)
         self._evaluate()
         for (name, parameter), group in zip(self.parameters.items(), self.optimizer.param_groups, strict=True):
@@ -164,13 +181,13 @@ class TrainingRun:
             if seen >= self.settings.fit_tokens:
                 return
 
-    def _show(self, what: str, source: Iterable[TrainingBatch], total: int) -> Iterator[TrainingBatch]:
-        """Yield the batches of ``source`` and show a progress bar ``what`` over ``total`` answer tokens."""
-        with progress_bars(self.console) as progress:
-            task = progress.add_task(what, total=total, unit="tokens")
-            for batch in source:
-                yield batch
-                progress.advance(task, int(batch.valid.sum()))
+    def _show(self, what: str, source: Iterable[TrainingBatch], total: int, part: str = "") -> Iterator[TrainingBatch]:
+        """Yield the batches of ``source`` and show a bar ``what`` over ``total`` answer tokens. part: of the run."""
+        task = self.progress.add_task(what, total=total, unit="tokens", part=part)
+        for batch in source:
+            yield batch
+            self.progress.advance(task, int(batch.valid.sum()))
+        self.progress.remove_task(task)
 
     # -- an update ----------------------------------------------------------------------------------------------
 
@@ -226,21 +243,26 @@ class TrainingRun:
         """Evaluate on held-out answers, and export the drafter if it is the best so far."""
         if not self.processes.is_main_process:
             return
-        settings, target = self.settings, self.target
-        held_out = batches.by_length(self.held_out, settings.rows, settings.window, target.device, target.dtype)
-        total = count_positions(batches.windows(self.held_out, settings.window))
-        with torch.no_grad():
-            figures = self.method.evaluate(self.network, self._show("evaluation", held_out, total))
+        figures = self._figures(self.held_out)
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
         tell(
-            self.console,
+            self.progress.console,
             f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: {self.method.describe(figures)}",
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
             self._export(figures)
 
+    @torch.no_grad()
+    def _figures(self, records: Sequence[AnswerStates]) -> dict[str, Any]:
+        """Evaluate on the answers ``records`` and return the figures."""
+        settings, target = self.settings, self.target
+        found = batches.by_length(records, settings.rows, settings.window, target.device, target.dtype)
+        total = count_positions(batches.windows(records, settings.window))
+        return self.method.evaluate(self.network, self._show("evaluation", found, total))
+
     def _export(self, figures: dict[str, Any]) -> None:
+        """Write the drafter and its card. figures: of the evaluation on all held-out answers."""
         target = self.target
         base = drafter_folder.describe_base(target, source.public_name(self.settings.model, self.settings.adapter))
         training = {
@@ -260,6 +282,16 @@ class TrainingRun:
         if storage == "auto":
             storage = "float32" if self.settings.dtype == "float32" else "bfloat16"
         drafter_folder.write(self.output, config, self.masters.state_dict(), storage)
+        by_kind = dict[str, list[AnswerStates]]()
+        for record, kind in zip(self.held_out, self.kinds, strict=True):
+            by_kind.setdefault(kind or "other", []).append(record)
+        kinds = {
+            f"{kind} ({len(some)})": self.method.describe(self._figures(some))
+            for kind, some in sorted(by_kind.items())
+            if len(by_kind) > 1 and batches.windows(some, self.settings.window)
+        }
+        with writing("the model card", self.output):
+            write_card(self.output, config, recorded(self.settings), self.method.describe(figures), kinds)
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.processes.is_main_process:
@@ -291,7 +323,3 @@ def copy_values(source: Mapping[str, Any], destination: Mapping[str, nn.Paramete
 
 def count_positions(windows: Iterable[Window]) -> int:
     return sum(end - start for _, start, end in windows)
-
-
-def progress_bars(console: Console) -> Progress:
-    return Progress(BarColumn(), TimeElapsedColumn(), console=console)

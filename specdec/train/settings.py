@@ -88,7 +88,7 @@ def load_settings(kind: type[S], method: str, preset: str | None, overrides: Map
     Raises SpecDecError for unknown presets and keys and for invalid values.
     """
     preset = preset or method
-    values = dict(_preset(preset))
+    values = dict(read_preset(preset))
     if values.setdefault("method", method) != method:
         raise SpecDecError(f"preset '{preset}' is for 'specdec train {values['method']}'")
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -109,7 +109,8 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
         raise SpecDecError(f"{where}: {error}") from None
 
 
-def _preset(name: str) -> dict[str, Any]:
+def read_preset(name: str) -> dict[str, Any]:
+    """Return the settings in a preset: a name in ``configs/train`` or a YAML file. Raises SpecDecError."""
     path = find_config("train", name, "training preset")
     data = inputs.read_yaml(path, "training preset ")
     if not isinstance(data, dict):

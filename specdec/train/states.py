@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,12 +87,12 @@ def compute_states(
     target: Target,
     answers: Sequence[TrainingAnswer],
     wanted: StateSelection,
-    progress: Progress | None = None,
-    name: str = "",
+    progress: Progress,
+    name: str,
 ) -> list[AnswerStates]:
     """Return the states ``wanted`` of ``target`` on each of ``answers``, in order, computing what ``folder`` lacks.
 
-    progress: shows the number of finished tokens; None: nothing is shown. name: names these states in its bar.
+    progress: shows the number of finished tokens. name: names these states in its bar.
     Raises SpecDecError if the folder holds states of another model or of other answers, for damaged or missing shards,
     for a full disk, and if ``wanted.kv`` has a recurrent layer, because its states are not stored.
     """
@@ -102,8 +101,6 @@ def compute_states(
             f"layer {recurrent[0]} is recurrent, and training runs through layers with attention only; m2r2 learns "
             "from texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
         )
-    progress = progress or Progress(console=Console(quiet=True))
-    name = f"teacher states ({name})" if name else "teacher states"
     index: dict[str, Any] = {
         "version": VERSION,
         "fingerprint": target.fingerprint,
@@ -123,7 +120,9 @@ def compute_states(
     shards = index["shards"]
     left = answers[len(shards) * SHARD_ANSWERS :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
-    task = progress.add_task(name, total=total, completed=total - missing, visible=missing > 0, unit="tokens")
+    label = f"teacher states ({name})"
+    task = progress.add_task(label, total=total, visible=missing > 0, unit="tokens", part="states")
+    progress.advance(task, total - missing)
     done = partial(progress.advance, task)
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -30,25 +30,26 @@ from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.generation_config import eos_token_ids
 from specdec.train import data, states
-from specdec.train.answers import answer_prompts
+from specdec.train.answers import answer_prompts, known_answers
 from specdec.train.method import RunContext, lookup
-from specdec.train.output import STATES, lock_of, open_output
-from specdec.train.run import TrainingRun, progress_bars
+from specdec.train.output import CHECKPOINT, STATES, lock_of, open_output
+from specdec.train.progress import RunProgress, describe, expected_seconds
+from specdec.train.run import TrainingRun
 from specdec.train.settings import TrainSettings
 
 PATIENCE = timedelta(days=2)  # the first process may answer prompts and compute states for long
 
 
-def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    settings: TrainSettings, resume: bool = False, console: Console | None = None, preset: str = "(none)"
+) -> dict[str, Any]:
     """Train a drafter, write the best one to ``settings.output`` and return its figures on held-out answers.
 
     resume: whether to continue an interrupted run in this folder. Finished work stays on the disk.
-    console: shows progress; None: standard error.
+    console: shows progress; None: standard error. preset: names where the settings come from.
     Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that becomes
     NaN.
     """
-    if not settings.prompts:
-        raise SpecDecError("nothing to train on; give --prompts FILE")
     console, lock, device = console or stderr(), lock_of(settings), loading.find_device(settings.device)
     processes = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
     first = processes.is_main_process
@@ -59,9 +60,11 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
             f"{processes.num_processes} processes cannot share batches of {settings.rows} rows; raise 'rows'"
         )
     try:
-        with processes.main_process_first():  # the others read what the first one computes
-            run = _prepare(settings, resume or not first, console, processes, device, lock if first else None)
-        return run.train(resume)
+        with RunProgress(console) as progress:
+            with processes.main_process_first():  # the others read what the first one computes
+                write = lock if first else None
+                run = _prepare(settings, resume or not first, progress, processes, device, write, preset)
+            return run.train(resume)
     finally:
         lock.release()
         processes.destroy_process_group()
@@ -70,15 +73,16 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
 def _prepare(
     settings: TrainSettings,
     resume: bool,
-    console: Console,
+    progress: RunProgress,
     processes: PartialState,
     device: torch.device,
     lock: FileLock | None,
+    preset: str,
 ) -> TrainingRun:
     """Check, load, answer prompts and compute states. lock: None: this process does not write."""
     # Checks that need no model come first.
-    items = data.read([Path(p) for p in settings.prompts])
-    held = data.read([Path(p) for p in settings.holdout]) if settings.holdout else []
+    items = data.read(settings.prompts)
+    held = data.read(settings.holdout) if settings.holdout else []
     output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -86,30 +90,36 @@ def _prepare(
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
     target = open_target(model, settings)
     if settings.init:
-        _note_other_base(settings.init, target, console)
+        _note_other_base(settings.init, target, progress.console)
     method = lookup(settings.method)(settings, target)
     data.check_token_ids(items, target.vocab_size)
     data.check_holdout(items, held, tokenizer.decode)
-    with progress_bars(console) as progress:
-        answers = answer_prompts(output, decoder, items, settings, progress)
-        usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
-        train, held_out = data.split(usable, settings.eval_fraction)
-        random.Random(settings.seed).shuffle(train)
-        held_out = held_out[: settings.eval_answers]
-        vocab = None
-        if settings.init:  # its vocabulary was chosen on more answers
-            vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)
-        elif settings.draft_vocab:
-            ends = sorted(eos_token_ids(model, tokenizer))
-            vocab = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size)
-        vocab = None if vocab is None else vocab.to(target.device)
-        method.prepare(RunContext(output, train, decoder.target, progress))
-        wanted, parts = method.teacher_states(), (("eval", held_out), ("train", train))
-        records = [
-            states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name)
-            for name, part in parts
-        ]
-    return TrainingRun(method, vocab, records[1], records[0], output, console, processes)
+    known = known_answers(output, decoder, items)
+    if not progress.console.quiet and not (resume and (output / CHECKPOINT).exists()):
+        seconds = expected_seconds(settings, known, decoder.target, target)
+        tell(progress.console, describe(seconds, settings, preset))
+        progress.plan(seconds)
+    answers = answer_prompts(output, decoder, known, settings, progress)
+    usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
+    train, held_out = data.split(usable, settings.eval_fraction)
+    random.Random(settings.seed).shuffle(train)
+    held_out = held_out[: settings.eval_answers]
+    vocab = None
+    if settings.init:  # its vocabulary was chosen on more answers
+        vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)
+    elif settings.draft_vocab:
+        ends = sorted(eos_token_ids(model, tokenizer))
+        chosen = data.draft_vocabulary(train, settings.draft_vocab, ends, target.vocab_size)
+        vocab = torch.tensor(chosen, dtype=torch.int32)
+    vocab = None if vocab is None else vocab.to(target.device)
+    method.prepare(RunContext(output, train, decoder.target, progress))
+    parts, wanted = {"train": train, "eval": held_out}, method.teacher_states()
+    records = [
+        states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name)
+        for name, part in parts.items()
+    ]
+    kinds = [answer.kind for answer in held_out]
+    return TrainingRun(method, vocab, records[0], records[1], kinds, output, progress, processes)
 
 
 def _note_other_base(init: str, target: Target, console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from specdec.speculation.sampling import Sampler, streams
 from specdec.verify.replay import NEAR_TIE, first_difference, is_near_tie, margins
 
 MAX_DETAILS = 10  # faults that are described in a certificate
+MIN_DRAFTED = 32  # drafted tokens that each part needs by default
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Check:
     """Counts of answers with drafts, compared with the answers of a reference such as plain decoding.
 
     name: of the comparison. answers, tokens: number of compared answers and of their tokens.
-    accepted: number of tokens that were drafted and accepted.
+    drafted, accepted: number of tokens that were drafted, and how many of these were accepted.
     equal: answers that equal the reference.
     near_ties: answers that differ, but whose every token is the model's choice or a near-tie.
     largest_gap: largest distance of a near-tie's logit to the best logit.
@@ -37,6 +39,7 @@ class Check:
     name: str
     answers: int = 0
     tokens: int = 0
+    drafted: int = 0
     accepted: int = 0
     equal: int = 0
     near_ties: int = 0
@@ -54,6 +57,7 @@ class Check:
         answer = output.token_ids
         self.answers += 1
         self.tokens += len(answer)
+        self.drafted += output.metrics.num_draft_tokens
         self.accepted += output.metrics.num_accepted_draft_tokens
         difference = first_difference(target, prompt, answer, right, sampler)
         if difference is None:
@@ -76,10 +80,13 @@ class Check:
 class Certificate:
     """A losslessness test: prompts are answered with and without drafts, greedily and by sampling, and compared.
 
-    Sampling uses the same random numbers with and without drafts. In float32, greedy answers are also compared with
-    those of ``model.generate``.
+    Its parts are greedy and sampled answers to one prompt at a time, and answers of both kinds to batches of prompts.
+    Each part drafts with every draft length. Sampling uses the same random numbers with and without drafts. In
+    float32, greedy answers are also compared with those of ``model.generate``.
     prompts: (name, token ids) each. params: for the sampled answers; greedy answers take all but the temperature.
-    checks: {"greedy", "sampled", "generate": counts}, which grow while ``run`` works.
+    lengths: draft lengths. batch_size: number of prompts in a batch; 1: there is no part for batches.
+    min_drafted: the number of drafted tokens that each part needs to prove anything.
+    checks: {"greedy", "sampled", "batch", "generate": counts}, which grow while ``run`` works.
     complete: whether ``run`` has ended.
     """
 
@@ -89,15 +96,17 @@ class Certificate:
         prompts: Sequence[tuple[str, list[int]]],
         params: SamplingParams,
         max_new_tokens: int,
-        num_speculative_tokens: Depth = "auto",
+        lengths: Sequence[Depth] = ("auto",),
         batch_size: int = 4,
+        min_drafted: int = MIN_DRAFTED,
     ) -> None:
         self.decoder, self.plain = decoder, decoder.with_drafter("none")
         self.batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        self.max_new_tokens, self.num_speculative_tokens = max_new_tokens, num_speculative_tokens
+        self.max_new_tokens, self.lengths, self.min_drafted = max_new_tokens, lengths, min_drafted
         self.dtype, self.complete = decoder.target.dtype, False
         self.params = {"greedy": replace(params, temperature=0.0), "sampled": params}
-        self.checks = {name: Check(name) for name in self.params}
+        names = [*self.params, *(["batch"] if batch_size > 1 else [])]
+        self.checks = {name: Check(name) for name in names}
         if self.dtype == torch.float32:
             self.checks["generate"] = Check("model.generate")
 
@@ -106,56 +115,84 @@ class Certificate:
 
         Raises SpecDecError for prompts that exceed the model's context.
         """
-        for number, batch in enumerate(self.batches, start=1):
-            for name, params in self.params.items():
-                self._compare(name, batch, params)
-                done, total = (number - 1) * len(self.params) + (name != "greedy") + 1, len(self.batches) * 2
-                progress(done, total, sum(check.tokens for check in self.checks.values()))
+        steps = list(product(self.batches, self.params))
+        for done, (batch, name) in enumerate(steps, start=1):
+            self._check(name, batch)
+            progress(done, len(steps), sum(check.tokens for check in self.checks.values()))
         self.complete = True
 
-    def _compare(self, name: str, batch: Sequence[tuple[str, list[int]]], params: SamplingParams) -> None:
+    def _check(self, name: str, batch: Sequence[tuple[str, list[int]]]) -> None:
+        """Answer a batch of prompts with each draft length, one by one and together, and compare the answers.
+
+        name: "greedy" or "sampled".
+        """
         prompts = [prompt for _, prompt in batch]
-        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, **vars(params)}
-        outputs = self.decoder.generate_batch(prompts, num_speculative_tokens=self.num_speculative_tokens, **how)
-        plain = self.plain.generate_batch(prompts, **how)
-        target = self.decoder.target
-        for (label, prompt), stream, output, right in zip(batch, streams(prompts), outputs, plain, strict=True):
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, **vars(self.params[name])}
+        plain = [output.token_ids for output in self.plain.generate_batch(prompts, **how)]
+        alone = [plain[prompts.index(prompt)] for prompt in prompts]  # equal prompts draw different texts in a batch
+        compared = [(name, alone, [0] * len(prompts))]
+        if name == "greedy" and "generate" in self.checks:
+            texts = [expected(self.decoder, prompt, self.max_new_tokens) for prompt in prompts]
+            compared.append(("generate", texts, [0] * len(prompts)))
+        for length in self.lengths:
+            outputs = [self.decoder.generate(prompt, num_speculative_tokens=length, **how) for prompt in prompts]
+            for part, rights, noise in compared:
+                self._compare(part, batch, outputs, rights, noise, how)
+            if "batch" in self.checks:
+                outputs = self.decoder.generate_batch(prompts, num_speculative_tokens=length, **how)
+                self._compare("batch", batch, outputs, plain, streams(prompts), how)
+
+    def _compare(
+        self,
+        part: str,
+        batch: Sequence[tuple[str, list[int]]],
+        outputs: Sequence[GenerationOutput],
+        rights: Sequence[list[int]],
+        noise: Sequence[int],
+        how: dict[str, Any],
+    ) -> None:
+        """Count answers in the check ``part``. rights: the tokens of the reference. noise: the stream of each row."""
+        for (label, prompt), output, right, stream in zip(batch, outputs, rights, noise, strict=True):
             sampler = Sampler([self.decoder.request(prompt, stream=stream, **how).sampler])
-            self.checks[name].take(label, prompt, output, right.token_ids, target, sampler)
-            if name == "greedy" and "generate" in self.checks:
-                tokens = expected(self.decoder, prompt, self.max_new_tokens)
-                self.checks["generate"].take(label, prompt, output, tokens, target, sampler)
+            self.checks[part].take(label, prompt, output, right, self.decoder.target, sampler)
 
     @property
-    def passed(self) -> bool:
-        """Whether no check has found a fault so far."""
-        return not any(check.faults for check in self.checks.values())
+    def result(self) -> str:
+        """FAILED if a check has found a fault so far; NOT ENOUGH DRAFTS, or PASSED."""
+        if any(check.faults for check in self.checks.values()):
+            return "FAILED"
+        few = any(check.drafted < self.min_drafted for check in self.checks.values())
+        return "NOT ENOUGH DRAFTS" if few else "PASSED"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the results as JSON values."""
         return {
-            "passed": self.passed,
+            "result": self.result,
+            "passed": self.result == "PASSED",
             "complete": self.complete,
             "near_tie": NEAR_TIE[self.dtype],
+            "min_drafted": self.min_drafted,
             "checks": [asdict(check) for check in self.checks.values()],
         }
 
     def page(self, facts: str) -> str:
         """Return the certificate as text of several lines. facts: text about the decoder and the machine."""
-        result = "PASSED" if self.passed else "FAILED"
         rows: list[tuple[Any, ...]] = [
-            ("beside", "answers", "tokens", "drafted", "equal", "near-ties", "largest gap", "faults")
+            ("beside", "answers", "tokens", "drafted", "accepted", "equal", "near-ties", "largest gap", "faults")
         ]
         for c in self.checks.values():
             beside = c.name if c.name == "model.generate" else f"plain, {c.name}"
             gap = f"{c.largest_gap:.3g}" if c.near_ties else ""
-            rows.append((beside, c.answers, c.tokens, c.accepted, c.equal, c.near_ties, gap, c.faults))
+            rows.append((beside, c.answers, c.tokens, c.drafted, c.accepted, c.equal, c.near_ties, gap, c.faults))
         widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
         table = ["  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         faults = [f"FAULT, {c.name}, {detail}" for c in self.checks.values() for detail in c.details]
-        rule = f"A near-tie is at most {NEAR_TIE[self.dtype]:g} below the best logit."
+        rules = [
+            f"A near-tie is at most {NEAR_TIE[self.dtype]:g} below the best logit.",
+            f"Each part needs {self.min_drafted} drafted tokens; with fewer it proves nothing.",
+        ]
         cut = "" if self.complete else " so far (cut short)"
-        return "\n".join([f"Losslessness: {result}{cut}", "", facts, *table, *faults, "", rule])
+        return "\n".join([f"Losslessness: {self.result}{cut}", "", facts, *table, *faults, "", *rules])
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:

@@ -60,10 +60,11 @@ def is_near_tie(
     removed the token; the filters are then applied again with a logit that is larger by the rounding error.
     """
     limit = NEAR_TIE[target.dtype]
-    if sampler is not None and sampler.filters and math.isinf(gap):
+    if sampler is not None and sampler.rows[0].warpers and math.isinf(gap):
         scores = replay(target, prompt, tokens, sampler, limit)[-1]
         gap = float(scores.max() - scores[tokens[-1]])
-    return gap <= limit * (1.0 if sampler is None else sampler.sharpness)
+    temperature = 0.0 if sampler is None else sampler.rows[0].params.temperature
+    return gap <= limit * max(1.0 / (temperature or 1.0), 1.0)  # differences of logits grow by the factor
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
 """SpecDecoder: what comes in, what comes out, and what is refused."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 
 import pytest
 import torch
-from scripted import Scripted
-from tiny import greedy_reference, save_tiny, tiny_model
-from tiny_tokenizers import Letters, special_tokenizer
+from refusals import refused
+from tiny import greedy_reference, save_tiny
+from tiny_tokenizers import Letters
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import Request, SpecDecError, SpecDecoder
@@ -38,12 +36,6 @@ def test_generate_returns_tokens_text_reason_and_consistent_figures(llama, decod
     assert sum(m.phases.values()) == pytest.approx(m.prefill_seconds + m.decode_seconds)
 
 
-def test_stream_yields_the_text_of_generate(decoder: SpecDecoder) -> None:
-    whole = decoder.generate(PROMPT, max_new_tokens=30, num_speculative_tokens=2)
-    pieces = list(decoder.stream(PROMPT, max_new_tokens=30, num_speculative_tokens=2))
-    assert "".join(pieces) == whole.text and len(pieces) == 1 + whole.metrics.num_spec_steps
-
-
 def test_the_pieces_of_a_batch_are_the_whole_texts(decoder: SpecDecoder) -> None:
     """Where a row begins while another one runs, its prompt and its first draft are a part of one step."""
     prompts = [PROMPT, PROMPT[:2], PROMPT]
@@ -64,38 +56,6 @@ def test_closing_a_stream_early_frees_its_cache_and_the_decoder(decoder: SpecDec
     gc.collect()
     assert cache() is None
     assert len(decoder.generate(PROMPT, max_new_tokens=3).token_ids) == 3
-
-
-def test_stop_strings_cut_text_and_tokens_where_plain_decoding_stops(llama, decoder: SpecDecoder) -> None:
-    tokens = greedy_reference(llama, PROMPT, 30)
-    text = Letters().decode(tokens)
-    stop = text[11:13]
-    end = text.index(stop)
-    for drafter in (
-        "none",
-        "prompt-lookup",
-        Scripted(lambda ids, n: [(t, i) for i, t in enumerate(tokens[len(ids) - 4 :][:n])]),
-    ):
-        out = SpecDecoder(llama, Letters(), drafter=drafter).generate(PROMPT, max_new_tokens=30, stop=[stop])
-        assert out.token_ids == tokens[: end + 2] and out.text == text[:end] and out.finish_reason == "stop"
-
-
-def test_eos_ends_the_output_and_can_be_ignored(decoder: SpecDecoder) -> None:
-    tokens = decoder.generate(PROMPT, max_new_tokens=20).token_ids
-    decoder.model.generation_config.eos_token_id = [tokens[4], 2]
-    try:
-        out = decoder.generate(PROMPT, max_new_tokens=20)
-        assert out.finish_reason == "eos" and out.token_ids == tokens[: tokens.index(tokens[4]) + 1]
-        assert decoder.generate(PROMPT, max_new_tokens=20, ignore_eos=True).token_ids == tokens
-    finally:
-        decoder.model.generation_config.eos_token_id = 2
-
-
-def test_the_model_stays_usable_and_unchanged(llama, decoder: SpecDecoder) -> None:
-    fresh = tiny_model("llama")
-    decoder.generate(PROMPT, max_new_tokens=5)
-    assert greedy_reference(decoder.model, PROMPT, 20) == greedy_reference(fresh, PROMPT, 20)
-    assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), fresh.parameters(), strict=True))
 
 
 WRONG: dict[str, list[object]] = {
@@ -128,9 +88,9 @@ def test_wrong_options_are_refused_by_name(decoder: SpecDecoder, name: str) -> N
     }
     for value in WRONG[name]:
         for method in methods.values():
-            with pytest.raises(SpecDecError, match=rf"^{name}(\.\S+)? must be ") as caught:
+            with refused(rf"^{name}(\.\S+)? must be ") as caught:
                 method(**{name: value})
-            assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
+            assert len(str(caught.value)) < 160
     assert decoder.generate(PROMPT, max_new_tokens=2).finish_reason == "length"  # nothing is left open
 
 
@@ -154,9 +114,7 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         "open": lambda: decoder.open([PROMPT], max_tokens=5),  # type: ignore[call-arg]
     }
     for method, call in calls.items():
-        with pytest.raises(
-            SpecDecError, match=rf"^SpecDecoder.{method} takes no 'max_tokens' .did you mean 'max_new_t"
-        ):
+        with refused(rf"^SpecDecoder.{method} takes no 'max_tokens' .did you mean 'max_new_t"):
             call()
     with pytest.raises(SpecDecError, match=r"^SpecDecoder takes no 'drafters' \(did you mean 'drafter'\?\); it takes"):
         SpecDecoder(llama, drafters="none")  # type: ignore[call-arg]
@@ -173,10 +131,7 @@ def test_a_wrong_keyword_names_the_method_that_was_called(llama, decoder: SpecDe
         ({"drafter": 5}, "drafter must be a valid string or an instance of Path"),
         ({"drafter": ""}, "no drafter is named in ''"),
         ({"drafter": "+"}, r"no drafter is named in '\+'"),
-        ({"drafter": "ngram+"}, "no drafter is named in 'ngram.'"),
-        ({"drafter_options": [1]}, "drafter_options must be a valid dictionary"),
         ({"drafter_options": {1: 2}}, "drafter_options.1 must be a valid string"),
-        ({"runtime": 5}, "runtime must be a valid string"),
         ({"weights": None}, "weights must be a valid string"),
         ({"verifier": 5}, "verifier must be a valid string or an instance of Verifier"),
         ({"expert_cache": "much"}, "expert_cache must be a valid number"),
@@ -193,10 +148,8 @@ def test_wrong_arguments_of_the_constructor_are_refused(llama, given: dict, mess
         ({"name": 5}, "name must be a valid string or an instance of PathLike; got 5"),
         ({"dtype": 32}, "dtype must be a valid string or an instance of dtype"),
         ({"device": 0}, "device must be a valid string or an instance of device"),
-        ({"revision": 1}, "revision must be a valid string"),
         ({"trust_remote_code": "yes"}, "trust_remote_code must be a valid boolean"),
         ({"drafter": "promt-lookup"}, "unknown drafter 'promt-lookup'"),
-        ({"runtime": 5}, "runtime must be a valid string"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_loaded(monkeypatch, given: dict, message: str) -> None:
@@ -210,38 +163,6 @@ def test_vanishing_temperatures_are_greedy(decoder: SpecDecoder) -> None:
     for temperature in (1e-40, 5e-324, 9e-6):
         assert decoder.generate(PROMPT, max_new_tokens=8, temperature=temperature).token_ids == greedy
     assert len(decoder.generate(PROMPT, max_new_tokens=8, temperature=1e-5).token_ids) == 8
-
-
-def test_the_largest_seed_serves_every_row(decoder: SpecDecoder) -> None:
-    outs = decoder.generate_batch([PROMPT, PROMPT], max_new_tokens=4, temperature=1.0, seed=2**63 - 1, ignore_eos=True)
-    assert [len(out.token_ids) for out in outs] == [4, 4]
-
-
-def test_a_stop_string_that_is_a_special_token_ends_the_output() -> None:
-    tokenizer = special_tokenizer("plain")
-    model = tiny_model(vocab_size=len(tokenizer), eos_token_id=None)
-    special = tokenizer.convert_tokens_to_ids("<|user|>")
-    decoder = SpecDecoder(model, tokenizer, "prompt-lookup")
-
-    def user_fifth(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if ids.shape[1] == len(PROMPT) + 4:
-            scores = torch.full_like(scores, float("-inf"))
-            scores[:, special] = 0
-        return scores
-
-    out = decoder.generate(PROMPT, max_new_tokens=12, stop="<|user|>", logits_processor=[user_fifth])
-    assert (out.finish_reason, len(out.token_ids), out.token_ids[-1]) == ("stop", 5, special)
-    assert out.text == tokenizer.decode(out.token_ids[:4])
-
-
-# --- which drafter, on what ----------------------------------------------------------------------------------------
-
-
-def test_the_default_drafter_of_a_model_without_a_shipped_one_teaches_itself(llama) -> None:
-    decoder = SpecDecoder(llama)
-    assert decoder.drafter.traits.label == "ngram+m2r2" and decoder.drafter.learner
-    with pytest.raises(SpecDecError, match="no medusa drafter is shipped for this model"):
-        SpecDecoder(llama, drafter="medusa")
 
 
 def test_for_an_embedded_model_it_is_refused_before_the_download(monkeypatch) -> None:
@@ -301,6 +222,8 @@ def test_an_engine_closes_at_the_end_of_a_with_block(llama) -> None:
     decoder = SpecDecoder(llama, drafter="prompt-lookup")
     with decoder.engine() as engine:
         assert [event.tokens for event in engine.submit(Request(PROMPT, 2))] and not engine.closed
+        with pytest.raises(SpecDecError, match="still open"):
+            decoder.generate(PROMPT)
     assert engine.closed and decoder.generate(PROMPT, max_new_tokens=2).token_ids  # the drafter is free again
 
 
@@ -309,8 +232,3 @@ def test_another_drafter_takes_its_own_options(llama: PreTrainedModel) -> None:
     assert plain.with_drafter("prompt-lookup", {"continuations": 3}).drafter.continuations == 3
     with pytest.raises(SpecDecError, match="continuation"):
         plain.with_drafter("prompt-lookup", {"continuation": 3})
-
-
-def test_a_decoder_says_what_it_is(llama: PreTrainedModel) -> None:
-    decoder = SpecDecoder(llama, drafter="prompt-lookup", runtime="transformers")
-    assert repr(decoder) == "SpecDecoder(model='LlamaForCausalLM', drafter='prompt-lookup', runtime='transformers')"

@@ -1,7 +1,5 @@
 """Several answers, seeds, chats and plain prompts, the model's own sampling, and calls on an event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from pathlib import Path
@@ -108,9 +106,7 @@ def test_a_stream_that_is_left_ends_its_request(decoder: SpecDecoder) -> None:
         asyncio.run(decoder.agenerate("Why is", temperature=-1))
 
 
-def test_a_stream_that_is_left_at_the_end_of_the_loop_closes_quietly(
-    decoder: SpecDecoder, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stream_that_is_left_at_the_end_of_the_loop_closes_quietly(decoder: SpecDecoder, caplog) -> None:
     async def left() -> None:
         async for _ in decoder.astream("Name three", max_new_tokens=2000):
             break

@@ -1,7 +1,5 @@
 """Texts of earlier calls: later prompts go on with their keys and values; the tokens are those of a fresh decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -65,9 +63,7 @@ def test_each_decoder_of_a_model_has_its_own_texts_and_an_option_turns_them_off(
     assert [generated(each, PROMPT)[1] for each in (off, off, off.with_drafter("none"))] == [0] * 3
 
 
-def test_the_oldest_texts_go_first_when_their_share_of_memory_is_full(
-    llama: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_oldest_texts_go_first_when_their_share_of_memory_is_full(llama: Any, monkeypatch) -> None:
     decoder = SpecDecoder(llama, Letters(), "none")
     prompts = [[first, *PROMPT] for first in (5, 6, 7)]
     generated(decoder, prompts[0])

@@ -1,7 +1,5 @@
 """Drafters in use."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Learning ahead of time: how many prompts are answered in the time that is given."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,9 +26,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("cost", "batches"), [(1.0, [4, 16, 16, 16, 8]), (8.0, [4, 3]), (100.0, [4]), (0.5, [4, *[16] * 7, 4])]
 )
-def test_the_last_batch_is_as_small_as_the_time_left(
-    monkeypatch: pytest.MonkeyPatch, cost: float, batches: list[int]
-) -> None:
+def test_the_last_batch_is_as_small_as_the_time_left(monkeypatch, cost: float, batches: list[int]) -> None:
     clock, shown = Clock(cost), list[float]()
     monkeypatch.setattr(priming, "time", clock)
     monkeypatch.setattr(priming, "_generate", clock.generate)

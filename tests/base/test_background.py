@@ -1,7 +1,5 @@
 """Work in threads ends with its owner, and with the process."""
 
-from __future__ import annotations
-
 import gc
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Threads are as many as this process has CPUs, and a forked child goes on with one."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import tiny_model
 
 from specdec.api.decoder import SpecDecoder
@@ -106,7 +105,7 @@ def test_waiting_threads_of_pytorch_spin_for_a_bounded_time(given: dict[str, str
     assert done.stdout.strip() == expected
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_kernels_run_in_the_openmp_that_pytorch_has_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in another one that lies among the packages."""
     decoy = tmp_path / "torch_of_others/lib/libgomp-1.so.1"

@@ -1,7 +1,5 @@
 """The cache folder and the data folder: where they are, and what they hold."""
 
-from __future__ import annotations
-
 import re
 import stat
 import sys

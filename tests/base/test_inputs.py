@@ -1,12 +1,11 @@
 """Files and arguments of users: bounded, decoded, parsed, and refused with a sentence that says where."""
 
-from __future__ import annotations
-
 import gzip
 import io
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from specdec.api.prompts import encode
 from specdec.base import inputs, options
@@ -18,23 +17,15 @@ from specdec.train import data
 from specdec.train.settings import TrainSettings, load_settings
 
 DEEP, NESTED = "[" * 100_000, "[" * 600  # JSON is read by C, YAML by Python
-ODD = (
-    "a: 2026-13-45",
-    "a: !!bool maybe",
-    "a: !!int ''",
-    "a: !!timestamp x",
-    "a: " + "1" * 5000,
-    "a: [",
-    f"a: {NESTED}",
-)
+ODD = "2026-13-45", "!!bool maybe", "!!int ''", "!!timestamp x", "1" * 5000, "[", NESTED
 
 
-@pytest.mark.parametrize("text", ODD, ids=[text[:20] for text in ODD])
+@pytest.mark.parametrize("text", ODD, ids=[text[:17] for text in ODD])
 def test_yaml_that_cannot_be_read_is_refused_everywhere(text: str, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    path.write_text(f"a: {text}")
     with pytest.raises(SpecDecError, match="takes KEY=VALUE"):
-        options.parse_assignments("--drafter-option", [f"a={text[3:]}"])
+        options.parse_assignments("--drafter-option", [f"a={text}"])
     with pytest.raises(SpecDecError, match="cannot read training preset"):
         load_settings(TrainSettings, "m2r2", str(path), {})
     with pytest.raises(SpecDecError, match=r"x\.yaml"):
@@ -97,9 +88,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:
             raise AssertionError("minutes go by")
 
     for chat in (None, False):
-        with pytest.raises(
-            SpecDecError, match="321 characters, and the model's context of 10 tokens holds at most 320"
-        ):
+        with refused("321 characters, and the model's context of 10 tokens holds at most 320"):
             encode(Tokenizer(), "x" * 321, chat, context=10)
     with pytest.raises(SpecDecError, match="the tokenizer cannot encode this text: minutes"):
         encode(Tokenizer(), "x" * 320, context=10)

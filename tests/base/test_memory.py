@@ -1,7 +1,5 @@
 """Weights mapped from a file: their memory is given back once a runtime holds its own form, and nothing is lost."""
 
-from __future__ import annotations
-
 import mmap
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Values of options of the command line."""
 
-from __future__ import annotations
-
 import pytest
 
 from specdec.base.errors import SpecDecError

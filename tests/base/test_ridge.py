@@ -1,7 +1,5 @@
 """Ridge regression by sums: what it finds, and how much a piece of its work does."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 
 import pytest

@@ -1,7 +1,5 @@
 """Validation by annotations."""
 
-from __future__ import annotations
-
 import sys
 import threading
 

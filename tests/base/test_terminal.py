@@ -1,7 +1,5 @@
 """What a terminal and a pipe are shown: control characters, progress, streams that fail."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re
@@ -14,7 +12,6 @@ from rich.console import Console
 
 import specdec
 from specdec.base import terminal
-from specdec.base.errors import SpecDecError
 
 NASTY = "a\x1b]0;title\x07\x1b[2Jb\x9b31m\x7f\u202ec\r"
 SAFE = "a\\x1b]0;title\\x07\\x1b[2Jb\\x9b31m\\x7f\\u202ec\\x0d"
@@ -46,9 +43,6 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     monkeypatch.setattr(terminal, "stderr", lambda: Console(file=stream, highlight=False))
     monkeypatch.setattr(terminal, "LINE_INTERVAL", 0.005)
     return stream
-
-
-# --- control characters ----------------------------------------------------------------------------------------------
 
 
 def test_control_characters_are_escaped_on_a_terminal_and_untouched_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +80,6 @@ def test_a_narrow_terminal_breaks_no_name_in_a_table(monkeypatch: pytest.MonkeyP
     shown = re.sub(r"\x1b\[\d*m", "", out.getvalue())
     assert shown.count(name) == shown.count("m2r2-paper") == shown.count("Apache-2.0") == 2
     assert max(map(len, shown.splitlines())) <= 100 and path not in shown
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
 
 
 def test_a_pipe_gets_lines_while_something_is_under_way(heard: Heard) -> None:
@@ -140,24 +131,6 @@ def test_progress_has_one_home() -> None:
         text = path.read_text("utf-8")
         if path.name != "terminal.py":
             assert not re.search(r"from rich\.progress import [^\n]*\bProgress\b|console\.status\(", text), path
-
-
-# --- standard streams ------------------------------------------------------------------------------------------------
-
-
-def test_a_stream_that_failed_writes_to_nowhere_from_then_on() -> None:
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    stream = terminal.Stream(Full(), terminal._stdout_failed)
-    with pytest.raises(SpecDecError, match="cannot write to stdout: No space left on device"):
-        stream.write("x")
-    stream.write("x")
-    stream.flush()
-
-
-# --- the log ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_package_s_log_is_printed_line_by_line(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:

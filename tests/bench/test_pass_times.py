@@ -1,7 +1,5 @@
 """Timings for benchmarks."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

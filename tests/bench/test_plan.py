@@ -1,7 +1,5 @@
 """specdec sweep: files are checked, every cell is kept as it ends, and nothing is measured twice."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -88,9 +86,6 @@ def test_bench_takes_methods_and_sweep_takes_a_file(sweep) -> None:
     error = one_line_error(CliRunner().invoke(cli.app, ["bench", "my.yaml"]))
     assert "run it with: specdec sweep my.yaml" in error
     assert CliRunner().invoke(cli.app, ["sweep"]).exit_code == 2
-
-
-# --- what a file says ------------------------------------------------------------------------------------------------
 
 
 def points(plan, *names: str) -> list[tuple]:
@@ -252,9 +247,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sweep, tmp_path: Path) -> 
     assert "3 cells, 3 to do" in outcome.stderr and "early-exit@5 exit_layer=1\t" in outcome.stdout
 
 
-# --- a golden sweep --------------------------------------------------------------------------------------------------
-
-
 def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: Path) -> None:
     """Everything but the clock's figures is what SpecDecoder says of the same prompts, alone."""
     outcome = sweep()
@@ -279,12 +271,8 @@ def test_a_sweep_measures_what_the_decoder_does(sweep, folder: Path, tmp_path: P
 
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(sweep, tmp_path: Path) -> None:
-    args = [
-        "drafter=none,medusa,prompt-lookup",
-        "num_speculative_tokens=2",
-        "limit=1",
-        "drafter.prompt-lookup.continuations=1",
-    ]
+    args = ["drafter=none,medusa,prompt-lookup", "num_speculative_tokens=2", "limit=1"]
+    args += ["drafter.prompt-lookup.continuations=1"]
     outcome = sweep(*args)  # no medusa drafter is shipped for the tiny model
     assert outcome.exit_code == 1 and "2 of 3 cells are done, 1 failed; continue with: " in outcome.stderr
     records = Store(tmp_path / "out").records()
@@ -304,9 +292,6 @@ def test_an_unforeseen_error_is_recorded_in_one_line() -> None:
     full = RuntimeError("DefaultCPUAllocator: can't allocate memory: 3")
     assert failure_record(cell, full, 1.0)["error"] == "out of memory"
     assert failure_record(cell, SpecDecError("as it is"), 1.0)["error"] == "as it is"
-
-
-# --- kill and resume -------------------------------------------------------------------------------------------------
 
 
 def test_a_file_cut_anywhere_resumes_to_the_same_cells(sweep, counted: Counter, tmp_path: Path) -> None:
@@ -373,9 +358,6 @@ def test_a_broken_line_is_told_with_its_number(sweep, counted: Counter, tmp_path
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
     assert "line 2 of " in one_line_error(sweep("--resume"))
-
-
-# --- Ray -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """specdec report: one page that needs nothing else and is looked at in a browser; tables and data for the rest."""
 
-from __future__ import annotations
-
 import base64
+import csv
 import html
 import json
 import re
 import shutil
-import struct
 import subprocess
 from html.parser import HTMLParser
 from importlib import import_module
@@ -18,13 +16,16 @@ from measured import estimate, result
 from typer.testing import CliRunner
 
 from specdec import cli
-from specdec.bench.cell import Cell
+from specdec.bench.cell import Cell, axes
 from specdec.bench.plan import Plan, Resources
-from specdec.bench.results import Results, labels
+from specdec.bench.results import Results, acceptance, labels, load_results
 from specdec.bench.store import Store
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-PAGE = import_module("specdec.bench.report").PAGE
+matplotlib = import_module("matplotlib")
+PAGE, STYLE, draw_all, varying = (
+    getattr(import_module("specdec.bench.report"), name) for name in ("PAGE", "STYLE", "draw_all", "varying")
+)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -32,7 +33,9 @@ def fill(folder: Path, records: list[dict], missing: tuple[Cell, ...] = (), name
     """The folder of a sweep that has these records."""
     cells = (*(Cell(**record["cell"]) for record in records), *missing)
     store = Store(folder)
-    with store.opened(Plan(name, "What it is for.", cells, Resources()), "specdec sweep mine.yaml"):
+    plan = Plan(name, "What it is for.", cells, Resources(), "model: [a, b]\n")
+    chat = {"id": "q1", "category": "writing", "turns": ["Why is it so?"]}
+    with store.opened(plan, "specdec sweep mine.yaml", prompts={"own": [chat]}):
         for record in records:
             store.append(record)
     return folder
@@ -44,12 +47,8 @@ def folder(tmp_path: Path) -> Path:
     records = []
     for depth in (2, 4, 6):
         for continuations in (1, 3):
-            cell = Cell(
-                drafter="prompt-lookup",
-                drafter_options={"continuations": continuations},
-                num_speculative_tokens=depth,
-                against=("none", "hf"),
-            )
+            how = {"drafter_options": {"continuations": continuations}, "num_speculative_tokens": depth}
+            cell = Cell(drafter="prompt-lookup", against=("none", "hf"), **how)
             speed = 1 + depth / 10 + continuations / 5
             records.append(result(cell, speed, speedup={"none": estimate(speed), "hf": estimate(2 * speed)}))
         for threshold in (0.5, 0.9):
@@ -93,7 +92,7 @@ class Page(HTMLParser):
 def test_notes_name_what_ran_and_leave_out_what_is_unknown(device: str, name: str) -> None:
     record = result(Cell(drafter="none"))
     record["environment"] |= {"device": device, "gpu": "a GPU", "commit": None}
-    _, ran, versions, *_ = Results("", "", "", [record], 0).notes()
+    _, ran, versions, *_ = Results("", "", [""], [record], 0).notes()
     assert ran.endswith(f" on {device}, 2 threads, {name}")
     assert versions == "specdec 0.1.0, torch 2.9, transformers 5.24, python 3.11, system Linux"
 
@@ -103,11 +102,8 @@ def test_labels_tell_what_ran() -> None:
         return labels([cell.as_dict() for cell in cells])
 
     assert named(Cell(drafter="m2r2", num_speculative_tokens=2)) == ["m2r2@2"]  # also where no other cell differs
-    assert named(*(Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto"))) == [
-        "m2r2@2",
-        "m2r2@4",
-        "m2r2",
-    ]
+    depths = [Cell(drafter="m2r2", num_speculative_tokens=k) for k in (2, 4, "auto")]
+    assert named(*depths) == ["m2r2@2", "m2r2@4", "m2r2"]
     lossy = {"verifier": "confident", "verifier_options": {"exit_threshold": 0.8}}
     assert named(Cell(drafter="none"), Cell(drafter="m2r2", **lossy)) == ["none", "m2r2 confident exit_threshold=0.8"]
     joined = Cell(drafter="a+m2r2", drafter_options={"a": {"continuations": 2}}, num_speculative_tokens=3)
@@ -120,26 +116,69 @@ def test_the_page_needs_nothing_else_and_says_everything(folder: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     text = (folder / PAGE).read_text()
     page = Page(text)
-    assert all(source.startswith("data:image/png;base64,") for source in page.fetched) and "url(" not in text
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.fetched) and "url(" not in text
     assert "script" not in page.tags and "mine &lt;&amp;&gt;" in text  # names are text, whatever is in them
     shown = " ".join(page.texts)
     assert "12 of 14 cells, 1 failed, 1 not run yet" in shown and "What it is for." in shown
     assert "2.20 [1.98–2.42]" in shown and "4 of 4" in shown
     assert "a CPU" in shown and "commit abc" in shown and "sha256 0123456789ab" in shown
     assert "there is no folder 'no/such/folder'; train one" in shown
-    assert "specdec sweep mine.yaml" in shown
-    assert len(page.images) == 4 and all(image["alt"] for image in page.images)  # two baselines, acceptance, quality
-    for image in page.images:
-        width, _ = struct.unpack(">II", base64.b64decode(image["src"].partition(",")[2])[16:24])
-        assert width >= 900  # two device pixels for each of a telephone's
+    assert "specdec sweep mine.yaml" in shown and "model: [a, b]" in shown and "load average" in shown
+    assert "Why is it so?" in shown and "q1 (writing)" in shown and "31.0 (1.03 x)" in shown  # prompts, costs of passes
+    assert len(page.images) == 4 and all(image["alt"] for image in page.images)  # speed, lengths, acceptance, quality
+    assert all(b"<svg" in base64.b64decode(image["src"].partition(",")[2])[:400] for image in page.images)
     assert outcome.stdout.count("\n") == 1 + 13 and "error" in outcome.stdout.splitlines()[0]
+
+
+def test_acceptance_ends_where_few_drafts_reach() -> None:
+    figures = result(Cell(drafter="m2r2", num_speculative_tokens=6))["method"]
+    assert figures["drafts_per_position"] == [100, 70, 49, 34, 24, 17]
+    assert [count for _, count in acceptance(figures)] == [100, 70, 49, 34]
+    (table,) = [
+        t
+        for t in Results("", "", [], [result(Cell(drafter="m2r2", num_speculative_tokens=6))]).tables()
+        if t.title == "Acceptance by position"
+    ]
+    assert table.header[1:] == ["1", "2", "3", "4"] and table.rows[0][2] == "0.56 of 70"
+
+
+def test_tables_and_charts_are_files_on_request(folder: Path) -> None:
+    latex = report(folder, "--format", "latex").stdout
+    assert latex.count("\\begin{tabular}") == latex.count("\\bottomrule") == 6 and "68\\% &" in latex
+    assert "\\_length" not in latex and "lt;script" not in latex and "no/such/folder" in latex
+    assert report(folder, "--format", "csv").exit_code == 0
+    with (folder / "all-cells.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13 and rows[0]["x plain"] == "1.40 [1.26–1.54]"
+    assert report(folder, "--format", "svg").exit_code == 0
+    charts = sorted(path.name for path in folder.glob("*.svg"))
+    assert charts == [
+        "1-speed.svg",
+        "2-speed-by-draft-length.svg",
+        "3-acceptance-by-position.svg",
+        "4-quality-against-speed.svg",
+    ]
+    before = (folder / "1-speed.svg").read_bytes()
+    report(folder, "--format", "svg")
+    assert (folder / "1-speed.svg").read_bytes() == before
+
+
+def test_each_setting_that_differs_is_a_column_and_the_fastest_is_first(folder: Path) -> None:
+    cells = [axes(record["cell"]) for record in load_results(folder).done]
+    assert varying(cells)[:3] == ["drafter", "num_speculative_tokens", "drafter.prompt-lookup.continuations"]
+    assert "model" not in varying(cells) and "verifier.confident.exit_threshold" in varying(cells)
+    with matplotlib.rc_context(STYLE):
+        (speed,) = draw_all(load_results(folder))["Speed"]
+    shown = [text.get_text() for text in speed.figure.axes[0].texts]
+    assert shown[:3] == ["drafter", "length", "continuations"]
+    gains = [float(text.partition(" ")[0]) for text in shown if "[" in text]
+    assert gains == sorted(gains, reverse=True) and len(gains) == 12
 
 
 def test_a_report_is_also_markdown(folder: Path) -> None:
     text = report(folder, "--format", "markdown").stdout
-    assert text.startswith(
-        "# mine <&>\n\nWhat it is for.\n\n- 12 of 14 cells, 1 failed, 1 not run yet\n- smollm2-135m-inst"
-    )
+    head = "# mine <&>\n\nWhat it is for.\n\n- 12 of 14 cells, 1 failed, 1 not run yet\n- smollm2-135m-inst"
+    assert text.startswith(head)
     lines = text[text.index("| cell") :].split("\n\n")[0].splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 13 and "1.40 [1.26–1.54]" in lines[2]
     assert "| x plain (the worst prompt) | all |" in text and "| 1.40 (1.26) |" in text  # more tables follow
@@ -168,8 +207,6 @@ def test_a_page_without_matplotlib_is_one_line(folder: Path, monkeypatch) -> Non
     assert outcome.exit_code == 2 and "pip install -e '.[plot]'" in outcome.stderr
     assert report(folder, "--format", "markdown").exit_code == 0
 
-
-# --- in a browser ----------------------------------------------------------------------------------------------------
 
 PROBE = """<script>addEventListener("load", () => {
   const size = (e) => parseFloat(getComputedStyle(e).fontSize);
@@ -200,5 +237,5 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None
     (title,) = re.findall(r"<title>(.*?)</title>", shown, re.S)
     seen = json.loads(html.unescape(title))
     assert seen["inner"] == width and seen["scroll"] <= width and not seen["outside"], seen
-    assert seen["smallest"] >= 12 and {"Acceptance by position", "All cells", "Command"} <= set(seen["sections"])
-    assert seen["images"] and all(natural > 800 and 250 < shown < width for natural, shown in seen["images"])
+    assert seen["smallest"] >= 12 and {"Speed", "Acceptance by position"} <= set(seen["sections"])
+    assert seen["images"] and all(natural and 250 < shown < width for natural, shown in seen["images"])

@@ -1,7 +1,5 @@
 """Other engines in a benchmark: each in a process of its own, named with version and settings, refused in one line."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

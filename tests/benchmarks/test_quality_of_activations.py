@@ -1,7 +1,5 @@
 """Quantised runs against the reference: what is compared, and which answers."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

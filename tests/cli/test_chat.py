@@ -1,7 +1,5 @@
 """``specdec chat``: a conversation, its commands, and Ctrl-C that stops an answer and nothing else."""
 
-from __future__ import annotations
-
 import json
 import signal
 import stat
@@ -37,9 +35,7 @@ def conversation(decoder: SpecDecoder) -> Iterator[ChatSession]:
     engine.close()
 
 
-def test_a_conversation_goes_on_with_what_was_said(
-    conversation: ChatSession, decoder: SpecDecoder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_conversation_goes_on_with_what_was_said(conversation: ChatSession, decoder: SpecDecoder, capsys) -> None:
     conversation.take("Name three colours.")
     conversation.take("Three more.")
     said = conversation.messages
@@ -50,9 +46,7 @@ def test_a_conversation_goes_on_with_what_was_said(
     assert capsys.readouterr().out == f"{said[1]['content']}\n{said[3]['content']}\n"
 
 
-def test_commands_change_the_conversation(
-    conversation: ChatSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_change_the_conversation(conversation: ChatSession, tmp_path, capsys) -> None:
     conversation.take("/system Be brief.")
     assert capsys.readouterr().err == "started again with this system message\n"
     conversation.take("Hello")
@@ -95,10 +89,8 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(conversation: ChatSessi
 
 @pytest.mark.parametrize("tokens", [[], [5, 6]])
 def test_an_error_while_decoding_is_said(decoder: SpecDecoder, tokens: list[int]) -> None:
-    script = [
-        Event(tokens, depths=[0] * len(tokens)),
-        Event([], "error", error=SpecDecError("the logits are not finite")),
-    ]
+    error = SpecDecError("the logits are not finite")
+    script = [Event(tokens, depths=[0] * len(tokens)), Event([], "error", error=error)]
     conversation = ChatSession(decoder, Replay(lambda request: script), SamplingParams(), max_new_tokens=20)  # type: ignore[arg-type]
     with pytest.raises(SpecDecError, match="the logits are not finite"):
         conversation.take("Hello")
@@ -106,9 +98,7 @@ def test_an_error_while_decoding_is_said(decoder: SpecDecoder, tokens: list[int]
 
 
 @pytest.mark.parametrize("presses", [1, 3])
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    conversation: ChatSession, monkeypatch: pytest.MonkeyPatch, presses: int
-) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_chat(conversation: ChatSession, monkeypatch, presses: int) -> None:
     conversation.max_new_tokens = 3500
     written: list[str] = []
 

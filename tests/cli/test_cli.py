@@ -1,7 +1,5 @@
 """The command line, as a shell sees it: streams, exit codes, one line for bad input, Ctrl-C."""
 
-from __future__ import annotations
-
 import errno
 import io
 import json
@@ -71,9 +69,6 @@ def one_line_error(result, code: int = 2) -> str:
     return line
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
-
-
 def test_stdout_has_only_the_text_and_stderr_the_figures(run, said: str) -> None:
     result = run("hello")
     assert result.exit_code == 0 and result.stdout == said + "\n" and len(said) == 24
@@ -111,10 +106,9 @@ def test_the_prompt_may_come_from_stdin(run, said: str) -> None:
 
 
 def test_raw_and_system_change_what_the_model_reads(run) -> None:
-    counts = [
-        json.loads(run("hello", "--json", *more).stdout)["metrics"]["num_prompt_tokens"]
-        for more in ((), ("--raw",), ("--system", "be brief"))
-    ]
+    ways = (), ("--raw",), ("--system", "be brief")
+    runs = [json.loads(run("hello", "--json", *more).stdout) for more in ways]
+    counts = [each["metrics"]["num_prompt_tokens"] for each in runs]
     assert counts == [len("[user] hello\n[assistant] "), 5, len("[system] be brief\n[user] hello\n[assistant] ")]
 
 
@@ -158,9 +152,6 @@ def test_sampling_options_and_seed_reach_the_sampler(run, said: str) -> None:
     texts = [run("hello", "--temperature", "1.5", "--seed", seed).stdout for seed in ("1", "1", str(2**63 - 1))]
     assert texts[0] == texts[1] != texts[2]
     assert run("hello", "--temperature", "1.5", "--top-k", "1").stdout == said + "\n"
-
-
-# --- comparison with plain decoding ----------------------------------------------------------------------------------
 
 
 def test_compare_says_identical_and_the_speedup(run) -> None:
@@ -207,11 +198,6 @@ def test_no_note_contradicts_the_measured_speedup(run, monkeypatch: pytest.Monke
     assert noted == {1.5: False, 0.9: True}
 
 
-def test_sampled_text_is_that_of_plain_decoding(run) -> None:
-    result = run("hello", "--compare", "--temperature", "1", "--top-p", "0.9", "--repetition-penalty", "1.1")
-    assert result.exit_code == 0 and "identical to plain decoding: yes" in result.stderr
-
-
 def test_compare_reports_a_wrong_output_as_a_fault(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def accept_all(self, draft, chosen, p):
         return specdec.Acceptance([list(range(len(chosen[0])))], [chosen[0][-1]])
@@ -227,8 +213,6 @@ def test_without_a_shipped_drafter_ngram_drafts_and_m2r2_teaches_itself(run) -> 
     found = json.loads(result.stdout)
     assert result.stderr == "" and (found["drafter"], found["device"]) == ("ngram+m2r2", "cpu")
 
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {
     "drafter option": (
@@ -254,9 +238,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("args", "expected"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_exit_code_2(
-    run, args: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(run, args: list[str], expected: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert expected in one_line_error(run(*args))
 
@@ -281,31 +263,22 @@ def test_no_prompt_at_a_terminal_shows_an_example(monkeypatch: pytest.MonkeyPatc
         generate._read(None)
 
 
-def failing(error: BaseException):
-    def fail(*args):
-        raise error
-
-    return fail
-
-
 def test_a_full_disk_and_a_full_memory_are_told_plainly(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_decode", failing(OSError(errno.ENOSPC, "No space left on device", "/some/file")))
+    full = OSError(errno.ENOSPC, "No space left on device", "/some/file")
+    monkeypatch.setattr(generate, "_decode", Mock(side_effect=full))
     assert "no space left on the disk while writing '/some/file'" in one_line_error(run("x"))
-    monkeypatch.setattr(generate, "_decode", failing(RuntimeError("x: can't allocate memory: you tried")))
+    monkeypatch.setattr(generate, "_decode", Mock(side_effect=RuntimeError("x: can't allocate memory: you tried")))
     assert "out of memory" in one_line_error(run("x"))
 
 
 def test_a_fault_of_ours_is_one_line_and_a_traceback_only_on_demand(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "_decode", failing(TypeError("two\nlines")))
+    monkeypatch.setattr(generate, "_decode", Mock(side_effect=TypeError("two\nlines")))
     line = one_line_error(run("x"), code=1)
     assert line == "error: unexpected TypeError: two lines; run with SPECDEC_DEBUG=1 for the traceback"
     assert "Traceback" in run("x", "--verbose").stderr
     monkeypatch.setenv("SPECDEC_DEBUG", "1")
     result = run("x")
     assert result.exit_code == 1 and "Traceback" in result.stderr
-
-
-# --- Ctrl-C, and streams that fail -----------------------------------------------------------------------------------
 
 
 def test_ctrl_c_keeps_the_text_so_far_and_marks_the_figures(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,9 +320,7 @@ def test_ctrl_c_while_modules_are_imported_prints_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("saved", [[], ["answers.jsonl", "states"], ["answers.jsonl", "checkpoint.pt"]])
-def test_ctrl_c_in_train_says_what_is_saved_and_how_to_go_on(
-    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_in_train_says_what_is_saved_and_how_to_go_on(saved: list[str], tmp_path, monkeypatch) -> None:
     def interrupted(name: str) -> None:
         for each in saved:
             (output / each).touch()
@@ -436,9 +407,6 @@ print([module for module in ("torch", "transformers", "numpy") if module in sys.
     assert all("Example: specdec " in page for page in pages)
 
 
-# --- the other commands ----------------------------------------------------------------------------------------------
-
-
 HEAVY_LATER = """
 import sys
 for name in ("torch", "numpy", "transformers"):
@@ -482,7 +450,8 @@ MISTAKES = {
     "models pull": "no model is named",
     "models pull x --model y": "the model is named twice, as 'x' and with --model 'y'",
     "train medusa ./none --prompts a --output b": "there is no file or folder './none'",
-    "train medusa --prompts none.jsonl --output b": "there is no file 'none.jsonl'",
+    "train medusa --prompts none.jsonl --output b": "there is no prompt file 'none.jsonl'",
+    "train m2r2-paper --output b": "nothing to train on; give --prompts, a file or the name of a prompt set",
     "serve --cors a.example": "--cors takes an origin",
     "bench --model ./none": "there is no file or folder './none'",
     "learn export out --model ./none": "there is no file or folder './none'",
@@ -532,10 +501,8 @@ def test_drafters_lists_summaries_training_and_what_is_shipped(tmp_path: Path, m
         (folder / "config.json").write_text("{}")
     monkeypatch.setattr(catalogue.importlib.resources, "files", lambda package: tmp_path)
     rows = {row["name"]: row for row in json.loads(CliRunner().invoke(cli.app, ["drafters", "--json"]).stdout)}
-    assert rows["m2r2"]["training"] == "specdec train m2r2" and rows["m2r2"]["shipped_for"] == [
-        "another-model",
-        "some-model",
-    ]
+    assert rows["m2r2"]["training"] == "specdec train m2r2"
+    assert rows["m2r2"]["shipped_for"] == ["another-model", "some-model"]
     assert rows["prompt-lookup"]["training"] is None and rows["prompt-lookup"]["shipped_for"] == []
     assert rows["none"]["summary"] == registry.lookup("drafters", "none").summary
     table = CliRunner().invoke(cli.app, ["drafters"]).stdout
@@ -551,9 +518,7 @@ def test_a_broken_plug_in_does_not_hide_the_other_drafters(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("key", [[], ["--api-key", "abc"]])
-def test_a_server_for_the_pages_of_all_origins_says_so_without_a_key(
-    key: list[str], model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_for_the_pages_of_all_origins_says_so_without_a_key(key: list[str], model: str, monkeypatch) -> None:
     """Also on the address of this machine: its browsers call it for any page."""
     monkeypatch.setattr(specdec.serve.run, "serve", lambda *what: None)
     done = CliRunner().invoke(cli.app, ["serve", model, "--port", "0", "--cors", "*", *key])

@@ -1,10 +1,9 @@
 """``specdec doctor``: every line that a bug report needs, also where something is missing."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -23,9 +22,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_json_holds_what_the_lines_print_and_neither_a_secret(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_holds_what_the_lines_print_and_neither_a_secret(empty_cache: Path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("SPECDEC_API_KEY", "SPECDEC_SOMETHING", "OMP_TOKEN", "HF_TOKEN", "CUDA_VISIBLE_DEVICES_KEY"):
         monkeypatch.setenv(name, f"secret-of-{name}")
@@ -49,10 +46,7 @@ def test_json_holds_what_the_lines_print_and_neither_a_secret(
 
 
 def test_kernels_that_are_missing_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def missing() -> None:
-        raise SpecDecError("the native kernels are not built")
-
-    monkeypatch.setattr(library, "load", missing)
+    monkeypatch.setattr(library, "load", Mock(side_effect=SpecDecError("the native kernels are not built")))
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")
     reason = "the native kernels are not built"
     assert doctor._kernels() == {"built": False, "usable": False, "reason": reason, "instructions": ""}

@@ -1,7 +1,5 @@
 """``specdec learn``: ahead of time, what was learned, and what becomes of it."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil
@@ -74,9 +72,7 @@ def taught(lesson: tuple[Path, str], tmp_path: Path) -> Path:
     return lesson[0] / "tiny"
 
 
-def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(
-    lesson: tuple[Path, str], taught: Path, tmp_path: Path
-) -> None:
+def test_a_drafter_is_taught_ahead_of_time_shown_exported_and_forgotten(lesson, taught, tmp_path) -> None:
     folder, said = taught, lesson[1]
     assert "tokens; mean acceptance length on held-out questions: " in said and "learned from 0 tokens" not in said
     [kept] = json.loads(run("status", "--json")[0])
@@ -127,9 +123,7 @@ def test_the_sums_of_a_base_model_count_as_few_tokens(monkeypatch: pytest.Monkey
     assert found is not None and (found.tokens, found.fitted, found.based, found.fits) == (40, 40, 40, before.fits)
 
 
-def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(
-    taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trained_drafter_does_not_learn_and_how_to_train_it_is_said(taught: Path, tmp_path, monkeypatch) -> None:
     folder, out = taught, tmp_path / "out"
     run("export", str(out), "--model", str(folder))
     base = drafter_folder.read_config(out)["base"]
@@ -181,17 +175,8 @@ def test_nothing_to_export(folder: Path, tmp_path: Path) -> None:
 
 def test_generate_learns_after_the_text_where_told_to(folder: Path) -> None:
     runner = CliRunner()
-    ask = [
-        "generate",
-        "one two",
-        "--model",
-        str(folder),
-        "--runtime",
-        "transformers",
-        "--max-new-tokens",
-        "30",
-        "--json",
-    ]
+    ask = ["generate", "one two", "--model", str(folder), "--runtime", "transformers"]
+    ask += ["--max-new-tokens", "30", "--json"]
     assert runner.invoke(cli.app, ask).exit_code == 0
     assert not learned.all_progress()
     for number in range(3):

@@ -1,7 +1,5 @@
 """``specdec models``: what is in the cache with its size, getting a model ahead of time, and deleting one."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -69,9 +67,7 @@ def test_a_file_of_the_users_own_is_prepared_and_stays(cache: SimpleNamespace, t
     assert not Path(row["where"]).exists() and (tmp_path / "own.gguf").exists()
 
 
-def test_a_file_of_a_repository_is_removed_beside_the_others(
-    cache: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_a_repository_is_removed_beside_the_others(cache: SimpleNamespace, tmp_path, monkeypatch) -> None:
     root = tmp_path / "hub/models--org--some-model"
     (root / "blobs").mkdir(parents=True)
     (root / "snapshots/1234").mkdir(parents=True)

@@ -1,7 +1,5 @@
 """The corpus of the n-gram drafter: kept, bounded, and of odd tokenizers."""
 
-from __future__ import annotations
-
 import lzma
 import re
 import warnings
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecWarning
@@ -82,9 +80,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_any_tokenizer_gives_a_corpus_of_bounded_size_and_a_request_that_succeeds(
-    kind: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_tokenizer_gives_a_corpus_of_bounded_size_and_a_request_that_succeeds(kind, llama, monkeypatch) -> None:
     monkeypatch.setattr(corpus, "MAX_TOKENS", 20_000)
     tokenizer = fast(TOKENIZERS[kind])
     with warnings.catch_warnings():

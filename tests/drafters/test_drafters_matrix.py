@@ -1,7 +1,5 @@
 """All drafters, as chains and trees, greedy and sampled, on tiny model families: plain decoding's very output."""
 
-from __future__ import annotations
-
 import pytest
 from sampled import AcceptsAll, expected, fit, small
 from tiny import greedy_reference, tiny_model

@@ -4,8 +4,6 @@ Any two settings meet in a case (``pairwise``). The default drafter runs on both
 sources are scripted, so that every source drafts; a drafter that fails fails the test.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import warnings
@@ -14,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
+import targets
 from learners import learn_soon
 from policies import alternating
 from scripted import OnlyOddAfterEven, made
-from tiny import model_of, tiny_model
+from targets import QUICK
 from tiny_tokenizers import letters
 from zoo import CHAINS, EOS, EVERY, TREES, alike, finish, m2r2, medusa, new_tokens, step
 
@@ -34,10 +33,7 @@ from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Request
 from specdec.kvcache.prefix import PrefixStore
 from specdec.models import drafter_folder
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -47,7 +43,7 @@ TREED = tuple(name for name in EVERY if name not in CHAINS)
 PROMPTS = [[5, 6, 7, 8, 5, 6, 7, 8, 5], [9, 10, 11, 12, 13, 14, 15], [3], [20, 21, 20, 21, 20], [40, 50, 60, 40, 50]]
 ARRIVALS, CANCELLED = (0, 0, 2, 3, 5), 2  # steps before which rows come; the row that is cancelled later
 COUNT, TOP = 12, 2  # new tokens; log-probabilities of others
-PENALTIES: dict[str, dict[str, Any]] = {  # one by one: test_sampling_penalties
+PENALTIES: dict[str, dict[str, Any]] = {  # one by one: test_sampling
     "none": {},
     "penalties": {"frequency_penalty": 0.3, "presence_penalty": 0.2, "repetition_penalty": 1.1},
     "bias": {"logit_bias": {7: 2.0, 21: -3.0, 96: 1.0}},
@@ -67,11 +63,8 @@ SETTINGS: dict[str, Sequence[Any]] = {
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Few cases in which any two values of two factors meet."""
     names = list(factors)
-    missing = {
-        frozenset(((a, x), (b, y)))
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(factors[a], factors[b])
-    }
+    twos = list(itertools.combinations(names, 2))
+    missing = {frozenset(((a, x), (b, y))) for a, b in twos for x, y in itertools.product(factors[a], factors[b])}
     order, cases = sorted(missing, key=lambda pair: sorted(map(str, pair))), list[dict[str, Any]]()
     for pair in order:
         if pair not in missing:
@@ -94,16 +87,7 @@ def test_any_two_values_meet() -> None:
     assert len(cases) < 1.1 * len(TREED) * len(PENALTIES)
 
 
-# --- what runs -------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def target_of(runtime: str) -> Target:
-    if runtime == "native":
-        return NativeTarget(model_of("llama"))
-    return TransformersTarget(tiny_model("llama"))
-
-
+target_of = functools.cache(targets.target_of)
 pattern = functools.cache(lambda: made(Regex("([a-e]{3,9}(north|nothing) )*!")))
 tokenizer = functools.cache(letters)
 
@@ -203,9 +187,6 @@ def check(target: Target, drafter: Drafter, case: Mapping[str, Any], seed: int) 
     return found
 
 
-# --- the drafters ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(autouse=True)
 def failures_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -241,7 +222,6 @@ def default_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Draf
     return make
 
 
-QUICK = "native" if library.runs() else "transformers"  # the latter takes ten times as long
 SLOW = [pytest.param("transformers", marks=pytest.mark.slow)] * (QUICK == "native")
 
 
@@ -274,8 +254,6 @@ def test_each_drafter_under_the_draft_policy() -> None:
         assert decoder.generate(PROMPTS[0], max_new_tokens=40).token_ids == expected[0], name
         assert [out.token_ids for out in decoder.generate_batch(PROMPTS[:4], max_new_tokens=40)] == expected, name
 
-
-# --- rows that draft differently -------------------------------------------------------------------------------------
 
 DEPTHS = (0, None, 2)  # of a row: it does not draft, drafts as the policy says, or at most two tokens deep
 PRICED: dict[str, Callable[[Target], Drafter]] = {  # by prices, where a drafter can be

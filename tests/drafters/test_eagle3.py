@@ -1,7 +1,5 @@
 """EAGLE-3: what a head drafts, the speculators format, what is refused. (Output: test_drafters_matrix.)"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
@@ -36,7 +35,6 @@ def save(folder: Path, network: Eagle3, target: TransformersTarget, **changes: A
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     tokens = network.tokens
-    assert tokens is not None
     tensors["t2d"] = torch.zeros(target.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
     save_file(tensors, folder / "model.safetensors")
     config = config_of(network.config, target) | changes
@@ -76,9 +74,6 @@ def config_of(head: Eagle3Config, target: TransformersTarget) -> dict[str, Any]:
             **head.rope,
         },
     }
-
-
-# -- a plain reimplementation: the whole text and the drafted path at once, without a cache ----------------------------
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -137,7 +132,6 @@ def test_chains_of_ragged_rows_are_what_the_formula_says(target: TransformersTar
     steps = proposed(target, drafter, [TEXT, TEXT[3:5], TEXT[2:]])
     assert len(steps) > 2
     tokens = drafter.network.tokens
-    assert tokens is not None
     for texts, draft in steps:
         for row, text in enumerate(texts):
             for *before, token in draft.paths(row):
@@ -154,7 +148,6 @@ def test_chains_of_several_rows_have_not_more_nodes_either(target: TransformersT
 def test_a_grown_tree_has_the_likeliest_paths(target: TransformersTarget, own: bool) -> None:
     drafter = zoo.eagle3(target, own, nodes=7, width=3)
     tokens = drafter.network.tokens
-    assert tokens is not None
     steps = proposed(target, drafter, [TEXT])
     assert any(len(draft.parents) == 7 and draft.parents != tuple(range(7)) for _, draft in steps)
     for [text], draft in steps:
@@ -192,13 +185,8 @@ def test_a_prompt_in_parts_and_a_row_that_joins_later_change_nothing(target: Tra
         assert mine[:depth] == theirs[:depth]
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("own", [False, True])
-def test_a_folder_in_the_speculators_format_drafts_as_it_did(
-    target: TransformersTarget, tmp_path: Path, own: bool
-) -> None:
+def test_a_folder_in_the_speculators_format_drafts_as_it_did(target: TransformersTarget, tmp_path, own: bool) -> None:
     made = zoo.eagle3(target, own)
     folder = save(tmp_path / "head", made.network, target)
     decoder = SpecDecoder(tiny_model(), drafter=str(folder))
@@ -240,13 +228,10 @@ LAYER = {"model_type": "llama", "vocab_size": 97, "num_attention_heads": 4, "int
         ({"draft_vocab_size": 98}, "draft_vocab_size"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(
-    target: TransformersTarget, tmp_path: Path, changes: dict[str, Any], text: str
-) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(target, tmp_path, changes, text) -> None:
     folder = save(tmp_path / "head", zoo.eagle3(target).network, target, **changes)
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         Eagle3Drafter.load(target, str(folder))
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +243,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ("d2t", None, "does not say which"),
     ],
 )
-def test_broken_tensors_are_refused(
-    target: TransformersTarget, tmp_path: Path, name: str, tensor: Tensor | None, text: str
-) -> None:
+def test_broken_tensors_are_refused(target, tmp_path, name, tensor, text) -> None:
     folder = save(tmp_path / "head", zoo.eagle3(target).network, target)
     tensors = load_file(folder / "model.safetensors")
     if tensor is None:

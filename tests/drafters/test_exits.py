@@ -1,7 +1,5 @@
 """Drafters that leave the model early: nothing is computed twice, what they refuse. (Output: test_drafters_matrix.)"""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any
@@ -76,9 +74,6 @@ def test_what_passed_a_layer_by_leaves_keys_there_for_a_later_token(llama: PreTr
     assert layers_run(target, drafter)[:6] == [*[(0, 3, 1)] * 3, (3, 4, 3), (0, 3, 1), (0, 3, 1)]
 
 
-# --- files and options ---------------------------------------------------------------------------------------------
-
-
 def folder(path: Path, target: Target, name: str, network: torch.nn.Module, config: dict[str, Any]) -> Path:
     base = {"fingerprint": target.fingerprint}
     drafter_folder.write(path, {"drafter": name, "base": base, **config}, network.state_dict())
@@ -115,9 +110,7 @@ def test_folders_bring_back_the_drafter(llama: PreTrainedModel, tmp_path: Path) 
         ({"base": {"fingerprint": "other"}}, "trained for base weights other"),
     ],
 )
-def test_damaged_folders_are_refused(
-    llama: PreTrainedModel, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_damaged_folders_are_refused(llama: PreTrainedModel, tmp_path, change: dict[str, Any], message: str) -> None:
     target = TransformersTarget(llama)
     network = heads(target, 1, 3)
     folder(tmp_path, target, "deed", network, network.config() | change)

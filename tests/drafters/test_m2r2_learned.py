@@ -1,27 +1,23 @@
 """What drafters learned, on disk: where another process goes on, and what becomes of damaged and deleted files."""
 
-from __future__ import annotations
-
 import copy
 import json
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from learners import NEW, ended, learn_soon, read, taught, texts
 from safetensors.torch import load_file, save_file
-from tiny import model_of, tiny_model
+from targets import QUICK, target_of
 
 from specdec.base.errors import SpecDecWarning
 from specdec.drafters.m2r2 import fits, learned, learning
 from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.models import adapter as adapters
 from specdec.models.adapter import LowRank
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 
 pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
 
@@ -34,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def target() -> Target:
     """Of the native runtime, where there is one: it is several times as fast."""
-    return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
+    return target_of(QUICK)
 
 
 def same(one: M2R2Learner, other: M2R2Learner) -> bool:
@@ -51,9 +47,8 @@ def test_another_process_goes_on_where_this_one_ended(target: Target, monkeypatc
     assert other.fits.progress.tokens == learner.fits.progress.tokens + 33
     for before, after in zip(learner.fits.sums, other.fits.sums, strict=True):
         assert after.rows == pytest.approx(before.rows + 33, abs=1e-3)  # the rows of the new text
-        assert all(
-            a.shape == b.shape and not torch.equal(a, b) for a, b in zip(before.panels, after.panels, strict=True)
-        )
+        pairs = list(zip(before.panels, after.panels, strict=True))
+        assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs)
 
 
 def damage(path: Path, how: str) -> None:
@@ -207,9 +202,7 @@ def test_a_process_goes_on_from_what_another_one_has_learned_since_it_began(targ
 
 
 @pytest.mark.parametrize("how", ["no folder", "no locks"])
-def test_where_nothing_can_be_written_it_learns_for_itself(
-    target: Target, tmp_path: Path, monkeypatch, how: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_where_nothing_can_be_written_it_learns_for_itself(target: Target, tmp_path, monkeypatch, how: str) -> None:  # type: ignore[no-untyped-def]
     if how == "no folder":
         (tmp_path / "file").touch()
         monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "file"))
@@ -234,10 +227,7 @@ def test_what_a_killed_process_left_is_removed(target: Target) -> None:
 
 @pytest.mark.parametrize("step", ["save_file", "os.replace"])
 def test_a_full_disk_ends_keeping_not_learning(target: Target, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
-    def full(*args: object, **more: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(f"specdec.drafters.m2r2.learned.{step}", full)
+    monkeypatch.setattr(f"specdec.drafters.m2r2.learned.{step}", Mock(side_effect=OSError("No space left on device")))
     with pytest.warns(SpecDecWarning, match="cannot be kept: No space left") as warned:
         learner = taught(target, 24)
         learner.save()
@@ -264,10 +254,8 @@ def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
     kept = load_file(learner.fits.store.path)
     assert not learner.fits.store.path.stat().st_mode & 0o077  # nobody else reads it
     kinds = {name.split(".")[0] for name in kept}
-    assert (
-        kinds <= {"sums", "fit", "basis", "counts", "vocabulary"}
-        and int(kept["counts"].sum()) == learner.fits.progress.tokens
-    )
+    assert kinds <= {"sums", "fit", "basis", "counts", "vocabulary"}
+    assert int(kept["counts"].sum()) == learner.fits.progress.tokens
     learner.fits.store.release()
 
 

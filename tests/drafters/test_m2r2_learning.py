@@ -2,9 +2,8 @@
 test_engine_schedules.)
 """
 
-from __future__ import annotations
-
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from learners import learn_soon, read, taught, texts
+from spies import noted
+from targets import QUICK, needs_native, target_of
 from tiny import HYBRIDS, model_of, tiny_model
 from transformers import PreTrainedModel
 
@@ -29,7 +30,6 @@ from specdec.kvcache import recurrent
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass, Target
-from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 
 pytestmark = pytest.mark.filterwarnings("error::specdec.base.errors.SpecDecWarning")
@@ -48,10 +48,7 @@ def target(llama: PreTrainedModel) -> Target:
 @pytest.fixture(scope="module")
 def quick() -> Target:
     """Of the native runtime, where there is one: it teaches itself several times as fast."""
-    return NativeTarget(model_of("llama")) if library.runs() else TransformersTarget(tiny_model())
-
-
-# --- what it sees of a text ------------------------------------------------------------------------------------------
+    return target_of(QUICK)
 
 
 @torch.inference_mode()
@@ -72,12 +69,6 @@ def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.T
         yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
 
 
-def target_of(kind: str, runtime: str) -> Target:
-    if runtime == "native":
-        return NativeTarget(model_of(kind)) if library.runs() else pytest.skip("there are no native kernels here")
-    return (TorchTarget if runtime == "torch" else TransformersTarget)(tiny_model(kind))
-
-
 @pytest.mark.parametrize(
     ("kind", "runtime", "seconds"),  # 0: layer by layer
     [
@@ -90,7 +81,7 @@ def target_of(kind: str, runtime: str) -> Target:
     ],
 )
 def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, runtime: str, seconds: float) -> None:  # type: ignore[no-untyped-def]
-    target = target_of(kind, runtime)
+    target = target_of(runtime, kind)
     learner = taught(target, 12)
     monkeypatch.setattr(replay, "PIECE", seconds)
     monkeypatch.setattr(recurrent, "BRANCH_TOKENS", 30)  # few branches run at once
@@ -98,11 +89,8 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
     with torch.inference_mode():
         found = [rows for rows in learner.replay.rows(text, learner.fits.network) if rows is not None]
     assert [token for rows in found for token in rows.following.tolist()] == text.ids[text.start :]
-    seen = [
-        (rows.embedded[n], rows.carry.final[n], rows.carry.inputs[0][n], rows.end[n])
-        for rows in found
-        for n in range(len(rows.following))
-    ]
+    places = [(rows, n) for rows in found for n in range(len(rows.following))]
+    seen = [(rows.embedded[n], rows.carry.final[n], rows.carry.inputs[0][n], rows.end[n]) for rows, n in places]
     for one, other in zip(seen, rows_of_drafting(learner, text), strict=True):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
     lo, hi = learner.fits.path.segments[0]
@@ -112,12 +100,10 @@ def test_a_text_run_again_shows_what_drafting_would_see(monkeypatch, kind: str, 
 @torch.inference_mode()
 @pytest.mark.parametrize(("kind", "runtime"), [("mistral", "torch"), ("llama", "native"), ("lfm2", "transformers")])
 def test_a_text_whose_states_are_kept_runs_through_the_path_alone(monkeypatch, kind: str, runtime: str) -> None:  # type: ignore[no-untyped-def]
-    target = target_of(kind, runtime)
+    target = target_of(runtime, kind)
     learner = taught(target, 12)
-    text, ran, layers = texts(target, 1, length=30, seed=5)[0], list[int](), type(target).layers
-    monkeypatch.setattr(
-        type(target), "layers", lambda self, x, lo, *more: (ran.append(lo), layers(self, x, lo, *more))[1]
-    )
+    text = texts(target, 1, length=30, seed=5)[0]
+    ran = noted(monkeypatch, type(target), "layers", lambda self, x, lo, *more: lo)
     runs = list[list[torch.Tensor]]()
     for _ in range(2):
         ran.clear()
@@ -147,9 +133,6 @@ def test_only_the_end_of_a_long_prompt_is_run_again() -> None:
     text = Text.of(list(range(3000)), 2000)
     assert text.ids[: text.start] == list(range(2000 - replay.CONTEXT, 2000))
     assert len(text.ids) == replay.LONGEST
-
-
-# --- when a fit serves -----------------------------------------------------------------------------------------------
 
 
 def test_it_learns_to_draft_what_the_model_writes(quick: Target) -> None:
@@ -191,9 +174,7 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quic
     systems = Systems(monkeypatch)
     for number, text in enumerate(texts(quick, 30)):
         learner = M2R2Learner(quick)  # as ``specdec generate`` does
-        learner.add(text.ids, text.start)
-        while learner.work():
-            pass
+        read(learner, [text])
         learner.save()
         learner.fits.store.release()
         assert learner.fits.progress.texts == number + 1 and learner.latest.held == [text]
@@ -204,13 +185,11 @@ def test_a_process_of_one_text_compares_fits_on_it_before_it_learns_from_it(quic
 
 def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_ones(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     systems, learner = Systems(monkeypatch), M2R2Learner(quick)
-    read = texts(quick, 20)
-    for number, text in enumerate(read, start=1):
-        learner.add(text.ids, text.start)
-        while learner.work():
-            pass
+    given = texts(quick, 20)
+    for number, text in enumerate(given, start=1):
+        read(learner, [text])
         assert learner.fits.progress.tokens == 24 * number
-        assert learner.latest.held == read[:number:3][-3:]  # 72 tokens, and without the oldest fewer than 60
+        assert learner.latest.held == given[:number:3][-3:]  # 72 tokens, and without the oldest fewer than 60
         assert sum(text.count for text in learner.latest if not text.held) <= 72
     assert [(24, -1.0)] * 3 in systems.more  # texts of 24 tokens
     last, serving = (network.projections[1].weight for network in (learner.judged, learner.fits.network))
@@ -244,9 +223,6 @@ def test_the_latest_texts_count_more_where_that_helps(quick: Target, monkeypatch
     assert any({weight for _, weight in more} == {4.0} for more in systems.more)  # the best one, with held-out texts
 
 
-# --- how long the engine waits for it --------------------------------------------------------------------------------
-
-
 class Work:
     """What is done: rows of matrices quantised, parts read out."""
 
@@ -268,7 +244,7 @@ class Work:
         return {name: count - before[name] for name, count in vars(self).items()}
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(fits, "VOCABULARY", 64)
     monkeypatch.setattr(linear, "CHUNK_WEIGHTS", 1)  # 16 rows
@@ -287,9 +263,6 @@ def test_no_piece_does_much_and_the_step_after_a_swap_prepares_nothing(monkeypat
             swaps += 1
             assert work.since(before)["packed"] <= len(set(out.token_ids)) + 3  # tokens beside the vocabulary
     assert swaps > 1 and most == {"packed": 16, "read": 1}
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def test_a_drafter_that_knows_nothing_drafts_nothing(llama: PreTrainedModel) -> None:
@@ -343,9 +316,6 @@ def test_the_path_follows_the_depth_and_the_size_of_the_head() -> None:
         assert path.segments == (segment,) and path.final_projection and not path.neurons
 
 
-# --- when it learns --------------------------------------------------------------------------------------------------
-
-
 def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
     end = time.monotonic() + 30
     while not condition():
@@ -382,11 +352,12 @@ def test_a_decoder_that_is_told_not_to_learn_keeps_nothing(llama, monkeypatch, c
 
 
 def test_a_decoder_that_is_gone_learns_no_more(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(M2R2Learner, "work", lambda self: not time.sleep(0.001))  # there is always more to learn
+    begun = threading.Event()  # there is always more to learn
+    monkeypatch.setattr(M2R2Learner, "work", lambda self: not (begun.set() or time.sleep(0.001)))
     decoder = SpecDecoder(llama, drafter="m2r2", learn=True)
     decoder.generate([5, 6], max_new_tokens=8)
     seen = weakref.ref(decoder.drafter)
-    time.sleep(0.3)
+    assert begun.wait(30)
     del decoder
     wait_for(lambda: (gc.collect(), seen())[1] is None)
 

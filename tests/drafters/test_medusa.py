@@ -1,7 +1,5 @@
 """Medusa: what its heads draft, public checkpoints, and what is refused. (Output: test_drafters_matrix.)"""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor
@@ -65,22 +64,6 @@ def public(folder: Path, network: Medusa, heads: Tensor, **config: Any) -> Path:
     return folder
 
 
-def test_public_checkpoints_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path) -> None:
-    layers = 2
-    network, heads = random_network(2, layers), torch.randn(2, V, D)
-    folder, target = public(tmp_path / "heads", network, heads), TransformersTarget(llama)
-    drafter = MedusaDrafter.load(target, str(folder), nodes=6)
-    for ids, draft in drafts(target, drafter):
-        h = llama.model(torch.tensor([ids[:-1]])).last_hidden_state[0, -1]  # after the final norm
-        for k in range(2):
-            z = h
-            for n in range(layers):
-                z = z + torch.nn.functional.silu(network.weights[n][k] @ z + network.biases[n][k])
-            best = int((heads[k] @ z).argmax())
-            at = [draft.tokens[0, i].item() for i, depth in enumerate(draft.depths()[1:]) if depth == k + 1]
-            assert best in at or k >= max(draft.depths())  # the last rounds are cut
-
-
 def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: PreTrainedModel) -> None:
     target = TransformersTarget(llama)
     drafter = MedusaDrafter(random_network())
@@ -97,7 +80,6 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     draft = drafter.propose(state, 2)
     assert draft.parents == (0, 1, 0, 1)  # 0.6, 0.33, 0.25, 0.15, and no 0.1375
     assert draft.tokens.tolist() == [[7, 3, 8, 4]]
-    assert draft.found is not None
     assert sum(map(math.exp, draft.found.rows[0].scores[:4])) == pytest.approx(1.33)
     assert draft.found.rows[0].raw[0][:4] == pytest.approx([0.6, 0.55, 0.25, 0.25])
     state.prices = Prices([0.14 * n for n in range(25)], tables=[[[0.1] * len(KNOTS)]])
@@ -109,9 +91,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     assert draft.lists() == [[7, 3, 8, 4], [-1] * 4]
 
 
-def test_a_folder_may_be_called_as_a_drafter_is(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_may_be_called_as_a_drafter_is(llama: PreTrainedModel, tmp_path, monkeypatch) -> None:
     target = TransformersTarget(llama)
     base = {"fingerprint": target.fingerprint}
     config = {"drafter": "medusa", "heads": 2, "layers": 1, "rooted": False, "base": base}
@@ -136,11 +116,9 @@ def test_a_folder_is_read_back_and_checked(llama: PreTrainedModel, tmp_path: Pat
     same = [torch.equal(a, b) for a, b in zip(read.network.parameters(), network.parameters(), strict=True)]
     assert all(same)
     for change, other, message in (
-        ({"base": {"fingerprint": "x"}}, {}, "trained for base weights x"),
         ({"heads": 3}, {}, r"tensor 'biases.0' is \(2, 32\); for this model it should be \(3, 32\)"),
         ({"rooted": False}, {}, r"tensor 'weights.0' is \(2, 32, 64\); .* should be \(2, 32, 32\)"),
         ({"layers": 0}, {}, "layers of the Medusa drafter must be greater than or equal to 1; got 0"),
-        ({"drafter": "m2r2"}, {}, "holds the drafter 'm2r2', not 'medusa'"),
         ({}, {"draft_vocab": torch.tensor([97], dtype=torch.int32)}, "names tokens that the model does not have"),
     ):
         with pytest.raises(SpecDecError, match=message):
@@ -165,30 +143,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(llama: PreTrainedModel, tmp_
         (tmp_path / "nothing", {}, "does not exist"),
     ):
         name = "medusa" if source is None else f"medusa={source}"
-        with pytest.raises(SpecDecError, match=message) as caught:
+        with refused(message):
             SpecDecoder(llama, drafter=name, drafter_options=options, runtime="transformers")
-        assert "\n" not in str(caught.value)
     with pytest.raises(SpecDecError, match="nodes must be greater than or equal to 1; got 0"):
         MedusaDrafter(random_network(), nodes=0)
-
-
-def test_heads_from_the_hub_are_those_of_the_revision(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, target = public(tmp_path / ("c" * 40), random_network(), torch.randn(2, V, D)), TransformersTarget(llama)
-    asked: list[str | None] = []
-
-    def download(name: str, revision: str | None = None, **given: Any) -> str:
-        asked.append(revision)
-        return str(folder)
-
-    monkeypatch.setattr("specdec.models.hub.snapshot_download", download)
-    for source in ("some/heads", "some/heads@v1"):
-        assert MedusaDrafter.load(target, source).output_heads is not None
-    assert asked == [None, "v1"]
-
-
-# --- vLLM's format -------------------------------------------------------------------------------------------------
 
 
 def vllm(folder: Path, network: Medusa, heads: Tensor, bias: bool = True, **config: Any) -> Path:
@@ -224,9 +182,12 @@ def vllm_chooses(llama: PreTrainedModel, folder: Path, ids: list[int]) -> list[i
     return chosen
 
 
-@pytest.mark.parametrize("kind", ["whole", "no bias", "one head", "token map", "token map of whole heads", "prefix"])
-def test_vllms_heads_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path, kind: str) -> None:
-    layers = 2 if kind == "whole" else 1
+FORMATS = "public", "whole", "no bias", "one head", "token map", "token map of whole heads", "prefix"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_heads_of_each_format_draft_what_their_formula_says(llama: PreTrainedModel, tmp_path: Path, kind: str) -> None:
+    layers = 2 if kind in ("whole", "public") else 1
     network, heads, given = random_network(2, layers), torch.randn(2, V, D), dict[str, Any]()
     tokens = torch.arange(1, V, 3)
     if kind.startswith("token map"):
@@ -235,13 +196,14 @@ def test_vllms_heads_draft_what_their_formula_says(llama: PreTrainedModel, tmp_p
     given["original_lm_head"] = kind == "one head"
     folder, target = vllm(tmp_path / "heads", network, written, kind != "no bias", **given), TransformersTarget(llama)
     drafter = MedusaDrafter.load(target, str(folder), nodes=6)
-    check = vllm(
-        tmp_path / "check", network, heads[:, tokens] if given.get("tensors") else written, kind != "no bias", **given
-    )
+    every = heads[:, tokens] if given.get("tensors") else written
+    check = vllm(tmp_path / "check", network, every, kind != "no bias", **given)
     if kind == "prefix":
         stored = load_file(folder / "model.safetensors")
         save_file({f"medusa_heads.{name}": t for name, t in stored.items()}, folder / "model.safetensors")
         drafter = MedusaDrafter.load(target, str(folder), nodes=6)
+    if kind == "public":
+        drafter = MedusaDrafter.load(target, str(public(tmp_path / "public", network, heads)), nodes=6)
     for ids, draft in drafts(target, drafter):
         expected = vllm_chooses(llama, check, ids[:-1])
         for k, token in enumerate(expected[: max(draft.depths())]):
@@ -261,9 +223,6 @@ def test_vllms_files_that_do_not_fit_are_refused(llama: PreTrainedModel, tmp_pat
         folder = vllm(tmp_path / "heads", random_network(), heads, **given)  # type: ignore[arg-type]
         with pytest.raises(SpecDecError, match=text):
             MedusaDrafter.load(target, str(folder))
-
-
-# --- training ------------------------------------------------------------------------------------------------------
 
 
 def settings(**changes: Any) -> MedusaSettings:

@@ -1,13 +1,12 @@
 """The layer for multi-token prediction in a model's checkpoint drafts as the model's authors wrote it down."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from targets import needs_native
 from tiny import greedy_reference, sizes_of, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +15,6 @@ from zoo import PROMPTS, run, watched
 from specdec import SpecDecError
 from specdec.drafters.mtp import FORMATS, MTPDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.transformers import TransformersTarget
 
@@ -129,7 +127,7 @@ def test_the_layer_drafts_what_a_plain_implementation_does(published: tuple[str,
         assert tokens == plainly(family, given, ids, len(tokens))
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen2"])
 def test_beside_a_native_model_it_leaves_the_output_unchanged(tmp_path: Path, family: str) -> None:
     given = publish(tmp_path, family, sizes_of(family))

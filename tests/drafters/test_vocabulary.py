@@ -1,27 +1,16 @@
 """The draft vocabulary follows the texts of the rows: what a new token costs, and whose tokens a row drafts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from tiny import model_of, tiny_model
+from targets import target_of
 
 from specdec.drafters.vocabulary import Context, DraftVocabulary
 from specdec.runtimes import target as targets
 from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.speculation.state import State
-
-
-def target_of(runtime: str) -> Target:
-    if runtime == "native":
-        return NativeTarget(model_of("llama")) if library.runs() else pytest.skip("there are no native kernels here")
-    return TransformersTarget(tiny_model("llama"))
 
 
 def follow(vocabulary: DraftVocabulary, contexts: list[Context], texts: list[list[int]]) -> None:

@@ -1,56 +1,24 @@
 """A step returns what plain decoding returns, whatever is drafted: oracles, batches, ends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
 import torch
-from scripted import Scripted, made
-from tiny import greedy_reference, model_of, tiny_model
+from scripted import Scripted, knowing, made
+from targets import target_of
+from tiny import greedy_reference, tiny_model
 from transformers import PreTrainedModel
-from zoo import CHAINS, EOS, PROMPTS, TREES, m2r2, new_tokens, run, together
+from zoo import CHAINS, EOS, PROMPTS, TREES, new_tokens, run, together
 
 from specdec import Regex, SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
-from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
-from specdec.speculation.state import State
-from specdec.verifiers.exact import ExactVerifier
-
-
-@pytest.mark.parametrize("early", [False, True])
-def test_scoring_runs_no_layer_twice_for_what_the_draft_computed(llama: PreTrainedModel, early: bool) -> None:
-    target = TransformersTarget(llama)
-    drafter = m2r2(target, 2, ((2, 3),) if not early else (), not early, early)
-    calls: list[tuple[int, int, int, bool]] = []
-    layers = target.layers
-
-    def spy(x, lo, hi, given):
-        calls.append((lo, hi, x.shape[1], given.adapters is not None))
-        return layers(x, lo, hi, given)
-
-    target.layers = spy  # type: ignore[method-assign]
-    drafter.bind(target)
-    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
-    engine.submit(Request(PROMPTS[0], 40))
-    rounds = engine.steps()
-    next(rounds)
-    calls.clear()
-    next(rounds)
-    scoring = [c for c in calls if not c[3] and c[2] == 5]
-    assert scoring == [(2, 4, 5, False)]  # all five block tokens enter at E
-    slow, accelerated = ([c[2] for c in calls if c[0] == 0 and c[3] == adapted] for adapted in (False, True))
-    assert slow == [1] * 5  # four drafted from, the last drafted token once
-    assert accelerated == ([1] * 4 if early else [])
 
 
 @pytest.mark.parametrize(("family", "makers"), [("gpt2", TREES), ("opt", CHAINS)])
@@ -69,9 +37,6 @@ def test_a_row_at_the_end_of_the_context_does_not_keep_others_from_drafting(
         assert [new_tokens(request) for request in requests] == expected, name
 
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
-
-
 class Breaks(TransformersTarget):
     """Logits are not finite where the token at ``position`` is chosen (0: nowhere, as in the check at load)."""
 
@@ -85,19 +50,12 @@ class Breaks(TransformersTarget):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(
-    llama: PreTrainedModel, temperature: float, prompts: list[list[int]]
-) -> None:
+def test_logits_that_are_not_finite_end_it_with_one_error_and_lose_nothing(llama, temperature, prompts) -> None:
     whole, _ = run(TransformersTarget(llama), NoDrafter(), prompts, 20, eos=None, temperature=temperature)
     target = Breaks(llama)
     target.position = 9
-    ahead = {tuple(p): row for p, row in zip(prompts, whole, strict=True)}
-
-    def script(ids: list[int], limit: int) -> list[tuple[int, int]]:
-        prompt = next(p for p in ahead if tuple(ids[: len(p)]) == p)
-        return [(token, i) for i, token in enumerate(ahead[prompt][len(ids) - len(prompt) :][:limit])]
-
-    drafter = Scripted(script)  # the broken position lies inside an accepted draft
+    # The broken position lies inside an accepted draft.
+    drafter = knowing(*(prompt + row for prompt, row in zip(prompts, whole, strict=True)))
     drafter.bind(target)
     requests = [Request(prompt, 20, RowSampler(SamplingParams(temperature))) for prompt in prompts]
     with pytest.raises(SpecDecError, match=r"logits are not finite at position 9.*float32"):
@@ -156,40 +114,9 @@ def test_a_draft_of_other_tensors_ends_no_request(llama: PreTrainedModel, draft:
     assert out == [greedy_reference(llama, PROMPTS[0], 8)]
 
 
-@pytest.mark.parametrize("method", ["begin", "observe", "end"])
-def test_a_drafter_that_fails_elsewhere_is_dropped_too(llama: PreTrainedModel, method: str) -> None:
-    right = [greedy_reference(llama, prompt, 20) for prompt in PROMPTS]
-    drafter = Scripted(lambda ids, limit: [(right[0][len(ids) - 4], 0)] if ids[:4] == PROMPTS[0] else [])  # ends first
-
-    def fails(*args: object) -> None:
-        raise IndexError("index 9 is out of bounds")
-
-    setattr(drafter, method, fails)
-    with pytest.warns(DrafterWarning, match="IndexError: index 9"):
-        assert run(TransformersTarget(llama), drafter, PROMPTS, 20)[0] == right
-
-
-def test_what_a_failed_drafter_left_in_the_cache_is_rolled_back(llama: PreTrainedModel) -> None:
-    target = TransformersTarget(llama)
-
-    class HalfWay(Scripted):
-        def propose(self, state: State, limit: int) -> Draft:
-            x = state.target.embed(state.roots, state.positions)
-            state.target.layers(x, 0, 2, Pass(state.positions, state.cache.register(0, state.positions), state.cache))
-            raise RuntimeError("half way")
-
-    with pytest.warns(DrafterWarning, match="half way"):
-        assert run(target, HalfWay(None), PROMPTS, 20)[0] == [greedy_reference(llama, p, 20) for p in PROMPTS]
-
-
-# -- seeds ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["transformers", "native"])
-def test_forced_tokens_of_a_row_leave_the_drafts_of_others_as_they_are(kind: str, llama: PreTrainedModel) -> None:
-    if kind == "native" and not library.runs():
-        pytest.skip("there are no native kernels here")
-    target = NativeTarget(model_of("llama")) if kind == "native" else TransformersTarget(llama)
+def test_forced_tokens_of_a_row_leave_the_drafts_of_others_as_they_are(kind: str) -> None:
+    target = target_of(kind)
     rule, prompts = made(Regex("abcdefghij{9}")), [[5, 6, 7, 8], [9, 10, 11]]
     plain = Request(prompts[1], 24)
     together(target, NoDrafter(), [plain], FixedDepth(0))

@@ -5,8 +5,6 @@ without an engine. Most runs have an oracle for a drafter, which knows how each 
 texts end inside accepted drafts, at every place of them.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import random
@@ -23,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from policies import alternating
 from scripted import Clock, OnlyOddAfterEven, made
+from targets import needs_native
 from tiny import model_of, tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
@@ -42,7 +41,6 @@ from specdec.engine.memory import PrefillBatch, cache_sizes
 from specdec.engine.request import Handle, Request
 from specdec.engine.scheduler import Scheduler
 from specdec.kvcache.prefix import Prefix, PrefixStore
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
@@ -54,9 +52,8 @@ from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
-NATIVE = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurrent layers
-    *(pytest.param(kind, marks=NATIVE) for kind in ("native", "native recurrent")),
+    *(pytest.param(kind, marks=needs_native) for kind in ("native", "native recurrent")),
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transformers", "recurrent")),
 ]
 
@@ -165,9 +162,8 @@ class Varied(FixedDepth):
         self.rng = random.Random(0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        return DepthChoice(
-            [min(cap, self.rng.choice((self.depth, self.rng.randrange(self.depth + 1)))) for cap in caps]
-        )
+        depths = [self.rng.choice((self.depth, self.rng.randrange(self.depth + 1))) for _ in caps]
+        return DepthChoice([min(pair) for pair in zip(caps, depths, strict=True)])
 
 
 @dataclass(eq=False)
@@ -312,7 +308,6 @@ class Schedules(RuleBasedStateMachine):
         going = [case for case in self.cases if case.request.finish_reason is None]
         if going:
             case = going[data.draw(st.integers(0, 99), label="case") % len(going)]
-            assert case.handle is not None
             case.handle.cancel()
 
     @precondition(lambda self: self.engine.busy)
@@ -370,7 +365,6 @@ class Schedules(RuleBasedStateMachine):
     def check(self, case: Case) -> None:
         request, (tokens, reason) = case.request, case.expected()
         found = new_tokens(request)
-        assert case.handle is not None
         events = [event for event in case.handle if event.tokens or event.finish_reason]
         assert [token for event in events for token in event.tokens] == found and events[-1].finish_reason
         if request.finish_reason == "cancelled":
@@ -424,21 +418,16 @@ class FailingSchedules(Schedules):
     ) -> None:  # type: ignore[override]
         super().begin(rows, memory, depth, 0, reuse, data)
         self.rng, self.every = random.Random(seed), every
-        owners = [
-            self.drafter,
-            *((self.drafter.ngram, self.drafter.other) if isinstance(self.drafter, JoinedDrafter) else ()),
-        ]
+        parts = (self.drafter.ngram, self.drafter.other) if isinstance(self.drafter, JoinedDrafter) else ()
+        owners = [self.drafter, *parts]
         self.wrapped = [(owner, name) for owner in owners for name in METHODS]
         for owner, name in self.wrapped:
             setattr(owner, name, functools.partial(self.call, getattr(owner, name)))
 
     def call(self, method: Callable[..., Any], *given: Any) -> Any:
         """Call a method of the drafter; one call of so many fails, before or after its work, or drafts nonsense."""
-        how = (
-            self.rng.choice(["before", "after", "nonsense"])
-            if self.every and not self.rng.randrange(self.every)
-            else ""
-        )
+        fails = self.every and not self.rng.randrange(self.every)
+        how = self.rng.choice(["before", "after", "nonsense"]) if fails else ""
         if how == "before":
             raise RuntimeError("as told")
         result = method(*given)
@@ -529,7 +518,6 @@ class BrokenSteps(Schedules):
         if error is None or "no memory left" not in str(error):
             super().check(case)
             return
-        assert case.handle is not None
         events = list(case.handle)
         found = [token for event in events for token in event.tokens]
         assert events[-1].finish_reason == "error" and found == case.plain.tokens[: len(found)]

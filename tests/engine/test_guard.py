@@ -1,7 +1,5 @@
 """A drafter that fails is off for a while and comes back: the texts are those of plain decoding throughout."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import warnings
@@ -9,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
-from scripted import Clock, Scripted
+from scripted import Clock, Scripted, knowing
 from tiny import greedy_reference
 from transformers import PreTrainedModel
 from zoo import PROMPTS, finish, new_tokens, step
@@ -43,8 +41,7 @@ class Failing(Scripted):
     def go_on(self, ids: list[int], limit: int) -> list[tuple[int, int]]:
         if self.faulty:
             raise IndexError("as told")
-        text = next(text for text in self.texts if text[: len(ids)] == ids)
-        return [(token, i) for i, token in enumerate(text[len(ids) :][:limit])]
+        return knowing(*self.texts).script(ids, limit)
 
     def work(self) -> bool:
         if self.faulty:
@@ -67,9 +64,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == guard.__name__]
 
 
-def test_a_drafter_comes_back_in_the_middle_of_the_rows(
-    engine: Engine, drafter: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_drafter_comes_back_in_the_middle_of_the_rows(engine: Engine, drafter: Failing, clock: Clock, caplog) -> None:
     caplog.set_level(logging.INFO, "specdec")
     long = [Request(prompt, 50) for prompt in PROMPTS]
     for request in long:
@@ -96,15 +91,11 @@ def test_a_drafter_comes_back_in_the_middle_of_the_rows(
     finish(engine)
     assert [[*row.prompt, *new_tokens(row)] for row in long] == [text[: len(text) - 10] for text in drafter.texts]
     why = "'scripted' failed (IndexError: as told); decoding goes on without it, and it starts again in 1 s"
-    assert lines(caplog) == [
-        f"drafter {why}",
-        "drafter 'scripted' is on again, 1 s after it failed (IndexError: as told)",
-    ]
+    back = "drafter 'scripted' is on again, 1 s after it failed (IndexError: as told)"
+    assert lines(caplog) == [f"drafter {why}", back]
 
 
-def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
-    engine: Engine, drafter: Failing, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(engine, drafter, clock, caplog) -> None:
     caplog.set_level(logging.WARNING, "specdec")
     engine.submit(Request(PROMPTS[0], 50))
     drafter.faulty, pauses = True, []
@@ -125,9 +116,7 @@ def test_pauses_double_up_to_the_longest_and_begin_anew_after_a_good_time(
 
 
 @pytest.mark.parametrize("method", ["bind", "begin"])
-def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
-    engine: Engine, drafter: Failing, clock: Clock, method: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_drafter_that_fails_as_it_comes_back_is_off_again(engine, drafter, clock, method, caplog) -> None:
     caplog.set_level(logging.INFO, "specdec")
     request, calls = Request(PROMPTS[0], 50), itertools.count()
     engine.submit(request)
@@ -151,9 +140,7 @@ def test_a_drafter_that_fails_as_it_comes_back_is_off_again(
     assert ["on again" in line for line in lines(caplog)] == [False, False, True]
 
 
-def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(
-    llama: PreTrainedModel, drafter: Failing, clock: Clock
-) -> None:
+def test_a_drafter_whose_own_work_fails_comes_back_while_nothing_runs(llama, drafter, clock) -> None:
     drafter.learner, drafter.faulty = SimpleNamespace(work=drafter.work, version=0), True  # type: ignore[assignment]
     with Engine(TransformersTarget(llama), drafter, ExactVerifier(), FixedDepth(2), learn=True) as engine:
         engine._learn()

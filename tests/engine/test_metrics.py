@@ -32,11 +32,8 @@ def test_the_timer_books_each_phase_and_sums_up_to_the_wall(llama: PreTrainedMod
         return run
 
     monkeypatch.setattr(metrics.time, "perf_counter", clock)
-    target, drafter, verifier = (
-        TransformersTarget(llama),
-        Scripted(lambda ids, limit: [(7, 0), (8, 1), (9, 2)][:limit]),
-        ExactVerifier(),
-    )
+    target, verifier = TransformersTarget(llama), ExactVerifier()
+    drafter = Scripted(lambda ids, limit: [(7, 0), (8, 1), (9, 2)][:limit])
     drafter.bind(target)
     monkeypatch.setattr(drafter, "propose", takes(3.0, drafter.propose))
     monkeypatch.setattr(verifier, "verify", takes(2.0, verifier.verify))

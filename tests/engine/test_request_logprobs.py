@@ -1,7 +1,5 @@
 """Log-probabilities: the model's own at each position, whoever drafted the token, and those of the prompt."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 from servers import byte_tokenizer, events, serving, tiny_decoder
+from targets import target_of
 from tiny import tiny_model
-from zoo import EOS, EVERY, PROMPTS, new_tokens, together
+from zoo import EOS, EVERY, PROMPTS, alike, new_tokens, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.kvcache.prefix import PrefixStore
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.serve.logprobs import token_bytes, token_text
@@ -65,30 +62,26 @@ def test_log_probabilities_are_the_models_own(name: str) -> None:
         check(model, row)
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 def test_the_native_runtime_gives_those_of_plain_decoding_bit_for_bit() -> None:
-    target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
+    target = target_of("native")
     plain = ran(target, NoDrafter(), max_rows=1)
     for name in ("prompt-lookup", "m2r2 (tree)", "medusa (tree)", "early-exit", "draft-model"):
         for row, other in zip(ran(target, EVERY[name](target)), plain, strict=True):
             assert row.ids == other.ids and row.token_logprobs == other.token_logprobs, name
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_of_the_prompt_in_parts_and_after_a_kept_prefix(native: bool) -> None:
-    if native and not library.runs():
-        pytest.skip("there are no native kernels here")
-    model = tiny_model(hidden_size=64, head_dim=32, intermediate_size=96)
-    target = NativeTarget(model.bfloat16()) if native else TransformersTarget(model)
+@pytest.mark.parametrize("runtime", ["transformers", "native"])
+def test_of_the_prompt_in_parts_and_after_a_kept_prefix(runtime: str) -> None:
+    target = target_of(runtime)
     prompt = list(range(3, 60))
     rows = [Request(prompt, limit, logprobs=2, prompt_logprobs=limit != 5) for limit in (5, 0, 3)]
     together(target, NoDrafter(), rows, FixedDepth(0), prefill_chunk=7, prefixes=PrefixStore())
-    logs = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    logs = target.model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
     expected = logs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     for row in rows[1:]:
         got = torch.tensor([each.logprob for each in row.prompt_token_logprobs])
-        torch.testing.assert_close(got, expected, atol=0.3 if native else 1e-4, rtol=0)
-        assert row.prompt_token_logprobs == rows[1].prompt_token_logprobs
+        torch.testing.assert_close(got, expected, atol=0.3 if runtime == "native" else 1e-4, rtol=0)
+        alike(row.prompt_token_logprobs, rows[1].prompt_token_logprobs)
     assert new_tokens(rows[1]) == [] and rows[1].finish_reason == "length" and rows[1].token_logprobs == []
     assert rows[0].prompt_token_logprobs == [] and len(rows[0].token_logprobs) == 5
 
@@ -105,9 +98,6 @@ def test_the_library_gives_them_and_refuses_what_has_none() -> None:
     lossy = SpecDecoder(tiny_model(), None, "early-exit", verifier="confident")
     with pytest.raises(SpecDecError, match="without scoring"):
         lossy.generate([5], logprobs=1)
-
-
-# --- the server ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -130,9 +120,8 @@ def test_lm_evals_request_for_the_logprobs_of_a_prompt(tmp_path: Path, count: in
         for n, likely in enumerate(got["top_logprobs"][1 : len(prompt)]):
             best = max(likely, key=lambda token: likely[token])
             assert best == token_text(decoder.tokenizer, int(logs[n].argmax()))
-        parts = [
-            c["logprobs"] for e in streamed for c in e["choices"] if c["index"] == choice["index"] and c["logprobs"]
-        ]
+        choices = [c for each in streamed for c in each["choices"] if c["index"] == choice["index"]]
+        parts = [each["logprobs"] for each in choices if each["logprobs"]]
         assert [each for part in parts for each in part["tokens"]] == got["tokens"]
         assert [each for part in parts for each in part["text_offset"]] == got["text_offset"]
 

@@ -1,10 +1,9 @@
 """Scoring: what is computed of a draft's tokens."""
 
-from __future__ import annotations
-
 import pytest
 from scripted import Scripted
-from tiny import model_of, tiny_model
+from spies import noted
+from targets import target_of
 from torch import Tensor
 from transformers import LogitsProcessor
 from zoo import finish, new_tokens, together
@@ -14,29 +13,16 @@ from specdec.drafters.none import NoDrafter
 from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
-from specdec.runtimes.native import library
-from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.sampling import RowSampler, SamplingParams, Transforms
+from specdec.speculation.sampling import RowSampler, Sampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 from specdec.verifiers.typical import TypicalVerifier
 
-needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 
-
-@needs_native
 def test_sampled_rows_process_logits_after_accepted_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = NativeTarget(tiny_model(hidden_size=64, head_dim=32, intermediate_size=96).bfloat16())
-    drafter, processed = NgramDrafter(9, prior=False), list[int]()
+    target = target_of("native")
+    drafter = NgramDrafter(9, prior=False)
     drafter.bind(target)
-    transform = Transforms.__call__
-
-    def spy(self, logits, prefixes, vocab=None):  # type: ignore[no-untyped-def]
-        processed.append(logits.shape[0] * logits.shape[1])
-        return transform(self, logits, prefixes, vocab)
-
-    monkeypatch.setattr(Transforms, "__call__", spy)
+    processed = noted(monkeypatch, Sampler, "scores", lambda self, logits, *more: logits[..., 0].numel())
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(4))
     samplers = [RowSampler(SamplingParams(temperature=0.3, seed=seed)) for seed in (1, 2)]
     rows = [Request([5, 6, 7, 5, 6, 7, 5, 6], 24, sampler) for sampler in samplers]
@@ -57,19 +43,16 @@ class Threes(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("kind", [TransformersTarget, pytest.param(NativeTarget, marks=needs_native)])
-def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_row(kind: type[Target]) -> None:
+@pytest.mark.parametrize("runtime", ["transformers", "native"])
+def test_typical_acceptance_takes_only_the_tokens_of_plain_decoding_in_a_greedy_row(runtime: str) -> None:
     """With a processor, and beside rows that sample: of an unsure model, most tokens are typical."""
-    target = kind(model_of("llama") if kind is NativeTarget else tiny_model("llama"))  # type: ignore[call-arg]
+    target = target_of(runtime)
 
     def requests(greedy: int, sampled: int) -> list[Request]:
-        sampled_row, rules = RowSampler(SamplingParams(temperature=5.0)), [[], [Threes()]]
-        hot = [Request([9, 10, number], 24, sampled_row) for number in range(3, 3 + sampled)]
-        made = [
-            Request([5, 6, number], 24, RowSampler(SamplingParams(), rules[number % 2]))
-            for number in range(3, 3 + greedy)
-        ]
-        return made + hot
+        hot, rules = RowSampler(SamplingParams(temperature=5.0)), [[], [Threes()]]
+        cold = [RowSampler(SamplingParams(), rules[number % 2]) for number in range(1, 1 + greedy)]
+        made = [Request([5, 6, number], 24, sampler) for number, sampler in enumerate(cold, 3)]
+        return made + [Request([9, 10, number], 24, hot) for number in range(3, 3 + sampled)]
 
     plain = requests(2, 0)
     together(target, NoDrafter(), plain, FixedDepth(0))

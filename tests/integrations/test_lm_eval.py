@@ -1,7 +1,5 @@
 """lm-eval's figures on tasks of local data are those of its own ``hf`` model, in the library and against the server."""
 
-from __future__ import annotations
-
 import json
 import random
 import subprocess
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 from servers import NAME, serving
+from spies import noted
 from tiny import save_tiny, tiny_model
 from tiny_tokenizers import letters
 
@@ -90,14 +89,8 @@ def test_the_model_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict
 
     model = get_model("specdec")(**arguments)
     assert model.decoder.drafter.name == "prompt-lookup" and not model.decoder.verifier.lossless
-    rows, step = [], Engine._step
-
-    def spied(self: Engine) -> Any:
-        rows.append(self.scheduler.running)
-        return step(self)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_step", spied)
+        rows = noted(patch, Engine, "_step", lambda engine: engine.scheduler.running)
         found = evaluated("specdec", tasks[2:], model_args=arguments)
     assert found["until"] and max(rows) == 2  # six prompts, two at a time
 

@@ -1,12 +1,11 @@
 """``SpecGenerate``: what ``model.generate`` returns with the engine is what it returns without."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from tiny import save_tiny, tiny_model
 from torch import Tensor
 from transformers import (
@@ -115,15 +114,9 @@ def test_samples_follow_the_seed() -> None:
         drawn.append(sampled(model))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     before = torch.random.get_rng_state()
-    made = [
-        sampled(model, generator=torch.Generator().manual_seed(seed), depth=depth) for seed, depth in ((1, 3), (1, 1))
-    ]
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+    made = [sampled(model, generator=seed, depth=depth) for seed, depth in zip(seeds, (3, 1), strict=True)]
     assert torch.equal(*made) and torch.equal(before, torch.random.get_rng_state())
-
-
-def test_several_sequences_of_a_prompt_differ() -> None:
-    out = sampled(tiny_model(), ROWS[:1], num_return_sequences=3, eos_token_id=None)
-    assert len(out) == 3 and len({tuple(row) for row in out.tolist()}) == 3
 
 
 def test_samples_have_the_models_distribution() -> None:
@@ -133,9 +126,8 @@ def test_samples_have_the_models_distribution() -> None:
     kept = logits >= logits.topk(4).values[-1]
     expected = logits.masked_fill(~kept, -torch.inf).softmax(0)[kept] * count
     torch.manual_seed(0)
-    out = sampled(
-        model, ROWS[:1], num_return_sequences=count, temperature=0.5, top_k=4, top_p=1.0, min_p=0.0, max_new_tokens=1
-    )
+    how = {"temperature": 0.5, "top_k": 4, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 1}
+    out = sampled(model, ROWS[:1], num_return_sequences=count, **how)
     found = torch.bincount(out[:, -1], minlength=len(kept))
     assert found[~kept].sum() == 0
     assert ((found[kept] - expected) ** 2 / expected).sum() < 21.1  # chi-square, 3 degrees of freedom, 1e-4
@@ -184,20 +176,15 @@ def test_what_cannot_be_honoured_is_refused_by_name(given: dict[str, Any], text:
     ("given", "text"),
     [
         ({"drafter": "nope"}, "unknown drafter 'nope'"),
-        ({"drafter_options": {"ngrams": 3}}, "ngrams"),
-        ({"drafter": 3}, "drafter must be a valid string"),
         ({"runtme": "native"}, "SpecGenerate takes no 'runtme' .did you mean 'runtime'"),
-        ({"runtime": "nativ"}, "unknown runtime 'nativ'"),
-        ({"verifier": "nope"}, "unknown verifier 'nope'"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be"),
         ({"stop_strings": ["x"]}, "stop_strings need a tokenizer"),
     ],
 )
 def test_wrong_settings_are_refused(given: dict[str, Any], text: str) -> None:
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         spec = SpecGenerate(**{"drafter": "prompt-lookup"} | given)
         tiny_model().generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False, custom_generate=spec)
-    assert "\n" not in str(error.value)
 
 
 def test_encoder_decoder_models_are_refused() -> None:

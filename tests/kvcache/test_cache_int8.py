@@ -1,25 +1,19 @@
 """The 8-bit KV cache: what rounding costs, and that nothing else changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from passes import ALIKE, apart, next_logits, play
+from targets import needs_native
 from tiny import SIZES, model_of, tiny_model
 
 from specdec.api.decoder import SpecDecoder
 from specdec.cli import statistics
 from specdec.kvcache.cache import dequantize_rows, quantize_rows
 from specdec.models import families
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.target import Pass
 
-pytestmark = [
-    pytest.mark.skipif(not library.runs(), reason="the native kernels do not run here"),
-    pytest.mark.usefixtures("two_threads"),
-]
-PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 # Experts change at near ties.
 DENSE = [f for f in FAMILIES if f not in ALIKE and not families.FAMILIES[f].fields >= families.EXPERTS]
 
@@ -97,11 +91,8 @@ def test_scores_are_those_of_the_keys_that_are_held() -> None:
     scales = rounded.data[0][..., :count, d:].view(torch.bfloat16)
     scales.copy_(2 ** scales.float().log2().round())  # keys and values are then exact in 16 bits
     exact.data[0][..., :count, :] = dequantize_rows(rounded.data[0][..., :count, :], torch.bfloat16)
-    new, positions, nothing = (
-        torch.arange(3, 67)[None],
-        torch.full((1, 64), count),
-        torch.zeros(64, 64, dtype=torch.bool),
-    )
+    new, positions = torch.arange(3, 67)[None], torch.full((1, 64), count)
+    nothing = torch.zeros(64, 64, dtype=torch.bool)
     logits = []
     for target, cache in (wide, exact), (narrow, rounded):
         given = Pass(positions, cache.register(0, positions, nothing), cache)

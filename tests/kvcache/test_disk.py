@@ -1,7 +1,5 @@
 """Prefixes on disk: later engines begin with them bit for bit, and no file, full disk or other process harms anyone."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os
@@ -12,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from at_once import BF16
-from tiny import change_unseen, model_of, tiny_model
+from servers import until
+from spies import noted
+from tiny import SIZES, change_unseen, model_of, tiny_model
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
@@ -37,7 +37,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def decoder(runtime: str = "transformers", scale: float = 1.0) -> SpecDecoder:
     native = runtime.startswith("native")
-    model = tiny_model(max_position_embeddings=512, **(BF16 if native else {}))
+    model = tiny_model(max_position_embeddings=512, **(SIZES if native else {}))
     model.lm_head.weight.data *= scale
     how: Any = (
         {"runtime": "native", "kv_cache": "int8" if "int8" in runtime else "auto"} if native else {"runtime": runtime}
@@ -68,7 +68,6 @@ def forget(engine: Engine) -> None:
 def finish(engine: Engine) -> None:
     """Wait until everything is written."""
     done, kept = threading.Event(), engine.scheduler.disk
-    assert kept is not None
     kept.jobs.put(done.set)
     assert done.wait(300)
 
@@ -160,16 +159,13 @@ def test_a_damaged_file_is_skipped_and_replaced(how: str, tmp_path: Path) -> Non
         assert answer(engine, made, PROMPT) == (right, 64)
 
 
-def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_that_made_room_since_it_was_found_is_no_damage(tmp_path, monkeypatch) -> None:
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         right, _ = answer(engine, made, PROMPT)
     with engine_of(made, tmp_path) as engine, warnings.catch_warnings():
         warnings.simplefilter("error", SpecDecWarning)
         kept, found = engine.scheduler.disk, list[list[str]]()
-        assert kept is not None
 
         def late(ids: list[int], scope: str | None) -> list[str]:
             found.append(PrefixDisk._there(kept, ids, scope))
@@ -185,7 +181,6 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         answer(engine, made, PROMPT[:18], max_new_tokens=2)
-        assert engine.scheduler.disk is not None
     one = files(tmp_path)[0].stat().st_size
     limit = 6 * one + one // 2
     (tmp_path / "note.txt").write_text("not a chunk")
@@ -202,10 +197,7 @@ def test_the_limit_is_kept_and_what_is_used_stays(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_writing_and_not_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(disk, "write_atomically", refuse)
+    monkeypatch.setattr(disk, "write_atomically", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     made = decoder()
     right = made.generate(PROMPT, **ASK).token_ids
     with pytest.warns(SpecDecWarning, match="nothing more is written") as said, engine_of(made, tmp_path) as engine:
@@ -247,13 +239,7 @@ def test_a_file_that_cannot_be_opened_stays(tmp_path: Path) -> None:
 
 def test_a_text_larger_than_the_limit_keeps_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is found, and is not written again and again."""
-    written, write = list[Path](), disk.write_atomically
-
-    def spy(path: Path, data: bytes) -> None:
-        written.append(path)
-        write(path, data)
-
-    monkeypatch.setattr(disk, "write_atomically", spy)
+    written = noted(monkeypatch, disk, "write_atomically", lambda path, data: path)
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         answer(engine, made, PROMPT[:18], max_new_tokens=2)
@@ -278,7 +264,6 @@ def test_a_text_is_read_for_the_disk_in_the_writing_thread(tmp_path: Path, monke
     made = decoder("native")
     with engine_of(made, tmp_path) as engine:
         kept = engine.scheduler.disk
-        assert kept is not None
         right, _ = answer(engine, made, PROMPT)
         waits = kept.pending
         longer = [*PROMPT, *right, 5]
@@ -298,9 +283,7 @@ def test_a_text_is_read_for_the_disk_in_the_writing_thread(tmp_path: Path, monke
 
 
 def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: Any, **more: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
+    refuse = Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS)))
     made = decoder()
     with engine_of(made, tmp_path) as engine:
         right, _ = answer(engine, made, PROMPT)
@@ -341,21 +324,17 @@ def test_an_engine_that_is_dropped_ends_its_cache(started: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_an_error_of_any_kind_ends_writing_and_no_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: bool
-) -> None:
+def test_an_error_of_any_kind_ends_writing_and_no_thread(tmp_path, monkeypatch, ignored: bool) -> None:
     """Also where its warning is an error."""
-
-    def broken(cache: KVCache, *place: int) -> dict[str, torch.Tensor]:
-        raise RuntimeError("out of memory\non the device")
-
     made = decoder()
     monkeypatch.setattr(threading, "excepthook", lambda *what: None)
     with warnings.catch_warnings(record=ignored) as said, engine_of(made, tmp_path) as engine:
         warnings.simplefilter("always" if ignored else "error", SpecDecWarning)
         with monkeypatch.context() as patch:
+            broken = Mock(side_effect=RuntimeError("out of memory\non the device"))
             patch.setattr(KVCache, "read", broken)
             assert len(answer(engine, made, PROMPT)[0]) == 12
+            until(lambda: broken.called)
             if ignored:
                 finish(engine)
         assert len(answer(engine, made, [9, *PROMPT])[0]) == 12
@@ -406,7 +385,6 @@ def test_recurrent_states_are_on_disk_with_their_chunks(family: str, runtime: st
         right = made.with_drafter("none").generate(longer, **ASK).token_ids
         assert answer(engine, made, longer) == (right, 64)
         cached = engine.scheduler.disk
-        assert cached is not None
         states = [*cached.folder.glob(f"{disk._states([*cached._names(PROMPT, None)][3])}.*")]
     states[0].write_bytes(b"")  # the text begins where there are states before it
     with engine_of(made, tmp_path) as engine, pytest.warns(SpecDecWarning, match="is damaged and is removed"):

@@ -1,28 +1,23 @@
 """Cached prefixes: a search finds what comparing all texts would, and compares few."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from spies import noted
 from tiny import tiny_model
-from zoo import PROMPTS, finish, step
+from zoo import PROMPTS, finish, plain_engine, step
 
 from specdec import SpecDecoder
 from specdec.base.sequences import common_prefix
-from specdec.drafters.none import NoDrafter
-from specdec.engine.depth import FixedDepth
-from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.kvcache import disk, prefix
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.verifiers.exact import ExactVerifier
 
 
 class Counted(KVCache):
@@ -80,16 +75,11 @@ def test_a_search_finds_what_comparing_all_texts_would(recurrent: bool) -> None:
 @pytest.mark.parametrize("stops", [None, [300]])
 def test_a_search_compares_few_texts_and_totals_none(stops: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversations with one system prompt, whose users say similar things."""
-    draw, store, compared = random.Random(0), PrefixStore(), list[int]()
+    draw, store = random.Random(0), PrefixStore()
     texts = [[*range(1000, 1300), *(draw.randrange(9) for _ in range(300))] for _ in range(1024)]
     for ids in texts:
         store.add(ids, Counted(len(ids), stops))
-
-    def spy(a: Sequence[int], b: Sequence[int]) -> int:
-        compared.append(1)
-        return common_prefix(a, b)
-
-    monkeypatch.setattr(prefix, "common_prefix", spy)
+    compared = noted(monkeypatch, prefix, "common_prefix", lambda *given: None)
     Counted.asked = 0
     for ids in ([*texts[7][:450], 3, 3], [*range(1000, 1300), 77], [5, 6], texts[9]):
         compared.clear()
@@ -99,31 +89,22 @@ def test_a_search_compares_few_texts_and_totals_none(stops: list[int] | None, mo
     assert store.nbytes == 100 * 600 * 1024 and Counted.asked <= 4
 
 
-def spied(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[int]:
-    """Its calls, by their number of tokens."""
-    found, real = list[int](), getattr(place, name)
-
-    def spy(self: Any, ids: Sequence[int], *more: Any) -> Any:
-        found.append(len(ids))
-        return real(self, ids, *more)
-
-    monkeypatch.setattr(place, name, spy)
-    return found
+def looked_up(self: Any, ids: Sequence[int], *more: Any) -> int:
+    """How many tokens a search is for."""
+    return len(ids)
 
 
-def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped_for_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped_for_it(monkeypatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     target = TransformersTarget(tiny_model())
-    engine = Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), kv_memory=1 << 30, prefixes=PrefixStore())
+    engine = plain_engine(target, kv_memory=1 << 30, prefixes=PrefixStore())
     engine.submit(Request(PROMPTS[0], 1))
     step(engine)
     engine.submit(Request([9, 8, 7, *range(3, 20)], 40))
     step(engine)
     stats = engine.stats()
     engine.scheduler.memory.limit = stats.kv_bytes + 40 * engine.scheduler.memory.token_bytes
-    looked = spied(monkeypatch, PrefixStore, "longest")
+    looked = noted(monkeypatch, PrefixStore, "longest", looked_up)
     waiting = Request([*PROMPTS[0], *range(40, 80)], 2)
     engine.submit(waiting)
     steps = 0
@@ -138,7 +119,8 @@ def test_a_request_that_waits_for_memory_is_not_looked_up_and_nothing_is_dropped
 def test_the_disk_is_asked_for_more_than_there_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "CHUNK", 16)
     made = SpecDecoder(tiny_model(), None, "none", runtime="transformers")
-    prompt, looked = [3 + n * n % 90 for n in range(70)], spied(monkeypatch, PrefixDisk, "longest")
+    prompt = [3 + n * n % 90 for n in range(70)]
+    looked = noted(monkeypatch, PrefixDisk, "longest", looked_up)
     with made.engine(prefix_cache=tmp_path) as engine:
         for text in (prompt, [*prompt, 5], [*prompt[:40], 7], [*prompt[:40], *range(9, 40)]):
             for _ in engine.submit(made.request(text, max_new_tokens=2, ignore_eos=True)):

@@ -1,7 +1,5 @@
 """Models with recurrent layers: what is rejected leaves no trace in their states."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Iterator, Sequence
@@ -133,9 +131,7 @@ def test_a_text_is_gone_on_with_where_it_ended_or_where_others_forked_off(kind: 
 
 @SERVED
 @pytest.mark.parametrize("chunk", [8, 40])
-def test_checkpoints_are_kept_every_so_many_tokens(
-    kind: tuple[str, str], chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_are_kept_every_so_many_tokens(kind: tuple[str, str], chunk: int, monkeypatch) -> None:
     monkeypatch.setattr(scheduler, "CHECKPOINT", 16)
     engine = engine_of(kind, NoDrafter())
     engine.scheduler.chunk = chunk
@@ -161,9 +157,7 @@ def test_recurrent_states_count_as_memory(kind: tuple[str, str], monkeypatch: py
 
 
 @SERVED
-def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(
-    kind: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(kind: tuple[str, str], monkeypatch) -> None:
     monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
     monkeypatch.setattr(scheduler, "CHECKPOINT", 8)
     token_bytes, state_bytes = cache_sizes(served(*kind)[1])
@@ -184,9 +178,6 @@ def test_checkpoints_of_prompts_take_memory_where_no_row_decodes(
         assert new_tokens(request) == answer_of(engine.batch.target, request.prompt, 6)
 
 
-# --- a control -------------------------------------------------------------------------------------------------------
-
-
 def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: what is rejected stays in the states."""
     make_room, commit, counts = RowStates.make_room, RowStates.commit, dict[int, int]()
@@ -203,9 +194,7 @@ def keeps_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "transformers"), ("qwen3_5_text", "native")])
-def test_states_that_keep_what_was_rejected_change_the_output(
-    family: str, runtime: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_that_keep_what_was_rejected_change_the_output(family: str, runtime: str, monkeypatch) -> None:
     _, target, expected = served(family, runtime)
     keeps_everything(monkeypatch)
     assert run(target, LayerSkipDrafter([1]), PROMPTS, COUNT)[0] != expected

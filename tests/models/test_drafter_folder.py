@@ -1,14 +1,14 @@
 """Drafter folders are data: whole, checked, and refused with one clear line when they are not what they claim."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import zoo
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
@@ -37,14 +37,6 @@ def folder(tmp_path: Path) -> Path:
 def change(folder: Path, **entries: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | entries))
-
-
-def test_a_folder_loads_by_path_and_drafts(folder: Path) -> None:
-    decoder = SpecDecoder(tiny_model(), drafter=folder)
-    out = decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=3)
-    assert out.token_ids == SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12).token_ids
-    assert out.metrics.num_draft_tokens > 0
-    assert M2R2Path.from_json(json.loads((folder / "config.json").read_text())["path"]) == PATH
 
 
 def test_a_folder_of_an_earlier_version_loads_alike(folder: Path) -> None:
@@ -117,9 +109,9 @@ def test_damaged_and_foreign_folders_are_refused_before_anything_is_allocated(
     made = torch.randn
     bounded = lambda *size, **given: made(*size, **given) if max(size) < 10**6 else pytest.fail("allocated")  # noqa: E731
     monkeypatch.setattr(torch, "randn", bounded)
-    with pytest.raises(SpecDecError, match=message) as caught:
+    with refused(message) as caught:
         SpecDecoder(model, drafter=folder)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("name", ["deed", "mixture-of-depths", "medusa", "public"])
@@ -165,29 +157,18 @@ def test_a_drafter_for_other_weights_is_refused_with_both_fingerprints(folder: P
 def test_a_full_disk_leaves_the_old_file_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (folder / "model.safetensors").read_bytes()
 
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(SpecDecError, match="No space left on device"):
         drafter_folder.write(folder, {"drafter": "m2r2"}, {"x": torch.zeros(3)})
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-# --- 8-bit storage ----------------------------------------------------------------------------------------------------
-
-
 def test_matrices_in_8_bits_are_read_as_matrices_within_half_a_step(tmp_path: Path) -> None:
     torch.manual_seed(0)
     wide, odd = torch.randn(40, 64) * torch.logspace(-6, 2, 40)[:, None], torch.randn(3, 20, 56)
-    given = {
-        "wide": wide,
-        "odd": odd,
-        "zero": torch.zeros(64, 64),
-        "bias": torch.randn(4096),
-        "small": torch.ones(2, 2),
-    }
+    given = {"wide": wide, "odd": odd, "zero": torch.zeros(64, 64)}
+    given |= {"bias": torch.randn(4096), "small": torch.ones(2, 2)}
     drafter_folder.write(tmp_path, {"drafter": "m2r2"}, given | {"ids": torch.arange(9)}, "int8")
     kept = load_file(tmp_path / "model.safetensors")
     assert kept["wide.codes"].dtype == torch.int8 and kept["wide.scales"].shape == (40, 2)
@@ -199,16 +180,6 @@ def test_matrices_in_8_bits_are_read_as_matrices_within_half_a_step(tmp_path: Pa
         groups = given[name].unflatten(-1, (kept[f"{name}.scales"].shape[-1], -1))
         most = groups.abs().amax(-1, keepdim=True).expand_as(groups).flatten(-2)
         assert bool(((read[name].float() - given[name]).abs() <= most / 254 + most / 256).all())
-
-
-def test_a_drafter_in_8_bits_drafts_and_is_smaller(folder: Path) -> None:
-    before, size = drafter_folder.read_tensors(folder), (folder / "model.safetensors").stat().st_size
-    drafter_folder.write(folder, drafter_folder.read_config(folder), before, "int8")
-    assert (folder / "model.safetensors").stat().st_size < size / 2
-    decoder = SpecDecoder(tiny_model(), drafter=folder)
-    plain = SpecDecoder(tiny_model(), drafter="none").generate([5, 6, 7], max_new_tokens=12)
-    out = decoder.generate([5, 6, 7], max_new_tokens=12, num_speculative_tokens=3)
-    assert out.token_ids == plain.token_ids and out.metrics.num_draft_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -225,12 +196,8 @@ def test_codes_that_no_matrix_has_are_refused(folder: Path, change, message: str
     drafter_folder.write(folder, drafter_folder.read_config(folder), drafter_folder.read_tensors(folder), "int8")
     kept = load_file(folder / "model.safetensors") | change
     save_file({name: value for name, value in kept.items() if value is not None}, folder / "model.safetensors")
-    with pytest.raises(SpecDecError, match=message) as caught:
+    with refused(message):
         SpecDecoder(tiny_model(), drafter=folder)
-    assert "\n" not in str(caught.value)
-
-
-# --- other precisions of the model it was trained on ------------------------------------------------------------------
 
 
 def in_blocks(model, kind: str):
@@ -287,9 +254,7 @@ def test_a_fine_tune_is_refused_in_every_precision(folder: Path, trained: str, p
     for kind in ("", "Q8_0"):
         other = perturbed(tiny_model(), part)
         target = TransformersTarget(in_blocks(other, kind) if kind else other)
-        with pytest.raises(
-            SpecDecError, match=r"trained for base weights .* differ by more than rounding\); train one"
-        ):
+        with refused(r"trained for base weights .* differ by more than rounding\); train one"):
             drafter_folder.check_base(config, target, str(folder))
 
 
@@ -327,9 +292,7 @@ def test_broken_samples_are_refused(folder: Path, samples) -> None:
         SpecDecoder(tiny_model(), drafter=folder)
 
 
-def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_drafter_is_found_by_fingerprint_then_by_samples(folder: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("importlib.resources.files", lambda name: tmp_path)
     sampled(folder, FORMS["Q4_0"]())
     near, own = (tmp_path / "pretrained" / "m2r2" / name for name in ("a-other", "b-own"))

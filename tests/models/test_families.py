@@ -1,7 +1,5 @@
 """What is known of a family: fields that are not are named, and sizes are bounded before anything is allocated."""
 
-from __future__ import annotations
-
 import json
 import resource
 from pathlib import Path
@@ -12,6 +10,7 @@ import tiny
 import torch
 from passes import IN_BLOCKS
 from safetensors.torch import save_file
+from targets import needs_native
 from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
 from tiny_gguf import ARCHITECTURES, TYPES
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -21,10 +20,8 @@ from specdec.base.errors import SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.models import families, loading, safetensors_file
 from specdec.models.native_model import NativeModel
-from specdec.runtimes.native import library
 from specdec.runtimes.select import make_target
 
-NATIVE = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
 UNKNOWN: list[tuple[str, str, Any]] = [
     ("llama", "residual_multiplier", 0.5),
     ("qwen3", "attention_sink", [1]),
@@ -37,7 +34,7 @@ UNKNOWN: list[tuple[str, str, Any]] = [
 ]
 
 
-@NATIVE
+@needs_native
 @pytest.mark.parametrize(("family", "field", "value"), UNKNOWN)
 def test_a_field_that_the_family_does_not_know_is_named(family: str, field: str, value: Any) -> None:
     """And such a model runs elsewhere by itself, as its own code does."""
@@ -89,11 +86,9 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@NATIVE
+@needs_native
 @pytest.mark.parametrize("kind", MULTIMODAL)
-def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path, monkeypatch, kind: str) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     text, eyes = MULTIMODAL[kind]
     config = AutoConfig.for_model(kind, text_config=model_of(text).config, vision_config=eyes)
@@ -164,9 +159,7 @@ MORE = r"describes over twice the \d+ weights of its files"
         ("qwen3_next", {"linear_value_head_dim": 4000}, MORE),
     ],
 )
-def test_sizes_are_bounded_before_anything_is_allocated(
-    tmp_path: Path, kind: str, changes: dict[str, Any], text: str
-) -> None:
+def test_sizes_are_bounded_before_anything_is_allocated(tmp_path, kind, changes, text) -> None:
     folder = save_tiny(tmp_path) if kind == "llama" else save_tiny_moe(tmp_path, kind)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))

@@ -1,7 +1,5 @@
 """GGUF files that load as they are: headers, blocks, configs and tokenizers, of tiny files that the tests write."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -16,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from passes import apart
-from tiny import ROPES, SMALL, greedy_reference, rough_model, sizes_of
+from refusals import refused
+from tiny import ROPES, SMALL, rough_model, sizes_of
 from tiny_gguf import ARCHITECTURES, write_family, write_gguf, write_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig
@@ -72,9 +71,6 @@ def sizes(family: str) -> dict:
     if family == "gpt_oss":
         found["swiglu_limit"] = 7.0
     return found
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,9 +162,8 @@ def test_types_that_cannot_be_read_are_refused_in_one_sentence(cache, tmp_path, 
     assert data.count(name) == 1 and width // size <= 8
     place = data.index(name) + len(name)
     path.write_bytes(data[:place] + struct.pack("<I", gguf.GGMLQuantizationType[kind]) + data[place + 4 :])
-    with pytest.raises(SpecDecError, match=f"has tensors of type {kind}, which cannot be read; get a file of") as error:
+    with refused(f"has tensors of type {kind}, which cannot be read; get a file of"):
         loading.load(path)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])
@@ -242,10 +237,8 @@ def test_a_note_says_what_all_experts_take_if_there_are_no_kernels_for_some(cach
     assert isinstance(loading.load(path)[0].model.layers[0].mlp.experts, BlockExperts) != said
     found = [each for name, each in read_header(path).tensors.items() if name.endswith("exps.weight")]
     need, stored = 2 * sum(math.prod(each.shape) for each in found), sum(each.nbytes for each in found)
-    note = (
-        f"of type {gates} with Q8_0 in '{path}'; unpacked to bfloat16, they take {megabytes(need)} of memory instead "
-    )
-    assert (f"{note}of {megabytes(stored)}" in capsys.readouterr().err) == said
+    note = f"of type {gates} with Q8_0 in '{path}'; unpacked to bfloat16, they take {megabytes(need)} of memory instead"
+    assert (f"{note} of {megabytes(stored)}" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("shape", [None, (128, 32), (64, 64)])
@@ -290,13 +283,11 @@ def test_blocks_become_dense_weights_for_a_while_and_come_back(cache, tmp_path):
 @pytest.mark.parametrize("runtime", ["torch", "transformers"])
 def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
     path = write_model(tmp_path / "it.gguf", "qwen2", "Q8_0", width=128)
-    expected = greedy_reference(reference(path, torch.bfloat16), [5, 6, 7], 8)
     model, tokenizer = loading.load(path)
     decoder = SpecDecoder(model, tokenizer, "prompt-lookup", runtime=runtime)
     out = decoder.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True)
     plain = SpecDecoder(reference(path), tokenizer, "none", runtime=runtime)
     assert out.token_ids == plain.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).token_ids
-    assert len(out.token_ids) == len(expected)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +326,6 @@ def test_factors_of_the_rotary_frequencies_are_used(cache, tmp_path):
     assert torch.equal(ours, plain / torch.from_numpy(factors))
 
 
-# --- the end of a turn ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("tokens", "unknown", "expected"),
     [
@@ -357,9 +345,6 @@ def test_control_tokens_known_for_it_end_a_sequence(cache, tmp_path, monkeypatch
     write_gguf(tmp_path / "it.gguf")
     model, _ = loading.load(tmp_path / "it.gguf")
     assert model.generation_config.eos_token_id == expected
-
-
-# --- files that are broken --------------------------------------------------------------------------------------------
 
 
 def change(path: Path, old: bytes, new: bytes) -> None:
@@ -399,9 +384,8 @@ def test_a_broken_file_is_one_line_and_leaves_nothing(cache, tmp_path, damage, t
     path = tmp_path / "it.gguf"
     write_gguf(path)
     damage(path)
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         loading.load(path)
-    assert "\n" not in str(error.value)
     assert not list((cache.root / "models").glob("*"))
 
 
@@ -452,9 +436,7 @@ def test_arrays_of_a_header_are_bounded_together(tmp_path):
 
 def test_tensors_without_a_place_are_refused(cache, tmp_path):
     path = write_model(tmp_path / "it.gguf", "llama", "Q8_0", **{"blk.0.attn_q.bias": np.ones(32, np.float32)})
-    with pytest.raises(
-        SpecDecError, match=r"1 tensors that do not belong to a llama model .*, such as 'blk.0.attn_q.bias'"
-    ):
+    with refused(r"1 tensors that do not belong to a llama model .*, such as 'blk.0.attn_q.bias'"):
         loading.load(path)
 
 
@@ -484,9 +466,6 @@ def test_mutated_headers_never_crash(tmp_path):
             assert "\n" not in str(error)
     assert tracemalloc.get_traced_memory()[1] < 20 * len(whole)
     tracemalloc.stop()
-
-
-# --- the real ones ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -1,7 +1,5 @@
 """GGUF files in several parts, of tiny files that the tests write and split."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_hub import FakeHub
+from refusals import refused
 from tiny_gguf import split_gguf, write_gguf, write_model
 from typer.testing import CliRunner
 
@@ -38,9 +37,7 @@ def text(model: Any) -> list[int]:
     return decoder.generate([3, 5, 7], max_new_tokens=12, ignore_eos=True).token_ids
 
 
-def test_any_part_and_the_folder_are_the_unsplit_file(
-    cache: SimpleNamespace, parts: list[Path], tmp_path: Path
-) -> None:
+def test_any_part_and_the_folder_are_the_unsplit_file(cache: SimpleNamespace, parts: list[Path], tmp_path) -> None:
     whole = loading.load(tmp_path / "tiny.gguf")[0]
     wanted = text(tmp_path / "tiny.gguf")
     for given in (*parts, parts[0].parent):
@@ -71,14 +68,11 @@ def test_packed_weights_are_those_of_all_parts(cache: SimpleNamespace, parts: li
 def test_a_missing_part_is_named(cache: SimpleNamespace, parts: list[Path], number: int) -> None:
     parts[number].unlink()
     for given in (parts[number - 1], parts[0].parent):
-        with pytest.raises(SpecDecError, match=rf"part {number + 1} of 3 is missing \('{parts[number]}'\)") as error:
+        with refused(rf"part {number + 1} of 3 is missing \('{parts[number]}'\)"):
             loading.load(given)
-        assert "\n" not in str(error.value)
 
 
-def test_parts_that_do_not_belong_together_are_refused(
-    cache: SimpleNamespace, parts: list[Path], tmp_path: Path
-) -> None:
+def test_parts_that_do_not_belong_together_are_refused(cache: SimpleNamespace, parts: list[Path], tmp_path) -> None:
     kept = parts[1].read_bytes()
     shutil.copy(parts[2], parts[1])
     with pytest.raises(SpecDecError, match=r"'tiny-00002-of-00003.gguf' says that it is part 2 of 3, counted from 0"):
@@ -101,8 +95,6 @@ def test_a_folder_of_several_models_names_them(tmp_path: Path, parts: list[Path]
         check_model(str(parts[0].parent))
 
 
-# --- repositories ----------------------------------------------------------------------------------------------------
-
 REPOSITORY = "org/tiny-GGUF"
 
 
@@ -115,9 +107,7 @@ def repository(fake: type[FakeHub], parts: list[Path], tmp_path: Path) -> type[F
 
 
 @pytest.mark.parametrize("member", ["tiny-Q4_0-00002-of-00003.gguf", "tiny-Q4_0", "q4_0", "Tiny-Q4_0"])
-def test_all_parts_of_a_repositorys_file_are_downloaded(
-    cache: SimpleNamespace, repository: type[FakeHub], tmp_path: Path, member: str
-) -> None:
+def test_all_parts_of_a_repositorys_file_are_downloaded(cache, repository, tmp_path, member) -> None:
     assert text(f"{REPOSITORY}:{member}") == text(tmp_path / "tiny.gguf")
     assert set(repository.fetched) == {f"tiny-Q4_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)}
     fetched = len(repository.fetched)

@@ -1,20 +1,18 @@
 """Tokenizers that are built from a GGUF header: files and token ids are those that transformers makes of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
+from refusals import refused
 from tiny import rough_model
 from tiny_gguf import ARCHITECTURES, finish, write_family, write_gguf
 from tiny_tokenizers import TEXTS
 from transformers import AutoTokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from specdec.base.errors import SpecDecError
 from specdec.models import prepare
 from specdec.models.catalogue import EMBEDDED
 from specdec.models.gguf import model as gguf_model
@@ -40,9 +38,8 @@ def same(own: Path, theirs: Path) -> None:
         assert parts[0][part] == parts[1][part], part
     configs = [json.loads((folder / CONFIG).read_text("utf-8")) for folder in (own, theirs)]
     named = [{key: value for key, value in config.items() if key.endswith("_token")} for config in configs]
-    assert {k: v for k, v in named[0].items() if v} == {
-        k: v for k, v in named[1].items() if v and not k.startswith("add_")
-    }
+    theirs_named = {k: v for k, v in named[1].items() if v and not k.startswith("add_")}
+    assert {k: v for k, v in named[0].items() if v} == theirs_named
     assert (own / TEMPLATE).is_file() == (theirs / TEMPLATE).is_file()
     if (own / TEMPLATE).is_file():
         assert (own / TEMPLATE).read_text("utf-8") == (theirs / TEMPLATE).read_text("utf-8")
@@ -102,9 +99,8 @@ def test_tokens_of_all_types(tmp_path: Path, first: bool, last: bool) -> None:
 @pytest.mark.parametrize("more", [{"merges": ["ab"]}, {"bos": 99}, {"merges": ["a z"]}])
 def test_a_broken_vocabulary_is_one_line(tmp_path: Path, more: dict[str, Any]) -> None:
     file = read_header(with_tokens(tmp_path / "it.gguf", False, False, **more))
-    with pytest.raises(SpecDecError, match="has no usable tokenizer: that of its GGUF file is broken") as error:
+    with refused("has no usable tokenizer: that of its GGUF file is broken"):
         gguf_tokenizer.write("it", file, "llama", tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_an_unknown_kind_is_converted(tmp_path: Path) -> None:

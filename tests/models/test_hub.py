@@ -1,12 +1,11 @@
 """Drafters on a hub are drafted with from there: a server on this machine with the hub's endpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_hub import FakeHub
+from refusals import refused
 from safetensors.torch import save
 from tiny import save_native, tiny_model
 from tiny_gguf import write_gguf
@@ -52,14 +51,11 @@ def test_a_drafter_on_the_hub_drafts_and_no_code_is_downloaded(fake: type[FakeHu
 )
 def test_what_is_no_drafter_is_one_line(fake: type[FakeHub], files: dict[str, bytes], asked: str, text: str) -> None:
     fake.repositories[REPOSITORY] = files
-    with pytest.raises(SpecDecError, match=text) as error:
+    with refused(text):
         DrafterSpec.parse(asked).resolved()
-    assert "\n" not in str(error.value)
 
 
-def test_a_hub_that_cannot_list_files_is_not_one_without_them(
-    fake: type[FakeHub], cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_list_files_is_not_one_without_them(fake, cache, tmp_path, monkeypatch) -> None:
     """Also where the configuration is in the cache."""
     folder, get = save_native(tmp_path / "native"), fake.do_GET
     fake.repositories["some/one"] = {path.name: path.read_bytes() for path in folder.iterdir()}

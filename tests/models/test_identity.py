@@ -1,7 +1,5 @@
 """Whatever changes a model's logits changes the identity under which its keys and values are kept on disk."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import os
@@ -11,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from at_once import BF16
-from tiny import SIZES, change_unseen, save_native, tiny_model
+from targets import needs_native
+from tiny import SIZES, save_native, tiny_model
 from tiny_gguf import write_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -98,14 +96,6 @@ def test_frequencies_that_a_file_brings_change_the_identity() -> None:
     assert identity.numbers(target) != identity.numbers(other)
 
 
-def test_of_two_models_with_one_fingerprint_the_content_differs() -> None:
-    model, other = tiny_model(), tiny_model()
-    assert identity.content(model) == identity.content(other)
-    change_unseen(other)
-    assert identity.fingerprint(model) == identity.fingerprint(other)
-    assert identity.content(model) != identity.content(other)
-
-
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_the_content_of_a_model_is_that_of_its_file(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
@@ -138,7 +128,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_every_loading_option_that_changes_logits_changes_the_identity() -> None:
     found = list[tuple[dict[str, Any], torch.Tensor, str]]()
     for options in OPTIONS:
@@ -155,9 +145,9 @@ def test_every_loading_option_that_changes_logits_changes_the_identity() -> None
     assert different > len(OPTIONS) * (len(OPTIONS) - 1) // 2 - 12
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_the_kernels_are_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, _ = make_target(tiny_model(**BF16).bfloat16(), "native")
+    target, _ = make_target(tiny_model(**SIZES).bfloat16(), "native")
     own = identity.numbers(target)
     (tmp_path / "_native.so").write_bytes(library.LIBRARY.read_bytes() + b"another")
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "_native.so")

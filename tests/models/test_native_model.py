@@ -1,7 +1,5 @@
 """Models without modelling classes: modules, tables and configs are those of transformers, in every family."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys
@@ -11,7 +9,8 @@ import gguf
 import pytest
 import torch
 from passes import apart
-from tiny import ROPES, SMALL, rough_model, save_native, sizes_of, tiny_model
+from targets import needs_native
+from tiny import SMALL, rough_model, save_native, sizes_of, tiny_model
 from tiny_gguf import write_family, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -19,25 +18,9 @@ from specdec.base.errors import SpecDecError
 from specdec.models import catalogue, families, loading
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.gguf.blocks import BlockExperts, temporarily_dense
-from specdec.models.native_model import NativeModel, as_transformers, empty_model, transformers_config
-from specdec.runtimes.native import library
+from specdec.models.native_model import NativeModel, as_transformers, empty_model
 from specdec.runtimes.select import make_target
 
-VARIANTS = {
-    "llama": [{"attention_bias": True}, {"mlp_bias": True, "tie_word_embeddings": True}, {"head_dim": None}],
-    "qwen2": [{"tie_word_embeddings": True}],
-    "qwen3": [{"attention_bias": True}],
-    "granite": [{"attention_bias": True, "mlp_bias": True}],
-    "smollm3": [{"attention_bias": True, "mlp_bias": True}],
-    "olmo2": [{"attention_bias": True}],
-    "olmoe": [{"attention_bias": True}],
-    "qwen3_moe": [{"mlp_only_layers": [1], "decoder_sparse_step": 2}, {"attention_bias": True}],
-    "gemma3_text": [{"attention_bias": True}],
-    "gpt_oss": [{"attention_bias": False}],
-    "qwen3_5_text": [{"attention_bias": True, "linear_num_value_heads": 8}],
-    "qwen3_next": [{"mlp_only_layers": [2]}],
-}
-CASES = [(kind, change) for kind in families.FAMILIES for change in ({}, *VARIANTS.get(kind, ()))]
 WAVES = {"rope_theta": 5000.0, "original_max_position_embeddings": 32}
 SCALED = {
     "default": {"rope_theta": 5000.0},
@@ -55,40 +38,6 @@ SCALED = {
 def config_of(kind: str, **changes: object) -> Config:
     theirs = AutoConfig.for_model(kind, **{**SMALL, **sizes_of(kind), **changes})
     return Config(**theirs.to_dict())
-
-
-@pytest.mark.parametrize(("kind", "changes"), CASES, ids=[f"{kind} {change}" for kind, change in CASES])
-def test_modules_are_those_of_transformers(kind: str, changes: dict[str, object]) -> None:
-    config = config_of(kind, **changes)
-    own, theirs = NativeModel(config, torch.bfloat16), empty_model(config, torch.bfloat16)
-    names = [
-        {name: (tuple(value.shape), value.dtype) for name, value in model.named_parameters(remove_duplicate=False)}
-        for model in (own, theirs)
-    ]
-    assert names[0] == names[1]
-    assert own.dtype == torch.bfloat16
-    assert (own.lm_head.weight is own.model.embed_tokens.weight) == bool(config.tie_word_embeddings)
-    for layer, other in zip(own.model.layers, theirs.model.layers, strict=True):
-        attention = getattr(layer, "self_attn", None)
-        if attention is not None:
-            assert attention.scaling == other.self_attn.scaling
-            assert attention.head_dim == other.self_attn.head_dim
-        for path, module in layer.named_modules():
-            if path.endswith("norm"):
-                norm = other.get_submodule(path)
-                assert module.eps == (getattr(norm, "variance_epsilon", None) or norm.eps)
-
-
-@pytest.mark.parametrize("kind", families.FAMILIES)
-def test_tables_are_those_of_transformers(kind: str) -> None:
-    changes = {"rope_parameters": copy.deepcopy(ROPES[kind])} if kind in ROPES else {}
-    config = config_of(kind, **changes)
-    own, theirs = NativeModel(config, torch.bfloat16), empty_model(config, torch.bfloat16)
-    for pair in filter(None, families.rotations(config)):
-        for rotation in pair:
-            for dtype in (torch.bfloat16, torch.float32):
-                tables = [rotation.tables(model.model.rotary_emb, 100, dtype) for model in (own, theirs)]
-                assert torch.equal(*tables)
 
 
 @pytest.mark.parametrize("kind", SCALED)
@@ -137,14 +86,6 @@ def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_pa
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_a_config_is_that_of_transformers_again() -> None:
-    config = config_of("gemma3_text")
-    theirs = transformers_config(config.to_dict())
-    assert theirs.to_dict() == AutoConfig.for_model("gemma3_text", **{**SMALL, **sizes_of("gemma3_text")}).to_dict()
-    with pytest.raises(AttributeError, match="this 'gemma3_text' config has no nonsense"):
-        _ = config.nonsense
-
-
 WITHOUT = """
 import sys
 sys.modules["transformers"] = None  # an import raises
@@ -156,7 +97,6 @@ for how in ({}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01, "
     print(len(decoder.generate(chat, max_new_tokens=4, ignore_eos=True, **how).token_ids))
 print([name for name in ("sympy", "torch._dynamo", "huggingface_hub.hf_api") if name in sys.modules])
 """
-needs_native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 
 
 def decode_without_slow_imports(model: str | Path) -> None:
@@ -194,9 +134,7 @@ print(make_target(loading.load(sys.argv[1])[0])[0].runtime)
 
 @needs_native
 @pytest.mark.slow
-def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelling_classes(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelling_classes(cache, tmp_path) -> None:
     write_gguf(tmp_path / "it.gguf", width=128, packed=gguf.GGMLQuantizationType.Q8_0, experts=4)
     run = subprocess.run([sys.executable, "-c", FIRST, tmp_path / "it.gguf"], capture_output=True, text=True)
     assert run.stdout.split() == ["native"], run.stderr
@@ -205,9 +143,7 @@ def test_a_first_load_of_a_family_that_transformers_completes_imports_no_modelli
 @pytest.mark.parametrize(
     ("kind", "tied"), [("llama", True), ("llama", False), ("qwen3_moe", False), ("gpt_oss", False)]
 )
-def test_a_saved_model_has_its_weights_in_blocks(
-    kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_model_has_its_weights_in_blocks(kind: str, tied: bool, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     theirs = tiny_model(kind, **sizes_of(kind) | {"tie_word_embeddings": tied})
     model = loading.load(write_family(tmp_path / "it.gguf", theirs, "Q8_0"))[0]

@@ -1,18 +1,20 @@
 """Model folders without transformers' modelling classes: configs, weights, tokenizers and texts are those of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import struct
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from passes import play
+from refusals import refused
 from safetensors.torch import load_file, save_file
+from spies import noted
+from targets import needs_native
 from tiny import save_native, save_tiny_moe
 from tiny_gguf import write_model
 from tiny_tokenizers import special_tokenizer
@@ -61,9 +63,8 @@ def numbers(model: Any) -> dict[str, torch.Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, BlockExperts):
             pairs = zip(*map(module.expert, range(len(module.down))), strict=True)
-            own |= {
-                f"{path}.{n}": torch.stack(each) for n, each in zip(("gate_up_proj", "down_proj"), pairs, strict=True)
-            }
+            named = zip(("gate_up_proj", "down_proj"), pairs, strict=True)
+            own |= {f"{path}.{n}": torch.stack(each) for n, each in named}
     return own
 
 
@@ -159,8 +160,6 @@ def test_so_are_other_dtypes_and_code_of_a_models_own(folder: Path) -> None:
     assert not entries(folder)
 
 
-# -- experts ----------------------------------------------------------------------------------------------------------
-
 FORMS = ["matrices", "fused", "shards"]  # an expert's matrices apart, as published models have them, or fused
 
 
@@ -194,7 +193,7 @@ def test_experts_stay_in_the_files_in_each_form(tmp_path: Path, family: str, for
     assert torch.equal(dense(ids).logits, expected(ids).logits)
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_kernels_take_experts_from_the_files(tmp_path: Path, family: str) -> None:
     folder = save_native(tmp_path / "it", family)
@@ -228,12 +227,8 @@ def test_a_mixture_that_lacks_something_is_one_line(tmp_path: Path, change: Any)
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(SpecDecError, match=r"do not fit its config.json|cannot load model") as error:
+    with refused(r"do not fit its config.json|cannot load model"):
         loading.load(folder)
-    assert "\n" not in str(error.value)
-
-
-# -- faults -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_changed_config_or_tokenizer_is_read_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,15 +262,9 @@ def test_a_config_that_is_changed_in_its_place_is_read_again(folder: Path, tmp_p
     assert loading.load(place)[0].config.rms_norm_eps == 0.75
 
 
-@pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+@needs_native
 def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, checks = native.check_logits, list[float]()
-
-    def check(target: Any) -> float:
-        checks.append(own(target))
-        return checks[-1]
-
-    monkeypatch.setattr(native, "check_logits", check)
+    checks = noted(monkeypatch, native, "check_logits", lambda target: None)
     for _ in range(2):
         make_target(loading.load(folder)[0])
     edit(folder, rms_norm_eps=0.25)
@@ -283,17 +272,11 @@ def test_a_changed_config_is_checked_again(folder: Path, monkeypatch: pytest.Mon
     assert len(checks) == 2
 
 
-def test_without_a_place_for_its_entry_transformers_loads_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*given: Any) -> Any:
-        raise OSError(30, os.strerror(30))
-
-    monkeypatch.setattr(prepare, "work_folder", refuse)
+def test_without_a_place_for_its_entry_transformers_loads_it(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(prepare, "work_folder", Mock(side_effect=OSError(30, os.strerror(30))))
     assert isinstance(loading.load(folder)[0], PreTrainedModel)
-    assert "Read-only file system; set SPECDEC_CACHE to use another folder" in capsys.readouterr().err.replace(
-        "\n", " "
-    )
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "Read-only file system; set SPECDEC_CACHE to use another folder" in said
 
 
 def test_what_the_native_runtime_refuses_runs_in_others_as_before(tmp_path: Path) -> None:

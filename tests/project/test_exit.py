@@ -1,7 +1,5 @@
 """A process may end at any time: what still runs in the background neither crashes nor delays it."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

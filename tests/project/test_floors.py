@@ -3,8 +3,6 @@
 Imports for type checking and in functions count.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A copy of specdec has its own drafters, verifiers and configurations, and an installed one is found on a path."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

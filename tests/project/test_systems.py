@@ -1,7 +1,5 @@
 """Commands and a server run with what Windows has of Python, shown on Linux (``systems.py``)."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

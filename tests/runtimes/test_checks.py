@@ -1,26 +1,24 @@
 """The check of a runtime at load: rounding passes, with near ties between experts, too; other arithmetic does not."""
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import rough_model, sizes_of, tamed, tiny_model
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
 from specdec.runtimes.decoder_layer import router
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 
 MIXTURES = [name for name, family in FAMILIES.items() if family.fields >= EXPERTS]
-native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
 
 
 def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
@@ -36,7 +34,7 @@ def mixture(family: str, seed: int = 0, apart: float = 1.0) -> Any:
     return model.bfloat16()
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("family", MIXTURES)
 def test_near_ties_between_experts_are_no_fault(family: str) -> None:
     for seed in range(2):
@@ -83,7 +81,7 @@ def replace(module: Any, function: Any) -> None:
     module.forward = MethodType(lambda _, *given: function(own, *given), module)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "qwen3_next"])
 @pytest.mark.parametrize("other", [louder, scaled, unnormalised, reordered, chosen_otherwise])
 def test_another_mixture_is_refused(family: str, other: Any) -> None:
@@ -112,11 +110,7 @@ def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch
 )
 def test_full_memory_is_no_fault_of_the_model(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised as it is, and no slower runtime is taken."""
-
-    def full(*given: Any) -> Tensor:
-        raise error
-
-    monkeypatch.setattr(TorchTarget, "layers", full)
+    monkeypatch.setattr(TorchTarget, "layers", Mock(side_effect=error))
     with pytest.raises(RuntimeError) as found:
         make_target(tiny_model("llama"))
     assert found.value is error

@@ -1,7 +1,5 @@
 """Passes with some neurons of the MLPs: as if the other neurons gave nothing, in every runtime."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from passes import adapted_pass
+from targets import needs_native
 from tiny import model_of, rough_model, tiny_model
 
 from specdec import SpecDecError
@@ -16,8 +15,7 @@ from specdec.drafters.m2r2.network import M2R2, load_network
 from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.narrow import GatedMLP, gated_mlp, strengths
-from specdec.runtimes.native import library
+from specdec.runtimes.narrow import gated_mlp, strengths
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
@@ -27,19 +25,14 @@ FAMILIES = "llama", "qwen2", "phi3", "olmo2"
 LAYERS, COUNT = (0, 1, 2), 32
 
 
-def mlp_of(target: Target, layer: int) -> GatedMLP:
-    mlp = gated_mlp(target.block(layer))
-    assert mlp is not None
-    return mlp
-
-
 def narrow_adapters(target: Target, low_rank: bool = False) -> Adapters:
     """The first layers with ``COUNT`` neurons, and low-rank terms beside what is left of their MLPs."""
     torch.manual_seed(3)
-    shapes = {n: mlp_of(target, n).shapes(COUNT) for n in LAYERS} if low_rank else {}
+    mlps = {n: gated_mlp(target.block(n)) for n in LAYERS}
+    shapes = {n: mlp.shapes(COUNT) for n, mlp in mlps.items()} if low_rank else {}
     adapters = Adapters(shapes, 4, dict.fromkeys(LAYERS, COUNT))
     for layer in LAYERS:
-        adapters.get_buffer(f"{layer}/neurons").copy_(torch.randperm(mlp_of(target, layer).size)[:COUNT].sort().values)
+        adapters.get_buffer(f"{layer}/neurons").copy_(torch.randperm(mlps[layer].size)[:COUNT].sort().values)
         for _, up in adapters.factors(layer).values():
             torch.nn.init.normal_(up, std=0.05)
     return adapters.requires_grad_(False)
@@ -51,7 +44,6 @@ def without_the_others(model: Any, adapters: Adapters) -> Any:
     for layer in LAYERS:
         block, kept = model.model.layers[layer], adapters.kept(layer)
         mlp, factors = gated_mlp(block), adapters.factors(layer)
-        assert mlp is not None and kept is not None
         gone = torch.ones(mlp.size, dtype=torch.bool)
         gone[kept] = False
         mlp.down.weight[:, gone] = 0
@@ -69,7 +61,7 @@ def without_the_others(model: Any, adapters: Adapters) -> Any:
 @torch.inference_mode()
 def test_other_neurons_give_nothing(runtime: type[Target], family: str, low_rank: bool) -> None:
     model = rough_model(family)
-    target = runtime(model)  # type: ignore[call-arg]
+    target = runtime(model)
     adapters = narrow_adapters(target, low_rank)
     expected = adapted_pass(TransformersTarget(without_the_others(model, adapters)), None, 6)
     whole = adapted_pass(target, None, 6)
@@ -78,7 +70,7 @@ def test_other_neurons_give_nothing(runtime: type[Target], family: str, low_rank
     assert torch.equal(adapted_pass(target, None, 6), whole)  # the model is as it was
 
 
-@pytest.mark.skipif(not library.runs(), reason="the compiled kernels do not run here")
+@needs_native
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_other_neurons_give_nothing_natively(family: str) -> None:
@@ -100,10 +92,10 @@ def test_gradients_reach_the_low_rank_terms() -> None:
 @torch.inference_mode()
 def test_the_strongest_neurons_are_those_that_add_most() -> None:
     target, x = TransformersTarget(rough_model("llama")), torch.randn(50, 32)
-    block, mlp = target.block(1), mlp_of(target, 1)
-    found = strengths(block, "llama", x)
-    y = block.post_attention_layernorm(x)  # type: ignore[operator]
-    a = torch.nn.functional.silu(y @ mlp.ins["mlp.gate_proj"].weight.T) * (y @ mlp.ins["mlp.up_proj"].weight.T)  # type: ignore[operator]
+    block = target.block(1)
+    mlp, found = gated_mlp(block), strengths(block, "llama", x)
+    y = block.post_attention_layernorm(x)
+    a = torch.nn.functional.silu(y @ mlp.ins["mlp.gate_proj"].weight.T) * (y @ mlp.ins["mlp.up_proj"].weight.T)
     each = a[:, None] * mlp.down.weight  # (50, D, I): what each neuron adds
     assert torch.allclose(found, each.square().sum((0, 1)), rtol=1e-3)
 
@@ -114,7 +106,7 @@ def test_neurons_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
     config = {"drafter": "m2r2", "base": {"fingerprint": target.fingerprint}, "path": network.path.to_json()}
     tensors = dict(network.state_dict())
     drafter_folder.write(tmp_path, config, tensors)
-    assert torch.equal(load_network(target, tmp_path).adapters.kept(1), torch.arange(32))  # type: ignore[arg-type]
+    assert torch.equal(load_network(target, tmp_path).adapters.kept(1), torch.arange(32))
     for wrong in (torch.arange(32) + 1000, torch.arange(32) - 1, torch.zeros(32)):
         drafter_folder.write(tmp_path, config, tensors | {"adapters.1/neurons": wrong.int()})
         with pytest.raises(SpecDecError, match=r"neurons of layer 1 .* are not rising numbers"):

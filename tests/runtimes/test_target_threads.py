@@ -3,21 +3,20 @@
 ``interleaved`` forces the worst schedule: a whole generation in another thread between any two lines of the runtimes.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from at_once import BF16, PROMPTS, at_once, grown, projecting
 from passes import Replay
-from tiny import greedy_reference, tiny_model
-from zoo import run
+from targets import needs_native
+from tiny import SIZES, greedy_reference, tiny_model
+from zoo import m2r2, run
 
 from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
@@ -32,18 +31,8 @@ from specdec.runtimes.transformers import TransformersTarget
 
 RUNTIMES = Path(target.__file__).parent
 FOLDERS = (RUNTIMES, RUNTIMES / "native", RUNTIMES / "torch", RUNTIMES.parent / "kvcache")
-FILES = {
-    "library",
-    "linear",
-    "drafting",
-    "target",
-    "transformers",
-    "model",
-    "attention",
-    "graphs",
-    "cache",
-}
-needs_native = pytest.mark.skipif(not library.runs(), reason="there are no native kernels here")
+PROMPTS = [[5, 6, 7, 8, 9] * 3, [10, 11, 12, 13, 10, 11, 12], [20, 21, 22, 23, 24, 25] * 4]
+FILES = {"library", "linear", "drafting", "target", "transformers", "model", "attention", "graphs", "cache"}
 
 
 def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.nn.Module) -> tuple[Any, list[Any]]:
@@ -74,14 +63,19 @@ def interleaved(mine: Callable[[], Any], other: Callable[[], Any], model: torch.
         sys.settrace(before)
 
 
+def grown(target: Target) -> Any:
+    return m2r2(target, 0, ((1, 2), (3, 4)), True, False, nodes=6, width=2)
+
+
+def projecting(target: Target) -> Any:
+    return m2r2(target, 1, ((2, 4),), False, True)
+
+
 def make(runtime: str) -> Target:
     if runtime == "native":
-        return NativeTarget(tiny_model("llama", **BF16).bfloat16())
+        return NativeTarget(tiny_model("llama", **SIZES).bfloat16())
     model = tiny_model("llama")
-    return {
-        "torch": lambda: TorchTarget(model),
-        "graphs": lambda: CapturedTarget(model, record=Replay),
-    }[runtime]()
+    return {"torch": lambda: TorchTarget(model), "graphs": lambda: CapturedTarget(model, record=Replay)}[runtime]()
 
 
 @pytest.mark.parametrize(
@@ -193,18 +187,17 @@ def test_weights_that_are_packed_at_once_do_not_overlap(monkeypatch: pytest.Monk
 
 
 def test_decoders_are_made_at_once_on_one_model() -> None:
-    model = tiny_model("llama")
+    model, begin = tiny_model("llama"), threading.Barrier(3)
     expected = greedy_reference(model, PROMPTS[0], 8)
 
-    def way(runtime: str) -> Callable[[], list[int]]:
-        def once() -> list[int]:
-            decoder = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
-            return decoder.generate(PROMPTS[0], max_new_tokens=8, num_speculative_tokens=3).token_ids
+    def generated(runtime: str) -> list[int]:
+        begin.wait(60)
+        decoder = SpecDecoder(model, None, "prompt-lookup", runtime=runtime)
+        return decoder.generate(PROMPTS[0], max_new_tokens=8, num_speculative_tokens=3).token_ids
 
-        return once
-
-    for found in at_once(way("torch"), way("transformers"), way("torch")):
-        assert found == [expected] * 3
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            assert list(pool.map(generated, ("torch", "transformers", "torch"))) == [expected] * 3
 
 
 def test_a_second_request_is_refused_whenever_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:

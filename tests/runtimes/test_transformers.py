@@ -1,7 +1,5 @@
 """The reference runtime computes what the model itself computes, in pieces, on every supported family."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
@@ -44,9 +42,8 @@ def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
     draft = Draft(torch.tensor([block[1:]]), parents)
     cache = target.new_cache()
     positions = torch.arange(7)[None]
-    target.layers(
-        target.embed(torch.tensor([prompt]), positions), 0, 4, Pass(positions, cache.register(0, positions), cache)
-    )
+    given = Pass(positions, cache.register(0, positions), cache)
+    target.layers(target.embed(torch.tensor([prompt]), positions), 0, 4, given)
     cache.commit([list(range(7))])
     positions = 7 + torch.tensor([draft.depths()])
     x = target.embed(torch.tensor([block]), positions)
@@ -96,9 +93,8 @@ def test_unsupported_models_are_refused_with_the_reason() -> None:
     t5 = AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("t5", d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
     )
-    bloom = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
-    )
+    bloom_config = AutoConfig.for_model("bloom", hidden_size=16, n_layer=2, n_head=2, vocab_size=50)
+    bloom = AutoModelForCausalLM.from_config(bloom_config)
     zamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             "zamba2", hidden_size=16, num_hidden_layers=2, layer_types=["linear_attention", "hybrid"], vocab_size=50

@@ -1,7 +1,5 @@
 """What the server takes, refuses and says, over real sockets, with a tiny model."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Iterator
@@ -134,9 +132,6 @@ def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
     assert server.chat(messages=answered, max_tokens=1).status_code == 200
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
 DEEP = {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the parameter, a part of the message
@@ -226,9 +221,6 @@ def test_the_line_of_a_request_says_what_it_was(server: Server, truth: str) -> N
     assert " prompt + 24 new tokens, " in server.lines[-1] and " per step, length" in server.lines[-1]
 
 
-# --- limits, the key, other origins ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def limited(decoder: SpecDecoder) -> Iterator[Server]:
     with serving(
@@ -284,9 +276,8 @@ def test_health_and_requests_say_that_the_engine_has_ended() -> None:
 
 
 def test_a_client_that_sends_its_body_slowly_is_given_up() -> None:
-    app = make_app(
-        stand_in(byte_tokenizer()), Replay(lambda request: []), ServerSettings(name=NAME, client_timeout=0.05), print
-    )
+    settings = ServerSettings(name=NAME, client_timeout=0.05)
+    app = make_app(stand_in(byte_tokenizer()), Replay(lambda request: []), settings, print)
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -334,12 +325,8 @@ def test_prometheus_has_the_figures_of_vllm(server: Server) -> None:
 
 def test_prometheus_has_the_receipt_of_drafting(server: Server) -> None:
     figures = Metrics(NAME, server.engine.stats)
-    request = RequestMetrics(
-        per_step_drafted=[6, 0, 0, 0],
-        per_step_accepted=[5, 0, 0, 0],
-        accepted_by_source={"ngram": 2, "m2r2": 3},
-        draft_saved_seconds=0.5,
-    )
+    request = RequestMetrics(per_step_drafted=[6, 0, 0, 0], per_step_accepted=[5, 0, 0, 0], draft_saved_seconds=0.5)
+    request.accepted_by_source = {"ngram": 2, "m2r2": 3}
     figures.record_finished(request, "stop", 1.0)
 
     def figure(name: str, **labels: str) -> float | None:
@@ -358,9 +345,8 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
         raise SpecDecError("ended")
 
     monkeypatch.setattr(SpecDecoder, "engine", engine)
-    monkeypatch.setattr(
-        "specdec.serve.settings.ServerSettings", lambda **how: made.update(how) or ServerSettings(**how)
-    )
+    noted = lambda **how: made.update(how) or ServerSettings(**how)  # noqa: E731
+    monkeypatch.setattr("specdec.serve.settings.ServerSettings", noted)
     command = ["serve", "--model", str(save_tiny(tmp_path / "tiny")), "--port", "0"]
     command += ["--max-num-seqs", "7", "--served-model-name", "mine", "--allowed-origins", '["https://a.example", "*"]']
     command += ["--enable-log-requests"]

@@ -1,7 +1,6 @@
 """Bodies that are large in every way: what they count is bounded first, and nothing of it is done on the event loop."""
 
-from __future__ import annotations
-
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from servers import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_in
+from spies import noted
 
 from specdec.engine.request import Event
 from specdec.serve import bodies, service
@@ -64,9 +64,7 @@ def test_what_is_wrong_many_times_is_found_once(case: str) -> None:
 
 
 @pytest.mark.parametrize("more", [{"n": 2**40, "echo": True}, {"prompt": ["a"] * 65}])
-def test_choices_are_counted_before_anything_is_made(
-    server: Server, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choices_are_counted_before_anything_is_made(server: Server, more: dict[str, Any], monkeypatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(service.Service, "encode_text", lambda self, prompt: made.append(prompt))
     monkeypatch.setattr("specdec.serve.answer.Answer.__init__", made.append)
@@ -82,37 +80,17 @@ def test_ids_are_counted_before_they_are_looked_at(server: Server, monkeypatch: 
 
 
 def test_bodies_are_read_and_worked_on_in_other_threads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = dict[str, threading.Thread]()
-
-    def noted(where: Any, name: str) -> None:
-        function = getattr(where, name)
-
-        def call(*args: Any, **how: Any) -> Any:
-            seen[name] = threading.current_thread()
-            return function(*args, **how)
-
-        monkeypatch.setattr(where, name, call)
-
-    noted(bodies, "from_json")
-    noted(service, "encode")
-    noted(service.Service, "submit")
-    monkeypatch.setattr(
-        service.Service, "decode", lambda self, ids, *how: seen.update(decode=threading.current_thread())
-    )
+    monkeypatch.setattr(service.Service, "decode", lambda self, ids, *how: "a")
+    places = (bodies, "from_json"), (service, "encode"), (service.Service, "submit"), (service.Service, "decode")
+    seen = [noted(monkeypatch, *place, lambda *given: threading.current_thread()) for place in places]
     assert server.complete(prompt="a", max_tokens=1).status_code == 200
     server.post("/detokenize", {"tokens": [5]})
-    assert len(seen) == 4 and server.thread not in seen.values()
+    assert all(seen) and server.thread not in itertools.chain(*seen)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_large_answers_are_written_in_other_threads(server: Server, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, written = set[threading.Thread](), OpenAIAnswer._written
-
-    def noted(self: OpenAIAnswer, choice: Any) -> bytes:
-        seen.add(threading.current_thread())
-        return written(self, choice)
-
-    monkeypatch.setattr(OpenAIAnswer, "_written", noted)
+    seen = noted(monkeypatch, OpenAIAnswer, "_written", lambda *given: threading.current_thread())
     answer = server.complete(n=n, max_tokens=1).json()
     assert [choice["text"] for choice in answer["choices"]] == ["b"] * n and answer["usage"]["completion_tokens"] == n
     assert answer["object"] == "text_completion" and seen and server.thread not in seen

@@ -1,7 +1,5 @@
 """Several keys: each with a name, limits and what is stored for it alone; none of them is ever written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,11 +14,7 @@ from servers import NAME, USER, Server, serving, tiny_decoder, until
 from specdec.base.errors import SpecDecError
 from specdec.serve.clients import Key, find_client, read_keys
 
-KEYS = (
-    Key(name="ann", key="sk-ann"),
-    Key(name="bob", key="sk-bob"),
-    Key(name="cy", key="sk-cy", learn=False),
-)
+KEYS = (Key(name="ann", key="sk-ann"), Key(name="bob", key="sk-bob"), Key(name="cy", key="sk-cy", learn=False))
 BODY: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "temperature": 0}
 
 
@@ -56,10 +50,8 @@ def test_keys_have_names_in_the_log_and_in_the_metrics(server: Server) -> None:
 
 def test_what_is_stored_for_a_key_is_its_own(server: Server) -> None:
     mine = [{"role": "user", "content": "A long question that only one of them has asked before."}]
-    cached = [
-        chat(server, name, messages=mine).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-        for name in ("ann", "bob", "ann")
-    ]
+    usages = [chat(server, name, messages=mine).json()["usage"] for name in ("ann", "bob", "ann")]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert max(cached[:2]) < 20 and cached[2] > 50
 
 

@@ -1,7 +1,5 @@
 """Clients that hold connections open: they keep nobody out, and write nothing into the log."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys
@@ -81,7 +79,6 @@ def test_without_room_clients_wait_for_those_that_are_answered() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of descriptors")
 def test_more_idle_connections_than_descriptors_keep_nobody_out() -> None:
     with subprocess.Popen([sys.executable, "-c", SERVER], stderr=subprocess.PIPE, text=True) as child, ExitStack() as s:
-        assert child.stderr is not None
         s.callback(child.kill)
         note, url = next(child.stderr), next(child.stderr).strip()
         assert "ulimit -n" in note

@@ -1,7 +1,5 @@
 """Anthropic's Messages: the official client against a real server, whole and as a stream, with tools both ways."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -69,9 +67,8 @@ def test_a_message_whole_and_streamed(client: Any, server: Server) -> None:
 
 
 def test_the_stream_has_pings_and_names_its_events(server: Server) -> None:
-    lines = server.post(PATH, BODY | {"stream": True, "temperature": 0}, headers={"x-api-key": "secret"}).text.split(
-        "\n\n"
-    )
+    streamed = server.post(PATH, BODY | {"stream": True, "temperature": 0}, headers={"x-api-key": "secret"})
+    lines = streamed.text.split("\n\n")
     assert lines.pop() == ""
     parsed = [line.split("\ndata: ") for line in lines]
     assert all(head == f"event: {json.loads(data)['type']}" for head, data in parsed)
@@ -113,9 +110,8 @@ def test_calls_are_forced_streamed_and_answered(client: Any) -> None:
         whole = client.messages.create(**how, **GREEDY, tool_choice=choice)
         [call] = whole.content
         assert call.type == "tool_use" and whole.stop_reason == "tool_use" and call.id
-        assert set(call.input) == set(
-            next(tool for tool in GIVEN if tool["name"] == call.name)["input_schema"]["required"]
-        )
+        [tool] = [tool for tool in GIVEN if tool["name"] == call.name]
+        assert set(call.input) == set(tool["input_schema"]["required"])
         with client.messages.stream(**how, **GREEDY, tool_choice=choice) as stream:
             events = list(stream)
             [same] = stream.get_final_message().content
@@ -125,9 +121,8 @@ def test_calls_are_forced_streamed_and_answered(client: Any) -> None:
     again = [*USER, {"role": "assistant", "content": whole.content}, {"role": "user", "content": [result]}]
     assert client.messages.create(**how | {"messages": again, "max_tokens": 3}).usage.output_tokens == 3
     counted = client.messages.count_tokens(model=NAME, messages=again).input_tokens
-    assert counted == client.messages.count_tokens(model=NAME, messages=again, tools=GIVEN).input_tokens - len(
-        "weather;sum;"
-    )
+    alike = client.messages.count_tokens(model=NAME, messages=again, tools=GIVEN).input_tokens
+    assert counted == alike - len("weather;sum;")
 
 
 def test_thoughts_text_and_parallel_calls_are_blocks() -> None:
@@ -189,8 +184,6 @@ def test_turns_of_one_role_in_a_row_are_one() -> None:
             prompts.append(other.decoder.tokenizer.decode(other.engine.handles[-1].request.prompt))
     assert prompts[0] == prompts[1] and prompts[0].count("[user]") == 1
 
-
-# --- refusals --------------------------------------------------------------------------------------------------------
 
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "4"}
 CALL = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}

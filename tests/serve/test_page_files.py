@@ -1,7 +1,5 @@
 """The files of the page: they need no other host, and say what they are to screen readers."""
 
-from __future__ import annotations
-
 from html.parser import HTMLParser
 from typing import Any
 

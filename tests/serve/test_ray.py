@@ -1,7 +1,5 @@
 """A replica under Ray Serve on this machine, and what several share."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path

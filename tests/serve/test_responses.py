@@ -1,7 +1,5 @@
 """OpenAI's Responses: the official client and the agents' package, tools both ways, refusals."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator
@@ -129,11 +127,8 @@ def test_reasoning_text_and_parallel_calls_are_items() -> None:
         assert response.usage.output_tokens_details.reasoning_tokens == len("Two things.")
     assert names == ["created", "in_progress", *THOUGHT, *TEXT, *CALL * 2, "completed"]
     assert after.status == "completed"
-    prompt = other.decoder.tokenizer.decode(kept)
-    assert (
-        prompt
-        == f"weather;sum;[user]{ASK}[assistant]Well.<tool_call>Rome</tool_call><tool_call></tool_call>[tool]4[tool]4"
-    )
+    called = "<tool_call>Rome</tool_call><tool_call></tool_call>[tool]4[tool]4"
+    assert other.decoder.tokenizer.decode(kept) == f"weather;sum;[user]{ASK}[assistant]Well.{called}"
 
 
 @pytest.mark.slow  # importing the package takes seconds
@@ -160,8 +155,6 @@ def test_openais_agents_call_a_tool(server: Server) -> None:
 
     assert asyncio.run(run()) == "sum" and len(called) == 1
 
-
-# --- refusals --------------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "'input.0.content.0.type': it"),

@@ -1,7 +1,5 @@
 """The server's process: while its model loads, drained, and ended."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal
@@ -11,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -57,10 +56,7 @@ def test_a_loading_server_says_so_and_then_serves(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_loading_raises_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Any:
-        raise SpecDecError("no such model")
-
-    _, thread, errors = started(fail, monkeypatch)
+    _, thread, errors = started(Mock(side_effect=SpecDecError("no such model")), monkeypatch)
     thread.join(60)
     assert str(errors[0]) == "no such model"
 

@@ -5,8 +5,6 @@ and not at all. What is expected is what plain decoding gives. (A server sees ev
 are in test_drafters_pairwise.)
 """
 
-from __future__ import annotations
-
 import socket
 import threading
 from collections.abc import Iterator
@@ -31,6 +29,7 @@ from servers import (
     tiny_decoder,
     until,
 )
+from spies import noted
 from tiny import tiny_model
 
 from specdec import SpecDecoder
@@ -74,6 +73,12 @@ def known(decoder: SpecDecoder, how: dict[str, Any], prompt: list[dict[str, str]
     texts = [answer.text for answer in answers]
     assert all(len(text) == 64 for text in texts)  # a token is a character
     return texts if n > 1 else texts[0]
+
+
+def answer(server: Server, **more: Any) -> str:
+    """The greedy answer to ``USER``."""
+    text: str = server.chat(**GREEDY, **more).json()["choices"][0]["message"]["content"]
+    return text
 
 
 def spec(response: dict[str, Any]) -> dict[str, Any]:
@@ -129,9 +134,7 @@ def test_2_a_character_of_several_tokens_arrives_whole() -> None:
                 assert spec(found[-1])["num_accepted_draft_tokens"] > 0
 
 
-def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(server: Server, monkeypatch) -> None:
     """Also where drafts are longer than what may still come."""
     text, how, accepted = known(server.decoder, GREEDY), GREEDY, 0
     monkeypatch.setattr(batch.Batch, "_deepest", lambda self, b: 8)
@@ -145,9 +148,7 @@ def test_3_the_limit_inside_an_accepted_draft_gives_exactly_so_many_tokens(
     assert accepted > 20
 
 
-def test_4_nothing_follows_the_end_of_sequence_inside_an_accepted_draft(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_4_nothing_follows_the_end_of_sequence_inside_an_accepted_draft(server: Server, monkeypatch) -> None:
     text, how, depths = known(server.decoder, SAMPLED), SAMPLED, list[int]()
     for place in (2, 5, 8, 11):
         [end] = server.decoder.tokenizer(text[place]).input_ids
@@ -171,19 +172,11 @@ def test_4_the_text_of_the_end_of_sequence_is_not_in_the_answer() -> None:
     assert spec(response)["num_accepted_draft_tokens"] >= 3
 
 
-def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
-    other: SpecDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(other: SpecDecoder, monkeypatch) -> None:
     prompt = [{"role": "user", "content": "Is a draft accepted? Say it in four words."}]
-    how, parts = {"temperature": 0.9, "seed": 5}, list[int]()
+    how = {"temperature": 0.9, "seed": 5}
     texts = [text[:24] for text in known(other, how, prompt, n=4)]
-    run_tokens = batch.run_tokens
-
-    def spy(target: Any, cache: Any, rows: list[list[int]], *more: Any) -> Any:
-        parts.append(sum(map(len, rows)))
-        return run_tokens(target, cache, rows, *more)
-
-    monkeypatch.setattr(batch, "run_tokens", spy)
+    parts = noted(monkeypatch, batch, "run_tokens", lambda target, cache, rows, *more: sum(map(len, rows)))
     with serving(other) as server:
         one = server.chat(messages=prompt, n=4, **how).json()
         assert sum(parts) == one["usage"]["prompt_tokens"] + 3  # each of the others runs its last token
@@ -203,35 +196,30 @@ def test_5_choices_with_a_seed_differ_can_be_repeated_and_share_one_prefill(
         assert not {choice["message"]["content"] for choice in other["choices"]} & set(found)
 
 
+def ask(connection: socket.socket, server: Server, **body: Any) -> None:
+    """Send a chat request, and do not read the answer."""
+    request = httpx.Request("POST", server.url + CHAT, json={"model": NAME} | body)
+    head = "".join(f"{key}: {value}\r\n" for key, value in request.headers.items())
+    connection.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + request.read())
+
+
 @pytest.mark.parametrize(
     ("when", "stream"), [("waiting", False), ("in its prompt", True), ("decoding", False), ("decoding", True)]
 )
-def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(
-    other: SpecDecoder, when: str, stream: bool
-) -> None:
+def test_6_the_rows_of_a_client_that_goes_away_are_gone_after_one_step(other, when, stream) -> None:
     text = known(other, GREEDY)
     engine = other.engine(max_rows=3, prefill_chunk=16, kv_memory=2**30)
     answers = list[str]()
     try:
         with serving(other, engine) as server, Gate(engine) as gate:
-            stays = threading.Thread(
-                target=lambda: answers.append(
-                    server.chat(**GREEDY, max_tokens=60).json()["choices"][0]["message"]["content"]
-                )
-            )
+            stays = threading.Thread(target=lambda: answers.append(answer(server, max_tokens=60)))
             stays.start()
             until(lambda: engine.stats().waiting == 1)
             gate.let(4)
             [staying] = engine.batch.rows
             leaves = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
-            body = httpx.Request(
-                "POST",
-                server.url + CHAT,
-                json={"model": NAME, "messages": [{"role": "user", "content": "Go on, and on, and on."}] , "n": 2}
-                | {"max_tokens": 3000, "stream": stream},
-            )  # fmt: skip
-            head = "".join(f"{key}: {value}\r\n" for key, value in body.headers.items())
-            leaves.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body.read())
+            prompt = [{"role": "user", "content": "Go on, and on, and on."}]
+            ask(leaves, server, messages=prompt, n=2, max_tokens=3000, stream=stream)
             until(lambda: engine.stats().waiting == 2)
             gate.let({"waiting": 0, "in its prompt": 1, "decoding": 6}[when])
             scheduler = engine.scheduler
@@ -272,9 +260,8 @@ def test_9_the_usage_chunk_comes_last_and_counts_accepted_tokens(server: Server)
     assert figures["num_draft_tokens"] > figures["num_accepted_draft_tokens"] > 0  # so the difference is seen
     assert figures["num_spec_steps"] + figures["num_accepted_draft_tokens"] in (23, 24)  # the first is the prefill's
     assert sum(figures["per_step_accepted"]) == figures["num_accepted_draft_tokens"]
-    assert server.chat(**how).json()["usage"] | {"prompt_tokens_details": None} == usage | {
-        "prompt_tokens_details": None
-    }
+    rest = {"prompt_tokens_details": None}
+    assert server.chat(**how).json()["usage"] | rest == usage | rest
 
 
 def test_10_log_probabilities_are_those_of_plain_decoding_whoever_drafted_the_token(server: Server) -> None:
@@ -340,12 +327,7 @@ def test_11_a_full_queue_says_when_to_come_back(other: SpecDecoder, n: int) -> N
     try:
         with serving(other, engine) as server:
             with Gate(engine) as gate:
-                asked = [
-                    threading.Thread(
-                        target=lambda: texts.append(server.chat(**GREEDY).json()["choices"][0]["message"]["content"])
-                    )
-                    for _ in range(3 - n)
-                ]
+                asked = [threading.Thread(target=lambda: texts.append(answer(server))) for _ in range(3 - n)]
                 for number, thread in enumerate(asked, 1):
                     thread.start()
                     until(lambda number=number: engine.stats().waiting == number)
@@ -387,30 +369,21 @@ def test_12_a_slow_reader_is_given_up_with_a_bounded_buffer_and_others_go_on(oth
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
-        body = httpx.Request(
-            "POST",
-            server.url + CHAT,
-            json={"model": NAME, "messages": USER, "max_tokens": 4000, "n": 4, "seed": 1}
-            | {"stream": True, "logprobs": True, "top_logprobs": 20},
-        )
-        head = "".join(f"{key}: {value}\r\n" for key, value in body.headers.items())
-        slow.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body.read())
+        ask(slow, server, messages=USER, max_tokens=4000, n=4, seed=1, stream=True, logprobs=True, top_logprobs=20)
         until(lambda: server.engine.stats().running == 4)
         [connection] = list(server.server.server_state.connections)
         until(lambda: connection.transport.get_write_buffer_size() > 0)
         waiting, right = 0, 0
         while not any("cancelled" in line for line in server.lines):
             waiting, right = max(waiting, connection.transport.get_write_buffer_size()), right + 1
-            assert server.chat(**GREEDY).json()["choices"][0]["message"]["content"] == text[:24]
+            assert answer(server) == text[:24]
             assert right < 1000
         assert right > 0 and waiting < 2**17  # bytes that the server keeps for it
         until(lambda: server.engine.stats().running == 0)
         slow.close()
 
 
-def test_12_a_prompt_ahead_of_time_is_answered_while_another_request_runs(
-    other: SpecDecoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_12_a_prompt_ahead_of_time_is_answered_while_another_request_runs(other: SpecDecoder, monkeypatch) -> None:
     monkeypatch.setattr(scheduler, "PATIENCE", 0.0)
     engine, statuses = other.engine(max_rows=2), list[int]()
     try:

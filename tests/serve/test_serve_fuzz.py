@@ -1,7 +1,5 @@
 """Requests made from the server's own OpenAPI document, valid and not: none is answered with 5xx."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Parameters by the names people know: what each does to the text, and what is ignored, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -125,9 +123,6 @@ def test_vllms_names_of_formats_constrain_the_text(server: Server) -> None:
     assert both.status_code == 400 and "one format only" in both.json()["error"]["message"]
 
 
-# --- what is ignored, and what is refused ----------------------------------------------------------------------------
-
-
 def test_an_unknown_parameter_is_ignored_and_named_in_a_header(server: Server) -> None:
     base = server.chat(**GREEDY)
     odd = {"colour": "red", "caf\u00e9, \n": 1, "messages": [USER[0] | {"mood": 3}], "store": True}
@@ -193,9 +188,7 @@ def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(path
         ("/v1/responses", {"lora": [{"id": 0}]}, "leave it out"),
     ],
 )
-def test_the_parameter_that_does_the_same_is_named(
-    server: Server, path: str, given: dict[str, Any], advice: str
-) -> None:
+def test_the_parameter_that_does_the_same_is_named(server, path, given, advice) -> None:
     response = server.post(path, {"model": NAME, **BODIES[path][1], **given})
     error, (name,) = response.json()["error"], given
     assert response.status_code == 400
@@ -210,9 +203,7 @@ def test_the_parameter_that_does_the_same_is_named(
         ("/v1/responses", {"max_output_tokens": 24}, "max_output_tokens"),
     ],
 )
-def test_more_tokens_at_least_than_at_most_are_refused_in_the_clients_words(
-    server: Server, path: str, given: dict[str, Any], param: str
-) -> None:
+def test_more_tokens_at_least_than_at_most_are_refused_in_the_clients_words(server, path, given, param) -> None:
     response = server.post(path, {"model": NAME, **BODIES[path][1], **given, "min_tokens": 30})
     error = response.json()["error"]
     assert error["message"] == f"'{param}' allows 24 new tokens, fewer than the 30 of 'min_tokens'; change one of them"

@@ -1,7 +1,5 @@
 """Reasoning in chats: apart from the answer, whole and as a stream, and switched by the template's own argument."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

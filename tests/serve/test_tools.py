@@ -1,7 +1,5 @@
 """Tool calls: read from every form however the text is cut, made by grammars, and served to the official client."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -215,9 +213,6 @@ def test_a_grammar_takes_a_call_and_nothing_else() -> None:
 
     assert ends("now", {}) and ends(*CALLS[0]) and not ends(*CALLS[0], " ") and not ends("nobody", {})
     assert not ends("sum", {"a": 1}) and not ends("weather", {"city": "Rome", "days": 10})
-
-
-# --- the server ------------------------------------------------------------------------------------------------------
 
 
 def called(message: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -1,7 +1,5 @@
 """The best tree for a node budget: against all trees by brute force, and what is refused."""
 
-from __future__ import annotations
-
 import math
 import random
 from itertools import chain, combinations, product
@@ -13,12 +11,13 @@ import pytest
 
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.trees import Prices, Tree, grow_best_first
+from specdec.speculation.trees import Prices, likeliest_paths
 
 
-def by_table(accuracy: list[list[float]], budget: int) -> Tree:
-    """accuracy[depth][rank]: the probability that the candidate of that rank is right at that depth."""
-    return grow_best_first(lambda path: accuracy[len(path)] if len(path) < len(accuracy) else (), budget)
+def by_table(accuracy: list[list[float]], budget: int) -> Candidates:
+    """accuracy[depth][token]: the probability that the token is right at that depth."""
+    every = [[(token, p, p) for token, p in enumerate(own)] for own in accuracy]
+    return likeliest_paths(lambda path: every[len(path)] if len(path) < len(every) else (), budget)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -27,7 +26,9 @@ def test_no_tree_of_as_many_nodes_is_expected_to_keep_more(seed: int) -> None:
     accuracy = [[rng.random() for _ in range(2)] for _ in range(3)]  # ranks need not be in order
     value = {p: prod(accuracy[d][r] for d, r in enumerate(p)) for n in (1, 2, 3) for p in product(range(2), repeat=n)}
     for budget in (1, 2, 3, 5, 7):
-        nodes = by_table(accuracy, budget).paths
+        tree, nodes = by_table(accuracy, budget), list[tuple[int, ...]]()
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            nodes.append((*(nodes[parent - 1] if parent else ()), token))
         assert len(set(nodes)) == budget
         trees = (s for s in combinations(value, budget) if all(p[:-1] in s or len(p) == 1 for p in s))
         assert sum(value[p] for p in nodes) == pytest.approx(max(sum(value[p] for p in s) for s in trees))

@@ -1,7 +1,5 @@
 """Builds of the native kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Tools, calls of tools in the formats of models, and servers whose model answers with a given text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

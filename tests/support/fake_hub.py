@@ -1,7 +1,5 @@
 """A server on this machine with the Hugging Face Hub's interface. The fixture ``fake`` (conftest.py) runs it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

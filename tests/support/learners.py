@@ -1,7 +1,5 @@
 """M2R2 drafters that learn after few tokens, from texts of a tiny model."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoRA adapters with random weights, in PEFT folders."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

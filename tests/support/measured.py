@@ -1,7 +1,5 @@
 """Made-up results of cells in the format of ``specdec bench``, for tests of sweeps and reports without a model."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -49,6 +47,7 @@ def method(name: str, speed: float, accepted: list[float], lossless: bool = True
         "mean_acceptance_length": estimate(1 + sum(accepted)),
         "acceptance_rate": sum(accepted) / len(accepted) if accepted else None,
         "acceptance_per_position": accepted,
+        "drafts_per_position": [round(100 * 0.7**i) for i in range(len(accepted))],
         "phase_ms_per_step": {"score": 25.0},
         "mean_layers_per_token": estimate(4),
         "peak_memory_mb": 400.0,
@@ -95,6 +94,7 @@ def result(cell: Cell, speed: float = 1.5, **more: Any) -> dict[str, Any]:
             "device": "cpu",
             "activations": "as computed",
             "kv_cache": "as computed",
+            "load_average": 0.25,
         },
         "pass_ms": {"specdec": {"1": 30.0, "2": 31.0}},
         "seconds": 1.0,

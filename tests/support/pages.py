@@ -1,7 +1,5 @@
 """The root folder of the repository, and the code blocks of its Markdown pages."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Forward passes for tests of runtimes, random adapters, models in GGUF blocks, drafts, and a recorder."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -216,21 +214,30 @@ def random_blocks(
     return Blocks(torch.from_numpy(tiny_gguf.random_blocks(kind, (out, inputs), random, scales)), kind, inputs)
 
 
+def after(target: Target, ids: Tensor) -> tuple[KVCache, DraftRoots]:
+    """Return a cache with the tokens ``ids`` [1, T] and the draft roots after them, from which drafts can grow."""
+    count, cache, taps = ids.shape[1], target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
+    positions = torch.arange(count)[None]
+    given = Pass(positions, cache.register(0, positions), cache, taps)
+    final = target.layers(target.embed(ids, positions), 0, 4, given)
+    cache.commit([list(range(count))])
+    return cache, DraftRoots([5], [count], final, list(taps.values()), place=count - 1)
+
+
 def seeded(target: Target) -> tuple[KVCache, DraftRoots]:
-    """Return a cache with three tokens and the draft roots after them, from which a tree of drafts can grow."""
-    ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3)[None], target.new_cache()
-    taps = {1: torch.empty(0), 3: torch.empty(0)}
-    final = target.layers(
-        target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache, taps)
-    )
-    cache.commit([[0, 1, 2]])
-    return cache, DraftRoots([5], [3], final, list(taps.values()), place=2)
+    return after(target, torch.tensor([[5, 6, 7]]))
+
+
+def several(cache: KVCache, roots: DraftRoots, rows: int) -> DraftRoots:
+    """Make the only row of ``cache`` so many, and return the draft roots of all."""
+    cache.select([0] * rows)
+    final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
+    return DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
 
 
 def drafted(target: Target, *how: Any) -> Candidates:
     """Return what ``candidates_on_path`` drafts for the only row."""
     found = candidates_on_path(target, *how)
-    assert found is not None
     [row] = found
     return row
 

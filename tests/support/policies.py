@@ -1,7 +1,5 @@
 """Depth policies with a scripted choice, so that drafts do not depend on timings."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence
@@ -35,11 +33,8 @@ def alternating(drafter: Drafter, seed: int = 0, deepest: int = 5) -> FixedDepth
         depths[rng.randrange(len(caps))] = rng.randint(1, deepest)
         depths = [min(depth, cap) for depth, cap in zip(depths, caps, strict=True)]
         nodes, rates = [0.02 * count for count in range(25)], [[0.8] * min(deepest, cap) for cap in caps]
-        tables = (
-            [[RAW_PROBABILITIES if cap else NEVER] * len(traits.sources) for cap in caps]
-            if traits.has_probabilities
-            else ()
-        )
+        tables = [[RAW_PROBABILITIES if cap else NEVER] * len(traits.sources) for cap in caps]
+        tables = tables if traits.has_probabilities else ()
         return DepthChoice(depths, exit, None if level is None else Prices(nodes, level, rates=rates, tables=tables))
 
     turns = list[tuple[int | None, float | None] | None]()

@@ -1,7 +1,5 @@
 """Recordings of calls of the native kernels, with the memory that they read, which the program ``replay.c`` repeats."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

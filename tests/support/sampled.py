@@ -1,7 +1,5 @@
 """Statistical tests of sampling with a tiny vocabulary: p-values of joint outcomes, and a verifier that is wrong."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import product
 
@@ -12,7 +10,6 @@ from transformers import PreTrainedModel, TopPLogitsWarper
 from zoo import run
 
 from specdec.runtimes.target import Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.verifier import Acceptance, Verifier
@@ -66,14 +63,9 @@ def expected(model: PreTrainedModel, temperature: float, top_p: float, count: in
 
 
 def fit(
-    target: Target,
-    drafter: Drafter,
-    temperature: float = 0.8,
-    top_p: float = 0.9,
-    verifier: Verifier | None = None,
+    target: Target, drafter: Drafter, temperature: float = 0.8, top_p: float = 0.9, verifier: Verifier | None = None
 ) -> float:
     """Return the p-value of the first three tokens, sampled by the engine with ``drafter`` in many rows."""
     given = {"temperature": temperature, "top_p": top_p, "seed": 11}
     out, _ = run(target, drafter, [PROMPT] * ROWS, 3, depth=2, eos=None, verifier=verifier, **given)
-    assert isinstance(target, TransformersTarget)
     return p_value(Counter(map(tuple, out)), expected(target.model, temperature, top_p), ROWS)

@@ -130,9 +130,8 @@ class Server:
 
 def content(found: list[dict[str, Any]], index: int = 0) -> str:
     """Return the text of the streamed choice ``index``. found: the objects of the stream."""
-    return "".join(
-        c["delta"].get("content", "") for chunk in found for c in chunk["choices"] if c["index"] == index
-    )  # fmt: skip
+    choices = [choice for chunk in found for choice in chunk["choices"] if choice["index"] == index]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
 def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -219,14 +218,8 @@ def stand_in(tokenizer: Any, context: int = 4096, vocab: int = 512) -> Any:
     """Return a decoder without a model for servers around ``Replay``. context, vocab: what the model claims."""
     target = SimpleNamespace(context=context, vocab_size=vocab)
     drafter = SimpleNamespace(traits=SimpleNamespace(label="none"))
-    made = SimpleNamespace(
-        tokenizer=tokenizer,
-        target=target,
-        drafter=drafter,
-        verifier=SimpleNamespace(threshold=None),
-        adapter=None,
-        eos_ids=lambda: frozenset({0}),
-    )
+    made = SimpleNamespace(tokenizer=tokenizer, target=target, drafter=drafter, adapter=None)
+    made.verifier, made.eos_ids = SimpleNamespace(threshold=None), lambda: frozenset({0})
     made._request = lambda *given: SpecDecoder._request(made, *given)
     made.request = lambda prompt, **given: SpecDecoder.request(
         made, prompt, sampler=RowSampler(SamplingParams()), **given

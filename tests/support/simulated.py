@@ -3,8 +3,6 @@
 One drafter has tokens at no cost, as n-grams have, the other costs time for each level of the tree, as M2R2 does.
 """
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math

@@ -4,8 +4,6 @@
 tests in a process of their own.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from statistics import median
@@ -28,7 +26,9 @@ LAUNCHES = {"none": 25, "m2r2: projection": 300}  # of a step with one row, once
 READS = {
     "none": (1, 1),
     "ngram (tree)": (1, 1),
+    "prompt-lookup": (1, 1),
     "m2r2: projection": (1, 1),
+    "m2r2-paper": (1, 1),
     "m2r2 (tree)": (2, 2),
     "ngram+m2r2 (tree)": (2, 2),
     "medusa": (2, 2),

@@ -6,8 +6,6 @@ every module is imported, and commands and a server of a tiny model run. This ca
 signals, file locks and open files of Windows behave.
 """
 
-from __future__ import annotations
-
 import builtins
 import errno
 import importlib

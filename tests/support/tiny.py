@@ -1,7 +1,5 @@
 """Tiny random models, and folders of them with a character tokenizer and a chat template, as a user would have them."""
 
-from __future__ import annotations
-
 import copy
 import string
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tiny embedded model: its GGUF file, its name, and a stand-in for what must not be called."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,14 +115,11 @@ def split_gguf(path: Path, counts: list[int]) -> list[Path]:
         tensors, infos, data = reader.tensors[done : done + count], b"", b""
         for each in tensors:
             shape = [int(n) for n in each.shape]
-            infos += text(each.name) + struct.pack(
-                f"<I{len(shape)}QIQ", len(shape), *shape, each.tensor_type, len(data)
-            )
+            numbers = len(shape), *shape, each.tensor_type, len(data)
+            infos += text(each.name) + struct.pack(f"<I{len(shape)}QIQ", *numbers)
             data += padded(each.data.tobytes())
-        split = [
-            text("split.no") + struct.pack("<IH", 2, number),
-            text("split.count") + struct.pack("<IH", 2, len(counts)),
-        ]
+        split = [text("split.no") + struct.pack("<IH", 2, number)]
+        split.append(text("split.count") + struct.pack("<IH", 2, len(counts)))
         split.append(text("split.tensors.count") + struct.pack("<Ii", 5, len(reader.tensors)))
         pairs = (metadata if number == 0 else []) + split
         header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join(pairs) + infos

@@ -1,7 +1,5 @@
 """Tokenizers with few tokens and the properties that a test needs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers

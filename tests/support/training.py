@@ -1,7 +1,5 @@
 """Training on a tiny model: settings, answers as token ids, and the drafts of a drafter."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -26,7 +26,6 @@ from specdec.drafters.joined import JoinedDrafter
 from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.m2r2 import M2R2, M2R2Drafter, M2R2Path, PaperM2R2Drafter
-from specdec.drafters.m2r2.network import Router
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.drafters.mtp import MTPDrafter, MTPHead
 from specdec.drafters.ngram import NgramDrafter
@@ -82,8 +81,8 @@ class FixedExit(FixedDepth):
         super().__init__(depth)
         self.exit = exit
 
-    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
-        return super().choose(rows, caps)._replace(exit=self.exit)
+    def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
+        return super().choose(rows, caps, contexts)._replace(exit=self.exit)
 
 
 class Ran(NamedTuple):
@@ -125,6 +124,11 @@ def together(
         if error := next((request.error for request in requests if request.error is not None), None):
             raise error
     return engine
+
+
+def plain_engine(target: Target, **options: Any) -> Engine:
+    """Return an engine that decodes plainly. options: of the engine."""
+    return Engine(target, NoDrafter(), ExactVerifier(), FixedDepth(0), **options)
 
 
 def step(engine: Engine) -> list[tuple[Request, list[int]]]:
@@ -198,7 +202,6 @@ def m2r2(
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for each in network.routers or ():
-        assert isinstance(each, Router)
         torch.nn.init.normal_(each.out.weight, std=2.0)  # unsure of some, sure of others
     return kind(network, nodes=nodes, **options)
 
@@ -234,13 +237,8 @@ def save_medusa(folder: Path, model: Any) -> None:
     target = TransformersTarget(model)
     drafter = medusa(target)
     base = {"name": "org/base", "num_layers": target.num_layers, "hidden_size": target.hidden_size}
-    config = {
-        "drafter": "medusa",
-        "heads": 3,
-        "layers": 1,
-        "rooted": False,
-        "base": base | {"fingerprint": target.fingerprint},
-    }
+    base["fingerprint"] = target.fingerprint
+    config = {"drafter": "medusa", "heads": 3, "layers": 1, "rooted": False, "base": base}
     drafter_folder.write(folder, config, dict(drafter.network.state_dict()))
 
 

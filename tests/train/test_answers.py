@@ -1,20 +1,20 @@
 """The base's own answers: what plain decoding gives, whatever else is in the batch, and kept when a run is killed."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from rich.progress import Progress
+from refusals import refused
 from tiny import greedy_reference, tiny_model
 from training import Tokens
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
+from specdec.base.terminal import Progress
 from specdec.train import answers
-from specdec.train.answers import answer_prompts
+from specdec.train.answers import answer_prompts, known_answers
 from specdec.train.data import Prompt, TrainingAnswer
 from specdec.train.settings import TrainSettings
 
@@ -38,7 +38,7 @@ def made(
     decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), Tokens(), drafter="none")
     folder.mkdir(exist_ok=True)
     items = [*given, *(Prompt((" ".join(map(str, prompt)),)) for prompt in prompts)]
-    return answer_prompts(folder, decoder, items, settings, Progress(disable=True))
+    return answer_prompts(folder, decoder, known_answers(folder, decoder, items), settings, Progress())
 
 
 def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:
@@ -93,18 +93,10 @@ def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch:
         file.write_text(kept)
 
 
-def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_and_a_prompt_that_is_too_long_are_clear_lines(tmp_path, monkeypatch) -> None:
     with pytest.raises(SpecDecError, match="a prompt has 200 tokens, the model's context 128"):
         made(tmp_path, [[3] * 200])
 
-    def full(*args: object) -> Iterator[TrainingAnswer]:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(answers, "_generate", full)
-    with pytest.raises(
-        SpecDecError,
-        match=r"cannot write answers to .*No space left on device; free some space and continue with --resume",
-    ):
+    monkeypatch.setattr(answers, "_generate", Mock(side_effect=OSError(28, "No space left on device")))
+    with refused(r"cannot write answers to .*No space left on device; free some space and continue with --resume"):
         made(tmp_path, some_prompts())

@@ -1,7 +1,5 @@
 """Windows of answers in batches: each once an epoch, within the context."""
 
-from __future__ import annotations
-
 import torch
 from tiny import tiny_model
 

@@ -1,11 +1,10 @@
 """What is trained on: files of every kind, their tokens, held-out prompts, the draft vocabulary."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from training import recipe
 
 from specdec.base.errors import SpecDecError
@@ -28,8 +27,18 @@ def test_lines_of_every_kind_are_read_and_broken_ones_are_named(tmp_path: Path) 
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(SpecDecError, match="no prompts in"):
         data.read([tmp_path / "empty"])
-    with pytest.raises(SpecDecError, match="cannot read"):
+    with pytest.raises(SpecDecError, match=r"there is no prompt file .*give a file or one of own, "):
         data.read([tmp_path / "missing"])
+    with pytest.raises(SpecDecError, match="nothing to train on; give --prompts"):
+        data.read([])
+
+
+def test_prompt_sets_are_read_by_name_and_prompts_keep_their_kind(tmp_path: Path) -> None:
+    own = data.read(["own"])
+    assert len(own) > 20 and all(isinstance(item, Prompt) and item.kind for item in own)
+    file = tmp_path / "kinds.jsonl"
+    file.write_text('{"prompt": "a", "category": "math"}\n{"prompt_ids": [1], "response_ids": [2], "category": "code"}')
+    assert [item.kind for item in data.read([file])] == ["math", "code"]
 
 
 def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
@@ -51,14 +60,12 @@ def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path)
 def test_answers_of_a_model_with_a_larger_vocabulary_are_refused(answers: Path, tmp_path: Path) -> None:
     with answers.open("a") as file:
         file.write('\n{"prompt_ids": [5], "response_ids": [6, 97]}')  # of 97 tokens
-    with pytest.raises(
-        SpecDecError, match="answer 41 to train on holds token 97, but the model's vocabulary ends at 96"
-    ):
+    with refused("answer 41 to train on holds token 97, but the model's vocabulary ends at 96"):
         train(recipe(answers, tmp_path / "out"))
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_answer_tokens_and_the_ends() -> None:
     some = [TrainingAnswer((9, 9, 9, 9), (5, 5, 5, 7, 7, 8)), TrainingAnswer((9,), (5, 6))]
-    assert data.draft_vocabulary(some, 3, [2], 97).tolist() == [2, 5, 7]
-    assert data.draft_vocabulary(some, 6, [2], 97).tolist() == [2, 5, 6, 7, 8, 9]
+    assert data.draft_vocabulary(some, 3, [2], 97) == [2, 5, 7]
+    assert data.draft_vocabulary(some, 6, [2], 97) == [2, 5, 6, 7, 8, 9]
     assert len(data.draft_vocabulary(some, 500, [2], 97)) == 97

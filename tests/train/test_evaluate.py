@@ -1,7 +1,5 @@
 """What an evaluation counts."""
 
-from __future__ import annotations
-
 import torch
 
 from specdec.train.evaluate import acceptance_lengths

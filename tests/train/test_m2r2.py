@@ -1,7 +1,5 @@
 """M2R2's method: paths, the layers that residuals run ahead to, rates, alignment."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import tiny_model

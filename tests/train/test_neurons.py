@@ -1,7 +1,5 @@
 """The neurons that a narrow path runs: chosen once, and kept by later runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,9 +1,9 @@
 """Whole runs of training: they learn, resume exactly, and say clearly what is wrong."""
 
-from __future__ import annotations
-
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import yaml
 from lora import save_lora
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_model
 from tiny_gguf import write_gguf
-from training import Killed, checkpoint_of, evaluations, recipe
+from training import Killed, Tokens, checkpoint_of, evaluations, recipe
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
@@ -26,6 +26,7 @@ from specdec.models import drafter_folder, loading
 from specdec.train import data, trainer
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
+from specdec.train.progress import RunProgress
 from specdec.train.run import TrainingRun
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher
@@ -33,9 +34,7 @@ from specdec.train.trainer import train
 
 
 @pytest.mark.parametrize("path", [{}, {"exit_layer": 3, "segments": [], "final_projection": False, "draft_steps": 1}])
-def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(
-    answers: Path, tmp_path: Path, path: dict[str, Any]
-) -> None:
+def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(answers, tmp_path, path) -> None:
     model, _ = loading.load("tiny")
     before = {name: p.clone() for name, p in model.state_dict().items()}
     figures = train(recipe(answers, tmp_path / "out", steps=40, relative_rate=0.1, **path))
@@ -82,9 +81,57 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
-def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_writes_a_checkpoint_and_goes_on_to_the_same_weights(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
+    train(recipe(answers, tmp_path / "whole", steps=10))
+    step, before = TrainingRun._step, signal.getsignal(number)
+
+    def stopped(run: TrainingRun, *args: Any) -> dict[str, float]:
+        if run.update == 4:
+            os.kill(os.getpid(), number)
+        return step(run, *args)
+
+    monkeypatch.setattr(TrainingRun, "_step", stopped)
+    settings = recipe(answers, tmp_path / "parts", steps=10)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["update"] == 5  # the update has ended
+    monkeypatch.undo()
+    monkeypatch.setattr(loading, "load", lambda *args, **kwargs: (tiny_model("llama", eos_token_id=None), Tokens()))
+    train(settings, resume=True)
+    for name, tensor in checkpoint_of(tmp_path / "whole").items():
+        assert torch.equal(tensor, checkpoint_of(tmp_path / "parts")[name]), name
+
+
+def test_the_whole_time_is_known_before_and_all_parts_count(answers: Path, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    train(recipe(answers, tmp_path / "out", steps=10), console=Console(file=shown, width=200), preset="mine")
+    (line,) = [line for line in shown.getvalue().splitlines() if line.startswith("training m2r2 with preset mine")]
+    assert "takes about" in line and "gradients" in line and "(10 updates)" in line
+    progress = RunProgress(Console(quiet=True))
+    progress.plan({"answers": 10, "states": 20, "fit": 0, "gradients": 30})
+    for part, done, whole in (("answers", 5, 5), ("states", 5, 20), ("gradients", 10, 60)):
+        progress.advance(progress.add_task(part, total=10, part=part), done)
+        assert progress.tasks[0].completed == whole
+
+
+def test_a_card_stands_beside_the_drafter(answers: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines = [line | {"category": ("code", "math")[number % 2]} for number, line in enumerate(lines)]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    train(recipe(answers, tmp_path / "out", steps=2, eval_fraction=0.3))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# m2r2 for ") and str(tmp_path) not in card
+    assert (
+        "--preset train.yaml --prompts answers.jsonl --output DIR" in card and "licence" in card and "## Data" in card
+    )
+    assert "| code (" in card and "| math (" in card and card.count("mean acceptance length") == 3
+
+
+def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(answers, tmp_path, monkeypatch) -> None:
     out, step, said = tmp_path / "out", TrainingRun._step, list[str]()
 
     def beside(run: TrainingRun, *args: Any) -> dict[str, float]:
@@ -129,12 +176,9 @@ def test_a_run_may_begin_from_a_trained_drafter_of_the_same_shape(answers: Path,
     assert again["score"] >= first["score"]
     vocabularies = [drafter_folder.read_tensors(tmp_path / name)["draft_vocab"] for name in ("first", "again")]
     assert torch.equal(*vocabularies)
-    config = drafter_folder.read_config(tmp_path / "again")
-    assert config["path"] == drafter_folder.read_config(tmp_path / "first")["path"]
-    assert (
-        config["training"]["began_from"]["updates"]
-        == drafter_folder.read_config(tmp_path / "first")["training"]["updates"]
-    )
+    before, config = (drafter_folder.read_config(tmp_path / name) for name in ("first", "again"))
+    assert config["path"] == before["path"]
+    assert config["training"]["began_from"]["updates"] == before["training"]["updates"]
 
     config["base"] = {"fingerprint": "another"}
     (tmp_path / "first" / "config.json").write_text(json.dumps(config))
@@ -165,9 +209,7 @@ def test_a_drafter_is_stored_as_asked_and_a_run_may_begin_from_8_bits(answers: P
         recipe(answers, tmp_path / "odd", storage="int4")
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(answers, tmp_path, monkeypatch) -> None:
     loss = Teacher.loss
 
     def broken(teacher: Teacher, logits: torch.Tensor) -> torch.Tensor:
@@ -182,9 +224,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_drafter(
     assert all(t.isfinite().all() for t in checkpoint_of(tmp_path / "out").values())
 
 
-def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(tmp_path, monkeypatch, capsys) -> None:
     """In the dtype that this CPU multiplies faster; what it learns from is what the blocks compute."""
     opened, dtypes = trainer.training_target, list[torch.dtype]()
     monkeypatch.setattr(trainer, "float32_is_faster", lambda: True)

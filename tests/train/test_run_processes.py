@@ -1,7 +1,5 @@
 """Several processes train one drafter: the weights are those of one process, and one of them speaks."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Settings of a run: presets, recipes, earlier names, and what is refused."""
 
-from __future__ import annotations
-
 import importlib.resources
 from pathlib import Path
 

@@ -1,17 +1,16 @@
 """Teacher states: they are those of each answer alone, need the room that was announced, and show how far they are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import model_of, tiny_model
 from training import Killed, recipe
 
 from specdec.base.errors import SpecDecError
-from specdec.runtimes.native import library
+from specdec.base.terminal import Progress
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.target import TorchTarget
@@ -45,24 +44,17 @@ def alone(target: Target, answer: TrainingAnswer) -> dict[str, torch.Tensor]:
     return found | {f"hidden{layer}": taps[layer][0, kept] for layer in WANTED.hidden}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", pytest.param("native", marks=needs_native)])
 def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = training_target(tiny_model(kind))
-    assert isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
-    check_states(target, tmp_path, monkeypatch)
-
-
-@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
-def test_states_of_the_kernels_are_those_of_each_answer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_states(NativeTarget(model_of("llama")), tmp_path, monkeypatch)
-
-
-def check_states(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = NativeTarget(model_of("llama")) if kind == "native" else training_target(tiny_model(kind))
+    assert kind == "native" or isinstance(target, TransformersTarget if kind == "gpt2" else TorchTarget)
     answers = some_answers(3)
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)
     monkeypatch.setattr(states, "SHARD_ANSWERS", 5)
-    for answer, record in zip(answers, states.compute_states(tmp_path, target, answers, WANTED), strict=True):
+    for answer, record in zip(
+        answers, states.compute_states(tmp_path, target, answers, WANTED, Progress(), "train"), strict=True
+    ):
         expected = alone(target, answer)
         found = {"best": record.best, "log_z": record.log_z}
         found |= {
@@ -91,14 +83,12 @@ def test_damaged_and_foreign_teacher_states_are_refused(answers: Path, tmp_path:
         train(recipe(answers, out, steps=1), resume=True)
 
 
-def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monkeypatch) -> None:
     target = training_target(tiny_model("llama"))
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))
     monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
-    whole = states.compute_states(tmp_path / "whole", target, some, wanted)
+    whole = states.compute_states(tmp_path / "whole", target, some, wanted, Progress(), "train")
     teach, calls = states._make_shard, []
 
     def killed(*args: Any) -> Any:
@@ -109,11 +99,11 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(
 
     monkeypatch.setattr(states, "_make_shard", killed)
     with pytest.raises(Killed):
-        states.compute_states(tmp_path / "parts", target, some, wanted)
-    parts = states.compute_states(tmp_path / "parts", target, some, wanted)
+        states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
+    parts = states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
     assert len(calls) == 4  # two shards, the killed one, and that one again
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
     with pytest.raises(SpecDecError, match="other fingerprint"):
         target.fingerprint = "another model"
-        states.compute_states(tmp_path / "parts", target, some, wanted)
+        states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")

@@ -1,7 +1,5 @@
 """What is trained is what drafts, with the reference's values and gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import tiny_model
@@ -31,10 +29,8 @@ def test_training_has_the_reference_values_and_gradients(family: str) -> None:
     path = M2R2Path(0, ((1, 4),), True, 3, {n: [x for x in names if x in every.linears(n)] for n in (1, 2, 3)})
     for target in (TransformersTarget(model), training_target(model)):
         network = shaken(path, target).requires_grad_(True)
-        x, positions = (
-            torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3)),
-            torch.arange(11).expand(2, 11),
-        )
+        x, positions = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3)), torch.arange(11)[None]
+        positions = positions.expand(2, -1)
         cache = target.new_cache(2)
         y = target.layers(x, 1, 4, Pass(positions, cache.register(1, positions), cache, adapters=network.adapters))
         y.square().sum().backward()

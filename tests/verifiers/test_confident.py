@@ -1,17 +1,16 @@
 """Dynamic computing: what is accepted without scoring, what output and figures say, refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 from tiny import greedy_reference, save_tiny
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 from zoo import PROMPTS, heads, m2r2, routers, run
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import SpecDecoder
 from specdec.cli import app
 from specdec.drafters.exits import DeedDrafter, EarlyExitDrafter, MixtureOfDepthsDrafter, SkipDecodeDrafter
 from specdec.runtimes.target import Target
@@ -58,9 +57,6 @@ def test_rows_leave_apart_and_the_threshold_is_kept(llama: PreTrainedModel) -> N
     assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
 
 
-# --- what users see ----------------------------------------------------------------------------------------------
-
-
 def test_the_command_says_lossy_and_how_deep_tokens_went(tmp_path: Path) -> None:
     command = ["generate", "hello there", "--model", str(save_tiny(tmp_path)), "--dtype", "float32", "--drafter"]
     command += ["early-exit", "--drafter-option", "exit_layer=2", "--verifier", "confident"]
@@ -85,9 +81,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("drafter", "options", "message"), REFUSED)
-def test_bad_rules_are_refused_in_one_line(
-    llama: PreTrainedModel, drafter: str, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SpecDecError, match=message) as caught:
+def test_bad_rules_are_refused_in_one_line(llama, drafter, options, message) -> None:
+    with refused(message):
         SpecDecoder(llama, drafter=drafter, verifier="confident", verifier_options=options, runtime="transformers")
-    assert "\n" not in str(caught.value)

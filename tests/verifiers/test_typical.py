@@ -1,7 +1,5 @@
 """Typical acceptance: the threshold, the longest path, and greedy decoding as the exact rule."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The losslessness certificate: what is right passes, what is biased is caught, and the command says so."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -36,19 +34,41 @@ def drafting(ids: list[int], limit: int) -> list[tuple[int, int]]:
 
 def certified(model, verifier="exact", **sampling: float) -> dict[str, Check]:
     decoder = SpecDecoder(model, drafter=Scripted(drafting), verifier=verifier)
-    certificate = Certificate(decoder, PROMPTS, SamplingParams(**{"temperature": 1.0} | sampling), 24, 3, 2)
+    certificate = Certificate(decoder, PROMPTS, SamplingParams(**{"temperature": 1.0} | sampling), 24, (2, 3), 2)
     certificate.run()
-    assert certificate.complete and certificate.passed == (not any(c.faults for c in certificate.checks.values()))
+    faults = any(c.faults for c in certificate.checks.values())
+    assert certificate.complete and certificate.result == ("FAILED" if faults else "PASSED")
     return certificate.checks
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
 def test_exact_decoding_passes(model, top_k: int) -> None:
     checks = certified(model, top_k=top_k)
-    assert set(checks) == {"greedy", "sampled", "generate"}
-    for check in checks.values():
-        assert (check.equal, check.answers, check.details) == (3, 3, []) and check.tokens > 10
-    assert checks["greedy"].accepted + checks["sampled"].accepted > 0  # drafts take part
+    assert set(checks) == {"greedy", "sampled", "batch", "generate"}
+    for name, check in checks.items():
+        count = 12 if name == "batch" else 6  # three prompts, two draft lengths; batches are greedy and sampled
+        assert (check.equal, check.answers, check.details) == (count, count, []) and check.tokens > 10
+        assert check.drafted > check.accepted
+    assert checks["greedy"].accepted + checks["sampled"].accepted > 0 < checks["batch"].accepted  # drafts take part
+
+
+def test_a_drafter_that_does_not_draft_proves_nothing(model) -> None:
+    decoder = SpecDecoder(model, drafter=Scripted(lambda ids, limit: []))
+    certificate = Certificate(decoder, PROMPTS, SamplingParams(temperature=1.0), 12, ("auto", 4), 2)
+    certificate.run()
+    assert certificate.complete and not any(c.faults or c.drafted for c in certificate.checks.values())
+    assert certificate.result == "NOT ENOUGH DRAFTS" and not certificate.as_dict()["passed"]
+
+
+def test_each_part_needs_drafts(model) -> None:
+    decoder = SpecDecoder(model, drafter=Scripted(drafting))
+    certificate = Certificate(decoder, PROMPTS, SamplingParams(temperature=1.0), 12, (3,), 2)
+    certificate.run()
+    least = min(check.drafted for check in certificate.checks.values())
+    certificate.min_drafted = least
+    assert certificate.result == "PASSED"
+    certificate.min_drafted = least + 1
+    assert certificate.result == "NOT ENOUGH DRAFTS"
 
 
 def test_a_rule_that_lets_drafts_through_is_caught(model) -> None:
@@ -57,14 +77,12 @@ def test_a_rule_that_lets_drafts_through_is_caught(model) -> None:
 
 def test_an_option_that_drafts_forget_is_caught(model) -> None:
     decoder = SpecDecoder(model, drafter=Scripted(drafting))
-    certificate = Certificate(decoder, PROMPTS, SamplingParams(temperature=3.0, top_k=2, seed=3), 24, 3)
+    certificate = Certificate(decoder, PROMPTS, SamplingParams(temperature=3.0, top_k=2, seed=3), 24, (3,))
     generate = decoder.generate_batch
     decoder.generate_batch = lambda prompts, **more: generate(prompts, **more | {"top_k": 0})  # type: ignore
     certificate.run()
     assert certificate.checks["sampled"].faults and not certificate.checks["greedy"].faults
-
-
-# --- one answer ------------------------------------------------------------------------------------------------------
+    assert certificate.checks["batch"].faults
 
 
 def taken(model, answer: list[int], right: list[int], count: int = 12) -> Check:
@@ -107,9 +125,6 @@ def test_a_token_whose_distance_cannot_be_told_is_a_fault(model) -> None:
     assert not is_near_tie(SpecDecoder(model, drafter="none").target, PROMPT, [3], math.nan)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
@@ -132,18 +147,26 @@ def test_a_lossless_decoder_gets_its_certificate(run, tmp_path: Path) -> None:
     data = json.loads(last)
     assert data == json.loads((tmp_path / "out/certificate.json").read_text())
     assert (tmp_path / "out/certificate.txt").read_text().strip() == page.strip()
-    assert [(c["name"], c["equal"], c["answers"]) for c in data["checks"]] == [
-        ("greedy", 2, 2),
-        ("sampled", 2, 2),
-        ("model.generate", 2, 2),
-    ]
+    checks = [(c["name"], c["equal"], c["answers"]) for c in data["checks"]]
+    # With the automatic length, and with the forced one.
+    assert checks == [("greedy", 4, 4), ("sampled", 4, 4), ("batch", 8, 8), ("model.generate", 4, 4)]
     assert data["passed"] and data["complete"] and data["environment"]["threads"]
+    assert data["num_speculative_tokens"] == ["auto", 4] and all(c["drafted"] >= 32 for c in data["checks"])
+    for fact in ("model", "fingerprint", "drafter", "specdec", "load_average"):
+        assert f"\n{fact}: {data[fact]}\n" in page
+
+
+def test_a_drafter_that_never_drafts_is_refused(folder: str) -> None:
+    fixed = ["--model", folder, "--drafter", "none", "--limit", "2", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(cli.app, ["verify", *fixed])
+    assert result.exit_code == 1 and result.stdout.startswith("Losslessness: NOT ENOUGH DRAFTS\n")
+    assert "Each part needs 32 drafted tokens; with fewer it proves nothing." in result.stdout
 
 
 def test_a_model_with_penalties_and_the_default_drafter_get_theirs(folder: str, tmp_path: Path) -> None:
     copied = shutil.copytree(folder, tmp_path / "model")
     (copied / "generation_config.json").write_text('{"repetition_penalty": 1.5, "suppress_tokens": [3, 4, 5]}')
-    result = CliRunner().invoke(cli.app, ["verify", "--model", str(copied), "--limit", "1", "--max-new-tokens", "12"])
+    result = CliRunner().invoke(cli.app, ["verify", "--model", str(copied), "--limit", "1", "--max-new-tokens", "40"])
     assert result.exit_code == 0, result.output
     assert "Losslessness: PASSED" in result.output
 
@@ -152,7 +175,7 @@ def test_bfloat16_has_near_ties_at_most(run, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path / "cache"))
     result = run("--dtype", "bfloat16", "--json")
     data = json.loads(result.stdout.splitlines()[-1])
-    assert result.exit_code == 0 and data["near_tie"] == 0.5 and len(data["checks"]) == 2
+    assert result.exit_code == 0 and data["near_tie"] == 0.5 and len(data["checks"]) == 3
     assert all(c["equal"] + c["near_ties"] == c["answers"] for c in data["checks"])
 
 

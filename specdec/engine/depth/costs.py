@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from specdec.runtimes.draft_path import NEAR
+from specdec.runtimes.target import TokenCosts
+
 MOST_TOKENS = 1024  # of a pass whose cost is told apart
+TYPICAL_TOKENS = 4  # that a step drafts
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
 NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
@@ -40,19 +44,20 @@ class Costs:
 class CostModel:
     """Seconds of passes over tokens of several rows, and of drafting.
 
-    The weights of a pass are read once, and each token multiplies them: sqrt(1 + (tokens * ratio)^2), in passes over no
-    token. A level costs its share of a pass. The machine's present speed and the errors of the formula are estimated
-    together from the times of steps, by a Kalman filter of the logarithms. The errors of two numbers of tokens are the
-    more alike, the nearer they are.
+    A pass reads the weights and the cached tokens once, and multiplies each of its tokens by both: for n tokens of one
+    row with c cached ones it takes sqrt((1 + c * read)^2 + (n * (multiply + c * attend))^2), in passes over no token
+    with an empty cache (``TokenCosts``). A level costs its share of a pass. The machine's present speed and the errors
+    of the formula are estimated together from the times of steps, by a Kalman filter of the logarithms. The errors of
+    two numbers of tokens are the more alike, the nearer they are.
 
-    ratio: seconds of multiplying a token over those of reading the weights.
+    costs: of a token.
     shares: of a pass that drafting a level costs, by exit.
     """
 
-    def __init__(self, ratio: float, shares: Sequence[float], earlier: Costs | None = None) -> None:
+    def __init__(self, costs: TokenCosts, shares: Sequence[float], earlier: Costs | None = None) -> None:
+        self.costs = costs
         self.shares = [max(share, 1e-4) for share in shares]
-        # Of each number of tokens: the formula, over a pass of one token; its place among 1, 2, 4, ..
-        self.formula = [0.5 * (math.log1p((n * ratio) ** 2) - math.log1p(ratio**2)) for n in range(MOST_TOKENS + 1)]
+        # Of each number of tokens: its place among 1, 2, 4, ..
         self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
         # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it as far as is known.
         self.state, self.covariance, self.known = [0.0], [[1.0]], False
@@ -70,34 +75,55 @@ class CostModel:
 
     @property
     def speed(self) -> float:
-        """Seconds of a pass over one token, as a logarithm."""
+        """Seconds of a pass over one token with an empty cache, as a logarithm."""
         return self.state[0]
 
-    def passing(self, rows: int, most: int) -> list[float]:
-        """Return seconds of passes over ``rows`` roots and 0, 1, .. ``most`` drafted tokens."""
-        to = slice(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1)
+    def formula(self, tokens: int, cached: int, attended: int) -> float:
+        """Return what a pass costs over one of one token with an empty cache, as a logarithm, before errors.
+
+        cached: number of cached tokens of all rows. attended: number of pairs of a token of the pass and a cached one.
+        """
+        multiply, read, attend = self.costs
+        cost = (1 + read * cached) ** 2 + (multiply * tokens + attend * attended) ** 2
+        return 0.5 * (math.log(cost) - math.log1p(multiply**2))
+
+    def passing(self, contexts: Sequence[int], most: int) -> list[float]:
+        """Return seconds of passes over a root of each row and 0, 1, .. ``most`` drafted tokens.
+
+        contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
+        """
+        rows, cached, least = len(contexts), sum(contexts), min(contexts)
         errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
-        for formula, (below, share) in zip(self.formula[to], self.place[to], strict=True):
+        for tokens in range(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1):
+            below, share = self.place[tokens]
             lower, upper = errors[min(int(below), last)], errors[min(int(below) + 1, last)]
+            formula = self.formula(tokens, cached, cached + (tokens - rows) * least)
             seconds.append(math.exp(self.speed + formula + lower + share * (upper - lower)))
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
-    def level(self, exit: int, rows: int) -> float:
-        """Return seconds of drafting a level for ``rows``."""
-        return self._other(LEVEL, exit, rows)
+    def beyond(self, contexts: Sequence[int]) -> list[float]:
+        """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
+        rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
+        pairs = [cached + some * own for own in (least, *contexts)]
+        base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
+        return [(own - base) / some for own in seconds]
 
-    def first(self, exit: int, rows: int) -> float:
+    def level(self, exit: int, contexts: Sequence[int]) -> float:
+        """Return seconds of drafting a level for all rows. contexts: number of cached tokens of each row."""
+        return self._other(LEVEL, exit, contexts)
+
+    def first(self, exit: int, contexts: Sequence[int]) -> float:
         """Return seconds that the first level takes beyond that."""
-        return self._other(FIRST, exit, rows)
+        return self._other(FIRST, exit, contexts)
 
-    def drafting(self, rows: int) -> float:
+    def drafting(self, contexts: Sequence[int]) -> float:
         """Return seconds of a draft beside its levels."""
-        return self._other(DRAFT, 0, rows)
+        return self._other(DRAFT, 0, contexts)
 
-    def add_pass(self, tokens: int, seconds: float) -> None:
-        """Add the time of a pass over ``tokens``, roots included."""
+    def add_pass(self, tokens: int, seconds: float, cached: int = 0, attended: int = 0) -> None:
+        """Add the time of a pass over ``tokens``, roots included. cached, attended: as in ``formula``."""
         tokens = min(tokens, MOST_TOKENS)
-        seen = math.log(max(seconds, 1e-7)) - self.formula[tokens]
+        seen = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
         if not self.known:
             self.state[0], self.known = seen, True
         place, share = self.place[tokens]
@@ -125,14 +151,15 @@ class CostModel:
             for row, new in zip(self.covariance, [*last, last[-1] + SPREAD**2], strict=True):
                 row.append(new)
 
-    def add_draft(self, exit: int, rows: int, levels: int, seconds: float) -> None:
+    def add_draft(self, exit: int, contexts: Sequence[int], levels: int, seconds: float) -> None:
         """Add the time of drafting ``levels``: what is uncertain, and much of it, is corrected most."""
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
             self.seen.update(parts)
             return
-        each = {part: number * self._other(*part, rows) for part, number in parts.items()}
-        expected, errors = sum(each.values()), {part: self._error(*part, rows) for part in parts}
+        each = {part: number * self._other(*part, contexts) for part, number in parts.items()}
+        rows, expected = len(contexts), sum(each.values())
+        errors = {part: self._error(*part, rows) for part in parts}
         gains = {part: errors[part][1] * own / expected for part, own in each.items()}
         error = math.log(max(seconds, 1e-9) / expected)
         variance = sum(gains[part] * own / expected for part, own in each.items())
@@ -144,10 +171,12 @@ class CostModel:
             left = doubt * variance - gain**2 / total + DRIFT**2
             self.others.setdefault(part, {})[rows] = [own + gain * error / total, left]
 
-    def _other(self, kind: str, exit: int, rows: int) -> float:
+    def _other(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
         """Return seconds of such a part of a draft, as far as is known."""
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
-        return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, rows)[0])
+        if kind == LEVEL:
+            share *= 1 + self.costs.read * sum(min(own, NEAR) for own in contexts)
+        return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts))[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
         """Return the error of that share, as a logarithm, and its variance: those of the nearest number of rows."""

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from specdec.engine.depth.calibration import MEMORY, History, Outcome, expected_gain, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
+from specdec.runtimes.target import TokenCosts
 from specdec.speculation.candidates import KNOTS, Candidates, CandidateSet
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.tree_builder import worth_scoring
@@ -28,6 +29,7 @@ from specdec.speculation.trees import MOST_NODES, Prices
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
 EXPLORATION_SHARE = 0.008  # share of the time that may be lost by exploring each choice that seems worse
 FADE = 0.9  # weight of the past per step in the present speed
+ASSUMED = TokenCosts(0.1)
 PLAIN, DRAFT, NODES = "plain", "draft", "nodes"  # choices, beside the levels of each exit
 NEVER = [0.0] * len(KNOTS)  # the table of a row that does not draft
 
@@ -60,6 +62,7 @@ class StepReport:
     drafting, other: seconds.
     tokens: each row's new tokens.
     found: what the draft was chosen from (``Draft.found``).
+    nodes: number of scored draft nodes of each row; empty: unknown, the cached tokens of all rows are taken as none.
     """
 
     rows: Sequence[History]
@@ -70,6 +73,7 @@ class StepReport:
     other: float
     tokens: Sequence[Sequence[int]] = ()
     found: CandidateSet | None = None
+    nodes: Sequence[int] = ()
 
 
 class FixedDepth:
@@ -83,7 +87,7 @@ class FixedDepth:
     def begin(self) -> History:
         return History(0, 0, 0)
 
-    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+    def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
         return DepthChoice([min(self.depth, cap) for cap in caps])
 
     def follow(self, version: int) -> None:
@@ -99,9 +103,10 @@ class AutoDepth:
 
     has_probabilities, shares: ``Traits.has_probabilities`` and ``Traits.level_shares``.
     tables: number of ``Traits.sources``.
-    ratio: of the costs of a pass (``CostModel``).
+    token: costs of a token in a pass.
     earlier: what earlier processes knew.
-    passes: expected seconds of a pass of the present rows with 0, 1, .. drafted tokens.
+    contexts: number of cached tokens of each present row.
+    passes: expected seconds of a pass of these rows with 0, 1, .. drafted tokens.
     tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
     since_tried: seconds since each choice was last made.
     """
@@ -109,8 +114,9 @@ class AutoDepth:
     has_probabilities: bool = False
     tables: int = 1
     shares: Sequence[float] = (0.1,)
-    ratio: float = 0.1
+    token: TokenCosts = ASSUMED
     earlier: Costs | None = None
+    contexts: Sequence[int] = (0,)
     passes: Sequence[float] = (1.0,)
     tokens: float = 1.0
     spent: float = 1.0
@@ -122,7 +128,7 @@ class AutoDepth:
     def __post_init__(self) -> None:
         self.max_depth = MAX_PRICED_DEPTH if self.has_probabilities else MAX_DEPTH
         self.exits = range(len(self.shares))
-        self.model = CostModel(self.ratio, self.shares, self.earlier)
+        self.model = CostModel(self.token, self.shares, self.earlier)
         self.size = self.tables if self.has_probabilities else 0, len(self.shares), self.max_depth
         self.common, self.rows = History(*self.size, memory=MEMORY), weakref.WeakSet[History]()
         if self.earlier is not None:
@@ -133,10 +139,10 @@ class AutoDepth:
                 counts.forget()  # of other texts, and perhaps of a busy machine
 
     @classmethod
-    def of(cls, drafter: Drafter, ratio: float, earlier: Costs | None = None) -> AutoDepth:
+    def of(cls, drafter: Drafter, token: TokenCosts, earlier: Costs | None = None) -> AutoDepth:
         """Return the policy for ``drafter``."""
         traits = drafter.traits
-        return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, ratio, earlier)
+        return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, token, earlier)
 
     def begin(self) -> History:
         """Return the history of a new request."""
@@ -163,20 +169,22 @@ class AutoDepth:
         """The present speed over that of plain decoding."""
         return max(self.tokens / self.spent, 1.0)
 
-    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+    def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
         """Return what to draft in the next step of ``rows``.
 
         rows: the histories of all rows of the batch. caps: the depth that each row's draft may have; a row with 0 does
             not draft, and waits for the pass as well.
+        contexts: number of cached tokens of each row; empty: none.
         """
+        self.contexts = contexts = contexts or [0] * len(rows)
         count, drafting = len(rows), [row for row, cap in zip(rows, caps, strict=True) if cap]
         self.choice = DepthChoice([0] * count)
         if not drafting:
             return self.choice
-        passes = self.passes = self.model.passing(count, len(drafting) * MOST_NODES)
+        passes = self.passes = self.model.passing(contexts, len(drafting) * MOST_NODES)
         speed = self.speedup * count / passes[0]
         added = sum(expected_gain(row, self.common, count) for row in drafting)
-        gain = added / speed - self.model.drafting(count)  # in seconds
+        gain = added / speed - self.model.drafting(contexts)  # in seconds
         if gain > 0:
             drafts = not self._explores(PLAIN, max(gain, passes[0] * (1 - 1 / self.speedup)))
         else:
@@ -191,7 +199,7 @@ class AutoDepth:
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
         """Return the depths and prices at the exit whose levels bring most, or at one that is explored."""
-        count, sources = len(rows), range(self.size[0])
+        sources, beyond = range(self.size[0]), [speed * seconds for seconds in self.model.beyond(self.contexts)]
         tables = [
             [table(row, self.common, source) if cap else NEVER for source in sources]
             for row, cap in zip(rows, caps, strict=True)
@@ -200,8 +208,9 @@ class AutoDepth:
         for exit in self.exits:
             prices = Prices(
                 [speed * (seconds - self.passes[0]) for seconds in self.passes],
-                level=speed * self.model.level(exit, count),
-                first=speed * self.model.first(exit, count),
+                beyond=beyond,
+                level=speed * self.model.level(exit, self.contexts),
+                first=speed * self.model.first(exit, self.contexts),
                 rates=[rates(row, self.common, exit)[:cap] for row, cap in zip(rows, caps, strict=True)],
                 tables=tables if self.has_probabilities else (),
                 allowance=speed * EXPLORATION_SHARE * self.since_tried[NODES],
@@ -226,12 +235,14 @@ class AutoDepth:
     def observe(self, step: StepReport) -> None:
         """Learn from a step that drafted as the last choice says, of the rows that drafted."""
         model, choice, count, found = self.model, self.choice, len(step.rows), step.found
+        contexts = self.contexts
         seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
         exit, levels = choice.exit or 0, max(step.drafted, default=0) if found is None else found.levels
         known = model.known
-        model.add_pass(step.scored, step.other)
+        attended = sum((1 + own) * cached for own, cached in zip(step.nodes, contexts, strict=False))
+        model.add_pass(step.scored, step.other, sum(contexts), attended)
         if not known:  # what a pass costs was not known when the step was chosen
-            self.passes = model.passing(count, len(self.passes) - 1)
+            self.passes = model.passing(contexts, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
         made = [NODES if nodes else PLAIN] + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0)
@@ -239,9 +250,9 @@ class AutoDepth:
             self.since_tried[what] = 0.0 if what in made else self.since_tried[what] + seconds
         if not choice.depth:
             return
-        model.add_draft(exit, count, levels, step.drafting)
+        model.add_draft(exit, contexts, levels, step.drafting)
         scoring = self.passes[min(nodes, len(self.passes) - 1)] - self.passes[0]
-        drafting = model.first(exit, count) * (levels > 0) + levels * model.level(exit, count)
+        drafting = model.first(exit, contexts) * (levels > 0) + levels * model.level(exit, contexts)
         rows = sum(depth > 0 for depth in choice.depths)  # that drafted, and share the price
         price = self.speedup * count / rows * (scoring + drafting) / self.passes[0]
         for b, (row, right, most) in enumerate(zip(step.rows, step.accepted, choice.depths, strict=True)):

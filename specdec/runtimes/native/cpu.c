@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-int has_amx, amx_blocks;
+int has_amx;
 
 /* Bytes of `rows` rows of `tiles` tiles of `kind`. */
 EXPORT int64_t specdec_tiles_bytes(int kind, int64_t rows, int64_t tiles) { return rows * tiles_bytes(kind, tiles); }
@@ -49,7 +49,7 @@ EXPORT int specdec_open(int most) { return supported() < most ? supported() : mo
 #include <cpuid.h>
 #include <sys/syscall.h>
 
-int specdec_amx_agrees_avx512(void), specdec_pairs_agree_avx512(void);
+int specdec_pairs_agree_avx512(void);
 
 static int has_avxvnni(void) {
     unsigned a, b, c, d;
@@ -64,7 +64,7 @@ static int supported(void) {
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
           specdec_pairs_agree_avx512()))
         return has_avxvnni() ? AVXVNNI : AVX2;
-    int tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1; /* AMX-BF16, AMX-TILE, AMX-INT8 */
+    int tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1; /* AMX-BF16, AMX-TILE */
     return tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512; /* ARCH_REQ_XCOMP_PERM: tile data */
 }
 
@@ -72,7 +72,6 @@ static int supported(void) {
 EXPORT int specdec_open(int most) {
     int found = supported();
     has_amx = found == AMX && most >= AMX;
-    amx_blocks = has_amx && specdec_amx_agrees_avx512();
     if (found > AVXVNNI && most == AVXVNNI) found = has_avxvnni() ? AVXVNNI : AVX2; /* AVX-512's own products are no AVX-VNNI */
     return found < most ? found : most;
 }

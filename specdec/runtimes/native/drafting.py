@@ -15,26 +15,13 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
-from specdec.runtimes.native.library import (
-    FLOAT,
-    INT,
-    POINTER,
-    Call,
-    Given,
-    MaskCall,
-    Model,
-    Sampled,
-    Stage,
-    TreeDraft,
-    done,
-    pointer,
-)
+from specdec.runtimes.draft_path import NEAR, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.native import library
+from specdec.runtimes.native.library import FLOAT, INT, POINTER, Call, Model, Sampled, TreeDraft, done, pointer
 from specdec.runtimes.native.linear import Packed, RowTable
 from specdec.runtimes.torch.linear import UNIT_EPS
 
 KNOTS = 11  # numbers of a table of calibrated probabilities (calibrate.h)
-NEAR = 2048  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 MOST_GIVEN = 64  # nodes of a tree of another source
 
 
@@ -71,7 +58,7 @@ class TreeDrafter:
         self.segments, self.drafted = path.segments, 1 + (levels - 1) * (width if rows == 1 else 1)
         self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
         self.sampled = (Sampled * rows)()
-        self.given, self.tables = (Given * rows)(), (FLOAT * KNOTS * 3 * rows)()
+        self.given, self.tables = (library.Given * rows)(), (FLOAT * KNOTS * 3 * rows)()
         count = levels * width * max(width, rows) + MOST_GIVEN * rows
         self.found = (FLOAT * count)(), (INT * count)(), (INT * count)(), (FLOAT * count)()
         self.rates = (FLOAT * levels)()
@@ -80,7 +67,7 @@ class TreeDrafter:
         self.held: list[Tensor | None] = []
         self.error: BaseException | None = None
         maps = [each.packed for each in path.projections]
-        self.stages = (Stage * len(maps))()
+        self.stages = (library.Stage * len(maps))()
         self.calls: list[Call] = []
         self.alive: list[Any] = [maps]
         for stage, projection in zip(self.stages, maps, strict=True):
@@ -155,7 +142,7 @@ class TreeDrafter:
                 alive += [(INT * each.count)(*tokens), (INT * each.count)(*parents), (FLOAT * each.count)(*raw[0])]
                 each.tokens, each.parents, each.p = map(ctypes.addressof, alive[-3:])
         struct.given = None if roots.given is None else ctypes.addressof(self.given)
-        self.masks, call_mask = masks, None if masks is None else MaskCall(self._mask)
+        self.masks, call_mask = masks, None if masks is None else library.MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))
         for lo, hi in segments:

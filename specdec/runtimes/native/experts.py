@@ -30,6 +30,7 @@ from specdec.base import files
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import FLOAT, INT
+from specdec.runtimes.native.linear import Allocate
 
 _WILL_NEED, _DONT_NEED, _POPULATE_READ = 3, 4, 22  # of madvise
 ADVISE_BYTES = 128 << 10  # range of one call of madvise; the system ignores the end of longer ranges
@@ -143,17 +144,17 @@ class MappedExperts:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as this)
 
-    def add(self, layer: int, count: int, weights: int, pack: Callable[[int, _Layer], None]) -> None:
+    def add(self, layer: int, count: int, weights: int, pack: Callable[[int, Allocate], None]) -> None:
         """Write the experts of a layer to the file.
 
         count: number of experts. weights: number of weights of all of them.
-        pack: writes the expert with this number into memory that it allocates from its second argument.
+        pack: writes the expert with this number into memory that its second argument allocates.
         """
         begin = sum(each.begin + len(each.memory) for each in [*self.layers.values()][-1:])
         most = 4 * weights + count * (mmap.PAGESIZE + 4096)  # of tiles in any format
         self.layers[layer] = made = _Layer(self.file, begin, -(-most // mmap.PAGESIZE) * mmap.PAGESIZE)
         for expert in range(count):
-            pack(expert, made)
+            pack(expert, made.allocate)
             made.written()
 
     def begin(self, top_k: int) -> None:

@@ -6,7 +6,6 @@ import ctypes
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import gguf
 import torch
@@ -21,14 +20,8 @@ from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Linear, 
 from specdec.runtimes.native.packed_file import OTHER, ModelFile, PackedFile
 
 LARGE = 800_000  # reading limits the speed of a draft matrix with more weights: 4 bits are then faster than 8
+Allocate = Callable[[int], Tensor]  # size -> that many bytes for tiles, uint8, aligned to a cache line
 CHUNK_WEIGHTS = 1 << 20  # weights that ``packing`` quantizes between two yields: some 20 ms on one core
-
-
-class Memory(Protocol):
-    """Allocates the memory of tiles."""
-
-    def allocate(self, size: int) -> Tensor:
-        """Return ``size`` bytes, uint8 [size], aligned to a cache line."""
 
 
 class _Arena:
@@ -69,7 +62,7 @@ class Packed:
         draft_only: bool = False,
         scale: float = 1.0,
         cap: float = 0.0,
-        memory: Memory | None = None,
+        allocate: Allocate | None = None,
         made: tuple[int, Tensor] | None = None,
         kept: ModelFile | None = None,
     ) -> None:
@@ -79,7 +72,7 @@ class Packed:
             bf16, blocks are unpacked to bf16.
         bias: [sum of out_i]; None: there is none.
         draft_only: whether bf16 weights are quantized to 8 bits, large ones to 4, because drafts need not be exact.
-        memory: allocates the tiles; None: from the common memory.
+        allocate: allocates the tiles; None: from the common memory.
         made: kind and tiles of the only weight, if it is packed already (``packing``, ``GrowingTiles``).
         kept: the file to read the tiles from, or to add them to.
 
@@ -91,17 +84,17 @@ class Packed:
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
                 f"{weights[0].shape[0]} and {self.inp}"
             )
-        end, memory = 0, memory or _arena
+        end, allocate = 0, allocate or _arena.allocate
         if made is not None:
             packed = [made]
         elif draft_only:
-            packed = [(kind := _draft_kind(*weight.shape), _tiles(weight, kind, memory)) for weight in weights]
+            packed = [(kind := _draft_kind(*weight.shape), _tiles(weight, kind, allocate)) for weight in weights]
         elif len({isinstance(weight, Blocks) for weight in weights}) > 1:
-            packed = [_dense_tiles(weight, memory) for weight in weights]
+            packed = [_dense_tiles(weight, allocate) for weight in weights]
         else:
-            packed = [_kept(weight, kept, memory) for weight in weights]
+            packed = [_kept(weight, kept, allocate) for weight in weights]
             if len({kind == BF16 for kind, _ in packed}) > 1:  # some blocks have too large numbers
-                packed = [_dense_tiles(weight, memory) for weight in weights]
+                packed = [_dense_tiles(weight, allocate) for weight in weights]
         self.tiles = [tiles for _, tiles in packed]
         self.parts = (LinearPart * len(weights))()
         for part, weight, (kind, tiles) in zip(self.parts, weights, packed, strict=True):
@@ -133,18 +126,20 @@ class Packed:
             self.proxy, self.error_bounds = _proxy(weight, kept)
             self.struct.proxy, self.struct.error_bounds = self.proxy.data_ptr(), self.error_bounds.data_ptr()
 
-    def __call__(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor | Sequence[Tensor], norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False
+    ) -> Tensor:
         """Return the outputs bf16 [..., out] of ``x`` bf16 [..., in].
 
+        x: also n parts [..., in / n], which are joined; each has an RMS norm of its own.
         eps: if above 0, an RMS norm with this epsilon comes before the product.
         norm: weight of the RMS norm, float32 [in]; None: ones.
         after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
         """
-        return self._run((x,), norm, eps, after_weight)
-
-    def of_normalized(self, parts: Sequence[Tensor], eps: float) -> Tensor:
-        """Return the outputs [..., out] of n ``parts`` bf16 [..., in / n], each divided by its RMS, then joined."""
-        return self._run(parts, None, eps, False)
+        parts = [x] if isinstance(x, Tensor) else x
+        made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
+        self._call(parts, norm, eps, after_weight, made.numel() // self.width, made.data_ptr(), None)
+        return made
 
     def largest(self, x: Tensor, norm: Tensor | None, eps: float, after_weight: bool = False) -> list[int]:
         """Return the index of the largest output of each row of ``x`` [..., in], as a flat list of all rows.
@@ -153,26 +148,22 @@ class Packed:
         after_weight: as in ``__call__``.
         """
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
-        self._call((x,), (norm, eps, after_weight), len(found), None, ctypes.addressof(found))
+        self._call([x], norm, eps, after_weight, len(found), None, ctypes.addressof(found))
         return found[:]
-
-    def _run(self, parts: Sequence[Tensor], norm: Tensor | None, eps: float, after_weight: bool) -> Tensor:
-        made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
-        self._call(parts, (norm, eps, after_weight), made.numel() // self.width, made.data_ptr(), None)
-        return made
 
     def _call(
         self,
         parts: Sequence[Tensor],
-        norm: tuple[Tensor | None, float, bool],
+        norm: Tensor | None,
+        eps: float,
+        after_weight: bool,
         rows: int,
         out: int | None,
         best: int | None,
     ) -> None:
-        weight, *norms = norm
         parts = [part.contiguous() for part in parts]
         sources = (POINTER * len(parts))(*(part.data_ptr() for part in parts))
-        given = ctypes.byref(self.struct), pointer(weight), *norms, sources, len(parts), rows
+        given = ctypes.byref(self.struct), pointer(norm), eps, after_weight, sources, len(parts), rows
         done(library.load().specdec_linear(*given, out, best, self.width, cores.threads()))
 
 
@@ -222,13 +213,12 @@ class RowTable:
 
     def __init__(self, weight: Tensor | Blocks, scale: float = 1.0) -> None:
         self.columns = weight.shape[1]
-        if isinstance(weight, Blocks):
-            self.alive = weight.data, weight.rows
-            kind = gguf.GGMLQuantizationType[weight.kind]
-            self.struct = Table(kind, self.columns, weight.data.stride(0), *map(pointer, self.alive), scale)
-        else:
-            self.alive = weight.detach().contiguous(), None
-            self.struct = Table(-1, self.columns, 2 * self.columns, *map(pointer, self.alive), scale)
+        rows = weight.rows if isinstance(weight, Blocks) else None
+        kind = gguf.GGMLQuantizationType[weight.kind] if isinstance(weight, Blocks) else -1
+        self.alive = weight.data.contiguous(), rows
+        self.struct = Table(
+            kind, self.columns, self.alive[0].stride(0) * self.alive[0].itemsize, *map(pointer, self.alive), scale
+        )
 
     def __call__(self, index: Tensor) -> Tensor:
         """Return the rows bf16 [..., columns] with the indices ``index``, int [...]. Indices must be in range."""
@@ -253,18 +243,16 @@ def unpack_here(model: nn.Module) -> None:
             module.unpack = unpack
 
 
-def _kept(weight: Tensor | Blocks, kept: ModelFile | None, memory: Memory) -> tuple[int, Tensor]:
+def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -> tuple[int, Tensor]:
     """Return kind and tiles of a matrix that is not only for drafts; read from the file ``kept``, or added to it."""
     make = _block_tiles if isinstance(weight, Blocks) else _dense_tiles
     if kept is None or (name := kept.name(weight)) is None:
-        return make(weight, memory)  # type: ignore[arg-type]
+        return make(weight, allocate)  # type: ignore[arg-type]
     kind, sizes = INT(BF16), {BF16: _bytes(weight.shape, BF16)}
     if isinstance(weight, Blocks):
         size = library.load().specdec_block_tiles(RowTable(weight).struct.type, *weight.shape, ctypes.byref(kind))
         sizes[kind.value] = size
-    if (found := kept.find(name, sizes)) is not None:
-        return found
-    return kept.add(name, *make(weight, memory))  # type: ignore[arg-type]
+    return kept.find(name, sizes) or kept.add(name, *make(weight, allocate))  # type: ignore[arg-type]
 
 
 def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
@@ -278,7 +266,7 @@ def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
         if found[0] is not None and found[1] is not None:
             return found[0][1], found[1][1].view(torch.float32)
     made = torch.empty(bound_bytes // 4)
-    proxy = _tiles(weight, Q4, _arena, made)
+    proxy = _tiles(weight, Q4, _arena.allocate, made)
     if kept is not None and name is not None:
         kept.add(tiles, Q4, proxy)
         kept.add(bounds, OTHER, made)
@@ -293,8 +281,7 @@ def draft_tiles(
     shape: [out, in]. weight: returns the weight; called only if the file does not have the tiles. name: of the entry.
     """
     kind = _draft_kind(*shape)
-    found = kept.find(name, {kind: _bytes(shape, kind)})
-    return found or kept.add(name, kind, _tiles(weight(), kind, _arena))
+    return kept.find(name, {kind: _bytes(shape, kind)}) or kept.add(name, kind, _tiles(weight(), kind, _arena.allocate))
 
 
 def _bytes(shape: Sequence[int], kind: int) -> int:
@@ -303,13 +290,13 @@ def _bytes(shape: Sequence[int], kind: int) -> int:
     return size
 
 
-def _dense_tiles(weight: Tensor | Blocks, memory: Memory) -> tuple[int, Tensor]:
+def _dense_tiles(weight: Tensor | Blocks, allocate: Allocate) -> tuple[int, Tensor]:
     if isinstance(weight, Blocks):
         weight = dequantize(replace(weight, columns=None), None, torch.bfloat16)
-    return BF16, _tiles(weight, BF16, memory)
+    return BF16, _tiles(weight, BF16, allocate)
 
 
-def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
+def _block_tiles(blocks: Blocks, allocate: Allocate) -> tuple[int, Tensor]:
     """Return kind and tiles of a matrix in GGUF blocks; bf16 tiles if its scales are too large for the blocks' kind.
     Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row."""
     lib, kind, table = library.load(), INT(), RowTable(blocks)
@@ -317,17 +304,17 @@ def _block_tiles(blocks: Blocks, memory: Memory) -> tuple[int, Tensor]:
     if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
         raise SpecDecError(f"the native kernels misread {blocks.kind} blocks, or they hold NaN; use the torch runtime")
     size = lib.specdec_block_tiles(table.struct.type, *blocks.shape, ctypes.byref(kind))
-    tiles = memory.allocate(size)
+    tiles = allocate(size)
     if lib.specdec_pack_blocks(ctypes.byref(table.struct), blocks.shape[0], tiles.data_ptr(), cores.threads()):
         return kind.value, tiles
-    return _dense_tiles(blocks, memory)
+    return _dense_tiles(blocks, allocate)
 
 
-def _tiles(weight: Tensor | Blocks, kind: int, memory: Memory, bounds: Tensor | None = None) -> Tensor:
+def _tiles(weight: Tensor | Blocks, kind: int, allocate: Allocate, bounds: Tensor | None = None) -> Tensor:
     """Pack ``weight`` [out, in] in tiles of ``kind``: BF16 (only of a tensor), or quantized to Q8 or Q4.
     bounds: float32 [out in whole tiles], filled like ``Linear.error_bounds`` of native.h."""
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
-    tiles = memory.allocate(_bytes(weight.shape, kind))
+    tiles = allocate(_bytes(weight.shape, kind))
     if kind == BF16:
         lib.specdec_pack(table.struct.data, out, inp, tiles.data_ptr(), cores.threads())
     else:

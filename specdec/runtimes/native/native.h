@@ -257,7 +257,7 @@ static inline int item_of(int turn, int items, int me, int n, int *together) {
     return *together ? whole * n + turn - whole : me * whole + turn;
 }
 
-extern int has_amx, amx_blocks; /* amx_blocks: also for products of blocks */
+extern int has_amx;
 
 static inline void *allocate(size_t bytes) { /* aligned to a cache line; the allocator reuses the memory of the last call */
     return aligned_alloc(64, (bytes + 63) / 64 * 64);

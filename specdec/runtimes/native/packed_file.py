@@ -37,7 +37,6 @@ F = TypeVar("F", bound="PackedFile")
 MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # the trailer: magic, size and checksum of the index
 MOST_INDEX = 64 << 20  # bytes; no model's index is larger
 PART = 4096  # bytes of a part of the checksum; the offsets of entries are multiples of it
-TOGETHER = 128  # entries that are written together
 OTHER = -1  # kind of an entry that is not tiles
 MODULUS = 1 << 64  # checksums are below it
 DRAFTS, MOST_DRAFTS = "drafts-", 4  # begin of the names, and maximum number, of a model's files for drafters
@@ -69,16 +68,23 @@ class PackedFile:
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any], need: int) -> None:
-        self.path, self.part, self.key, self.need = path, path.with_suffix(".part"), dict(key), need
+        self.path = path
+        self.part = path.with_suffix(".part")
+        self.key = dict(key)
+        self.need = need
         self._closing = contextlib.ExitStack()
         self._forget()
 
     def _forget(self) -> None:
-        self.entries, self.notes = dict[str, Entry](), dict[str, Any]()
-        self.writes = self.complete = False
+        self.entries = dict[str, Entry]()
+        self.notes = dict[str, Any]()
+        self.writes = False
+        self.complete = False
         self.memory = torch.empty(0, dtype=torch.uint8)
-        self.used, self.sum = 0, 0  # bytes of all entries, and their checksum
-        self.added, self.writings = list[tuple[Tensor, int]](), list[Future[None]]()
+        self.used = 0  # bytes of all entries
+        self.sum = 0  # their checksum
+        self.added = list[tuple[Tensor, int]]()  # entries to write, with their offsets
+        self.writings = list[Future[None]]()
 
     def open(self) -> None:
         """Read the file, or begin to write it. If neither is possible, it has no entries, and ``add`` has no effect."""
@@ -128,9 +134,9 @@ class PackedFile:
 
     def write(self) -> None:
         """Begin to write the added entries in a thread. Called after packing, which uses all cores."""
-        while self.added:
-            together, self.added = self.added[:TOGETHER], self.added[TOGETHER:]
-            self.writings.append(self.writer.submit(_write, self.file, together))
+        if self.writes:
+            self.writings.append(self.writer.submit(_write, self.file, self.added))
+            self.added = []
 
     def finish(self) -> None:
         """Write the index, wait until everything is written, and give the file its name."""
@@ -308,19 +314,11 @@ def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
 
 
 def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
-    """Write consecutive entries (data, offset) with zeros between them, in one call, because each call may wait."""
-    begin, views = entries[0][1], list[memoryview]()
-    end = begin
+    """Write entries (data, offset). What lies between them is zeros."""
     for data, offset in entries:
-        views += [memoryview(bytes(offset - end)), memoryview(data.numpy())]  # type: ignore[arg-type]
-        end = offset + data.nbytes
-    while begin < end:
-        count = os.pwritev(file.fileno(), views, begin)
-        begin += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if views:
-            views[0] = views[0][count:]
+        file.seek(offset)
+        file.write(data.numpy().data)
+    file.flush()
 
 
 def _whole(value: Any) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,19 +20,9 @@ from torch import Tensor, nn
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
 from specdec.models import families
-from specdec.models.gguf.blocks import (
-    BlockExperts,
-    BlockLinear,
-    Blocks,
-    ExpertBlocks,
-    bits,
-    expert,
-    matrix,
-    named_weights,
-    quantize,
-    quantize_experts,
-)
-from specdec.models.native_model import NativeModel
+from specdec.models.gguf import blocks
+from specdec.models.gguf.blocks import BlockExperts, BlockLinear, Blocks, ExpertBlocks, matrix, named_weights
+from specdec.models.native_model import AnyModel
 from specdec.models.tensor_file import PLAIN
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.decoder_layer import Adapters
@@ -41,13 +31,10 @@ from specdec.runtimes.native import linear, mixer
 from specdec.runtimes.native.experts import MappedExperts
 from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.library import POINTER, Layer, Linear, Model
-from specdec.runtimes.native.linear import Memory, Packed, RowTable
+from specdec.runtimes.native.linear import Allocate, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
 from specdec.runtimes.target import GrowingLinear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 ROUNDED = {"int8": "Q8_0", "int4": "Q4_1"}  # formats that the layers' weights are quantized to, by ``weights``
@@ -75,7 +62,7 @@ class PackedModel:
 
     def __init__(
         self,
-        model: NativeModel | PreTrainedModel,
+        model: AnyModel,
         lock: Any,
         own_head: nn.Module,
         kept: ModelFile | None = None,
@@ -278,15 +265,15 @@ class PackedModel:
         gates, sums = list[Packed](), list[Packed]()
 
         def matrices(number: int) -> tuple[Any, ...]:
-            gate_up, down, *biases = expert(mlp.experts, number)
+            gate_up, down, *biases = blocks.expert(mlp.experts, number)
             if rounding is not None and isinstance(down, Tensor):
-                gate_up, down = [quantize(each, rounding) for each in gate_up], quantize(down, rounding)
+                gate_up, down = [blocks.quantize(each, rounding) for each in gate_up], blocks.quantize(down, rounding)
             return gate_up, down, *biases
 
-        def pack(number: int, memory: Memory | None = None) -> None:
+        def pack(number: int, allocate: Allocate | None = None) -> None:
             gate_up, down, *biases = matrices(number)
-            gates.append(Packed(gate_up, biases[0], memory=memory))
-            sums.append(Packed([down], biases[1], scale=self.numbers.results, memory=memory))
+            gates.append(Packed(gate_up, biases[0], allocate=allocate))
+            sums.append(Packed([down], biases[1], scale=self.numbers.results, allocate=allocate))
             release(*gate_up, down)
 
         if self.experts is not None:
@@ -395,15 +382,15 @@ def _round(layer: nn.Module, kind: str, paged: bool) -> None:
     """Quantize the linear layers of a decoder layer to block format ``kind``, except those in as few or fewer bits.
     paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
-        if not isinstance(module, BlockLinear) or bits(module.blocks.kind) > bits(kind):
-            made = BlockLinear(quantize(module.weight, kind), module.bias, module.weight.dtype)
+        if not isinstance(module, BlockLinear) or blocks.bits(module.blocks.kind) > blocks.bits(kind):
+            made = BlockLinear(blocks.quantize(module.weight, kind), module.bias, module.weight.dtype)
             layer.set_submodule(path, made)
     mlp: Any = layer.mlp
     if not decoder_layer.has_experts(layer):
         return
     of_file = isinstance(mlp.experts, BlockExperts)
     if not of_file or (mlp.experts.down[0].kind in PLAIN and not paged):
-        mlp.experts = quantize_experts(mlp.experts, kind)
+        mlp.experts = blocks.quantize_experts(mlp.experts, kind)
 
 
 def _room_for_experts(model: nn.Module) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import KernelStates
 from specdec.models import families, identity
 from specdec.models.gguf.blocks import BlockLinear, densify
-from specdec.models.native_model import NativeModel
+from specdec.models.native_model import AnyModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
@@ -32,12 +32,10 @@ from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceA
 from specdec.runtimes.native.linear import Packed
 from specdec.runtimes.native.packed_file import ModelFile, using
 from specdec.runtimes.native.packing import ROUNDED, PackedModel, mapped
-from specdec.runtimes.target import TOKEN_RATIO, Pass, Target
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from specdec.runtimes.target import TOKEN_RATIO, Pass, Target, TokenCosts
 
 FAMILIES = tuple(families.FAMILIES)
+ATTENTION_COST = 2.0  # of multiplying by a key or value, in multiplications by a weight
 
 
 class NativeTarget(Target):
@@ -57,7 +55,7 @@ class NativeTarget(Target):
 
     def __init__(
         self,
-        model: NativeModel | PreTrainedModel,
+        model: AnyModel,
         weights: str = "auto",
         kv_cache: str = "auto",
         expert_cache: float | None = None,
@@ -195,8 +193,10 @@ class NativeTarget(Target):
         return self.packed.bytes_of_layers + self.head(None).nbytes
 
     @property
-    def token_ratio(self) -> float:
-        return TOKEN_RATIO["cpu"] * self.packed.weights_per_byte
+    def token_costs(self) -> TokenCosts:
+        multiply, size = TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, len(self._attention) * self.head_dim
+        attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * size * self.heads / self.bytes_read
+        return TokenCosts(multiply, (2 - self.int8_cache) * 2 * size * self.kv_heads / self.bytes_read, attend)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
@@ -287,7 +287,7 @@ class NativeTarget(Target):
 
 
 def native_target(
-    model: NativeModel | PreTrainedModel,
+    model: AnyModel,
     weights: str,
     kv_cache: str,
     expert_cache: float | None,

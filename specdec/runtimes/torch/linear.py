@@ -122,5 +122,5 @@ class UnitMap:
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         if self.linear is None:
             assert self.packed is not None
-            return self.packed.of_normalized(parts, UNIT_EPS)
+            return self.packed(parts, eps=UNIT_EPS)
         return self.linear(torch.cat([rms_unit(part) for part in parts], -1))

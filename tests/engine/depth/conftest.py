@@ -1,7 +1,5 @@
 """Times of steps count as they are reported."""
 
-from __future__ import annotations
-
 import pytest
 
 from specdec.engine.depth import AutoDepth

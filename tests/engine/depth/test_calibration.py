@@ -1,7 +1,5 @@
 """Calibration: what sources say is held against what was accepted, in the row first, over all rows second."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable
@@ -85,10 +83,7 @@ def test_what_was_seen_long_ago_counts_little_and_so_does_what_is_forgotten() ->
         other.add(0, 1.0)
     other.add(1, 1.0)
     other.forget()
-    assert other.trials == [pytest.approx(COUNT_AFTER_CHANGE), 1.0] and other.hits == [
-        pytest.approx(COUNT_AFTER_CHANGE),
-        1.0,
-    ]
+    assert other.trials == other.hits == pytest.approx([COUNT_AFTER_CHANGE, 1.0])
     for _ in range(40):
         other.add(0, 0.0)
     assert other.mean(0, 0.5, 4.0) < 0.4

@@ -5,8 +5,6 @@ fixed choice, which is known in hindsight: plain decoding, the free draft alone,
 of nodes and levels.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -20,6 +18,7 @@ from simulated import DEPTH, Free, Levels, Row, World, state_of
 from specdec.drafters.joined import JoinedDrafter
 from specdec.engine.depth import AutoDepth, StepReport
 from specdec.engine.depth.calibration import RAW_PROBABILITIES
+from specdec.runtimes.target import TokenCosts
 from specdec.speculation.candidates import Candidates
 
 REQUEST = 200  # tokens of a request
@@ -30,7 +29,7 @@ def run(world: World, seed: int) -> list[float]:
     drafter, rng, done, spent = JoinedDrafter(Free(), Levels()), random.Random(seed), 0, list[float]()
     busy = world.busy
     drafter.bind(SimpleNamespace())  # type: ignore[arg-type]
-    policy = AutoDepth(True, 3, (0.1,), world.told * world.ratio)
+    policy = AutoDepth(True, 3, (0.1,), TokenCosts(world.told * world.ratio))
     histories = [policy.begin() for _ in range(world.rows)]
     for phase, kinds in enumerate([world.phases[0], *world.phases]):
         rows, total = [Row(world, kinds, 1000 * seed + 20 * phase + b) for b in range(world.rows)], 0.0
@@ -40,7 +39,6 @@ def run(world: World, seed: int) -> list[float]:
             if choice.depth:
                 draft = drafter.propose(state_of(rows, choice.prices, pair=True), choice.depth)
                 found, nodes = draft.found, sum(token >= 0 for own in draft.lists() for token in own)
-                assert found is not None
                 levels, drafting = found.levels, world.drafting(True, found.levels)
                 for own, paths, row in zip(taken, map(draft.paths, range(world.rows)), rows, strict=True):
                     right = [path for path in paths if all(map(row.rightly, range(len(path)), path))]
@@ -119,6 +117,7 @@ WORLDS = {
     "steep passes, copying after prose": replace(STEEP, phases=(PROSE, COPIED), level=0.2, tokens=1200),
     "steep passes, nothing is good": replace(STEEP, phases=(WEAK,), level=0.2),
     "both are too sure": World((PROSE,), powers=(2.5, 2.0)),
+    "both are too modest": World((PROSE,), powers=(0.6, 0.6)),
     "other work at first": World((PROSE,), busy=12),
     "other work at first, n-grams alone": World((NGRAMS,), busy=12),
     "passes are steeper than the formula says": replace(STEEP, told=0.5),

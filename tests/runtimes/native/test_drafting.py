@@ -1,7 +1,5 @@
 """Native drafts with another source's tree and tables of calibrated probabilities: those of a plain loop."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence
@@ -9,25 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from passes import by_path, drafted, random_route, seeded
+from passes import after, by_path, drafted, random_route, seeded, several
+from targets import needs_native
 from tiny import model_of
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError
 from specdec.runtimes.draft_path import DraftPath, DraftRoots, TreeLimits
-from specdec.runtimes.native import drafting, library
+from specdec.runtimes.native import drafting
 from specdec.runtimes.native.target import NativeTarget
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Target
 from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import KNOTS, Candidates, calibrated
 from specdec.speculation.tree_drafting import Step, candidates_on_path, tree_by_passes
 
-try:
-    library.load()
-except SpecDecError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "kernels")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]
 Tables = Sequence[Sequence[float]]
 LOW, HIGH = [0.05] * len(KNOTS), [0.9] * len(KNOTS)
 
@@ -50,7 +43,6 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
     """A draft path, and the tokens that its heads do not have."""
     torch.manual_seed(seed)
     route = random_route(target, heads=2)
-    assert route.tokens is not None
     return route, sorted(set(range(97)) - set(route.tokens.tolist()))
 
 
@@ -123,11 +115,8 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
         own = replace(roots, given=[tree], tables=[tables_of(rng)] if seed % 3 else None)
         limits = TreeLimits(4, 4, rng.choice([0.0, 0.3]), rng.choice([0.0, 0.05]), [0.9, 0.8, 0.6, 0.5])
         with monkeypatch.context() as patched:
-            patched.setattr(
-                tree_drafting,
-                "expand_tree",
-                lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step),
-            )
+            plainly = lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step)  # noqa: E731
+            patched.setattr(tree_drafting, "expand_tree", plainly)
             expected = tree_by_passes(target, cache, own, route, limits)
         found = drafted(target, cache, own, route, limits)
         assert len(set(by_path(found))) == len(found.tokens)  # a token of both sources is one node
@@ -144,15 +133,12 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     target = sharp_target()
     cache, roots = seeded(target)
     route, (other, behind, *_) = route_of(target)
-    cache.select([0, 0])
-    final, *carried = (x[:, roots.place :][:, :1].repeat(2, 1, 1) for x in (roots.final, *roots.carried))
-    rows = DraftRoots(list(roots.tokens) * 2, list(roots.positions) * 2, final, carried)
+    rows = several(cache, roots, 2)
     limits = TreeLimits(3, 1)
     plain = candidates_on_path(target, cache, rows, route, limits)
     assert plain is not None and plain[0] == plain[1]
     trees = [given((other, 0, 0.99), (behind, 1, 0.99)), given((plain[1].tokens[0], 0, 0.01))]
     found = candidates_on_path(target, cache, replace(rows, given=trees), route, limits)
-    assert found is not None
     assert found[1].tokens == plain[1].tokens and found[1].raw == plain[1].raw
     assert {(other,), (other, behind)} <= by_path(found[0]).keys()
     chain = max(by_path(found[0]), key=len)
@@ -169,7 +155,6 @@ def test_a_path_whose_vocabulary_changes_drafts_as_a_new_one() -> None:
     target = sharp_target()
     cache, roots = seeded(target)
     route, _ = route_of(target)
-    assert route.tokens is not None
     both, limits = (route.heads, route.tokens), TreeLimits(3, 3)
     one = route.heads[:1], route.tokens[:50]
     for heads, tokens in (both, one, both):
@@ -185,14 +170,8 @@ def test_a_draft_reads_the_first_keys_and_the_last_ones(rows: int, monkeypatch: 
     monkeypatch.setattr(drafting, "NEAR", 40)
     target = NativeTarget(model_of("llama", max_position_embeddings=512))
     route, limits = random_route(target, heads=2), TreeLimits(4, 2)
-    ids, positions = torch.randint(3, 97, (1, 200)), torch.arange(200)[None]
-    cache, taps = target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
-    given = Pass(positions, cache.register(0, positions), cache, taps)
-    final = target.layers(target.embed(ids, positions), 0, 4, given)
-    cache.commit([list(range(200))])
-    cache.select([0] * rows)
-    final, *carried = (x[:, -1:].repeat(rows, 1, 1) for x in (final, *taps.values()))
-    roots = DraftRoots([5] * rows, [200] * rows, final, carried)
+    cache, roots = after(target, torch.randint(3, 97, (1, 200)))
+    roots = several(cache, roots, rows)
 
     def draft() -> list[Candidates] | None:
         return candidates_on_path(target, cache, roots, route, limits)

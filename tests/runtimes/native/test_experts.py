@@ -1,7 +1,5 @@
 """Experts of native models on the disk: the same logits, a share in memory, chosen by itself where there is no room."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os
@@ -10,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from passes import in_blocks, next_logits, play
+from targets import needs_native
 from tiny import rough_model, save_tiny_moe, sizes_of, tamed
 from tiny_gguf import write_family
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -24,14 +24,10 @@ from specdec.base.errors import SpecDecError
 from specdec.bench import pass_times
 from specdec.models import loading
 from specdec.models.gguf.blocks import BlockExperts
-from specdec.runtimes.native import library
 from specdec.runtimes.native.experts import MappedExperts, _Layer
 from specdec.runtimes.native.target import NativeTarget
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "cache")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "cache")]
 PROMPT, COUNT = [5, 9, 11, 3, 7, 20, 31], 24
 
 
@@ -57,7 +53,6 @@ def test_logits_are_those_of_experts_in_memory_to_the_bit(family: str, cache: fl
 def test_a_layer_keeps_the_experts_that_were_used_last() -> None:
     target, chosen = NativeTarget(mixture(), expert_cache=0.5), dict[int, list[list[int]]]()
     experts = target.experts
-    assert isinstance(experts, MappedExperts)
     for layer in experts.layers:
         experts.layers[layer].there.clear()
     demand = experts._demand
@@ -137,10 +132,8 @@ def test_a_model_without_experts_has_no_cache() -> None:
 def test_without_room_for_all_experts_some_stay_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stored(tmp_path)
     model, _ = loading.load(path)
-    whole, size = (
-        NativeTarget(model),
-        sum(each.blocks.data.nbytes for each in model.modules() if hasattr(each, "blocks")),
-    )
+    whole = NativeTarget(model)
+    size = sum(each.blocks.data.nbytes for each in model.modules() if hasattr(each, "blocks"))
     experts = sum(item.nbytes for item in whole.packed.expert_maps)
     for free, slots in ((size + 2 * experts, None), (size + int(0.8 * experts), 3), (size + experts // 10, 0)):
         monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
@@ -175,7 +168,6 @@ def test_a_disk_that_fails_while_experts_are_read_is_one_line() -> None:
     """A file that ends too early: reading behind its end would kill the process."""
     target, ids = NativeTarget(mixture(), expert_cache=0.5), torch.arange(3, 43)[None]
     experts, cache = target.experts, target.new_cache()
-    assert isinstance(experts, MappedExperts)
     if experts.layers[0].advise(0, 22) == errno.EINVAL:
         pytest.skip("this system cannot read a file's pages ahead")
     os.ftruncate(experts.file.fileno(), 0)
@@ -188,15 +180,10 @@ def test_a_disk_that_fails_while_experts_are_read_is_one_line() -> None:
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(SpecDecError, match=r"cannot write experts to '.*': No space left on device"):
         NativeTarget(mixture(), expert_cache=0.5)
 
-
-# -- memory -----------------------------------------------------------------------------------------------------------
 
 PEAK = """
 import gc, sys

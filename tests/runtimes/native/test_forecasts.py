@@ -1,7 +1,5 @@
 """Forecasts of experts: what passes teach them, what is read ahead, and that results stay as they are."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from typing import Any
@@ -9,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from passes import in_blocks, next_logits, play
+from targets import needs_native
 from torch import Tensor
 
-from specdec.runtimes.native import experts, forecasts, library
+from specdec.runtimes.native import experts, forecasts
 from specdec.runtimes.native.experts import MappedExperts, _by_token, _Layer
 from specdec.runtimes.native.forecasts import Forecasts
 from specdec.runtimes.native.target import NativeTarget
@@ -40,10 +39,8 @@ class Layers:
     def run(self, x: Tensor) -> list[tuple[dict[int, list[int]], list[Tensor]]]:
         """A pass over rows x [T, D]: what each layer says of later ones, and the logits of all."""
         states = self.residuals(x)
-        logits = [
-            torch.nn.functional.rms_norm(state, (WIDTH,)) @ router.T
-            for state, router in zip(states, self.routers.values(), strict=True)
-        ]
+        pairs = zip(states, self.routers.values(), strict=True)
+        logits = [torch.nn.functional.rms_norm(state, (WIDTH,)) @ router.T for state, router in pairs]
         told = [dict(self.made.seen(n, *pair)) for n, *pair in zip(self.routers, states, logits, strict=True)]
         self.made.work()
         return [(each, logits) for each in told]
@@ -108,17 +105,12 @@ def test_what_the_kernels_hold_by_feature_is_read_by_token() -> None:
     assert torch.equal(_by_token(rows, pointer, width), values)
 
 
-# --- in the native runtime -------------------------------------------------------------------------------------------
-
-native = pytest.mark.skipif(not library.runs(), reason="no native kernels here")
-
-
 def target(**more: Any) -> NativeTarget:
     model = in_blocks("olmoe", ("Q5_0",), num_local_experts=6, num_experts=6, num_experts_per_tok=2)
     return NativeTarget(model, **more)
 
 
-@native
+@needs_native
 @pytest.mark.usefixtures("two_threads", "cache")
 def test_logits_stay_and_experts_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasts, "FIRST", 8)
@@ -134,13 +126,12 @@ def test_logits_stay_and_experts_are_read_ahead(monkeypatch: pytest.MonkeyPatch)
     assert all(each.next_fit > 8 for each in found.forecasts.of.values())  # they have been fitted
 
 
-@native
+@needs_native
 @pytest.mark.usefixtures("two_threads", "cache")
 @torch.inference_mode()
 def test_what_is_read_ahead_and_not_taken_is_dropped() -> None:
     made = target(expert_cache=0.5, expert_prefetch=True)
     found, cache = made.experts, made.new_cache()
-    assert isinstance(found, MappedExperts)
     next_logits(made, cache, torch.arange(3, 12)[None])
     layer, page = found.layers[max(found.layers)], os.sysconf("SC_PAGESIZE")
 

@@ -1,7 +1,5 @@
 """The kernels for Arm write the same bits as those for x86: calls of AVX2's are repeated under emulation."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from dataclasses import replace

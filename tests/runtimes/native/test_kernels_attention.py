@@ -1,21 +1,17 @@
 """Attention over blocks of keys: the same bits whatever the pass and the build, also where scores are far apart."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from builds import build
 from passes import WIDE, in_blocks
+from targets import needs_native
 
 from specdec.kvcache.cache import KVCache
 from specdec.runtimes.native import library
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 LENGTH, PATH = 150, [0, 2, 3, 6, 7]  # PATH: nodes of a tree that are committed, across the border of two blocks of keys
 CASES = [  # families, types of their matrices, sizes
     ("llama", ["Q4_1"], {}),
@@ -53,9 +49,7 @@ def chain(target: NativeTarget, x: torch.Tensor, ends: list[int]) -> torch.Tenso
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
 @pytest.mark.parametrize(("family", "kinds", "changes"), CASES)
 @torch.inference_mode()
-def test_bits_depend_on_the_visible_keys_alone(
-    family: str, kinds: list[str], changes: dict, kv_cache: str, sharpness: float
-) -> None:
+def test_bits_depend_on_the_visible_keys_alone(family, kinds, changes, kv_cache, sharpness) -> None:
     model = in_blocks(family, kinds, **changes)
     x = torch.randn(1, LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
     found = []

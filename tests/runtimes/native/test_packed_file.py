@@ -1,7 +1,5 @@
 """Packed weights on disk: the same results as without, whatever happens to the files, the disk and other processes."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json
@@ -12,11 +10,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from unittest.mock import Mock
 
 import pytest
 import torch
 from passes import next_logits
+from spies import noted
+from targets import needs_native
 from tiny import save_native
 from tiny_gguf import write_model
 from torch import Tensor
@@ -27,15 +28,14 @@ from specdec import SpecDecoder, cli
 from specdec.base.background import Work
 from specdec.base.errors import SpecDecError
 from specdec.models import identity, loading, packed, prepare
-from specdec.runtimes.native import library, linear, packed_file
+from specdec.runtimes.native import linear, packed_file
 from specdec.runtimes.native import target as native
 from specdec.runtimes.native.packed_file import END, Damaged, PackedFile
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Target
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
+pytestmark = needs_native
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,6 @@ def weights_of(path: Path) -> Path:
 
 def load(path: Path, **how: Any) -> NativeTarget:
     target = make_target(loading.load(path)[0], **how)[0]
-    assert isinstance(target, NativeTarget)
     return target
 
 
@@ -77,12 +76,8 @@ def kept(path: Path) -> list[Path]:
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> None:
     """These must not be called."""
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError
-
     for place, name in functions:
-        monkeypatch.setattr(place, name, stop)
+        monkeypatch.setattr(place, name, Mock(side_effect=AssertionError))
 
 
 CHECKSUM = 0x46541EDA1E5ADB84  # of the bytes 0 to 255
@@ -235,17 +230,13 @@ def test_a_file_that_cannot_be_used_is_made_again(path, capsys, defect):
 def test_a_check_that_is_no_number_is_not_trusted(path, monkeypatch):
     load(path)
     rewrite(lambda index: index.update(notes=dict.fromkeys(index["notes"], "nan")))(kept(path)[0])
-    runs, own = list[int](), native.check_logits
-    monkeypatch.setattr(native, "check_logits", lambda target: runs.append(1) or own(target))
+    runs = noted(monkeypatch, native, "check_logits", lambda target: None)
     load(path)
     assert len(runs) == 1
 
 
 def test_a_model_that_fails_its_check_is_not_kept(path, monkeypatch):
-    def fail(target: Target) -> float:
-        raise SpecDecError("the native runtime gives other logits")
-
-    monkeypatch.setattr(native, "check_logits", fail)
+    monkeypatch.setattr(native, "check_logits", Mock(side_effect=SpecDecError("the native runtime gives other logits")))
     assert make_target(loading.load(path)[0])[0].runtime != "native"
     assert not kept(path) and not [*path.parent.rglob("*.part")]
 
@@ -255,22 +246,16 @@ def full(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
 
 
 def fills_up(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    own, written = os.pwritev, [0]
+    def write(file: BinaryIO, entries: list[tuple[torch.Tensor, int]]) -> None:
+        own(file, entries[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write(file: int, data: list[memoryview], offset: int) -> int:
-        written[0] += sum(map(len, data))
-        if written[0] > 100_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return own(file, data, offset)
-
-    monkeypatch.setattr(os, "pwritev", write)
+    own = packed_file._write
+    monkeypatch.setattr(packed_file, "_write", write)
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    def refuse(place: Path) -> Any:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(packed_file, "locked", refuse)
+    monkeypatch.setattr(packed_file, "locked", Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))))
 
 
 @either
@@ -286,11 +271,8 @@ def test_without_a_place_weights_are_packed_in_memory(path, monkeypatch, capsys,
 
 
 def test_an_interrupted_write_leaves_nothing(path, monkeypatch):
-    def interrupt(target: Target) -> float:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(native, "check_logits", interrupt)
+        patch.setattr(native, "check_logits", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(path)
     assert not kept(path) and not [*path.parent.rglob("*.part")]
@@ -300,13 +282,7 @@ def test_an_interrupted_write_leaves_nothing(path, monkeypatch):
 
 @either
 def test_a_file_that_changes_while_it_is_packed_is_not_kept(path, monkeypatch, capsys):
-    own = native.check_logits
-
-    def check(target: Target) -> float:
-        weights_of(path).touch()
-        return own(target)
-
-    monkeypatch.setattr(native, "check_logits", check)
+    noted(monkeypatch, native, "check_logits", lambda target: weights_of(path).touch())
     load(path)
     assert not kept(path) and "has changed meanwhile" in capsys.readouterr().err.replace("\n", " ")
 
@@ -343,9 +319,6 @@ def test_of_two_processes_that_pack_at_once_one_writes_and_the_other_reads(path)
     assert len(kept(path)) == 1 and not [*path.parent.rglob("*.part")]
 
 
-# --- drafters --------------------------------------------------------------------------------------------------------
-
-
 def drafts(path: Path) -> list[Path]:
     return [file for file in kept(path) if file.name.startswith("drafts-")]
 
@@ -365,8 +338,7 @@ def drafted(path: Path, scale: float = 1.0, **how: Any) -> tuple[list[int], list
 def test_later_processes_read_the_merged_layers_and_the_head_of_a_drafter(path, monkeypatch, capsys):
     plain = drafted(path, packed=False)
     assert drafted(path) == plain and len(drafts(path)) == 2
-    own, packed = linear._tiles, list[tuple[int, ...]]()
-    monkeypatch.setattr(linear, "_tiles", lambda weight, *more: packed.append((*weight.shape,)) or own(weight, *more))
+    packed = noted(monkeypatch, linear, "_tiles", lambda weight, *more: (*weight.shape,))
     assert drafted(path) == plain
     projections, added = packed[:2], packed[2:]  # the latter: heads for tokens of the text
     assert projections == [(128, 384), (128, 256)] and all(rows < 16 for rows, _ in added)
@@ -397,9 +369,6 @@ def test_a_drafter_that_is_trained_further_is_not_kept(path):
     assert not network.adapters.lasting
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
-
-
 @either
 def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     def command(*args: str) -> str:
@@ -416,9 +385,6 @@ def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     assert row["packed_bytes"] == file.stat().st_size > 0
     command("models", "rm", str(path))
     assert not file.parent.exists() and path.exists()
-
-
-# --- reading ahead ---------------------------------------------------------------------------------------------------
 
 
 @either
@@ -456,8 +422,7 @@ def test_reading_that_is_stopped_reads_no_more(tmp_path, monkeypatch):
 def test_a_stale_file_is_not_read_while_weights_are_packed(path, monkeypatch):
     load(path)
     os.utime(path)
-    own, begun = linear._block_tiles, list[bool]()
-    monkeypatch.setattr(linear, "_block_tiles", lambda *args: (begun.append(bool(packed._begun)), own(*args))[1])
+    begun = noted(monkeypatch, linear, "_block_tiles", lambda *args: bool(packed._begun))
     with packed.reading():
         prepare.read_ahead(str(path), {"device": "cpu"})
         assert packed._begun
@@ -514,9 +479,6 @@ def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
     with pytest.raises(SpecDecError):
         SpecDecoder.from_pretrained(path, "m2r2=/nowhere")
     assert not packed._begun
-
-
-# --- the format ------------------------------------------------------------------------------------------------------
 
 
 def test_entries_of_any_size_come_back(tmp_path, kernels, monkeypatch):

@@ -1,7 +1,5 @@
 """The native runtime: the reference's numbers within bf16's rounding, and its own to the last bit whatever the pass."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os
@@ -9,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from passes import (
     ALIKE,
     adapted_pass,
+    after,
     apart,
     by_path,
     drafted,
@@ -25,7 +25,9 @@ from passes import (
     random_blocks,
     random_route,
     seeded,
+    several,
 )
+from targets import needs_native
 from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
@@ -35,7 +37,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import ALL_LAYERS
 from specdec.models.gguf.blocks import BlockLinear
 from specdec.runtimes.decoder_layer import recurrent
-from specdec.runtimes.draft_path import DraftRoots, Masks, TreeLimits
+from specdec.runtimes.draft_path import DraftRoots, TreeLimits
 from specdec.runtimes.native import library, linear, packing
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
@@ -44,12 +46,7 @@ from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.tree_drafting import candidates_on_path, tree_by_passes
 
-try:
-    library.load()
-except SpecDecError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads", "kernels")  # kernels share work among them
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]  # kernels share work among them
 VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
 
 
@@ -108,14 +105,7 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache
     x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.register(0, positions, tree), cache))
     assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
     cache.commit([[0, 2, 4, 5], [0]])
-    positions = torch.tensor([[24], [8]])
-    x = target.layers(
-        target.embed(tokens[:, :1] * 0 + ids[0, 24], positions),
-        0,
-        4,
-        Pass(positions, cache.register(0, positions), cache),
-    )
-    assert torch.equal(target.readout(x)[0], single[0, 24:25])
+    assert torch.equal(next_logits(target, cache, ids[:, 24:25].expand(2, -1))[0], single[0, 24:25])
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
@@ -138,26 +128,8 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
     assert torch.equal(target.readout(x)[0, path], single[0, 20:])
 
 
-@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-@torch.inference_mode()
-def test_a_branch_that_is_not_finite_changes_no_other(kv_cache: str) -> None:
-    target = NativeTarget(model_of("llama"), kv_cache=kv_cache)
-    cache, prompt = target.new_cache(), torch.arange(5, 25)[None]
-    next_logits(target, cache, prompt)
-    tree = torch.tensor([[True, False, False], [True, True, False], [True, False, True]])
-    positions, found = 20 + torch.tensor([[0, 1, 1]]), list[torch.Tensor]()
-    for bad in (0.0, math.inf, math.nan):
-        x = target.embed(torch.tensor([[30, 31, 32]]), positions)
-        x[0, 1] += bad
-        x = target.layers(x, 0, 4, Pass(positions, cache.register(0, positions, tree), cache))
-        cache.commit([[]])
-        found.append(target.readout(x)[0])
-    assert all(torch.equal(each[[0, 2]], found[0][[0, 2]]) and each[1].isnan().all() for each in found[1:])
-
-
 @pytest.mark.parametrize(
-    ("family", "kv_cache"),
-    [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")],
+    ("family", "kv_cache"), [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")]
 )
 @torch.inference_mode()
 def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> None:
@@ -186,9 +158,8 @@ def test_a_long_prompt_goes_through_in_slices(family: str, kv_cache: str) -> Non
 @torch.inference_mode()
 def test_a_model_in_blocks_gives_the_logits_of_its_bf16_values() -> None:
     model, dense = in_blocks(), model_of("llama")
-    dense.load_state_dict(
-        {name: value for name, value in model.state_dict().items() if "proj" not in name}, strict=False
-    )
+    others = {name: value for name, value in model.state_dict().items() if "proj" not in name}
+    dense.load_state_dict(others, strict=False)
     for name, module in model.named_modules():
         if isinstance(module, BlockLinear):
             dense.get_submodule(name).weight.copy_(module.weight)
@@ -252,9 +223,7 @@ def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
 
 @pytest.mark.parametrize(("outputs", "kind", "least", "most"), [(50, "Q8", 0, 0.02), (11002, "Q4", 0.05, 0.12)])
 @torch.inference_mode()
-def test_maps_for_drafts_are_within_their_bits_and_do_not_depend_on_other_rows(
-    outputs: int, kind: str, least: float, most: float
-) -> None:
+def test_maps_for_drafts_are_within_their_bits_and_do_not_depend_on_other_rows(outputs, kind, least, most) -> None:
     torch.manual_seed(12)
     weight, bias, x = torch.randn(outputs, 192).bfloat16(), torch.randn(outputs).bfloat16(), torch.randn(70, 192)
     x, draft_only, dense = x.bfloat16(), linear.Packed([weight], bias, draft_only=True), linear.Packed([weight], bias)
@@ -292,9 +261,7 @@ CHAIN, WIDE_TREE, PRICED = TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 
     ],
 )
 @torch.inference_mode()
-def test_trees_grow_in_one_call_as_they_do_in_parts(
-    family: str, window: int | None, kv_cache: str, limits: TreeLimits
-) -> None:
+def test_trees_grow_in_one_call_as_they_do_in_parts(family, window, kv_cache, limits) -> None:
     model = model_of(family, **({} if window is None else {"sliding_window": window}))
     with torch.no_grad():
         if getattr(model.config, "final_logit_softcapping", None) is None:  # capped logits would all be the cap
@@ -302,24 +269,17 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
         for layer in model.model.layers:  # what a token sees of its path matters
             (layer.linear_attn.out_proj if recurrent(layer) else layer.self_attn.o_proj).weight.mul_(8)
     target = NativeTarget(model, kv_cache=kv_cache)
-    cache, ids = target.new_cache(), torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
-    positions = torch.arange(21)[None]
-    taps = {1: torch.empty(0), 3: torch.empty(0)}
-    mask = cache.register(0, positions)
-    final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
-    cache.commit([list(range(21))])
-    roots = DraftRoots([5], [21], final, list(taps.values()), place=20)
+    ids = torch.randint(3, 97, (1, 21), generator=torch.Generator().manual_seed(6))
+    cache, roots = after(target, ids)
     total = same = 0
     for number in range(4):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
-        whole, parts = (
-            drafted(target, cache, roots, route, limits),
-            tree_by_passes(target, cache, roots, route, limits),
-        )
+        whole = drafted(target, cache, roots, route, limits)
+        parts = tree_by_passes(target, cache, roots, route, limits)
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
-        states = DraftRoots([5], [21], final[:, -1:].clone(), [tap[:, -1:].clone() for tap in taps.values()])
+        states = DraftRoots([5], [21], roots.final[:, -1:].clone(), [tap[:, -1:].clone() for tap in roots.carried])
         assert drafted(target, cache, states, route, limits) == whole
         assert len(parts.scores) > limits.width
         assert whole.parents[: limits.width] == [0] * limits.width
@@ -334,17 +294,10 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(
         total, same = total + len(theirs), same + len(common)
     assert same > 0.75 * total  # near ties may fall either way, and take all behind them along
     # What was committed is as it was.
-    again = target.new_cache()
-    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, again.register(0, positions), again))
-    again.commit([list(range(21))])
+    again, _ = after(target, ids)
     assert torch.equal(cache.data[0][:, :, :, :21], again.data[0][:, :, :, :21])
     for each in (cache, again):  # what is pending joins the states
-        target.layers(
-            target.embed(ids[:, :1], positions[:, :1]),
-            0,
-            4,
-            Pass(positions[:, :1], each.register(0, positions[:, :1]), each),
-        )
+        next_logits(target, each, ids[:, :1], keep=0)
     assert all(
         torch.equal(*(each.states[ALL_LAYERS,] for each in both))
         for both in zip(cache.states, again.states, strict=True)
@@ -369,10 +322,8 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
     for number in range(8):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
-        ours, theirs = (
-            by_path(grow(cache, roots, route, limits, masks))
-            for grow in (partial(drafted, target), partial(tree_by_passes, target))
-        )
+        ways = partial(drafted, target), partial(tree_by_passes, target)
+        ours, theirs = (by_path(grow(cache, roots, route, limits, masks)) for grow in ways)
         assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
         assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
         assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
@@ -382,7 +333,7 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
     assert len(drafted(target, cache, roots, route, free).tokens) == 16
     for error in (ValueError("no mask"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            drafted(target, cache, roots, route, limits, raising(error))
+            drafted(target, cache, roots, route, limits, Mock(side_effect=error))
         assert cache.lengths == [3] * 4
 
 
@@ -398,15 +349,12 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
     for row in range(rows):
         count = 3 + 7 * row % 19
         ids = torch.randint(3, 97, (1, count), generator=torch.Generator().manual_seed(row))
-        positions, taps, cache = torch.arange(count)[None], {1: torch.empty(0), 3: torch.empty(0)}, target.new_cache()
-        mask = cache.register(0, positions)
-        final = target.layers(target.embed(ids, positions), 0, 4, Pass(positions, mask, cache, taps))
-        cache.commit([list(range(count))])
-        roots = DraftRoots([row], [count], final, list(taps.values()), place=count - 1)
+        cache, roots = after(target, ids)
+        roots = replace(roots, tokens=[row])
         alone.append(drafted(target, cache, roots, route, TreeLimits(levels, 1)).tokens)
         caches.append(cache)
-        finals.append(final[:, -1:])
-        carried.append([tap[:, -1:] for tap in taps.values()])
+        finals.append(roots.final[:, -1:])
+        carried.append([tap[:, -1:] for tap in roots.carried])
     together = caches[0]
     for cache in caches[1:]:
         together.join(cache)
@@ -438,18 +386,9 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
             ended = candidates_on_path(target, together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
-    assert all(
-        torch.equal(now[:, :, :, :n], before[:, :, :, :n])
-        for now, before, n in zip(together.data, held, lengths, strict=True)
-    )
+    both = zip(together.data, held, lengths, strict=True)
+    assert all(torch.equal(now[:, :, :, :n], before[:, :, :, :n]) for now, before, n in both)
     assert len({tuple(chain) for chain in alone}) > 1
-
-
-def raising(error: BaseException) -> Masks:
-    def masks(text: Sequence[int]) -> torch.Tensor | None:
-        raise error
-
-    return masks
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
@@ -495,9 +434,7 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
     torch.manual_seed(2)
     route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
     cache, roots = seeded(target)
-    cache.select([0] * rows)
-    final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
-    roots = DraftRoots(list(roots.tokens) * rows, list(roots.positions) * rows, final, carried)
+    roots = several(cache, roots, rows)
     greedy = candidates_on_path(target, cache, roots, route, TreeLimits(1, 16))
     assert greedy is not None and all(sorted(found.tokens) == tokens.tolist() for found in greedy)
     order = [greedy[0].tokens.index(token) for token in tokens.tolist()]
@@ -510,7 +447,6 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
         ids = [[1] * (7 + seed)] * rows
         own = replace(roots, sampled=sampler.sampled(ids))
         found = candidates_on_path(target, cache, own, route, TreeLimits(1, 4))
-        assert found is not None
         scores = sampler.scores(logits.repeat(rows, 1)[:, None], lambda: [], tokens)
         noisy = sampler.perturb(scores, [[len(text)] for text in ids], target.vocab_size, tokens)[:, 0]
         for row, candidates in enumerate(found):

@@ -1,7 +1,5 @@
 """Models in blocks have the same logits, to the last bit, in every build of the kernels that this CPU runs."""
 
-from __future__ import annotations
-
 import ctypes
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +8,8 @@ import pytest
 import torch
 from builds import build
 from passes import IN_BLOCKS, in_blocks, next_logits
+from refusals import refused
+from targets import needs_native
 
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
@@ -17,10 +17,7 @@ from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 
 
 @torch.inference_mode()
@@ -96,8 +93,6 @@ def test_a_cpu_without_the_instructions_is_refused_by_its_name(monkeypatch: pyte
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(specdec_open=lambda most: 0))
     monkeypatch.setattr(machine, "processor_name", lambda: "Pentium 4")
     library.load.cache_clear()
-    with pytest.raises(
-        SpecDecError, match=r"AVX2, FMA and F16C, or an Arm CPU with dot products .*; this one is Pentium 4"
-    ):
+    with refused(r"AVX2, FMA and F16C, or an Arm CPU with dot products .*; this one is Pentium 4"):
         library.load()
     library.load.cache_clear()

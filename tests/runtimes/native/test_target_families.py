@@ -1,26 +1,21 @@
 """Every family of the native runtime: the same tokens alone, in batches, with drafts, after a prefix, from files.
 (Its numbers are those of transformers in every build of the kernels: test_target.)"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
 from passes import ALIKE, next_logits
+from targets import needs_native
 from tiny import HYBRIDS, ROPES, model_of, rough_model, sizes_of, tamed
 from tiny_gguf import ARCHITECTURES, TYPES, write_family
 from zoo import EVERY, PROMPTS, run
 
 from specdec.models import loading
-from specdec.runtimes.native import library
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
 
-if not library.runs():
-    pytest.skip("no native kernels here", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("two_threads")
+pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
 COUNT = 20
 DRAFTERS = "m2r2: projection", "m2r2: two projections, no early layer", "m2r2 (tree)"
 

@@ -1,7 +1,5 @@
 """Reads and uploads of a step, on a stand-in for an accelerator, in a process of its own."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

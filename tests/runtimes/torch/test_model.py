@@ -1,14 +1,12 @@
 """The pass that kernels are checked against: transformers' logits in every family, and faults that it finds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from targets import needs_native
 from tiny import ROPES, rough_model, sizes_of, tamed
 from tiny_gguf import write_family
 from torch import Tensor
@@ -19,27 +17,38 @@ from specdec.models.config import Config
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.native_model import NativeModel
 from specdec.runtimes import decoder_layer
-from specdec.runtimes.native import library, linear
+from specdec.runtimes.native import linear
 from specdec.runtimes.native.packing import PackedModel
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import _windows
 from specdec.runtimes.torch.model import logits_of
 
 IDS = torch.arange(1, 21) * 7919 % 97
+BIASES, TIED = {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
-    "olmoe": [{"norm_topk_prob": True}],
+    "llama": [{"attention_bias": True}, BIASES | TIED, {"head_dim": None}],
+    "qwen2": [TIED],
+    **{kind: [{"attention_bias": True}] for kind in ("qwen3", "olmo2", "gemma3_text")},
+    **{kind: [BIASES] for kind in ("granite", "smollm3")},
+    "olmoe": [{"attention_bias": True}, {"norm_topk_prob": True}],
     "gemma2": [{"sliding_window": 3}],
-    "qwen3_moe": [{"mlp_only_layers": [1], "decoder_sparse_step": 2}],
-    "qwen3_5_text": [{"linear_num_value_heads": 8}],
-    "qwen3_next": [{"linear_num_value_heads": 8}],
+    "gpt_oss": [{"attention_bias": False}],
+    "qwen3_moe": [{"attention_bias": True}, {"mlp_only_layers": [1], "decoder_sparse_step": 2}],
+    "qwen3_5_text": [{"attention_bias": True, "linear_num_value_heads": 8}],
+    "qwen3_next": [{"linear_num_value_heads": 8}, {"mlp_only_layers": [2]}],
 }
 CASES = [(kind, change) for kind in families.FAMILIES for change in ({}, *VARIANTS.get(kind, ()))]
 
 
+def shapes(model: Any) -> dict[str, Any]:
+    return {name: (value.shape, value.dtype) for name, value in model.named_parameters(remove_duplicate=False)}
+
+
 def native_model(model: Any) -> NativeModel:
-    """A native model with the weights of one of transformers."""
+    """A native model with the weights of one of transformers, which has the same modules."""
     own = NativeModel(Config(**model.config.to_dict()), model.dtype)
+    assert shapes(own) == shapes(model) and own.dtype == model.dtype
+    assert (own.lm_head.weight is own.model.embed_tokens.weight) == bool(model.config.tie_word_embeddings)
     for name, value in model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         setattr(own.get_submodule(path), leaf, value)
@@ -47,9 +56,9 @@ def native_model(model: Any) -> NativeModel:
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES, ids=[f"{kind} {change}" for kind, change in CASES])
-def test_logits_are_those_of_transformers(kind: str, changes: dict[str, Any]) -> None:
+def test_modules_and_logits_are_those_of_transformers(kind: str, changes: dict[str, Any]) -> None:
     rope = {"rope_parameters": ROPES[kind]} if kind in ROPES else {}
-    model = rough_model(kind, **sizes_of(kind), **rope, **changes)
+    model = rough_model(kind, **(sizes_of(kind) | rope | changes))
     expected = model(IDS[None]).logits[0]
     found = logits_of(native_model(model), IDS, _windows(model.config))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -68,9 +77,6 @@ def test_tokens_take_the_experts_that_are_given(kind: str) -> None:
     assert sorted(seen) == [0, 1, 2, 3] and seen[0].shape == (20, 4)
     least = True
     assert not torch.allclose(logits_of(model, IDS, windows, choose), logits_of(model, IDS, windows))
-
-
-# -- faults -----------------------------------------------------------------------------------------------------------
 
 
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +129,9 @@ def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [swapped, unordered, misread, unrotated, unscaled]
 
 
-@pytest.mark.skipif(not library.runs(), reason="no native kernels here")
+@needs_native
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_kernels_is_found(
-    cache: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
-) -> None:
+def test_a_fault_of_the_kernels_is_found(cache, tmp_path, monkeypatch, fault) -> None:
     source: Any = tamed(rough_model("llama", **sizes_of("llama")))
     for layer in source.model.layers:  # scores differ, and what layers add is as large as what they are added to
         own, mlp = layer.self_attn, layer.mlp

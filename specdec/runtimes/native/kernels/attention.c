@@ -108,7 +108,7 @@ INLINE F score_of(const Reading *r, int v, int s, int k, int all) {
     return all ? x : pick16(seen(r, v, s + k), x, set16(-2e30f));
 }
 
-/* 2 to x - base, which is whole; 0 if it is small. */
+/* 2 to x - base, which is whole; 0 if it is small. Small results are never computed: each would cost an Intel core an assist. */
 INLINE F power16(F x, F n, F base) {
     const F r = sub16(x, n);
     F p = set16(9.582851082e-3f);
@@ -116,7 +116,8 @@ INLINE F power16(F x, F n, F base) {
     p = fma16(p, r, set16(0.2402409911f));
     p = fma16(p, r, set16(0.6931241751f));
     p = fma16(p, r, set16(1.0f));
-    return scale16(p, max16(sub16(n, base), set16(-127.0f)));
+    const F by = sub16(n, base);
+    return keep16(more16(by, set16(-125.5f)), scale16(p, max16(by, set16(-125.0f))));
 }
 
 /* Raise bases to scores that are FAR beyond them. */

@@ -6,10 +6,6 @@ enum { ROWS = 3, CHUNK = 32 };
 static inline void enter_tiles(void) {}
 static inline void leave_tiles(void) {}
 
-static void dot_tokens(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
-    dot_few_tokens(kind, tokens, tiles, count, x, to);
-}
-
 /* sum[4 outputs][tokens] += rows 4 quad .. of a tile times `tokens` tokens, `stride` floats apart. wide: the rows, in floats
  * [vector of 8 inputs][4 rows][8], instead of `tile`. */
 INLINE void add_tile(int tokens, const uint8_t *tile, const float *wide, int quad, const float *x, int64_t stride, __m256 sum[4][ROWS]) {

@@ -141,10 +141,9 @@ INLINE void add_tile_to_two(int kind, const Codes *codes, const Scales *s, const
 }
 #endif
 
-/* Prefetch `bytes` of later tiles, into the second cache. A single token leaves them to the hardware: its own loads are far enough
- * ahead, those of more tokens wait behind products. */
-INLINE void prefetch_tiles(int few, const uint8_t *at, int bytes) {
-    for (int i = 0; few != 1 && i < bytes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T1);
+/* Prefetch `bytes` of later tiles, into the second cache. */
+INLINE void prefetch_tiles(const uint8_t *at, int bytes) {
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T1);
 }
 
 /* to [tokens][16 outputs] = a row of `count` tiles times `tokens` tokens, which lie beside each other in `x`. few: sums of so
@@ -159,10 +158,10 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
         const uint8_t *head = at;
         Scales s[PARTS];
         for (int p = 0; p < PARTS; p++) scales_of_group(kind, head, WIDE * p, s + p);
-        prefetch_tiles(few, at, g.head);
+        prefetch_tiles(at, g.head);
         at += g.head;
         for (int tile = 0; tile < g.tiles; tile++, at += g.codes, x += tokens) {
-            prefetch_tiles(few, at, g.codes);
+            prefetch_tiles(at, g.codes);
             for (int p = 0; p < PARTS; p++) {
                 Codes codes[8];
                 codes_of_tile(kind, at + 4 * WIDE * p, codes);
@@ -199,15 +198,19 @@ INLINE void rows_of_kind(int kind, int tokens, const uint8_t *tiles, int count, 
     }
 }
 
+/* Call a function whose first argument is `kind`, as a constant. */
+#define BY_KIND(function, ...)                                                                                         \
+    switch (kind) {                                                                                                    \
+    case Q8: function(Q8, __VA_ARGS__); break;                                                                         \
+    case Q4: function(Q4, __VA_ARGS__); break;                                                                         \
+    case Q5: function(Q5, __VA_ARGS__); break;                                                                         \
+    case K4: function(K4, __VA_ARGS__); break;                                                                         \
+    case K5: function(K5, __VA_ARGS__); break;                                                                         \
+    case MX: function(MX, __VA_ARGS__); break;                                                                         \
+    default: function(K6, __VA_ARGS__);                                                                                \
+    }
+
 /* to [tokens][16 outputs] = a row of tiles in blocks times `tokens` rounded tokens, 16 at most. */
 static void dot_few_tokens(int kind, int tokens, const uint8_t *tiles, int count, const Rounded *x, float (*to)[16]) {
-    switch (kind) {
-    case Q8: rows_of_kind(Q8, tokens, tiles, count, x, to); break;
-    case Q4: rows_of_kind(Q4, tokens, tiles, count, x, to); break;
-    case Q5: rows_of_kind(Q5, tokens, tiles, count, x, to); break;
-    case K4: rows_of_kind(K4, tokens, tiles, count, x, to); break;
-    case K5: rows_of_kind(K5, tokens, tiles, count, x, to); break;
-    case MX: rows_of_kind(MX, tokens, tiles, count, x, to); break;
-    default: rows_of_kind(K6, tokens, tiles, count, x, to);
-    }
+    BY_KIND(rows_of_kind, tokens, tiles, count, x, to)
 }

@@ -41,12 +41,12 @@ typedef struct {
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
     uint8_t *inputs;
+    uint8_t *memory;                         /* of all that the pass points to */
     uint8_t *scratch;                        /* by thread: a normed block, scores of attention, and a block as a map reads it */
     Mixed mixed;                             /* if the model has experts */
     Barrier barrier;
 } Pass;
 
-enum { SLICE = 512 };          /* maximum tokens of a prompt in one pass */
 enum { MOST_EXPECTED = 1024 }; /* maximum number of cached slots that are prefetched during the projections */
 
 /* The columns of a sequence, in blocks of equal width: few enough for a key head's cached keys to be read once, and enough for
@@ -414,7 +414,8 @@ static int most_behind(const Call *c) {
     return most;
 }
 
-/* Allocate memory for passes of `m` over the tokens of `c`, with maps of at most `widest` inputs besides the layers' own. Returns 0, or -1 without memory. Call end_pass in any case. */
+/* Allocate memory for passes of `m` over the tokens of `c`, with maps of at most `widest` inputs besides the layers' own.
+ * Returns 0, or -1 without memory. Call end_pass in any case. */
 static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     memset(p, 0, sizeof *p);
     p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads, p->threads = c->threads;
@@ -423,22 +424,7 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     if (m->recurrent) {
         int values = m->value_heads * m->value_dim, mixed = channels_of(m) + values + 2 * in_tiles(m->value_heads);
         total = mixed > total ? mixed : total, attended = values > attended ? values : attended;
-        p->fresh = allocate(2 * (size_t)p->rows * input_width(m));
-        if (!p->fresh) return -1;
     }
-    size_t blocks = (size_t)p->blocks, rotated = blocks * half * m->tables;
-    p->x = allocate(64 * blocks * m->hidden);
-    p->qkv = allocate(64 * blocks * (total > m->hidden ? total : m->hidden));
-    p->cos = allocate(64 * rotated + 1);
-    p->sin = allocate(64 * rotated + 1);
-    p->factors = allocate(128 * blocks);
-    p->attended = allocate(32 * blocks * attended);
-    const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, taken = (size_t)p->rows * m->top_k;
-    p->inner = allocate(32 * (blocks > groups ? blocks : groups) * m->inner);
-    p->queries = allocate(2 * (size_t)p->rows * m->heads * m->head_dim);
-    p->sequence_of = allocate(64 * blocks);
-    p->first = allocate(4 * (size_t)c->count);
-    p->items = allocate(sizeof(Item) * (size_t)p->count);
     if (widest < m->hidden) widest = m->hidden;
     p->scored = (32 * (size_t)widest + 63) / 64 * 64;
     if (widest < m->inner) widest = m->inner;
@@ -446,24 +432,25 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     p->input = p->scored + (sizeof(Attention) + 2 * VECTORS * (size_t)most_behind(c) + 63) / 64 * 64;
     p->mixer = p->input + input_bytes(widest); /* no layout takes more */
     p->own = p->mixer + mixer_bytes(m, c);
-    p->scratch = allocate(p->own * c->threads);
-    size_t shared = blocks > 1 ? blocks : 0;
-    p->normed = allocate(32 * shared * m->hidden + 1);
-    p->inputs = allocate(shared * input_bytes(widest) + 1);
+    const size_t rows = (size_t)p->rows, blocks = (size_t)p->blocks, shared = blocks > 1 ? blocks : 0, rotated = blocks * half * m->tables;
+    const size_t groups = m->experts ? (size_t)most_groups(m, p->rows) : 0, experts = (size_t)m->experts, taken = rows * m->top_k;
     Mixed *g = &p->mixed;
-    if (m->experts) {
-        g->group = allocate(sizeof(Grouped) * (size_t)m->experts), g->count = allocate(4 * (size_t)m->experts),
-            g->rest = allocate(4 * (size_t)m->experts);
-        g->logits = allocate(64 * blocks * in_tiles(m->experts + 1)), g->experts = allocate(4 * taken), g->shares = allocate(4 * taken);
-        g->row = allocate(64 * groups), g->share = allocate(64 * groups), g->tokens = allocate(4 * groups);
-        g->normed = allocate(32 * groups * m->hidden), g->inputs = allocate(groups * input_bytes(widest));
-        if (!(g->group && g->count && g->rest && g->logits && g->experts && g->shares && g->row && g->share && g->tokens && g->normed
-            && g->inputs)) return -1;
-    }
-    if (!(p->x && p->qkv && p->cos && p->sin && p->factors && p->attended && p->inner && p->queries
-        && p->normed && p->inputs && p->scratch &&
-          p->sequence_of && p->first && p->items))
-        return -1;
+    const struct { void *pointer; size_t bytes; } parts[] = {
+        {&p->x, 64 * blocks * m->hidden}, {&p->qkv, 64 * blocks * (total > m->hidden ? total : m->hidden)},
+        {&p->cos, 64 * rotated}, {&p->sin, 64 * rotated}, {&p->factors, 128 * blocks}, {&p->attended, 32 * blocks * attended},
+        {&p->inner, 32 * (blocks > groups ? blocks : groups) * m->inner}, {&p->queries, 2 * rows * m->heads * m->head_dim},
+        {&p->fresh, m->recurrent ? 2 * rows * input_width(m) : 0}, {&p->sequence_of, 64 * blocks}, {&p->first, 4 * (size_t)c->count},
+        {&p->items, sizeof(Item) * (size_t)p->count}, {&p->scratch, p->own * c->threads}, {&p->normed, 32 * shared * m->hidden},
+        {&p->inputs, shared * input_bytes(widest)}, {&g->group, sizeof(Grouped) * experts}, {&g->count, 4 * experts}, {&g->rest, 4 * experts},
+        {&g->logits, experts ? 64 * blocks * in_tiles(m->experts + 1) : 0}, {&g->experts, 4 * taken}, {&g->shares, 4 * taken},
+        {&g->row, 64 * groups}, {&g->share, 64 * groups}, {&g->tokens, 4 * groups}, {&g->normed, 32 * groups * m->hidden},
+        {&g->inputs, groups * input_bytes(widest)}};
+    enum { PARTS = sizeof parts / sizeof *parts };
+    size_t bytes = 0;
+    for (int i = 0; i < PARTS; i++) bytes += (parts[i].bytes + 63) / 64 * 64;
+    if (!(p->memory = allocate(bytes))) return -1;
+    uint8_t *at = p->memory;
+    for (int i = 0; i < PARTS; at += (parts[i++].bytes + 63) / 64 * 64) memcpy(parts[i].pointer, &at, sizeof at);
     lay_out(p, c);
     memset(p->attended, 0, 32 * blocks * attended);
     memset(p->cos, 0, 64 * rotated);
@@ -471,20 +458,13 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     for (int table = 0; table < m->tables; table++)
         for (int r = 0; r < p->rows; r++)
             for (int i = 0; i < half; i++) {
-                int64_t at = (((int64_t)table * p->blocks + r / 16) * half + i) * 16 + r % 16, from = c->positions[r] * 2 * half + i;
-                p->cos[at] = c->rotary[table][from], p->sin[at] = c->rotary[table][from + half];
+                int64_t to = (((int64_t)table * p->blocks + r / 16) * half + i) * 16 + r % 16, from = c->positions[r] * 2 * half + i;
+                p->cos[to] = c->rotary[table][from], p->sin[to] = c->rotary[table][from + half];
             }
     return 0;
 }
 
-static void end_pass(Pass *p) {
-    free(p->x), free(p->qkv), free(p->cos), free(p->sin), free(p->factors), free(p->attended), free(p->inner);
-    free(p->queries), free(p->normed), free(p->inputs), free(p->scratch);
-    free(p->sequence_of), free(p->first), free(p->items), free(p->fresh);
-    Mixed *g = &p->mixed;
-    free(g->group), free(g->count), free(g->rest), free(g->logits), free(g->experts), free(g->shares), free(g->row), free(g->share);
-    free(g->tokens), free(g->normed), free(g->inputs);
-}
+static void end_pass(Pass *p) { free(p->memory); }
 
 /* Let a pass read a call's cached tokens. Returns 0, or -1 without memory. Call unbind_cache in any case. */
 static int bind_cache(Pass *p, const Call *c) {
@@ -498,10 +478,11 @@ static void unbind_cache(Pass *p) {
     free(p->branches);
 }
 
-/* Run layers [lo, hi) of a call on all its tokens at once. */
-static int run_call(const Model *m, const Call *c) {
+/* Run layers [lo, hi) of a call on all its tokens at once. Returns 0, or -1 without memory; hidden states and cached slots are
+ * undefined then. */
+EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
     Pass p;
-    int failed = begin_pass(&p, m, c, 0) || bind_cache(&p, c);
+    int failed = begin_pass(&p, m, c, 0) || bind_cache(&p, c) ? -1 : 0;
     if (!failed) {
         to_blocks(c->x, p.rows, m->hidden, p.x);
 #pragma omp parallel num_threads(c->threads)
@@ -518,28 +499,5 @@ static int run_call(const Model *m, const Call *c) {
     }
     if (p.c) unbind_cache(&p);
     end_pass(&p);
-    return failed;
-}
-
-/* Run layers [lo, hi) of a call. Returns 0, or -1 without memory; hidden states and cached slots are undefined then. Long
- * prompts run in slices, so that memory does not grow with them. */
-EXPORT int KERNEL(layers)(const Model *m, const Call *c) {
-    if (c->count > 1 || c->sequences->trees || c->tokens <= SLICE) return run_call(m, c);
-    int failed = 0;
-    for (int first = 0; !failed && first < c->tokens; first += SLICE) {
-        Call part = *c;
-        Sequence sequence = *c->sequences;
-        bf16 **taps = allocate(sizeof *taps * (size_t)(c->hi + 1));
-        if (!taps) return -1;
-        part.tokens = c->tokens - first < SLICE ? c->tokens - first : SLICE;
-        part.sequences = &sequence, sequence.tokens = part.tokens, sequence.start += first, part.x += (int64_t)first * m->hidden,
-            part.positions += first, part.taps = taps;
-        if (c->routed) part.routed += (int64_t)first * c->hi * m->experts;
-        for (int l = c->lo; l <= c->hi; l++) taps[l] = c->taps[l] ? c->taps[l] + (int64_t)first * m->hidden : NULL;
-        if (!sequence.ahead) sequence.held += first;
-        else if (first) sequence.states = sequence.ahead; /* nothing is pending any more */
-        failed = run_call(m, &part);
-        free(taps);
-    }
     return failed;
 }

@@ -3,7 +3,7 @@
 /* sums[16 outputs][16 lanes] of a row of quantized tiles and a block of `tokens` rounded tokens. Lanes without a token are 0. */
 static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
     float to[16][16] __attribute__((aligned(64)));
-    dot_tokens(kind, tokens, tiles, count, x, to);
+    dot_few_tokens(kind, tokens, tiles, count, x, to);
     if (tokens == 1) {
         for (int o = 0; o < 16; o++) store16(sums + 16 * o, first16(to[0] + o));
         return;

@@ -1,6 +1,6 @@
-"""Frequency penalty, presence penalty and bias of logits: what plain decoding gives under them, for every drafter."""
-
-from __future__ import annotations
+"""Frequency penalty, presence penalty and bias of logits: what plain decoding gives under them, for every drafter. And
+top-p without a sort of the vocabulary, which keeps what Hugging Face's keeps.
+"""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TopPLogitsWarper
 from typer.testing import CliRunner
 from zoo import EVERY, PROMPTS, new_tokens, together
 
@@ -19,6 +19,7 @@ from specdec.cli import app
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.sampling import RowSampler
+from specdec.speculation.warpers import TopP
 
 COUNT = 16
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -49,9 +50,8 @@ def test_rows_of_a_batch_have_their_own() -> None:
     target = TransformersTarget(model)
     rows = [(prompt, asked) for prompt in PROMPTS[:2] for asked in ({}, *SETTINGS.values())]
     for drafter in ("prompt-lookup", "medusa", "m2r2 (tree)"):
-        requests = [
-            Request(prompt, COUNT, RowSampler(SamplingParams(**asked), start=len(prompt))) for prompt, asked in rows
-        ]
+        samplers = [RowSampler(SamplingParams(**asked), start=len(prompt)) for prompt, asked in rows]
+        requests = [Request(prompt, COUNT, sampler) for (prompt, _), sampler in zip(rows, samplers, strict=True)]
         drafting = EVERY[drafter](target)
         drafting.bind(target)
         together(target, drafting, requests, FixedDepth(3), max_rows=5)  # rows come and go
@@ -93,3 +93,22 @@ def test_a_token_that_the_model_lacks_is_refused_on_every_way_in() -> None:
     with decoder.engine() as engine, pytest.raises(SpecDecError, match="logit_bias has token ids outside"):
         engine.submit(Request([5], 3, RowSampler(SamplingParams(logit_bias={10**6: 1}))))
     assert decoder.generate(PROMPTS[0], max_new_tokens=3, logit_bias={96: 1}).token_ids
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])  # from flat, so that more than SHORTLIST tokens are kept, to peaked
+def test_top_p_keeps_what_transformers_keeps(top_p: float, scale: float) -> None:
+    scores = scale * torch.randn(3, 4 * TopP.SHORTLIST, generator=torch.Generator().manual_seed(0))
+    ours = TopP(top_p)(None, scores)  # type: ignore[arg-type]
+    assert torch.equal(ours, TopPLogitsWarper(top_p)(None, scores))  # type: ignore[arg-type]
+
+
+def test_equal_tokens_stay_or_leave_together() -> None:
+    scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, -4.0, float("-inf")]])
+    kept = TopP(0.9)(None, scores).isfinite()  # type: ignore[arg-type]
+    assert kept.tolist() == [[True, True, True, True, False, False]]
+
+
+def test_a_row_without_possible_tokens_stays_so() -> None:
+    nothing = torch.full((1, 8), float("-inf"))
+    assert torch.equal(TopP(0.5)(None, nothing), nothing)  # type: ignore[arg-type]
