@@ -26,7 +26,7 @@ from .corpus import described, tokenised
 
 MOST_TOKENS = 1 << 25  # of a corpus: 268 MB
 MOST_BYTES = 64_000_000  # of a file; larger ones are skipped
-PIECE = 1 << 16  # characters that are tokenised as one text, at least
+PIECE = 1 << 16  # characters that are tokenised as one text, at least; and half of the most
 HEADER, VERSION = 4, 1  # numbers: VERSION, tokens, files that were read, files that were skipped
 
 
@@ -39,7 +39,7 @@ class Reading:
     skipped: int = 0
 
     def pieces(self, bar: terminal.Bar) -> Iterator[str]:
-        """Yield the texts in pieces that end with a line. Skips files that are binary, too large or unreadable."""
+        """Yield the texts in pieces, which end with a line. Skips files that are binary, too large or unreadable."""
         done, whole = 0, sum(state.st_size for state in self.stats.values()) / 1e6
         for path, state in self.stats.items():
             text = "\0"
@@ -51,7 +51,7 @@ class Reading:
                 self.files += 1
                 start = 0
                 while start < len(text):
-                    end = text.find("\n", start + PIECE) + 1 or len(text)
+                    end = text.find("\n", start + PIECE, start + 2 * PIECE) + 1 or start + 2 * PIECE
                     yield text[start:end]
                     start = end
             done += state.st_size

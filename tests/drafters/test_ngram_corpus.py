@@ -96,8 +96,9 @@ def test_a_damaged_file_is_made_again(place: str, folder: Path, cache: Path) -> 
 def test_a_large_file_is_read_in_pieces_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ngram_corpus, "PIECE", 4)
     place = tmp_path / "text"
-    place.write_text("one two\nthree\nfour")
-    assert ids(read_corpus(place, Bytes(), 126)) == [-1, *b"one two\n", -1, *b"three\n", -1, *b"four", -1]
+    place.write_text("one t\nthree\nfour five")
+    expected = [-1, *b"one t\n", -1, *b"three\n", -1, *b"four fiv", -1, *b"e", -1]
+    assert ids(read_corpus(place, Bytes(), 126)) == expected
     monkeypatch.setattr(ngram_corpus, "MOST_TOKENS", 6)
     assert ids(read_corpus(place, Bytes(), 126)) == [-1, *b"one ", -1]
 
