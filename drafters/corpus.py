@@ -50,17 +50,23 @@ def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
 
 def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None = None) -> Ints:
     """Return as many of ``texts`` as fit ``most`` tokens, int32 [n], with a -1 before each. Raises Stopped."""
-    found, texts = list[int](), iter(texts)
-    while len(found) < most and (batch := list(islice(texts, BATCH))):
+    found, count, texts = list[Ints](), 0, iter(texts)
+    while count < most and (batch := list(islice(texts, BATCH))):
         if stop is not None:
             stop.check()
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            found += [-1, *ids]
-    return np.array([*found[: most - 1], -1], np.int32)
+        read = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        found.append(np.array([token for ids in read for token in (-1, *ids)], np.int32))
+        count += len(found[-1])
+    return np.append(np.concatenate([*found, np.empty(0, np.int32)])[: most - 1], np.int32(-1))
 
 
 def path_for(tokenizer: Any, packed: bytes) -> Path:
     """Return the path of the file with the compressed texts ``packed`` in a tokenizer's tokens."""
+    name = hashlib.sha256(packed + described(tokenizer).encode()).hexdigest()[:24]
+    return files.cache_dir() / "ngram" / f"shipped-{name}.ids"
+
+
+def described(tokenizer: Any) -> str:
+    """Return text that identifies a tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
-    return files.cache_dir() / "ngram" / f"shipped-{hashlib.sha256(packed + described.encode()).hexdigest()[:24]}.ids"
+    return backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))

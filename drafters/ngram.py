@@ -1,40 +1,49 @@
 """N-grams: what followed where the text went on alike before, and a static prior where it never did.
 
-Three sources, each overruling the one before: how often which token follows which in a small corpus, the texts of
-earlier requests (as suffix decoding, arXiv 2411.04975), and the request's own text. The tree has the likeliest paths.
-Needs no training; serves every tokenizer, as the corpus is text. Changes what is drafted, never the output.
+Four sources, each overruling the one before: how often which token follows which in a small corpus, texts that the user
+names, the texts of earlier requests (as suffix decoding, arXiv 2411.04975), and the request's own text. The tree has
+the likeliest paths. Needs no training; serves every tokenizer, as the corpus is text. Changes what is drafted, never
+the output.
 """
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from specdec.base import options
 from specdec.base.background import Stop, Work
+from specdec.base.errors import SpecDecError
+from specdec.base.settings import validate
 from specdec.runtimes.draft_path import DeviceChoice
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, Traits
-from specdec.speculation.ngram import Grower, Prior, Texts
+from specdec.speculation.ngram import Grower, Prior, SortedTexts, Texts
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import Prices
 
-from .corpus import corpus
+from .corpus import corpus as shipped
+from .corpus import described
+from .ngram_corpus import read_corpus
+from .ngram_store import KeptTexts
 
 TEXT = 1 << 20  # most tokens of a request's own text that are matched
 STORE = 1 << 17  # tokens of earlier requests that are kept: 2.6 MB
 MOST_SCOPES = 16  # maximum number of scopes; the oldest is dropped for a new one
-# How much an occurrence counts: in the corpus, in an earlier request, in the request's own text.
+# How much an occurrence counts: in the package's corpus, in the user's or an earlier request, in the request's text.
 CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 
 
 def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
     """Return the corpus in a tokenizer's tokens, as texts that are matched, and as a prior."""
-    ids = corpus(tokenizer, vocab_size, stop)
+    ids = shipped(tokenizer, vocab_size, stop)
     texts = Texts(len(ids))
     stop.check()
     texts.add(ids)
@@ -42,16 +51,22 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
     return texts, Prior.count(ids, vocab_size)
 
 
+def _save(kept: dict[str | None, KeptTexts]) -> None:
+    for each in kept.values():
+        each.save()
+
+
 class NgramRow:
     """The state of a row.
 
     texts: its own text. seen: number of its tokens in ``texts``.
-    store: the earlier texts of its scope; None before its first draft.
+    store: the earlier texts of its scope; None before its first draft. kept: the same in a file; None: not kept.
     """
 
     def __init__(self) -> None:
         self.texts, self.seen = Texts(TEXT), 0
         self.store: Texts | None = None
+        self.kept: KeptTexts | None = None
 
 
 class NgramDrafter(Drafter):
@@ -60,7 +75,9 @@ class NgramDrafter(Drafter):
     nodes: number of nodes of a tree; None: the nodes that are worth their price (``Prices``), or as many as the draft
         may be deep.
     store: number of tokens of earlier requests of this process, prompts and outputs, that are matched; 0, False: none.
-    prior: whether the corpus is used, which needs the model's tokenizer.
+    prior: whether the package's corpus is used, which needs the model's tokenizer.
+    corpus: a text file, or a folder of them, that is read ahead and matched in all scopes; None: there is none.
+    keep: whether the tokens of earlier requests are kept in the data folder, for later processes.
     Raises SpecDecError where its compiled part is not built.
     """
 
@@ -71,16 +88,33 @@ class NgramDrafter(Drafter):
 
     traits = Traits(("ngram",), has_probabilities=True, level_shares=(0.0,))
 
-    def __init__(self, nodes: int | None = None, store: int | bool = STORE, prior: bool = True) -> None:
+    def __init__(
+        self,
+        nodes: int | None = None,
+        store: int | bool = STORE,
+        prior: bool = True,
+        corpus: str | os.PathLike[str] | None = None,
+        keep: bool = False,
+    ) -> None:
         self.nodes = None if nodes is None else options.check_int("nodes", nodes, 1)
         self.size = STORE * store if isinstance(store, bool) else options.check_int("store", store, 0)
         self.prior = bool(prior)
+        self.place = None if corpus is None else Path(validate("corpus", corpus, str | os.PathLike[str])).expanduser()
+        self.keep = validate("keep", keep, bool)
+        if self.keep and not self.size:
+            raise SpecDecError("nothing can be kept without a store; leave store=0 or keep out")
         self.stores = dict[str | None, Texts]()  # by scope
+        self.kept = dict[str | None, KeptTexts]()  # by scope
+        weakref.finalize(self, _save, self.kept)  # also when the process ends
 
     def bind(self, target: Target) -> None:
         self.reading: Work[tuple[Texts, Prior]] | None = None
         self.corpus: Texts | None = None
         self.grower = Grower()
+        tokenizer, self.vocab_size = target.tokenizer, target.vocab_size
+        self.own_corpus = None if self.place is None else read_corpus(self.place, tokenizer, self.vocab_size)
+        if self.keep:
+            self.tokenizer = target.fingerprint if tokenizer is None else described(tokenizer)
         if self.prior and target.tokenizer is not None:  # while other parts load and the prompt runs
             self.reading = Work(partial(count, target.tokenizer, target.vocab_size), "specdec corpus")
 
@@ -90,13 +124,21 @@ class NgramDrafter(Drafter):
     def end(self, row_state: NgramRow, ids: list[int], start: int, learn: bool = True) -> None:
         if row_state.store is not None and learn:
             row_state.store.add([*ids[-self.size // 2 :], -1])
+            if row_state.kept is not None:
+                row_state.kept.add(ids[-self.size // 2 :])
 
     def _store(self, scope: str | None) -> Texts:
         """Return the texts of earlier requests of a scope."""
         if scope not in self.stores:
             if len(self.stores) == MOST_SCOPES:
-                del self.stores[next(iter(self.stores))]
+                oldest = next(iter(self.stores))
+                del self.stores[oldest]
+                if (kept := self.kept.pop(oldest, None)) is not None:
+                    kept.save()
             self.stores[scope] = Texts(self.size)
+            if self.keep:
+                self.kept[scope] = KeptTexts(self.tokenizer, scope, self.size, self.vocab_size)
+                self.stores[scope].add(self.kept[scope].read())
         return self.stores[scope]
 
     def propose(self, state: State, limit: int) -> Draft:
@@ -123,9 +165,12 @@ class NgramDrafter(Drafter):
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]
         if self.size and row_state.store is None:
             row_state.store = self._store(state.scopes[row])
+            row_state.kept = self.kept.get(state.scopes[row])
         row_state.texts.add(ids[row_state.seen :])
         row_state.seen = len(ids)
-        texts = (self.corpus, CORPUS_WEIGHT), (row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)
+        texts: list[tuple[Texts | SortedTexts | None, float]]
+        texts = [(self.corpus, CORPUS_WEIGHT), (self.own_corpus, STORE_WEIGHT)]
+        texts += [(row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)]
         sources = [(each, weight) for each, weight in texts if each is not None]
         noise = None if chooser.greedy else (chooser.noise, len(ids))
         priced = state.prices or Prices(())

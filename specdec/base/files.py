@@ -17,11 +17,12 @@ CACHE = {
     "downloads": "files that you put there by hand",
     "prompts": "downloaded prompt sets",
     "costs": "what is known about the costs and the acceptance of drafts, by machine, model and drafter",
-    "ngram": "the corpus of the package in the tokens of each model",
+    "ngram": "the corpus of the package, and those of `--ngram-corpus`, in the tokens of each model",
     "specdec-work": "work in progress",
 }
 DATA = {
     "learned": "what drafters learned from your texts",
+    "ngrams": "the tokens of earlier requests, with `--keep-ngrams`",
     "chat_history": "what you typed in `specdec chat`",
 }
 
@@ -63,10 +64,11 @@ def make_data_folder(name: str = "") -> Path:
     return folder / name
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write ``data`` to the file ``path`` so that a reader sees the old or the new content, and never a part.
 
-    The data go to a temporary file in the same folder, which is synced and renamed. Raises OSError.
+    The data go to a temporary file in the same folder, which is synced and renamed. mode: the permissions of the file.
+    Raises OSError.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -74,7 +76,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

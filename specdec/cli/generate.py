@@ -80,6 +80,8 @@ def generate(
         raise SpecDecError("there are several prompts; give one, in quotes, with at most the model before it")
     named, prompt = given[0] if len(given) > 1 else None, given[-1] if given else None
     loading = replace(loading, model=shared.one_model(named, loading.model, DEFAULT_MODEL))
+    if compare:  # a comparison must not draft from the answer of an earlier one
+        loading = replace(loading, keep_ngrams=False)
     model, drafter, silent = loading.model, loading.drafter, quiet or as_json
     text = _read(prompt)
     _check_text("--system", system or "")

@@ -117,11 +117,14 @@ def reset(
     ] = None,
     named: shared.ModelOption = None,
 ) -> None:
-    """Forget what was learned."""
+    """Forget what was learned; for all models, also the tokens that --keep-ngrams has kept."""
     from specdec.drafters.m2r2 import learned
+    from specdec.drafters.ngram_store import forget
 
     if argument is None and named is None:
         found, stems = learned.all_progress(), None
+        if kept := forget():
+            say(f"deleted the tokens of earlier requests, {kept} file{'' if kept == 1 else 's'}")
     else:
         found = [*_learned_for(shared.one_model(argument, named))]
         stems = {path.stem for path, _ in found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -135,6 +136,13 @@ Learn = Annotated[
         names=["--learn/--no-learn"],
     ),
 ]
+NgramCorpus = Annotated[
+    Path | None, _model("A text file, or a folder of them, that n-grams draft from, too.", "FILE|DIR")
+]
+KeepNgrams = Annotated[
+    bool,
+    _model("Keep the tokens of texts on disk, so that n-grams draft from them later.", names=["--keep-ngrams"]),
+]
 Verifier = Annotated[
     str,
     _model(
@@ -230,17 +238,39 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
     trust_remote_code: TrustRemoteCode = False
     packed: Packed = True
     learn: Learn = None
+    ngram_corpus: NgramCorpus = None
+    keep_ngrams: KeepNgrams = False
 
     def check(self) -> None:
         """Check the model and the drafter, then start reading the weights in the background. Raises SpecDecError."""
         super().check()
         DrafterFlags.check(self)
+        if self.ngram_corpus is not None and not os.path.exists(self.ngram_corpus):
+            raise SpecDecError(f"--ngram-corpus: '{self.ngram_corpus}' does not exist; name a text file or a folder")
         read_ahead(self.model, self.keywords)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the drafter, with those of n-grams. Raises SpecDecError where it has no n-grams."""
+        given, own = super().options, dict[str, Any]()
+        if self.ngram_corpus is not None:
+            own["corpus"] = str(self.ngram_corpus)
+        if self.keep_ngrams:
+            own["keep"] = True
+        names = [part.name for part in DrafterSpec.parse(self.drafter).parts] if own else []
+        if names and "ngram" not in names:
+            what = "--ngram-corpus and --keep-ngrams need n-grams, such as --drafter ngram+m2r2"
+            raise SpecDecError(f"{what}; got '{self.drafter}'")
+        if not own or names == ["ngram"]:
+            return given | own
+        nested = given.get("ngram", {})
+        return given | {"ngram": nested | own if isinstance(nested, dict) else nested}
 
     @property
     def keywords(self) -> dict[str, Any]:
         """All options but the names of model and drafter, as keyword arguments of ``SpecDecoder.from_pretrained``."""
-        own = {name: value for name, value in super().keywords.items() if name not in ("drafter", "drafter_option")}
+        drafting = {"drafter", "drafter_option", "ngram_corpus", "keep_ngrams"}
+        own = {name: value for name, value in super().keywords.items() if name not in drafting}
         return own | {"drafter_options": self.options}
 
 

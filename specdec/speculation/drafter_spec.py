@@ -87,11 +87,15 @@ class DrafterSpec:
     def load(self, target: Any, options: Mapping[str, Any]) -> Drafter:
         """Load the drafter for ``target``. options: of the drafter; of joined ones, a mapping for each by its name.
 
+        "auto" takes a mapping by name also where it chooses one drafter.
+
         Raises SpecDecError for an option that the drafter does not have, and for a drafter that does not fit.
         """
         if not self.parts:
             chosen: DrafterSpec = registry.load_object(AUTO)(target)
-            return chosen.load(target, options)
+            own = options.get(chosen.parts[0].name)
+            alone = len(chosen.parts) == 1 == len(options) and isinstance(own, Mapping)
+            return chosen.load(target, own if alone and own is not None else options)
         parts = self.resolved().parts
         if len(parts) == 1:
             return _load(parts[0], target, options)

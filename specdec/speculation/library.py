@@ -19,6 +19,8 @@ def load() -> Any | None:
     except OSError:
         return None
     found.specdec_texts_open.restype, found.specdec_texts_open.argtypes = POINTER, (INT, INT)
+    found.specdec_texts_view.restype, found.specdec_texts_view.argtypes = POINTER, (POINTER, POINTER, INT)
+    found.specdec_texts_sort.argtypes, found.specdec_texts_sort.restype = (POINTER, POINTER, INT), None
     found.specdec_texts_add.argtypes = (POINTER, POINTER, INT)
     found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
     found.specdec_ngram_grow.argtypes = (POINTER,)

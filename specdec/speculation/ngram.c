@@ -1,7 +1,8 @@
 /* N-grams: which tokens followed where a text went on alike before, how likely each is now, and the best-first tree of them.
  *
  * Texts lie one behind the other in a window. From each place chains lead to earlier places behind the same last token, and
- * behind the same last two, the latest first. The probability of a follower is blended from the shortest match to the longest
+ * behind the same last two, the latest first. Texts that never change may be sorted instead: by what precedes each place, so
+ * that the longest matches lie side by side. The probability of a follower is blended from the shortest match to the longest
  * (as PPM escapes from the longest to the shortest, Cleary and Witten 1984): what more and longer matches say overrules what
  * fewer and shorter ones say, and a static prior. A learned drafter's tree is merged in. Knows tokens and numbers, no model and
  * no Python. */
@@ -23,6 +24,7 @@ enum {
     LONGEST = 16,     /* tokens of a match that are compared */
     OCCURRENCES = 32, /* places that are read of a chain, and that many times */
     VISITS = 4,       /* as many links are followed */
+    SURE = 4,         /* tokens of a node's longest match, from which on no others are looked for than its parent's */
     SINGLES = 8,      /* places behind the last token alone, where none is behind the last two */
     TOKENS = 96,      /* followers of a place that are kept apart */
     MOST_NODES = 64,  /* of a tree */
@@ -36,6 +38,7 @@ typedef struct {
     uint32_t *ones, *twos; /* [size], by hash: the latest such place, and 1 */
     int64_t end;          /* places so far; the window has the last `size` */
     int64_t size, most;   /* powers of two: the window's, and what it may grow to */
+    const uint32_t *order; /* [end]: the places, sorted by the tokens before each, the last first; NULL: there are chains */
 } Texts;
 
 typedef struct {
@@ -49,7 +52,7 @@ typedef struct {
     const int32_t *text;   /* the last tokens of the text, the root last */
     int32_t length;        /* at most LONGEST */
     int32_t limit, nodes;  /* most levels, and most nodes */
-    int32_t sources;       /* texts that are matched; later ones overrule earlier ones */
+    int32_t sources;       /* texts that are matched, at most one of them sorted; later ones overrule earlier ones */
     float least;           /* probability below which a node is not taken */
     int32_t priced;        /* numbers of `price` */
     const float *price;    /* of scoring 0, 1, .. nodes, in tokens */
@@ -71,7 +74,8 @@ typedef struct {
     float *own_raw, *learned_raw;                /* out: [nodes], what each source says of a node after its parent; 0: nothing */
 } Growth;
 
-typedef struct { int32_t token, length; } Occurrence;
+typedef struct { int32_t token, length; uint32_t place; } Occurrence;
+typedef struct { int32_t count; Occurrence found[OCCURRENCES]; } Matches;
 typedef struct { int32_t count, token[TOKENS], learned[TOKENS]; float p[TOKENS], own[TOKENS], said[TOKENS]; } Followers;
 typedef struct { float value, own, said; int32_t token, parent, depth, learned; } Node;
 
@@ -115,7 +119,8 @@ static int resize(Texts *t, int64_t size) {
 }
 
 EXPORT void specdec_texts_close(Texts *t) {
-    if (t) free(t->ids), free(t->one), free(t->two), free(t->ones), free(t->twos), free(t);
+    if (t && !t->order) free(t->ids), free(t->one), free(t->two), free(t->ones), free(t->twos);
+    free(t);
 }
 
 /* A window of at most `most` tokens, a power of two; `size` at first. NULL without memory. */
@@ -138,8 +143,92 @@ EXPORT int specdec_texts_add(Texts *t, const int32_t *ids, int64_t count) {
     return failed;
 }
 
+/* The token `back` + 1 places before a place; -1: the texts begin behind it. */
+static int32_t before(const int32_t *ids, uint32_t place, int back) {
+    return (uint32_t)back < place ? ids[place - 1 - back] : -1;
+}
+
+/* Sort places that are alike in `depth` tokens before each by LONGEST tokens, or up to the beginning of their texts:
+ * three-way quicksort, a token at a time. */
+static void sort(const int32_t *ids, uint32_t *places, int64_t count, int depth) {
+    uint64_t random = (uint64_t)count;
+    while (count > 1 && depth < LONGEST) {
+        random = random * 6364136223846793005ull + 1442695040888963407ull;
+        const int32_t pivot = before(ids, places[(random >> 33) % (uint64_t)count], depth);
+        int64_t less = 0, at = 0, more = count;
+        while (at < more) {
+            const uint32_t place = places[at];
+            const int32_t token = before(ids, place, depth);
+            if (token < pivot) places[at++] = places[less], places[less++] = place;
+            else if (token > pivot) places[at] = places[--more], places[more] = place;
+            else at++;
+        }
+        /* The largest part goes on here, so that calls are not nested deeper than the logarithm of the count. */
+        const int64_t parts[3][3] = {{0, less, depth}, {less, more - less, pivot < 0 ? LONGEST : depth + 1}, {more, count - more, depth}};
+        int largest = 0;
+        for (int i = 1; i < 3; i++) largest = parts[i][1] > parts[largest][1] ? i : largest;
+        for (int i = 0; i < 3; i++)
+            if (i != largest) sort(ids, places + parts[i][0], parts[i][1], (int)parts[i][2]);
+        places += parts[largest][0], count = parts[largest][1], depth = (int)parts[largest][2];
+    }
+}
+
+/* Sort all places of texts of `count` tokens, at most 2^32 - 1, into `order`. */
+EXPORT void specdec_texts_sort(const int32_t *ids, uint32_t *order, int64_t count) {
+    for (int64_t i = 0; i < count; i++) order[i] = (uint32_t)i;
+    sort(ids, order, count, 0);
+}
+
+/* Texts of `count` tokens that never change, and their places in order; both stay the caller's. NULL without memory. */
+EXPORT Texts *specdec_texts_view(const int32_t *ids, const uint32_t *order, int64_t count) {
+    Texts *t = calloc(1, sizeof *t);
+    if (t) t->ids = (int32_t *)ids, t->order = order, t->end = count;
+    return t;
+}
+
+/* How many tokens before a place are those before `end`, at most `length`. */
+static int matched(const Texts *t, uint32_t place, const int32_t *end, int length) {
+    int same = 0;
+    while (same < length && before(t->ids, place, same) == end[-1 - same]) same++;
+    return same;
+}
+
+/* The matches of a node in sorted texts: those of its parent that go on with its token. None where they are short. */
+static int follow(const Texts *t, const Matches *parent, int32_t token, Occurrence *found) {
+    int count = 0;
+    for (const Occurrence *o = parent->found; o < parent->found + parent->count; o++) {
+        const int64_t place = (int64_t)o->place + 1;
+        if (o->token != token || place >= t->end || t->ids[place] < 0) continue;
+        found[count++] = (Occurrence){t->ids[place], o->length < LONGEST ? o->length + 1 : LONGEST, (uint32_t)place};
+    }
+    return count && found->length >= SURE ? count : 0;
+}
+
+/* As `find`, in sorted texts: the longest matches first, of at least two tokens. They lie around the place of the text itself. */
+static int find_sorted(const Texts *t, const int32_t *end, int length, Occurrence *found) {
+    int64_t low = 0, high = t->end;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        const int same = matched(t, t->order[middle], end, length);
+        if (same < length && before(t->ids, t->order[middle], same) < end[-1 - same]) low = middle + 1;
+        else high = middle;
+    }
+    for (int64_t i = low - OCCURRENCES; i < low + OCCURRENCES; i++) /* what is read below, all at once */
+        if (i >= 0 && i < t->end && t->order[i]) __builtin_prefetch(t->ids + t->order[i] - 1);
+    int count = 0, left = low ? matched(t, t->order[low - 1], end, length) : 0, right = low < t->end ? matched(t, t->order[low], end, length) : 0;
+    for (high = low--; count < OCCURRENCES && (left > 1 || right > 1);) {
+        const int longest = left > right ? left : right;
+        const uint32_t place = t->order[left > right ? low-- : high++];
+        if (t->ids[place] >= 0) found[count++] = (Occurrence){t->ids[place], longest, place};
+        if (left > right) left = low >= 0 ? matched(t, t->order[low], end, length) : 0;
+        else right = high < t->end ? matched(t, t->order[high], end, length) : 0;
+    }
+    return count;
+}
+
 /* The places from which the text that ends before `end`, `length` tokens of it, went on before: the latest first. */
 static int find(const Texts *t, const int32_t *end, int length, Occurrence *found) {
+    if (t->order) return find_sorted(t, end, length, found);
     int64_t mask = t->size - 1;
     for (int pair = length > 1; pair >= 0; pair--) {
         const uint32_t *chain = pair ? t->two : t->one;
@@ -151,7 +240,7 @@ static int find(const Texts *t, const int32_t *end, int length, Occurrence *foun
             if (!back || back + LONGEST >= (uint64_t)t->size + (t->end <= t->size ? LONGEST + 1 : 0)) break; /* gone */
             int alike = 0, least = 1 + pair;
             while (alike < length && t->ids[(place - 1 - alike) & mask] == end[-1 - alike]) alike++;
-            if (alike >= least) found[count++] = (Occurrence){t->ids[place & mask], alike};
+            if (alike >= least) found[count++] = (Occurrence){t->ids[place & mask], alike, place};
             if (!chain[place & mask]) break;
             place -= chain[place & mask];
         }
@@ -187,9 +276,10 @@ static void blend(Followers *f, const Occurrence *found, int count, float weight
     }
 }
 
-/* What follows a node, whose text ends before `end`, by n-grams: `p`. */
-static void by_ngrams(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
-    Occurrence found[OCCURRENCES];
+/* What follows a node, whose text ends before `end`, by n-grams: `p`. matches: [number + 1], of each node in sorted texts. */
+static void by_ngrams(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Matches *matches, Followers *f) {
+    Matches other;
+    matches[number].count = 0;
     f->count = 0;
     if (g->prior && end[-1] < g->prior->tokens)
         for (int i = g->prior->begin[end[-1]]; i < g->prior->begin[end[-1] + 1]; i++) {
@@ -197,8 +287,11 @@ static void by_ngrams(const Growth *g, const Node *node, int32_t number, const i
             if (at >= 0) f->p[at] = g->prior->p[i];
         }
     for (int s = 0; s < g->sources; s++) {
-        int count = find(g->source[s], end, length, found);
-        if (count) blend(f, found, count, g->weight[s]);
+        const Texts *t = g->source[s];
+        Matches *own = t->order ? matches + number : &other;
+        own->count = t->order && number ? follow(t, matches + node->parent, node->token, own->found) : 0;
+        if (!own->count) own->count = find(t, end, length, own->found);
+        if (own->count) blend(f, own->found, own->count, g->weight[s]);
     }
     float all = 0, kept = 0;
     for (int i = 0; i < f->count; i++) all += f->p[i];
@@ -217,8 +310,8 @@ static void by_ngrams(const Growth *g, const Node *node, int32_t number, const i
 }
 
 /* What follows a node: by n-grams, and by the learned drafter's tree; `p` is calibrated. */
-static void followers(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Followers *f) {
-    by_ngrams(g, node, number, end, length, f);
+static void followers(const Growth *g, const Node *node, int32_t number, const int32_t *end, int length, Matches *matches, Followers *f) {
+    by_ngrams(g, node, number, end, length, matches, f);
     int count = f->count, beside = 0;
     for (int i = 0; i < count; i++) f->own[i] = f->p[i];
     for (int n = node->learned; node->learned >= 0 && n < g->learned; n++) {
@@ -250,6 +343,7 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
     int most = g->nodes < MOST_NODES ? g->nodes : MOST_NODES, count = 0, held = 0;
     int32_t text[LONGEST + MOST_NODES];
     Followers f;
+    Matches matches[MOST_NODES + 1];
     float worth[MOST_NODES + 1]; /* probability that a node needs to be worth its price, after so many others */
     worth[MOST_NODES] = 0;
     for (int n = MOST_NODES - 1; n >= 0; n--) {
@@ -263,7 +357,7 @@ EXPORT int specdec_ngram_grow(const Growth *g) {
             memcpy(text, g->text, sizeof *text * g->length);
             for (const Node *n = node; n != taken; n = taken + n->parent) text[g->length + n->depth - 1] = n->token;
             int end = g->length + node->depth, length = end < LONGEST ? end : LONGEST;
-            followers(g, node, count, text + end, length, &f);
+            followers(g, node, count, text + end, length, matches, &f);
             for (int i = 0; i < f.count; i++) {
                 float value = node->value * (f.p[i] < 1 ? f.p[i] : 1);
                 if (!(value > g->least) || (held == most - count && value <= waiting[held - 1].value)) continue;

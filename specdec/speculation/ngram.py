@@ -23,7 +23,7 @@ from specdec.speculation.sampling import Noise
 from specdec.speculation.trees import MOST_NODES
 
 MATCH_TOKENS, NODES = 16, 64  # as in ngram.c: tokens of a match, nodes of a tree
-SOURCES = 3  # most texts that are matched
+SOURCES = 4  # most texts that are matched
 FOLLOWERS = 8  # of a token that the prior keeps
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 Allowed = ctypes.CFUNCTYPE(POINTER, INT)
@@ -92,6 +92,30 @@ class Texts:
             self._add(self.pointer, (INT * len(ids))(*ids), len(ids))
 
 
+class SortedTexts:
+    """Texts that never change, searched like ``Texts``, of 8 bytes a token: the longest matches, of two tokens or more.
+
+    ids: int32 [n], contiguous; -1 is between two texts. order: uint32 [n], as ``sort`` returns it. Both may be mapped.
+    """
+
+    def __init__(self, ids: Ints, order: npt.NDArray[np.uint32]) -> None:
+        lib, self.ids, self.order = load(), ids, order
+        self.pointer = lib.specdec_texts_view(ids.ctypes.data, order.ctypes.data, len(ids))
+        if not self.pointer:
+            raise MemoryError("can't allocate memory for the texts of the n-gram drafter")
+        weakref.finalize(self, lib.specdec_texts_close, self.pointer).atexit = False
+
+    @staticmethod
+    def sort(ids: Ints) -> npt.NDArray[np.uint32]:
+        """Return the places of texts, uint32 [n], sorted by up to ``MATCH_TOKENS`` tokens before each, the last first.
+
+        ids: int32 [n], contiguous; -1 is between two texts.
+        """
+        order = np.empty(len(ids), np.uint32)
+        load().specdec_texts_sort(ids.ctypes.data, order.ctypes.data, len(ids))
+        return order
+
+
 class Prior:
     """The likeliest tokens after each token of the vocabulary, as ``count`` finds them.
 
@@ -143,7 +167,7 @@ class Grower:
     def __call__(
         self,
         ids: Sequence[int],
-        sources: Sequence[tuple[Texts, float]],
+        sources: Sequence[tuple[Texts | SortedTexts, float]],
         limit: int,
         learned: Candidates | None = None,
         masks: Callable[[Sequence[int]], Tensor | None] | None = None,
@@ -155,6 +179,7 @@ class Grower:
         """Return the ``nodes`` likeliest paths after the text ``ids``, at most ``limit`` tokens deep.
 
         sources: the texts that are matched, and the weight of an occurrence in each; later ones overrule earlier ones.
+            At most one is sorted.
         learned: the tree of another drafter, which is merged in; None: there is no other drafter.
         masks: takes the tokens from the root to a node, and returns which may follow (bool [V]; None: none); None: all.
         noise: the noise by which tokens are sampled, and the position of the token after the root; None: greedy.

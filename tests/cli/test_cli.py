@@ -221,6 +221,8 @@ BAD = {
     ),
     "drafter option without value": (["x", "--drafter-option", "depth"], "takes KEY=VALUE"),
     "drafter option that is no YAML": (["x", "--drafter-option", "a=["], "takes KEY=VALUE"),
+    "no corpus": (["x", "--ngram-corpus", "none.txt"], "--ngram-corpus: 'none.txt' does not exist"),
+    "no n-grams": (["x", "--drafter", "m2r2", "--keep-ngrams"], "need n-grams, such as --drafter ngram+m2r2"),
     "no draft model": (["x", "--drafter", "draft-model"], "name it: draft-model=NAME"),
     "no drafter shipped": (["x", "--drafter", "medusa"], "specdec train medusa"),
     "empty prompt": (["  "], "the prompt is empty"),

@@ -28,7 +28,7 @@ from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
-from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, Texts
+from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, SortedTexts, Texts
 from specdec.speculation.sampling import Noise, RowSampler, Sampler, SamplingParams
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import worth_scoring
@@ -221,6 +221,40 @@ def test_texts_of_other_lengths_and_tokens_are_matched_alike_before_and_after_th
     for n in range(20, 3000, 311):
         trees = [Grower()(ids[:n], [(each, 1.0)], 6) for each in (small, large)]
         assert trees[0] == trees[1]
+
+
+def ending(ids: list[int], place: int) -> list[int]:
+    """The tokens before a place, the last first, up to the beginning of its text."""
+    return [*itertools.takewhile(lambda token: token >= 0, ids[max(place - MATCH_TOKENS, 0) : place][::-1])]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(0, 400))
+def test_sorted_texts_are_in_order_and_give_the_longest_matches(seed: int, vocab: int, size: int) -> None:
+    rng = random.Random(seed)
+    ids = [rng.randrange(-1, vocab) for _ in range(size)]
+    array = np.array(ids, np.int32)
+    order = SortedTexts.sort(array)
+    assert sorted(order.tolist()) == [*range(size)]
+    keys = [ending(ids, place) for place in order.tolist()]
+    assert keys == sorted(keys)
+    text = [rng.randrange(vocab) for _ in range(rng.choice([1, 5, 30]))]
+    grower = Grower(least=0.0)
+    found = grower(text, [(SortedTexts(array, order), 1.0)], 1)
+    longest = sorted(occurrences(ids, text), key=lambda each: -each[1])
+    if not longest or longest[0][1] < 2:
+        assert not found.tokens  # single tokens are left to the prior
+    else:
+        leading = {token for token, length in longest if length == longest[0][1]}
+        assert set(found.tokens) <= {token for token, _ in longest} and (
+            len(longest) > 16 or leading <= {*found.tokens}
+        )
+
+
+def test_a_long_text_is_followed_in_sorted_texts_to_its_end() -> None:
+    ids = np.array([-1, *range(100, 140), -1, 7, 120, 9, -1], np.int32)
+    found = Grower()([*range(90, 120)], [(SortedTexts(ids, SortedTexts.sort(ids)), 1.0)], 30)
+    assert found.tokens == [*range(120, 140)] and found.parents == [*range(20)]
 
 
 def test_under_a_mask_only_what_is_allowed_is_drafted_and_an_error_comes_through() -> None:

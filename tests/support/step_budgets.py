@@ -23,7 +23,7 @@ from specdec.models import identity
 from specdec.runtimes.torch.graphs import CapturedTarget
 
 # Operations outside captures, and replays, of a step with one row, once all is captured.
-LAUNCHES = {"none": (25, 2), "m2r2 (tree)": (60, 3), "m2r2: two projections, no early layer": (60, 3)}
+LAUNCHES = {"none": (10, 2), "m2r2 (tree)": (30, 3), "m2r2: two projections, no early layer": (30, 3)}
 # Reads of a step, with one row and with three.
 ONE = 1, 1
 READS: dict[str, tuple[int, int]] = {

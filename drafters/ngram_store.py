@@ -1,0 +1,98 @@
+"""What the n-gram drafter keeps of earlier requests between processes, where a user asks for it.
+
+A file for each scope and tokenizer in the data folder holds the latest tokens of its requests, which only its owner can
+read: ``MAGIC``, a check sum, and the tokens as int32, with a -1 behind each request. Its name is a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from specdec.base import files
+from specdec.base.errors import SpecDecWarning, errors_as, one_line
+from specdec.speculation.ngram import Ints
+
+MAGIC = b"specdec1"
+MOST_TOKENS = 1 << 20  # of a file
+MOST_FILES = 256  # the oldest are deleted
+KEEP_EVERY = 60.0  # least seconds between two writes of a file, but at the end
+
+
+class KeptTexts:
+    """The tokens of earlier requests of one scope, in a file. The first error is a warning.
+
+    Processes may share a file: each adds its own requests to what is there. tokenizer: text that identifies it.
+    scope: as in ``Request``. size: number of tokens that are kept. vocab_size: number of the tokenizer's tokens.
+    """
+
+    def __init__(self, tokenizer: str, scope: str | None, size: int, vocab_size: int) -> None:
+        name = hashlib.sha256(repr((scope, vocab_size, tokenizer)).encode()).hexdigest()[:32]
+        self.path = files.data_dir() / "ngrams" / f"{name}.ids"
+        self.size, self.vocab_size = min(size, MOST_TOKENS), vocab_size
+        self.pending, self.lock = list[int](), threading.Lock()
+        self.warned, self.written = False, time.monotonic()
+
+    def read(self) -> Ints:
+        """Return the tokens in the file, int32 [n]; none if there is no file or, with a warning, a damaged one."""
+        try:
+            if self.path.stat().st_size > len(MAGIC) + 4 + 4 * MOST_TOKENS:
+                raise ValueError("it is too large")
+            data = self.path.read_bytes()
+            head, ids = data[: len(MAGIC) + 4], np.frombuffer(data[len(MAGIC) + 4 :], "<i4").astype(np.int32)
+            if head != _head(data[len(head) :]) or (len(ids) and not -1 <= ids.min() <= ids.max() < self.vocab_size):
+                raise ValueError("its check sum or its tokens are wrong")
+            return ids[-self.size :]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            self._warn(f"'{self.path}' is not used and is written anew: {one_line(error)}")
+        return np.empty(0, np.int32)
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Keep the tokens of a request, which the file gets now or later."""
+        with self.lock:
+            self.pending += [*ids, -1]
+            del self.pending[: -self.size]
+        if time.monotonic() - self.written >= KEEP_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write what was added to the file."""
+        with self.lock:
+            if not self.pending:
+                return
+            try:
+                files.make_data_folder("ngrams")
+                data = np.append(self.read(), self.pending)[-self.size :].astype("<i4").tobytes()
+                files.write_atomically(self.path, _head(data) + data, 0o600)
+                others = sorted(self.path.parent.glob("[!.]*.ids"), key=lambda path: path.stat().st_mtime)
+                for path in others[:-MOST_FILES]:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(f"n-grams cannot be kept in '{self.path.parent}': {one_line(error)}")
+            self.pending, self.written = [], time.monotonic()
+
+    def _warn(self, message: str) -> None:
+        if not self.warned:
+            warnings.warn(message, SpecDecWarning, stacklevel=2)
+        self.warned = True
+
+
+def forget() -> int:
+    """Delete all files; return how many there were. Raises SpecDecError if one cannot be deleted."""
+    found = [*(files.data_dir() / "ngrams").glob("*.ids")]
+    with errors_as(f"cannot delete what is kept in '{files.data_dir() / 'ngrams'}'"):
+        for path in found:
+            path.unlink(missing_ok=True)
+    return len(found)
+
+
+def _head(data: bytes) -> bytes:
+    return MAGIC + zlib.crc32(data).to_bytes(4, "little")
