@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from specdec.base.devices import is_asynchronous, upload
-from specdec.speculation.candidates import Candidates, CandidateSet, calibrated
+from specdec.runtimes.draft_path import calibrated
+from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.state import State
@@ -69,8 +70,11 @@ class ChainDrafter(Drafter):
             vocab = self.vocabulary.tokens
         limit, prices = min(limit, self.nodes or limit), state.prices
         weighs = self.traits.has_probabilities and prices is not None
-        if weighs and prices is not None and not prices.levels():
-            return Draft.empty(len(state.ids), state.cache.device)
+        waits = not is_asynchronous(state.cache.device)
+        if weighs and prices is not None:
+            limit = limit if (levels := prices.levels()) and waits else min(levels, limit)
+            if not limit:
+                return Draft.empty(len(state.ids), state.cache.device)
         token, positions = state.roots, state.positions  # (B, 1)
         chain, layers = [token[:, :0]], list[Tensor]()
         alive = torch.ones_like(token, dtype=torch.bool)  # rows whose chain goes on
@@ -83,26 +87,25 @@ class ChainDrafter(Drafter):
             logits, certainty, run = step(token, positions)
             if state.threshold is not None:
                 alive &= (best_probability(logits) if certainty is None else certainty) >= state.threshold
-                if not bool(alive.any()):
+                if waits and not bool(alive.any()):
                     break
                 layers += [] if run is None else [run]
             token, share = _pick(state, logits, prefixes, vocab)
             if share is not None:
                 alive &= token >= 0
-                if not bool(alive.any()):
+                if waits and not bool(alive.any()):
                     break
             ends = state.threshold is not None or share is not None
             chain.append(token.masked_fill(~alive, -1) if ends else token)
             token = token.clamp_min(0)
             positions = (positions + 1).clamp_max(state.target.context - 1)  # other rows may go deeper
             # Stop where another level is not worth its price
-            if limits is not None and not is_asynchronous(token.device):
+            if limits is not None and waits:
                 assert prices is not None
                 own = certainty if share is None and not weighs else share
                 each = _probability(logits, token, vocab) if own is None else own
-                tables = [row[0] for row in prices.tables] if weighs and prices.tables else [None] * len(each)
-                sure = torch.stack([calibrated(p, table) for p, table in zip(each.float(), tables, strict=True)])
-                reach = reach * sure
+                tables = torch.tensor([row[0] for row in prices.tables]) if weighs and prices.tables else None
+                reach = reach * calibrated(each.float(), tables)
                 raw, joint = [*raw, each], [*joint, reach]
                 deeper = upload([most > depth + 1 for most in state.depths], token.device, torch.bool)
                 worth = reach[:, 0] * deeper * limits.rate(depth + 1) - limits.node
@@ -139,7 +142,8 @@ def _pick(
     noisy = sampler.perturb(scores, [[len(prefix)] for prefix in prefixes], size, vocab)[:, 0]  # (B, V')
     values, best = noisy.max(-1, keepdim=True)
     token = (best if vocab is None else vocab[best]).masked_fill(~values.isfinite(), -1)
-    for prefix, [chosen] in zip(prefixes, token.tolist(), strict=True):
+    read = sampler.needs_prefixes or state.constrained
+    for prefix, [chosen] in zip(prefixes, token.tolist() if read else [[0]] * len(prefixes), strict=True):
         prefix.append(max(chosen, 0))
     if not state.constrained:
         return token, None
@@ -154,7 +158,7 @@ def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confi
     found = read(0)
     for index in range(1, exits):
         on = found[1] < confidence  # (B, 1): rows that go on
-        if not bool(on.any()):
+        if not is_asynchronous(on.device) and not bool(on.any()):
             break
         pairs = zip(read(index), found, strict=True)
         found = tuple(torch.where(on.view(-1, *[1] * (old.dim() - 1)), new, old) for new, old in pairs)

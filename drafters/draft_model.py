@@ -44,7 +44,7 @@ class DraftModelDrafter(ChainDrafter):
     tokenizer: the draft model's tokenizer, which must be the target's; None: not known.
     vocab: the token ids that both models have, int64 [V']; None: all.
     cache: the draft model's keys and values of the rows ``rows``.
-    fed_tokens: for each row, the drafted tokens in the cache that are not committed.
+    fed: the last draft, and how many of its tokens are in the cache, not committed; None: there are none.
     """
 
     name: ClassVar[str] = "draft-model"
@@ -79,7 +79,7 @@ class DraftModelDrafter(ChainDrafter):
         self.vocab = None if ours == theirs else torch.arange(min(ours, theirs), device=target.device)
         self.traits = Traits((self.name,), cost_key=self.draft_target.fingerprint)
         self.cache, self.rows = self.draft_target.new_cache(0), list[DraftModelRow]()
-        self.fed_tokens: list[list[int]] = []
+        self.fed: tuple[Draft, int] | None = None
 
     def begin(self) -> DraftModelRow:
         return DraftModelRow(self.draft_target.new_cache())
@@ -90,7 +90,7 @@ class DraftModelDrafter(ChainDrafter):
         if limit < 1:
             return Draft.empty(len(state.ids), own.device)
         if state.row_states != self.rows:
-            self.rows, self.fed_tokens = list(state.row_states), [[] for _ in state.row_states]
+            self.rows, self.fed = list(state.row_states), None
             self.cache = self.cache.of([entries for row in self.rows for entries in row.cache.entries])
         cache = self.cache
         root: Tensor | None = self._catch_up(state.ids)
@@ -105,14 +105,14 @@ class DraftModelDrafter(ChainDrafter):
             return Readout(logits if self.vocab is None else logits[:, : self.vocab.numel()])
 
         draft = self.chain(state, limit, step, self.vocab)
-        self.fed_tokens = draft.tokens[:, : max(draft.depths()) - 1].tolist()
+        self.fed = draft, max(max(draft.depths()) - 1, 0)  # the host has its tokens when they are scored
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
         """Keep accepted drafts, run the new tokens of the texts ``ids``; return the roots' final states [B, 1, D]."""
         cache = self.cache
-        texts = zip(self.fed_tokens, cache.rows, ids, strict=True)
-        accepted = [common_prefix(fed, row[n:-1]) for fed, n, row in texts]
+        fed = [[] for _ in ids] if self.fed is None else [row[: self.fed[1]] for row in self.fed[0].lists()]
+        accepted = [common_prefix(own, row[n:-1]) for own, n, row in zip(fed, cache.rows, ids, strict=True)]
         if any(accepted):
             cache.commit([list(range(n)) for n in accepted])
         else:

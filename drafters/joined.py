@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from specdec.runtimes.draft_path import DeviceTree
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
+from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.state import State
@@ -69,11 +71,18 @@ class JoinedDrafter(Drafter):
         nodes, prices = self.ngram.nodes, state.prices
         given = self.ngram.candidates(of_ngram, limit)
         alone = worth_scoring(given, limit, nodes, prices)
+        most = limit
         if prices is not None:
-            if not prices.levels(alone):
+            if not (most := min(prices.levels(alone), limit)):
                 return draft_best(given, limit, nodes, state, 0, alone)
             of_other.prices = prices.of(OTHER, NGRAM_ALONE, NGRAM_WITH_OTHERS)
-        found = self.other.candidates(of_other, limit, given)
+        choice = choice_of(of_other, most, nodes, 2)
+        if choice is None:
+            found = self.other.candidates(of_other, limit, given)
+        else:
+            found = self.other.candidates(of_other, most, given, choice)
+        if isinstance(found, DeviceTree):
+            return DeviceDraft(found, of_other, most, without_levels=alone)
         if found is None:
             found = self._proposed(of_other, limit)
         if not any(each.tokens for each in found):
@@ -88,10 +97,10 @@ class JoinedDrafter(Drafter):
             state.cache.trim(draft.states.shape[1], 0, draft.exit_layer)
         for row_state in state.row_states:  # nodes get other places in the joined tree
             self.other.withdraw(row_state)
+        lists, depths, rows = draft.lists(), draft.depths()[1:], list[Candidates]()
         if draft.found is not None:
             return list(draft.found.rows)
-        depths, rows = draft.depths()[1:], list[Candidates]()
-        for tokens, most in zip(draft.lists(), state.depths, strict=True):
+        for tokens, most in zip(lists, state.depths, strict=True):
             there = [True]  # of each block token, whether the row has its path
             for token, parent, depth in zip(tokens, draft.parents, depths, strict=True):
                 there.append(there[parent] and token >= 0 and depth <= most)

@@ -19,6 +19,7 @@ from specdec.base import options
 from specdec.base.background import Stop, Work
 from specdec.base.errors import SpecDecError
 from specdec.base.settings import validate
+from specdec.runtimes.draft_path import DeviceChoice
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
@@ -144,7 +145,13 @@ class NgramDrafter(Drafter):
         found = self.candidates(state, limit)
         return draft_best(found, limit, self.nodes, state)
 
-    def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
+    def candidates(
+        self,
+        state: State,
+        limit: int,
+        given: Sequence[Candidates] | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Candidates]:
         if self.reading is not None:
             self.corpus, counted = self.reading.result()
             self.reading, self.grower = None, Grower(counted)

@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base import options
-from specdec.base.devices import is_asynchronous
+from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder, hub
 from specdec.models.names import display_name
-from specdec.runtimes.draft_path import WIDTH, TreeLimits
+from specdec.runtimes.draft_path import WIDTH, DeviceChoice, DeviceTree, TreeLimits
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.draft import Rules, given_of, grow, states_of, taken
 from specdec.speculation.candidates import Candidates
+from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
-from specdec.speculation.tree_drafting import expand_tree
 
 from ..pairs import PairDrafter
 from .network import KIND, Eagle3, Eagle3Config, read_network
@@ -76,9 +77,15 @@ class Eagle3Drafter(PairDrafter):
         return KVCache(1, 1, self.device)
 
     def candidates(
-        self, state: State, limit: int, given: Sequence[Candidates] | None = None
-    ) -> list[Candidates] | None:
-        return [self._tree(state, self.catch_up(state), limit, self.width)] if self._drafts_tree(state) else None
+        self,
+        state: State,
+        limit: int,
+        given: Sequence[Candidates] | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Candidates] | DeviceTree | None:
+        if not self._drafts_tree(state):
+            return None
+        return self._tree(state, self.catch_up(state), limit, self.width, choice, None if choice is None else given)
 
     def propose(self, state: State, limit: int) -> Draft:
         if not self._drafts_tree(state):
@@ -86,8 +93,12 @@ class Eagle3Drafter(PairDrafter):
         cache = self.catch_up(state)
         if self.traits.has_probabilities and state.prices is not None and not state.prices.levels():
             return draft_best([Candidates.none()], limit, self.nodes, state)
-        found = self._tree(state, cache, limit, self.width if self.nodes or state.prices else 1)
-        return draft_best([found], limit, self.nodes, state, found.levels())
+        width = self.width if self.nodes or state.prices else 1
+        choice = choice_of(state, limit, self.nodes, width)
+        found = self._tree(state, cache, limit, width, choice)
+        if isinstance(found, DeviceTree):
+            return DeviceDraft(found, state, limit, chain=width == 1)
+        return draft_best(found, limit, self.nodes, state, found[0].levels())
 
     def _drafts_tree(self, state: State) -> bool:
         """Return whether to grow a tree: for one greedy row, if the host may wait for it or it has ``nodes``."""
@@ -95,23 +106,35 @@ class Eagle3Drafter(PairDrafter):
         worth = bool(self.nodes) or not is_asynchronous(state.cache.device)
         return verified and worth
 
-    def _tree(self, state: State, cache: KVCache, limit: int, width: int) -> Candidates:
+    def _tree(
+        self,
+        state: State,
+        cache: KVCache,
+        limit: int,
+        width: int,
+        choice: DeviceChoice | None,
+        given: Sequence[Candidates] | None = None,
+    ) -> list[Candidates] | DeviceTree:
         [row] = state.row_states
-        features, level, position = row.last, 0, len(state.ids[0]) - 1
+        features, level, position, device = row.last, 0, len(state.ids[0]) - 1, state.cache.device
 
-        def step(tokens: Tensor, parents: Tensor, paths: Tensor) -> Tensor:
+        def step(tokens: Tensor, parents: Tensor, paths: Tensor | None) -> Tensor:
             nonlocal features, level
             if level:
                 positions = torch.full_like(tokens, position + level)
-                embedded, mask = self.embed(state.target, tokens, positions), cache.register(0, positions, paths[:, 1:])
-                features = self.run(embedded, features[:, parents], positions, mask, cache)
+                tree = None if paths is None else paths[..., 1:]
+                embedded, mask = self.embed(state.target, tokens, positions), cache.register(0, positions, tree)
+                features = self.run(embedded, states_of(features, parents), positions, mask, cache)
             level += 1
-            return self.network.logits(features)[0]
+            return self.network.logits(features)
 
         prices = state.prices
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
-        table = prices.tables[0][0] if prices and prices.tables else None
-        return expand_tree(state.ids[0][-1], self.tokens, limits, state.cache.device, step, state.masks(0), table)
+        tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
+        rules = Rules(self.tokens, tables, given=given_of(given, device), masks=state.masks(0))
+        waits = choice is None and not is_asynchronous(device)
+        found = taken(grow(step, state.roots, limits, rules, waits=waits), choice)
+        return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]
 
     def inputs(self, states: Tensor) -> Tensor:
         return self.network.fuse(states)

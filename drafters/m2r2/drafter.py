@@ -12,10 +12,10 @@ from specdec.base import options
 from specdec.base.devices import is_asynchronous
 from specdec.base.errors import SpecDecError
 from specdec.models import drafter_folder
-from specdec.runtimes.draft_path import WIDTH, DraftPath, DraftRoots, TreeLimits
+from specdec.runtimes.draft_path import WIDTH, DeviceChoice, DeviceTree, DraftPath, DraftRoots, TreeLimits
 from specdec.runtimes.target import Target
-from specdec.speculation import tree_drafting
 from specdec.speculation.candidates import Candidates
+from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Traits
 from specdec.speculation.state import State
@@ -107,12 +107,13 @@ class M2R2Drafter(ChainDrafter):
         self.draft_path: DraftPath | None = None
         path, layers = self.network.path, target.num_layers
         narrow = 0.4 if path.neurons else 1.0  # about the share of a layer that is read
+        levels = bool(path.segments) and not path.exit_layer
         runs = [path.num_layers_run(exit) for exit in range(self.num_exits)]
         self.traits = Traits(
             (self.name,),
             # Without projections nothing reads a carry.
             taps=(*(lo for lo, _ in path.segments), layers) if self.network.projections else (),
-            has_probabilities=self.num_exits == 1 and not is_asynchronous(target.device),
+            has_probabilities=self.num_exits == 1 and (levels or not is_asynchronous(target.device)),
             level_shares=tuple((1 + narrow * run) / (1 + layers) for run in runs),
             leaves_early=True,
             cost_key=str(path),
@@ -137,17 +138,19 @@ class M2R2Drafter(ChainDrafter):
         return fits.version > 0
 
     def candidates(
-        self, state: State, limit: int, given: Sequence[Candidates] | None = None
-    ) -> list[Candidates] | None:
+        self,
+        state: State,
+        limit: int,
+        given: Sequence[Candidates] | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Candidates] | DeviceTree | None:
         if not self._ready():
             return [Candidates.none() for _ in state.ids]
         if not self._drafts_by_levels(state):
             return None
-        width = self.width if self.nodes or state.prices or given is not None else 1
+        width = self._width(state, given)
         path, cache, rows, token = self._draft_path(state), state.cache, state.row_states, 0
         tokens, sampled = [ids[-1] for ids in state.ids], state.sampler.sampled(state.ids)
-        if len(rows) > 1 and not self.nodes:
-            width = 1  # siblings of several rows do not pay
         prices, masks = state.prices, None
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = prices.tables if prices and prices.tables else None
@@ -158,15 +161,27 @@ class M2R2Drafter(ChainDrafter):
             *inputs, final = self._states_before(rows)
         forbidden = self.vocabulary.forbidden
         roots = DraftRoots(tokens, cache.rows, final, inputs, token, forbidden, sampled, tables, given)
-        return tree_drafting.candidates_on_path(state.target, cache, roots, path, limits, masks)
+        found = state.target.draft_rows(cache, roots, path, limits, masks, choice)
+        return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]
+
+    def _width(self, state: State, given: Sequence[Candidates] | None = None) -> int:
+        """Return the number of children of a node: siblings of several rows do not pay."""
+        trees = bool(self.nodes) or (len(state.ids) == 1 and (bool(state.prices) or given is not None))
+        return self.width if trees else 1
 
     def propose(self, state: State, limit: int) -> Draft:
         if not self._ready():
             return Draft.empty(len(state.ids), state.cache.device)
-        by_levels = self.traits.has_probabilities and self._drafts_by_levels(state)
-        if by_levels and state.prices is not None and not state.prices.levels():
-            return draft_best([Candidates.none() for _ in state.ids], limit, self.nodes, state)
-        if (found := self.candidates(state, limit)) is not None:
+        if self._drafts_by_levels(state):
+            worth = limit if state.prices is None else min(state.prices.levels(), limit)
+            if not worth:
+                return draft_best([Candidates.none() for _ in state.ids], limit, self.nodes, state)
+            width = self._width(state)
+            choice = choice_of(state, worth, self.nodes, width)
+            found = self.candidates(state, limit if choice is None else worth, choice=choice)
+            if isinstance(found, DeviceTree):
+                return DeviceDraft(found, state, worth, chain=width == 1)
+            assert found is not None
             return draft_best(found, limit, self.nodes, state, max(each.levels() for each in found))
         *inputs, final = self._states_before(state.row_states) or [torch.empty(0)]
         tokens = PathPass(self.network, state.target, state.cache, Carry(final, inputs))
@@ -206,9 +221,8 @@ class M2R2Drafter(ChainDrafter):
         """
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None
-        worth = bool(self.nodes) or not is_asynchronous(state.cache.device)  # it is read before it is scored
         plain = not state.sampler.needs_prefixes and (one or not state.constrained)
-        return verified and worth and plain and not path.exit_layer and not path.exits and bool(self.traits.taps)
+        return verified and plain and not path.exit_layer and not path.exits and bool(self.traits.taps)
 
     def _draft_path(self, state: State) -> DraftPath:
         """Return the draft path, with output heads for the current draft vocabulary."""

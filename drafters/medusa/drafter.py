@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import options
+from specdec.base.devices import upload
 from specdec.models import drafter_folder
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits, calibrated
 from specdec.runtimes.target import GivenLinear, Target
+from specdec.runtimes.torch.draft import Rules, choose, given_of, grow, limits_of
 from specdec.runtimes.torch.linear import rms_unit
-from specdec.speculation.candidates import Candidates, calibrated
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter, Traits
 from specdec.speculation.state import State
@@ -88,24 +92,54 @@ class MedusaDrafter(Drafter):
         return MedusaRow()
 
     def propose(self, state: State, limit: int) -> Draft:
-        return draft_best(self.candidates(state, limit), limit, self.nodes, state)
+        nodes = self.nodes or (None if state.prices else limit)
+        found = self.candidates(state, limit, choice=choice_of(state, limit, nodes, RANKS))
+        if isinstance(found, DeviceTree):
+            return DeviceDraft(found, state, 0)
+        return draft_best(found, limit, self.nodes, state)
 
-    def candidates(self, state: State, limit: int, given: Sequence[Candidates] | None = None) -> list[Candidates]:
-        logits = self._logits(state)[:, : min(limit, self.network.heads)].float()  # (B, K, V')
-        priced = state.prices.tables if state.prices and state.prices.tables else [()] * len(logits)
-        tables = [own[0] if own else None for own in priced]
+    def candidates(
+        self,
+        state: State,
+        limit: int,
+        given: Sequence[Candidates] | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Candidates] | DeviceTree:
+        logits, prices = self._logits(state)[:, : min(limit, self.network.heads)].float(), state.prices  # (B, K, V')
+        tables = upload(prices.tables, logits.device, torch.float32) if prices and prices.tables else None
+        if choice is not None:
+            return self._on_device(state, logits, tables, given, choice)
+        tables = None if tables is None else tables[:, 0]
         every = _best(logits, self.vocabulary.tokens, tables)  # one read
         return [
-            self._likeliest(state, b, logits[b, :most], table, best) if most else Candidates.none()
-            for b, (most, table, best) in enumerate(zip(state.depths, tables, every, strict=True))
+            self._likeliest(state, b, logits[b, :most], None if tables is None else tables[b : b + 1], best)
+            if most
+            else Candidates.none()
+            for b, (most, best) in enumerate(zip(state.depths, every, strict=True))
         ]
 
+    def _on_device(
+        self,
+        state: State,
+        logits: Tensor,
+        tables: Tensor | None,
+        given: Sequence[Candidates] | None,
+        choice: DeviceChoice,
+    ) -> DeviceTree:
+        """Let the device take nodes from logits [B, K, V']: what a head says is the same after all paths."""
+        levels = iter(logits.split(1, 1))
+        rules = Rules(self.vocabulary.tokens, tables, given=given_of(given, logits.device))
+        limits = TreeLimits(logits.shape[1], RANKS)
+        grown = grow(lambda *_: next(levels), state.roots, limits, rules, keep=choice.nodes, waits=False)
+        return choose(grown, choice.nodes, *limits_of(choice, logits.device))
+
     def _likeliest(
-        self, state: State, row: int, logits: Tensor, table: Sequence[float] | None, best: list[list[list[float]]]
+        self, state: State, row: int, logits: Tensor, table: Tensor | None, best: list[list[list[float]]]
     ) -> Candidates:
         """Return the likeliest paths of a row, from its logits [K, V'], under the masks of its constraint.
 
-        table: calibrates probabilities (``calibrated``); None: they stay. best: of the row, as ``_best`` returns it.
+        table: calibrates probabilities (``calibrated``), [1, 11]; None: they stay.
+        best: of the row, as ``_best`` returns it.
         """
         constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
 
@@ -116,7 +150,7 @@ class MedusaDrafter(Drafter):
             own, likely, ids = best[depth]
             if constraint is not None:
                 scores = constraint.masked([*state.ids[row], *path], logits[depth : depth + 1], vocab)
-                [[[own, likely, ids]]] = _best(scores[None], vocab, [table])
+                [[[own, likely, ids]]] = _best(scores[None], vocab, table)
             return zip(map(int, ids), own, likely, strict=True)
 
         return likeliest_paths(after, self.nodes or MOST_NODES)
@@ -145,15 +179,13 @@ def final_norm(target: Target) -> nn.Linear:
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
 
 
-def _best(
-    logits: Tensor, vocab: Tensor | None, tables: Sequence[Sequence[float] | None]
-) -> list[list[list[list[float]]]]:
+def _best(logits: Tensor, vocab: Tensor | None, tables: Tensor | None) -> list[list[list[list[float]]]]:
     """Return the likeliest tokens of logits [B, K, V'] as lists [B][K]: probabilities, calibrated ones, and token ids.
 
-    vocab: the token id of each logit; None: its index. tables: calibrate each row's probabilities.
+    vocab: the token id of each logit; None: its index. tables: calibrate each row's probabilities, [B, 11].
     """
     p, found = logits.softmax(-1).nan_to_num(0.0).topk(min(RANKS, logits.shape[-1]))  # NaN: nothing is allowed
-    sure = torch.stack([calibrated(own, table) for own, table in zip(p, tables, strict=True)])
+    sure = calibrated(p, tables)
     ids = found if vocab is None else vocab[found]
     read: list[list[list[list[float]]]] = torch.stack((p, sure, ids.float()), 2).tolist()  # float32 holds 2^24 tokens
     return read

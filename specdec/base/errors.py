@@ -25,6 +25,10 @@ class NotFiniteError(SpecDecError):
     """The model's own logits are NaN or infinite, so no runtime can serve it."""
 
 
+class MemoryFullError(SpecDecError):
+    """A device, or the machine, has no memory left; another runtime needs no less."""
+
+
 class QueueFullError(SpecDecError):
     """The engine refuses a request because its queue is full. The server then answers with an error status."""
 

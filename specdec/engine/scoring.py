@@ -80,7 +80,7 @@ class _Scorer:
         # Choose, and read drafted tokens that only the device has
         # A device had better choose after all tokens at once, unless masks come from the host.
         along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
-        p, fault, unread = None, None, [draft.tokens] if draft.listed is None else []
+        p, fault, order, unread = None, None, None, draft.unread
         row_logits = dict[int, Tensor]()
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
             *read, chosen = target.greedy_tokens(x, *unread)
@@ -104,14 +104,30 @@ class _Scorer:
                     p[certain] = _point_masses(tokens[certain], target.vocab_size)
             *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
         if read:
-            draft.listed = read[0]
-            if fault := check_tokens(read[0], cache.batch, len(draft.parents), target.vocab_size):
+            order = draft.receive(read[0])
+            chosen = [[int(token) for token in row] for row in chosen]  # trees come in float64
+            if fault := check_tokens(draft.lists(), cache.batch, len(draft.parents), target.vocab_size):
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
+        if order is not None and len(order) > 1:
+            self._reorder(order, chosen)
         for b, row in enumerate(sampler.rows):
             if along and not row.plain_greedy:
                 best = chosen[b] if row.masked_greedy else None
                 chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], best)
-        return Scores(chosen, p, taps, len(chosen) * (1 + len(draft.parents)), None, row_logits, fault)
+        return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
+
+    def _reorder(self, order: list[list[int]], chosen: list[list[int]]) -> None:
+        """Bring choices and tapped states of trees that the device made into the order of the block's tokens.
+
+        order: which block index each token of a row that was run has; -1: none.
+        """
+        count = 1 + len(self.draft.parents)
+        where = [[own.index(node) if node in own else 0 for node in range(count)] for own in order]
+        chosen[:] = [[own[at] for at in slots] for own, slots in zip(chosen, where, strict=True)]
+        index = upload(where, self.state.cache.device)[..., None]
+        for layer, states in self.taps.items():
+            if states.dim() > 1:
+                self.taps[layer] = states.gather(1, index.expand(-1, -1, states.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the block's states [B, 1 + M, D] at the draft's exit layer, and run those that the draft lacks."""

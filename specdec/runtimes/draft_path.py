@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.torch.linear import UnitMap
 
+KNOTS = range(-4, 7)  # log-odds at which tables of calibrated probabilities have entries (calibrate.h)
 WIDTH = 4  # nodes of a level that get children: running them together costs about what one costs
 NEAR = 2048  # a drafted token attends to so many tokens before it, and to the first ones, so that its cost has a bound
 
@@ -48,6 +51,7 @@ class Sampled(NamedTuple):
     seed, stream: key of the row's noise.
     place: position of the token after the root, which is the length of the text.
     temperature: 0: greedy. top_k: 0: all tokens. top_p, min_p: as in ``SamplingParams``.
+    noise: returns the noise of tokens, float32 on the CPU, given a position, V, and the tokens' ids (None: all V).
     """
 
     seed: int
@@ -57,6 +61,7 @@ class Sampled(NamedTuple):
     top_k: int
     top_p: float
     min_p: float
+    noise: Callable[[int, int, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,3 +111,92 @@ class DraftRoots:
     sampled: Sequence[Sampled] | None = None
     tables: Sequence[Sequence[Sequence[float]]] | None = None
     given: Sequence[Nodes] | None = None
+
+
+class LevelNodes(NamedTuple):
+    """The C candidates of each of B rows as tensors of the target's device, parents before children.
+
+    scores: float32 [B, C], as in ``speculation.candidates.Candidates``; -inf: there is no such node.
+    tokens: token ids, int64 [B, C]. parents: 0: the root, i + 1: node i, int64 [B, C].
+    raw: raw probabilities of each of S sources, float32 [B, S, C]. With another source's tree these are that source
+        where the heads have no candidates, that source elsewhere, and the heads; else the heads.
+    depths: level of each node, int64 [B, C]; the root's children have 1.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    parents: Tensor
+    raw: Tensor
+    depths: Tensor
+
+    def packed(self) -> Tensor:
+        """Return all but the depths as one tensor, float64 [B, C (3 + S)], in which whole numbers are themselves."""
+        parts = self.scores, self.tokens, self.parents, self.raw.flatten(1)
+        return torch.cat([part.double() for part in parts], 1)
+
+    def lists(self) -> list[Nodes]:
+        """Return the nodes of each row as lists, with one read of the device."""
+        return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
+
+    @staticmethod
+    def unpacked(row: Sequence[float], count: int) -> Nodes:
+        """Return the nodes of a row of ``packed`` as lists. count: C."""
+        scores, tokens, parents, *raw = (list(row[at : at + count]) for at in range(0, len(row), count))
+        there = [node for node, score in enumerate(scores) if score > -math.inf]
+        index = {0: 0} | {node + 1: new for new, node in enumerate(there, start=1)}
+        return (
+            [scores[node] for node in there],
+            [int(tokens[node]) for node in there],
+            [index[int(parents[node])] for node in there],
+            [[own[node] for node in there] for own in raw],
+        )
+
+
+class DeviceChoice(NamedTuple):
+    """How many nodes of each row's candidates a device takes, the likeliest first.
+
+    nodes: maximum number for a row, M.
+    depths: for each row, the maximum depth of its nodes; 0: none.
+    prices: the price of scoring n = 0, 1, .. nodes of all rows, in tokens: nodes that are not worth it are not taken;
+        (): all are worth it.
+    allowance: tokens that nodes may be expected to lose.
+    """
+
+    nodes: int
+    depths: Sequence[int]
+    prices: Sequence[float] = ()
+    allowance: float = 0.0
+
+
+class DeviceTree(NamedTuple):
+    """The nodes that are taken for each of B rows, of which the host knows nothing until it reads ``packed``.
+
+    tokens: int64 [B, M], parents before children; -1: there is no node.
+    depths: of the root and of each node, int64 [B, 1 + M].
+    ancestors: which of the root and the nodes are on a node's path, bool [B, 1 + M, 1 + M].
+    packed: float64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
+        ``LevelNodes.packed``.
+    sources: S.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    packed: Tensor
+    sources: int
+
+
+def calibrated(p: Tensor, tables: Tensor | None) -> Tensor:
+    """Return calibrated probabilities of raw probabilities ``p`` [B, ...], interpolated in ``tables`` (calibrate.h).
+
+    tables: for each row, the calibrated probability at each of the log-odds ``KNOTS``, [B, 11]; None: ``p`` is
+        returned.
+    """
+    if tables is None:
+        return p
+    least, last = 1 / (1 + math.exp(-KNOTS[0])), len(KNOTS) - 2
+    at = (torch.logit(p.clamp(least, 0.9999)) - KNOTS[0]).clamp(0, last + 1)
+    below = at.floor().clamp(max=last)
+    index = below.long().reshape(len(p), -1)
+    low, high = (tables.gather(1, index + step).view_as(p) for step in (0, 1))
+    return torch.where(p <= least, p / least * tables[:, :1].view(-1, *[1] * (p.dim() - 1)), low.lerp(high, at - below))

@@ -57,15 +57,15 @@ def run_tokens(
         for count in counts:
             end += count
             ends.append(max(end - 1, 0))
-        index = [0] * len(rows), ends
+        last = [0] * len(rows), ends
     else:
         width = max(counts)
         tokens = upload([[*row, *[0] * (width - len(row))] for row in rows], device)  # (B, T), padded on the right
         positions = upload([[n] for n in cache.rows], device) + torch.arange(width, device=device)
         positions.clamp_(max=target.context - 1)  # padding may point past the end
         mask = cache.register(0, positions)
-        index = list(range(len(rows))), [max(count - 1, 0) for count in counts]
-    x = target.embed(tokens, positions)
+        last = list(range(len(rows))), [max(count - 1, 0) for count in counts]
+    index, x = tuple(upload(last, device)), target.embed(tokens, positions)
     x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
     cache.commit([range(count) for count in counts])
     packed = len(rows) > 1 and len(x) == 1  # rows lie one behind the other

@@ -6,7 +6,15 @@ from typing import get_args
 
 import torch
 
-from specdec.base.errors import NotFiniteError, SettingError, SpecDecError, did_you_mean
+from specdec.base.errors import (
+    MemoryFullError,
+    NotFiniteError,
+    SettingError,
+    SpecDecError,
+    did_you_mean,
+    one_line,
+    out_of_memory,
+)
 from specdec.base.options import KVCacheFormat, Runtime, Weights
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import AnyModel, as_transformers
@@ -55,7 +63,7 @@ def make_target(
     expert_prefetch: whether experts are read ahead by forecasts.
     packed: whether the native runtime stores packed weights in the model's cache entry and reads stored ones.
 
-    Raises SpecDecError if the runtime does not support the model or the settings.
+    Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if it does not fit.
     """
     check_names(runtime, weights, kv_cache)
     asked = {"weights": weights, "kv_cache": kv_cache, "expert_cache": expert_cache}
@@ -77,8 +85,13 @@ def make_target(
                     how = weights, kv_cache, expert_cache, expert_prefetch
                     return native_target(model, *how, keep=packed), ""
                 return _other(name, model), "; ".join(reasons)
-            except (NotFiniteError, SettingError):
+            except (NotFiniteError, SettingError, MemoryFullError):
                 raise
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                what = "the memory of this device is full while the model loads; take a smaller model, or bfloat16"
+                raise MemoryFullError(f"{model.device}: {what} ({one_line(error)})") from error
             except SpecDecError as error:
                 if runtime != "auto" or name == "transformers":  # it is about the model: that one serves all supported
                     raise

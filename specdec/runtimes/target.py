@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.base import cores, machine
-from specdec.base.devices import download
+from specdec.base.devices import download, upload
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
@@ -21,7 +21,8 @@ from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
     from specdec.runtimes.native.experts import MappedExperts
@@ -116,15 +117,42 @@ class Target(ABC):
         return download(*also, largest(self.readout(x)))
 
     def draft_rows(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> list[Nodes] | None:
-        """Draft along ``path`` in one call: a tree if ``cache`` has one row, chains with siblings if it has several.
+        self,
+        cache: KVCache,
+        roots: DraftRoots,
+        path: DraftPath,
+        limits: TreeLimits,
+        masks: Masks | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Nodes] | DeviceTree:
+        """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 
         roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
         draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
-        Returns the candidates of each row; None: this runtime cannot draft in one call.
+        choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then
+        all levels are drafted. None: the host reads the candidates.
+        Returns the candidates of each row, or what the device takes.
         """
-        return None
+        rules, before = rules_of(roots, path.tokens, self.vocab_size, masks), upload([*roots.positions], self.device)
+        final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
+
+        def positions(x: Tensor, level: int) -> Tensor:
+            return (before[:, None] + level).clamp(max=self.context - 1).expand(x.shape[:2])
+
+        def run(number: int, x: Tensor, level: int, paths: Tensor | None) -> Tensor:
+            (lo, hi), at = path.segments[number], positions(x, level)
+            return self.layers(x, lo, hi, Pass(at, cache.register(lo, at, paths), cache, adapters=path.adapters))
+
+        heads = [lambda x, head=head: self.readout(x, head) for head in path.heads]
+        embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
+        step = PathStep(path, final, carried, embed, run, heads, roots.forbidden)
+        try:
+            waits = choice is None and self.device.type == "cpu"
+            grown = grow(step, upload([[token] for token in roots.tokens], self.device), limits, rules, waits=waits)
+        finally:
+            for lo, hi in path.segments:
+                cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
+        return taken(grown, choice)
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
         """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""

@@ -8,11 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-KNOTS = range(-4, 7)  # log-odds at which tables of calibrated probabilities have entries (calibrate.h)
-
 
 class Candidates(NamedTuple):
     """A tree of candidate tokens after the root of one row, parents before children.
@@ -106,17 +101,3 @@ class CandidateSet:
     rows: Sequence[Candidates]
     levels: int = 0
     without_levels: Sequence[Candidates] | None = None
-
-
-def calibrated(p: Tensor, table: Sequence[float] | None) -> Tensor:
-    """Return calibrated probabilities of raw probabilities ``p``, any shape, interpolated in ``table`` (calibrate.h).
-
-    table: the calibrated probability at each of the log-odds ``KNOTS``; None: ``p`` is returned.
-    """
-    if table is None:
-        return p
-    knots, least = p.new_tensor(table), 1 / (1 + math.exp(-KNOTS[0]))
-    at = (torch.logit(p.clamp(least, 0.9999)) - KNOTS[0]).clamp(0, len(KNOTS) - 1)
-    below = at.floor().clamp(max=len(KNOTS) - 2)
-    inside = torch.lerp(knots[below.long()], knots[below.long() + 1], at - below)
-    return torch.where(p <= least, p / least * knots[0], inside)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.base.devices import is_asynchronous, upload
+from specdec.runtimes.draft_path import DeviceTree
 from specdec.speculation.candidates import CandidateSet
 
 
@@ -24,12 +26,14 @@ class Draft:
     parents: the block index of each node's parent (0: the root). A chain is (0, 1, 2, ...).
     device: where the tensor is made.
     listed: the tokens as lists; None while only the device has them.
+    held: the nodes while the host does not know the tree either (``DeviceDraft``); None: it knows ``parents``.
     states: hidden states [B, S, D] at layer ``exit_layer`` of the first S block tokens. The cache has their keys and
         values below that layer, so scoring resumes there. None: scoring begins at layer 0.
     layers: the number of layers that each token ran when it was drafted, int64 [B, M]; None: tokens do not leave early.
     found: the candidates that the draft was chosen from; None: its drafter has no probabilities.
     """
 
+    held: DeviceTree | None = None
     found: CandidateSet | None = None
     states: Tensor | None = None
     exit_layer: int = 0
@@ -65,6 +69,19 @@ class Draft:
             self.listed = self.tokens.tolist()
         return self.listed
 
+    @property
+    def unread(self) -> list[Tensor]:
+        """What the host has to read of the draft, [B, n]; []: nothing."""
+        return [] if self.listed is not None else [self.tokens if self.held is None else self.held.packed]
+
+    def receive(self, rows: Any) -> list[list[int]] | None:
+        """Take what the host has read of ``unread``, [B][n].
+
+        Returns for each row which block index each of the tokens that were scored has now, -1: none; None: its own.
+        """
+        self.listed = [[int(token) for token in row] for row in rows]
+        return None
+
     def paths(self, row: int) -> list[list[int]]:
         """Return, for each node that the row has, the tokens on the path from the root to the node."""
         paths: list[list[int] | None] = [[]]
@@ -74,8 +91,11 @@ class Draft:
         return [path for path in paths[1:] if path]
 
     def ancestors(self) -> Tensor | None:
-        """Return bool [1 + M, 1 + M]: row i marks the block tokens on the path from the root to i. None: a chain."""
-        return ancestors(self.parents)
+        """Return bool [1 + M, 1 + M]: row i marks the block tokens on the path from the root to i. None: a chain.
+
+        Of a tree that only the device has, those of each row [B, 1 + M, 1 + M].
+        """
+        return ancestors(self.parents) if self.held is None else self.held.ancestors
 
     def within(self, depths: list[int]) -> list[int]:
         """Remove the nodes of each row b that are deeper than ``depths[b]``; return the rows that lost some."""
@@ -133,6 +153,8 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
     Tokens that only an asynchronous device has are checked later, when the host reads them.
     """
     count, parents = len(draft.parents), draft.parents
+    if draft.held is not None:
+        return None
     if any(not 0 <= parent <= node for node, parent in enumerate(parents)):
         return f"its tree is not in topological order (parents {parents})"
     if max(draft.depths()) > limit:

@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.base import options
 from specdec.base.errors import SpecDecWarning
 from specdec.base.settings import keywords
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.state import State
@@ -123,12 +124,17 @@ class Drafter(ABC):
         return None
 
     def candidates(
-        self, state: State, limit: int, given: Sequence[Candidates] | None = None
-    ) -> list[Candidates] | None:
+        self,
+        state: State,
+        limit: int,
+        given: Sequence[Candidates] | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Candidates] | DeviceTree | None:
         """Return what may follow each row's root, at most ``limit`` deep, with probabilities.
 
         given: the candidates of each row that n-grams have; a drafter may draft levels after them, too.
-        None: this drafter has no candidates in this step; what it proposes is merged instead.
+        choice: which nodes the device may take itself of what both have; None: the host takes them.
+        The result is None if this drafter has no candidates in this step; what it proposes is merged instead.
         """
         return None
 

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
+from specdec.runtimes.draft_path import KNOTS
 from specdec.speculation import library
-from specdec.speculation.candidates import KNOTS, Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.sampling import Noise
 from specdec.speculation.trees import MOST_NODES
 

@@ -172,7 +172,7 @@ class Sampler:
         made = []
         for row, own in zip(self.rows, ids, strict=True):
             seed, stream = row.noise.key.tolist()
-            made.append(Sampled(seed, stream, len(own), *row.sampling))
+            made.append(Sampled(seed, stream, len(own), *row.sampling, row.noise))
         return made
 
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:

@@ -90,6 +90,9 @@ class State:
         A node that a row does not have gets token 0, and a position inside the context.
         """
         device, depths, last = self.cache.device, draft.depths(), self.target.context - 1
+        if draft.held is not None:
+            tokens = torch.cat((self.roots, draft.tokens.clamp(min=0)), 1)
+            return tokens, (self.positions + draft.held.depths).clamp(max=last)
         positions = upload([[min(n + depth, last) for depth in depths] for n in self.cache.rows], device)
         if draft.listed is None and is_asynchronous(device):  # reading drafted tokens would wait for them
             return torch.cat((self.roots, draft.tokens.clamp(0, self.target.vocab_size - 1)), 1), positions

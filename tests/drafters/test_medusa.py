@@ -17,9 +17,9 @@ from zoo import PROMPTS, run, watched
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.medusa import Medusa, MedusaDrafter
 from specdec.models import drafter_folder, loading
+from specdec.runtimes.draft_path import KNOTS
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.candidates import KNOTS
 from specdec.speculation.draft import Draft
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.state import State

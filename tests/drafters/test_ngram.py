@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,8 +23,9 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.depth.calibration import RAW_PROBABILITIES
 from specdec.engine.engine import Engine
 from specdec.engine.request import Request
+from specdec.runtimes.draft_path import KNOTS, calibrated
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.candidates import KNOTS, Candidates, calibrated
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.ngram import MATCH_TOKENS, Grower, Prior, SortedTexts, Texts
@@ -158,11 +160,11 @@ def test_tables_say_how_likely_each_kind_is_as_they_do_in_torch(p: float) -> Non
     rng = random.Random(0)
     table = sorted(rng.random() for _ in KNOTS)
     flat, never = [1.0] * len(KNOTS), [0.0] * len(KNOTS)
-    expected = float(calibrated(torch.tensor([p]), table))
+    expected = float(calibrated(torch.tensor([p]), torch.tensor([table])))
     learned = Grower(least=0.0)([1, 2, 3], [], 1, tree((7, 0, p)), tables=(flat, flat, table))
     assert likely(learned) == pytest.approx({7: expected}, rel=1e-4)
     [[sure]] = grown().raw
-    own = float(calibrated(torch.tensor([sure]), table))
+    own = float(calibrated(torch.tensor([sure]), torch.tensor([table])))
     assert likely(grown(None, (table, never, flat))) == pytest.approx({3: own}, rel=1e-4)
     assert likely(grown(tree((7, 0, p)), (flat, table, never))) == pytest.approx({3: own}, rel=1e-4)
 
@@ -397,13 +399,13 @@ def test_a_draft_without_learned_candidates_is_one_of_ngrams_alone(llama: PreTra
 def test_sampled_tokens_are_drafted_by_the_learned_drafter(llama: PreTrainedModel, monkeypatch) -> None:
     target = TransformersTarget(llama)
     second = m2r2(target, 0, ((1, 2), (3, 4)), True, False)
-    calls, propose = list[Draft](), second.propose
+    calls, candidates = list[Any](), second.candidates
 
-    def spy(state: State, limit: int) -> Draft:
-        calls.append(propose(state, limit))
+    def spy(state: State, limit: int, given: Sequence[Candidates] | None = None) -> Any:
+        calls.append(candidates(state, limit, given))
         return calls[-1]
 
-    monkeypatch.setattr(second, "propose", spy)
+    monkeypatch.setattr(second, "candidates", spy)
     drafter = JoinedDrafter(NgramDrafter(9), second)
     drafter.bind(target)
     engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))

@@ -10,11 +10,12 @@ from targets import needs_native
 from tiny import rough_model, sizes_of, tamed, tiny_model
 from torch import Tensor
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import MemoryFullError, SpecDecError
 from specdec.models.families import EXPERTS, FAMILIES
 from specdec.runtimes.decoder_layer import router
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.select import make_target
+from specdec.runtimes.torch.model import Network
 from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 
@@ -108,9 +109,12 @@ def test_numbers_that_are_not_finite_are_a_fault(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_full_memory_is_no_fault_of_the_model(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is raised as it is, and no slower runtime is taken."""
-    monkeypatch.setattr(TorchTarget, "layers", Mock(side_effect=error))
-    with pytest.raises(RuntimeError) as found:
+@pytest.mark.parametrize("part", [(TorchTarget, "layers"), (Network, "run")])
+def test_full_memory_is_no_fault_of_the_model(
+    part: tuple[type, str], error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence says so, and no slower runtime is taken."""
+    monkeypatch.setattr(*part, Mock(side_effect=error))
+    with pytest.raises(MemoryFullError, match=r"^cpu: the memory .*; .* \(.*memory\)$") as found:
         make_target(tiny_model("llama"))
-    assert found.value is error
+    assert found.value.__cause__ is error and "\n" not in str(found.value)

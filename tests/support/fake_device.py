@@ -28,7 +28,7 @@ VIEWS = {
     *("empty_strided", "expand", "lift_fresh", "new_empty", "permute", "select", "slice", "split", "split_with_sizes"),
     *("squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view"),
 }
-reads, uploads, launches = Counter[str](), Counter[str](), Counter[str]()
+reads, uploads, launches, replays = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
 captured = [False]  # whether a captured function runs
 
 
@@ -37,10 +37,13 @@ def record(run: Callable[[], None]) -> Callable[[], None]:
 
     def replay() -> None:
         captured[0] = True
+        replays["replay"] += 1
+        waits = reads.total(), uploads.total()
         try:
             run()
         finally:
             captured[0] = False
+        assert waits == (reads.total(), uploads.total()), f"a captured function waits: {reads} {uploads}"
 
     replay()
     return replay

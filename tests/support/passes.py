@@ -23,7 +23,6 @@ from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import UnitMap
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import Candidates
-from specdec.speculation.tree_drafting import candidates_on_path
 
 
 def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tensor]:
@@ -236,10 +235,16 @@ def several(cache: KVCache, roots: DraftRoots, rows: int) -> DraftRoots:
 
 
 def drafted(target: Target, *how: Any) -> Candidates:
-    """Return what ``candidates_on_path`` drafts for the only row."""
-    found = candidates_on_path(target, *how)
-    [row] = found
+    """Return what ``target`` drafts for the only row."""
+    [row] = drafted_rows(target, *how)
     return row
+
+
+def drafted_rows(target: Target, *how: Any) -> list[Candidates]:
+    """Return what ``target`` drafts for each row. how: the arguments of ``draft_rows``."""
+    found = target.draft_rows(*how)
+    assert isinstance(found, list)
+    return [Candidates(*nodes) for nodes in found]
 
 
 def by_path(found: Candidates) -> dict[tuple[int, ...], float]:
@@ -249,13 +254,13 @@ def by_path(found: Candidates) -> dict[tuple[int, ...], float]:
     return dict(zip(paths[1:], found.scores, strict=True))
 
 
-def random_route(target: Target, heads: int) -> DraftPath:
+def random_route(target: Target, heads: int, dtype: torch.dtype = torch.bfloat16) -> DraftPath:
     """Return a random draft path over a vocabulary of ``heads`` tokens: two segments and a final projection."""
     with torch.inference_mode(False):
-        adapters = random_adapters(TransformersTarget(target.model)).bfloat16()
+        adapters = random_adapters(TransformersTarget(target.model)).to(dtype)
     d, tokens = target.hidden_size, torch.randperm(97)[:70]
     projections = [
-        UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).bfloat16(), torch.randn(d).bfloat16()) for n in (3, 3, 2)
+        UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).to(dtype), torch.randn(d).to(dtype)) for n in (3, 3, 2)
     ]
     parts = [target.reduced_head(part) for part in tokens.split([50, 20][:heads])]
     return DraftPath(projections, ((1, 2), (3, 4)), adapters, parts, tokens)

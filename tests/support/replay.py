@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.models import families
+from specdec.runtimes.draft_path import KNOTS
 from specdec.runtimes.native import library, mixer
 from specdec.runtimes.native.library import (
     Call,
@@ -22,7 +23,6 @@ from specdec.runtimes.native.library import (
     Table,
     TreeDraft,
 )
-from specdec.speculation.candidates import KNOTS
 
 LINE, BEHIND = 64, 1 << 16  # kernels may read what lies behind the last key
 SLOTS = "qkv", "out", "gate_up", "down", "rates"

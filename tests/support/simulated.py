@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from specdec.runtimes.draft_path import WIDTH, TreeLimits
-from specdec.speculation.candidates import KNOTS, Candidates
+from specdec.runtimes.draft_path import KNOTS, WIDTH, TreeLimits
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.state import State

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from specdec.speculation.candidates import KNOTS, Candidates
+from specdec.runtimes.draft_path import KNOTS
+from specdec.speculation.candidates import Candidates
 
 RAW_PROBABILITIES = [1 / (1 + math.exp(-knot)) for knot in KNOTS]  # at the knots of a calibration table
 FIRST = 0.6  # acceptance at the first position of a drafter that is unknown

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from specdec.engine.depth.calibration import MEMORY, History, Outcome, expected_gain, rates, table
 from specdec.engine.depth.costs import CostModel, Costs
+from specdec.runtimes.draft_path import KNOTS
 from specdec.runtimes.target import TokenCosts
-from specdec.speculation.candidates import KNOTS, Candidates, CandidateSet
+from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices

@@ -117,7 +117,7 @@ class TreeDrafter:
         self.positions[:], self.roots[:] = list(roots.positions), list(roots.tokens)
         if roots.sampled is not None:
             for own, given in zip(self.sampled, roots.sampled, strict=True):
-                own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p = given
+                own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p, _ = given
                 own.sharpness = 1 / temperature if temperature else 0.0
         struct.sampled = None if roots.sampled is None else ctypes.addressof(self.sampled)
         alive: list[Any] = []

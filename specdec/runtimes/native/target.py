@@ -25,7 +25,7 @@ from specdec.models.native_model import AnyModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceArgs, done, pointer
@@ -154,14 +154,20 @@ class NativeTarget(Target):
         return y
 
     def draft_rows(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, masks: Masks | None = None
-    ) -> list[Nodes] | None:
+        self,
+        cache: KVCache,
+        roots: DraftRoots,
+        path: DraftPath,
+        limits: TreeLimits,
+        masks: Masks | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Nodes] | DeviceTree:
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None
         idle = path.made[self, size]  # drafters that no thread is using; None: not supported
         if idle is None:
-            return None
+            return super().draft_rows(cache, roots, path, limits, masks, choice)
         try:
             drafter = idle.pop()
         except IndexError:

@@ -22,9 +22,11 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, RowMask
 from specdec.models.native_model import NativeModel
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
 from specdec.runtimes.target import Pass, largest
 from specdec.runtimes.torch.attention import Attention
-from specdec.runtimes.torch.model import Layer
+from specdec.runtimes.torch.captured_draft import CapturedDraft
+from specdec.runtimes.torch.model import Attend, Layer, Tables, context
 from specdec.runtimes.torch.static_cache import SPARE, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 TOKENS = 64  # passes over more tokens are not captured
 CAPTURES = 64  # that are kept; the least recently used ones are dropped
 
+CACHED = "layers", "draft"  # what is captured over the static cache
+
+Function = Callable[..., Sequence[Tensor]]
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its replay, on the same memory
 
 
@@ -58,17 +63,26 @@ class CudaRecorder:
         return graph.replay
 
 
-class _Captured:
-    """A captured function of tensors at fixed addresses. It keeps alive what the function reads."""
+class Captured:
+    """A captured function of tensors at fixed addresses. It keeps alive what the function reads.
 
-    def __init__(self, function: Callable[[], Sequence[Tensor]], record: Record) -> None:
-        self.function, self.outputs = function, [torch.empty_like(y) for y in function()]
+    inputs: what the caller fills before a call.
+    """
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor], record: Record) -> None:
+        self.function, self.inputs = function, inputs
+        self.outputs = [torch.empty_like(y) for y in function(*inputs)]
 
         def run() -> None:
-            for out, y in zip(self.outputs, function(), strict=True):
+            for out, y in zip(self.outputs, function(*inputs), strict=True):
                 out.copy_(y)
 
         self.replay = record(run)
+
+    def __call__(self) -> Sequence[Tensor]:
+        """Run the function, and return its results, which the next call writes over."""
+        self.replay()
+        return self.outputs
 
 
 @dataclass(eq=False)
@@ -102,9 +116,9 @@ class CapturedTarget(TorchTarget):
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         self.record = record or CudaRecorder(model.device)
-        self.captured: OrderedDict[Any, _Captured] = OrderedDict()
+        self.captured: OrderedDict[Any, Captured] = OrderedDict()
         self._inputs = dict[tuple[int, int], _Inputs]()
-        self._states, self._chains = dict[int, Tensor](), dict[tuple[int, int], Tensor]()
+        self._chains = dict[tuple[int, int], Tensor]()
         super().__init__(model)
 
     @functools.cached_property
@@ -120,7 +134,7 @@ class CapturedTarget(TorchTarget):
 
     def _forget(self) -> None:
         """Drop what is captured over the static cache."""
-        self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] != "layers")
+        self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] not in CACHED)
 
     @property
     def spare_bytes(self) -> int:
@@ -151,7 +165,7 @@ class CapturedTarget(TorchTarget):
         inputs.x[rows, :t] = x
         layers, tapped = self.select_layers(lo, hi, ctx.adapters), sorted(n for n in taps if lo <= n <= hi)
         key = "layers", *size, lo, hi, *tapped, *layers  # layers live as long as what is captured of them
-        outputs = self._replay(key, lambda: self._pass(inputs, lo, layers, tapped))
+        outputs = self.capture(key, lambda: (self._pass(inputs, lo, layers, tapped), ()))()
         y, *seen = (out[:batch, :t].clone() if inputs.order is None else out[rows, :t] for out in outputs)
         taps.update(zip(tapped, seen, strict=True))
         return y
@@ -198,24 +212,44 @@ class CapturedTarget(TorchTarget):
         self, inputs: _Inputs, lo: int, layers: Sequence[Layer], tapped: Sequence[int]
     ) -> Callable[[], list[Tensor]]:
         """A pass over ``layers`` as a function without arguments."""
-        assert self.static is not None and self.static.whole is not None and isinstance(layers[0].mixer, Attention)
-        keys, values = whole = self.static.whole  # (N, lanes, H, slots, d)
-        (count, t, _), slots, groups, run = inputs.x.shape, whole.shape[4], layers[0].mixer.groups, self.network.run
-        every, block = torch.arange(slots, device=self.device), torch.arange(SPARE, device=self.device)
-        tables = {each: self.network.table(each, slots) for each in self.network.used}
-        windows = {self.windows[n] for n in range(lo, lo + len(layers))}
-        hidden = torch.finfo(self.dtype).min / 2
+        count, t, _ = inputs.x.shape
+        attention = self.attention(count)
 
         def function() -> list[Tensor]:
             committed, starts, ahead = inputs.numbers.split((count, count, 1))
+            rotary, attend = attention(committed, starts, ahead, t, inputs.places, inputs.tree)
+            seen = dict.fromkeys(tapped, inputs.x)
+            y = self.network.run(inputs.x, lo, layers, context(seen), rotary, attend)
+            return [y, *(seen[layer] for layer in tapped)]
+
+        return function
+
+    def attention(self, count: int) -> Callable[..., tuple[Tables, Attend]]:
+        """What makes the rotary tables and the attention of passes over ``count`` lanes. Its arguments:
+
+        committed, starts: of each lane how many slots are committed, and where uncommitted ones begin, int64 [L].
+        ahead: how many of these come before the T tokens. t: T. places, tree: as in ``_Inputs``, for at least the
+        slots up to the tokens.
+        """
+        assert self.static is not None and self.static.whole is not None
+        mixer = self.network.layers[0].mixer
+        assert isinstance(mixer, Attention)
+        keys, values = whole = self.static.whole  # (N, lanes, H, slots, d)
+        slots, groups, hidden = whole.shape[4], mixer.groups, torch.finfo(self.dtype).min / 2
+        every, block = torch.arange(slots, device=self.device), torch.arange(SPARE, device=self.device)
+        tables = {each: self.network.table(each, slots) for each in self.network.used}
+
+        def attention(
+            committed: Tensor, starts: Tensor, ahead: Tensor | int, t: int, places: Tensor, tree: Tensor
+        ) -> tuple[Tables, Attend]:
             own = (ahead + block[:t]).expand(count, -1)  # (L, T), among uncommitted slots
             place = starts[:, None] + own
-            positions, uncommitted = inputs.places.gather(1, own), starts[:, None] + block
-            at = every.repeat(count, 1).scatter_(1, uncommitted, inputs.places)  # (L, slots), positions of keys
+            positions, uncommitted = places.gather(1, own), starts[:, None] + block[: places.shape[1]]
+            at = every.repeat(count, 1).scatter_(1, uncommitted, places)  # (L, slots), positions of keys
             visible = (every < committed[:, None])[:, None].repeat(1, t, 1)  # (L, T, slots)
-            visible = visible.scatter_(2, uncommitted[:, None].expand(-1, t, -1), inputs.tree)
+            visible = visible.scatter_(2, uncommitted[:, None].expand(-1, t, -1), tree)
             terms = dict[int | None, Tensor]()
-            for window in windows:
+            for window in {*self.windows}:
                 near = visible if window is None else visible & (positions[:, :, None] - at[:, None] < window)
                 term = torch.zeros(near.shape, dtype=self.dtype, device=self.device).masked_fill_(~near, hidden)
                 terms[window] = term.repeat_interleave(groups, 1)[:, None]
@@ -225,13 +259,25 @@ class CapturedTarget(TorchTarget):
                 k, v = (each[index, :count].scatter_(2, to, new) for each, new in ((keys, k), (values, v)))
                 return k, v, terms[self.windows[index]]
 
-            seen = dict.fromkeys(tapped, inputs.x)
-            rotary: Any = {n: each[positions].unbind(-1) for n, each in tables.items()}
-            given: Any = Pass(positions, None, None, seen)  # type: ignore[arg-type]  # else it would keep the rows alive
-            y = run(inputs.x, lo, layers, given, rotary, attend)
-            return [y, *(seen[layer] for layer in tapped)]
+            return {each: table[positions].unbind(-1) for each, table in tables.items()}, attend  # type: ignore[misc]
 
-        return function
+        return attention
+
+    @explain_memory
+    def draft_rows(
+        self,
+        cache: KVCache,
+        roots: DraftRoots,
+        path: DraftPath,
+        limits: TreeLimits,
+        masks: Masks | None = None,
+        choice: DeviceChoice | None = None,
+    ) -> list[Nodes] | DeviceTree:
+        draft = CapturedDraft(self, roots, path, limits, choice)
+        if self.static is None or masks is not None or not draft.fits or not torch.is_inference_mode_enabled():
+            return super().draft_rows(cache, roots, path, limits, masks, choice)
+        with self.lock:
+            return draft.run(cache, self.static)
 
     @explain_memory
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -254,19 +300,16 @@ class CapturedTarget(TorchTarget):
     def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         """What ``read`` makes of states [B, T, D], captured for as many tokens; written over by the next call."""
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
-        if size not in self._states:
-            self._states[size] = x.new_zeros(1, size, x.shape[2])
-        states = self._states[size]
-        states[0, :count] = x.flatten(0, 1)
-        [found] = self._replay((name, size), lambda: lambda: [read(states)])
+        held = self.capture((name, size), lambda: (lambda states: [read(states)], [x.new_zeros(1, size, x.shape[2])]))
+        held.inputs[0][0, :count] = x.flatten(0, 1)
+        [found] = held()
         return found[0, :count].view(*x.shape[:2], *found.shape[2:])
 
-    def _replay(self, key: Any, make: Callable[[], Callable[[], Sequence[Tensor]]]) -> list[Tensor]:
-        """Replay what is captured under ``key``, or capture what ``make`` makes; return its buffers."""
+    def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
+        """What is captured under ``key``, at first the function with the inputs that ``make`` returns."""
         if key not in self.captured:
-            self.captured[key] = _Captured(make(), self.record)
+            self.captured[key] = Captured(*make(), self.record)
         self.captured.move_to_end(key)
         if len(self.captured) > CAPTURES:
             self.captured.popitem(last=False)
-        self.captured[key].replay()
-        return self.captured[key].outputs
+        return self.captured[key]

@@ -193,6 +193,11 @@ class Network:
         return table
 
 
+def context(taps: dict[int, Tensor] | None = None) -> Pass:
+    """The context of a captured pass: a mask or a cache would be kept alive with it."""
+    return Pass(None, None, None, taps)  # type: ignore[arg-type]
+
+
 @torch.inference_mode()
 def logits_of(
     model: NativeModel,

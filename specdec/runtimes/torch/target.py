@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from specdec.base.errors import SpecDecError, one_line
+from specdec.base.errors import MemoryFullError, SpecDecError, one_line
 from specdec.models import families
 from specdec.models.gguf.blocks import densify
 from specdec.models.native_model import NativeModel
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
-    """``call``, with a SpecDecError where a device has no memory left."""
+    """``call``, with a MemoryFullError where a device has no memory left."""
 
     @functools.wraps(call)
     def explained(self: Target, *given: Any, **named: Any) -> T:
@@ -43,7 +43,7 @@ def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
             return call(self, *given, **named)
         except torch.OutOfMemoryError as error:
             what = "the memory of this device is full; lower --kv-memory or --max-rows, or take a smaller model"
-            raise SpecDecError(f"{self.device}: {what} ({one_line(error)})") from error
+            raise MemoryFullError(f"{self.device}: {what} ({one_line(error)})") from error
 
     return explained
 
@@ -86,11 +86,15 @@ class TorchTarget(Target):
 
     @explain_memory
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
+        return self.network.readout(x, self.head_map(head))
+
+    def head_map(self, head: nn.Linear | None) -> Linear:
+        """The linear map of an output head; None: of the model's own."""
         module = self.own_head if head is None else head
         if module not in self._heads:
             bias = getattr(module, "bias", None)
             self._heads[module] = self.make(module.weight.detach(), None if bias is None else bias.detach())
-        return self.network.readout(x, self._heads[module])
+        return self._heads[module]
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         pairs = (pair for each in decoder_layer.modules(self.blocks[layer]).values() for pair in each)

@@ -18,7 +18,8 @@ from specdec.engine.depth.calibration import (
     rates,
     table,
 )
-from specdec.speculation.candidates import KNOTS, Candidates, calibrated
+from specdec.runtimes.draft_path import KNOTS, calibrated
+from specdec.speculation.candidates import Candidates
 
 
 def tree(*nodes: tuple[int, int, float]) -> Candidates:
@@ -44,7 +45,7 @@ def teach(right: Callable[[float], float], count: int, *into: History, source: i
 
 
 def read(p: float, row: History, common: History, source: int = 0) -> float:
-    return float(calibrated(torch.tensor([p]), table(row, common, source)))
+    return float(calibrated(torch.tensor([p]), torch.tensor([table(row, common, source)])))
 
 
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999])

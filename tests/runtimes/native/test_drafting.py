@@ -4,21 +4,22 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
-from passes import after, by_path, drafted, random_route, seeded, several
+from passes import after, by_path, drafted, drafted_rows, random_route, seeded, several
 from targets import needs_native
 from tiny import model_of
 from torch import Tensor
 
-from specdec.runtimes.draft_path import DraftPath, DraftRoots, TreeLimits
+from specdec.runtimes import target as target_module
+from specdec.runtimes.draft_path import KNOTS, DraftPath, DraftRoots, TreeLimits, calibrated
 from specdec.runtimes.native import drafting
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Target
-from specdec.speculation import tree_drafting
-from specdec.speculation.candidates import KNOTS, Candidates, calibrated
-from specdec.speculation.tree_drafting import Step, candidates_on_path, tree_by_passes
+from specdec.runtimes.torch.draft import Step
+from specdec.speculation.candidates import Candidates
 
 pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]
 Tables = Sequence[Sequence[float]]
@@ -47,7 +48,7 @@ def route_of(target: Target, seed: int = 0) -> tuple[DraftPath, list[int]]:
 
 
 def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: Step) -> Candidates:
-    """What the kernel does, written plainly. step: as of ``expand_tree``."""
+    """What the kernel and ``grow`` do, written plainly. step: as of ``grow``."""
     heads, alone, beside = roots.tables[0] if roots.tables else (None, None, None)
     tree = roots.given[0] if roots.given else Candidates.none()
     found = Candidates.none()
@@ -56,19 +57,19 @@ def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: S
     ]  # of each node: its place here, in the other tree, its score, its parent in the level before
     tokens, paths = torch.tensor([roots.tokens]), torch.ones(1, 1, dtype=torch.bool)
     for number in range(limits.levels):
-        p = step(tokens, torch.tensor([parent for *_, parent in level]), paths).float().softmax(-1)
+        p = step(tokens, torch.tensor([[parent for *_, parent in level]]), paths[None])[0].float().softmax(-1)
         begun = len(found.tokens)
         origins, places = list[int](), list[int]()
         for row, (node, place, score, _) in enumerate(level):
             best = p[row].topk(limits.width)
             ids = best.indices if vocab is None else vocab[best.indices]
             own = {
-                token: [raw, float(calibrated(torch.tensor([raw]), heads)), -1]
+                token: [raw, sure_of(raw, heads), -1]
                 for token, raw in zip(ids.tolist(), best.values.tolist(), strict=True)
             }
             for n, (token, parent, said) in enumerate(zip(tree.tokens, tree.parents, tree.raw[0], strict=True)):
                 if parent == place >= 0:
-                    other = float(calibrated(torch.tensor([said]), alone if token in own else beside))
+                    other = sure_of(said, alone if token in own else beside)
                     entry = own.setdefault(token, [0.0, 0.0, -1])
                     entry[1:] = [max(entry[1], other), n + 1]
             total, most = sum(entry[1] for entry in own.values()), max(own, key=lambda token: own[token][1])
@@ -93,6 +94,19 @@ def by_loop(roots: DraftRoots, limits: TreeLimits, vocab: Tensor | None, step: S
     return found
 
 
+def sure_of(p: float, table: Sequence[float] | None) -> float:
+    return float(calibrated(torch.tensor([p]), None if table is None else torch.tensor([table])))
+
+
+class Plain(NamedTuple):
+    """``by_loop`` in the place of ``grow``."""
+
+    found: Candidates
+
+    def lists(self) -> list[Candidates]:
+        return [self.found]
+
+
 def tables_of(rng: random.Random) -> Tables:
     return [sorted(rng.random() for _ in KNOTS) for _ in range(3)]
 
@@ -115,16 +129,22 @@ def test_drafts_with_another_tree_and_tables_are_those_of_a_plain_loop(monkeypat
         own = replace(roots, given=[tree], tables=[tables_of(rng)] if seed % 3 else None)
         limits = TreeLimits(4, 4, rng.choice([0.0, 0.3]), rng.choice([0.0, 0.05]), [0.9, 0.8, 0.6, 0.5])
         with monkeypatch.context() as patched:
-            plainly = lambda root, vocab, limits, device, step, *_, own=own: by_loop(own, limits, vocab, step)  # noqa: E731
-            patched.setattr(tree_drafting, "expand_tree", plainly)
-            expected = tree_by_passes(target, cache, own, route, limits)
-        found = drafted(target, cache, own, route, limits)
-        assert len(set(by_path(found))) == len(found.tokens)  # a token of both sources is one node
-        ours, theirs = by_path(found), by_path(expected)
-        assert all(abs(math.exp(ours[path]) - math.exp(theirs[path])) < 0.03 for path in ours.keys() & theirs.keys())
-        raw = [by_path(each._replace(scores=each.raw[0])) for each in (found, expected)]
-        assert all(abs(raw[0][path] - raw[1][path]) < 0.05 for path in raw[0].keys() & raw[1].keys())
-        total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
+            patched.setattr(
+                target_module,
+                "grow",
+                lambda step, roots, limits, rules, own=own, **_: Plain(by_loop(own, limits, rules.vocab, step)),
+            )
+            [nodes] = Target.draft_rows(target, cache, own, route, limits)
+            expected = Candidates(*nodes)
+        [nodes] = Target.draft_rows(target, cache, own, route, limits)
+        for found in drafted(target, cache, own, route, limits), Candidates(*nodes):
+            assert len(set(by_path(found))) == len(found.tokens)  # a token of both sources is one node
+            ours, theirs = by_path(found), by_path(expected)
+            both = ours.keys() & theirs.keys()
+            assert all(abs(math.exp(ours[path]) - math.exp(theirs[path])) < 0.03 for path in both)
+            raw = [by_path(each._replace(scores=each.raw[0])) for each in (found, expected)]
+            assert all(abs(raw[0][path] - raw[1][path]) < 0.05 for path in raw[0].keys() & raw[1].keys())
+            total, same = total + len(theirs), same + len(both)
     assert same > 0.85 * total  # near ties may fall either way
 
 
@@ -135,16 +155,16 @@ def test_chains_of_several_rows_go_on_along_the_likelier_of_both_sources() -> No
     route, (other, behind, *_) = route_of(target)
     rows = several(cache, roots, 2)
     limits = TreeLimits(3, 1)
-    plain = candidates_on_path(target, cache, rows, route, limits)
+    plain = drafted_rows(target, cache, rows, route, limits)
     assert plain is not None and plain[0] == plain[1]
     trees = [given((other, 0, 0.99), (behind, 1, 0.99)), given((plain[1].tokens[0], 0, 0.01))]
-    found = candidates_on_path(target, cache, replace(rows, given=trees), route, limits)
+    found = drafted_rows(target, cache, replace(rows, given=trees), route, limits)
     assert found[1].tokens == plain[1].tokens and found[1].raw == plain[1].raw
     assert {(other,), (other, behind)} <= by_path(found[0]).keys()
     chain = max(by_path(found[0]), key=len)
     assert chain[:2] == (other, behind) and len(chain) == 3
     low = [[LOW] * 3, [HIGH, LOW, LOW]]
-    ended = candidates_on_path(target, cache, replace(rows, tables=low), route, replace(limits, level=0.5))
+    ended = drafted_rows(target, cache, replace(rows, tables=low), route, replace(limits, level=0.5))
     assert ended is not None and [max(each.depths()) for each in ended] == [3, 3]  # the second row pays for both
     scores = [math.exp(each.scores[0]) for each in ended]
     assert scores == pytest.approx([0.05, 0.9], rel=1e-3)
@@ -174,7 +194,7 @@ def test_a_draft_reads_the_first_keys_and_the_last_ones(rows: int, monkeypatch: 
     roots = several(cache, roots, rows)
 
     def draft() -> list[Candidates] | None:
-        return candidates_on_path(target, cache, roots, route, limits)
+        return drafted_rows(target, cache, roots, route, limits)
 
     expected = draft()
     for far in range(64, 160):  # the root and its draft are at 200 to 203

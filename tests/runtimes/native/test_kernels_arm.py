@@ -11,6 +11,7 @@ from passes import (
     ALIKE,
     IN_BLOCKS,
     adapted_pass,
+    drafted_rows,
     in_blocks,
     next_logits,
     play,
@@ -24,13 +25,12 @@ from tiny import model_of
 
 from specdec.base.options import SamplingParams
 from specdec.models.gguf.blocks import KINDS
-from specdec.runtimes.draft_path import DraftRoots, TreeLimits
+from specdec.runtimes.draft_path import KNOTS, DraftRoots, TreeLimits
 from specdec.runtimes.native import library, linear
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.speculation.candidates import KNOTS, Candidates
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.sampling import RowSampler, Sampler
-from specdec.speculation.tree_drafting import candidates_on_path
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fPIC"]  # of setup.py
@@ -126,12 +126,12 @@ def drafts(recording: Recording) -> None:
             replace(roots, sampled=Sampler([RowSampler(params)]).sampled([[1] * 7])),
         ):
             for limits in TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02):
-                candidates_on_path(target, cache, given, route, limits)
+                drafted_rows(target, cache, given, route, limits)
         cache.select([0] * rows)
         final, *carried = (x[:, roots.place :][:, :1].repeat(rows, 1, 1) for x in (roots.final, *roots.carried))
         several = DraftRoots(list(range(rows)), roots.positions * rows, final, carried)
         for limits in TreeLimits(5, 1), TreeLimits(4, 3):
-            candidates_on_path(target, cache, several, route, limits)
+            drafted_rows(target, cache, several, route, limits)
 
 
 def test_kernels_write_the_bits_of_avx2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from passes import (
     apart,
     by_path,
     drafted,
+    drafted_rows,
     in_blocks,
     next_logits,
     play,
@@ -43,8 +44,8 @@ from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation.candidates import Candidates
 from specdec.speculation.sampling import RowSampler, Sampler
-from specdec.speculation.tree_drafting import candidates_on_path, tree_by_passes
 
 pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]  # kernels share work among them
 VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
@@ -249,6 +250,12 @@ def test_four_bits_for_drafts_hold_what_four_bits_can() -> None:
     assert torch.equal(packed(x), (x.double() @ weight.double().T).bfloat16())
 
 
+def by_levels(target: Target, *how: Any) -> Candidates:
+    """What other runtimes do with ``target``: one pass for each level."""
+    [nodes] = Target.draft_rows(target, *how)
+    return Candidates(*nodes)
+
+
 CHAIN, WIDE_TREE, PRICED = TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 0.02)
 
 
@@ -276,7 +283,7 @@ def test_trees_grow_in_one_call_as_they_do_in_parts(family, window, kv_cache, li
         torch.manual_seed(number)
         route = random_route(target, heads=2)
         whole = drafted(target, cache, roots, route, limits)
-        parts = tree_by_passes(target, cache, roots, route, limits)
+        parts = by_levels(target, cache, roots, route, limits)
         assert cache.lengths == [21] * 4
         # Built for the route the first time, and used again.
         states = DraftRoots([5], [21], roots.final[:, -1:].clone(), [tap[:, -1:].clone() for tap in roots.carried])
@@ -322,7 +329,7 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
     for number in range(8):
         torch.manual_seed(number)
         route = random_route(target, heads=2)
-        ways = partial(drafted, target), partial(tree_by_passes, target)
+        ways = partial(drafted, target), partial(by_levels, target)
         ours, theirs = (by_path(grow(cache, roots, route, limits, masks)) for grow in ways)
         assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
         assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
@@ -368,14 +375,14 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
     hidden[1] = True
     assert any(outputs & set(chain) for chain in alone)
     limits = TreeLimits(levels, 1)
-    own = candidates_on_path(target, together, replace(roots, forbidden=hidden), route, limits)
+    own = drafted_rows(target, together, replace(roots, forbidden=hidden), route, limits)
     assert own is not None and not outputs & set(own[1].tokens)
     assert [chain.tokens for b, chain in enumerate(own) if b != 1] == alone[:1] + alone[2:]
     for _ in range(2):  # built the first time, and used again
-        found = candidates_on_path(target, together, roots, route, limits)
+        found = drafted_rows(target, together, roots, route, limits)
         assert found is not None and [chain.tokens for chain in found] == alone
         assert all(chain.parents == list(range(levels)) and chain.scores[-1] < 0 for chain in found)
-        wide = candidates_on_path(target, together, roots, route, TreeLimits(levels, 3))
+        wide = drafted_rows(target, together, roots, route, TreeLimits(levels, 3))
         assert wide is not None and [found.tokens[::3] for found in wide] == alone
         parents = [0 if level == 0 else 3 * level - 2 for level in range(levels) for _ in range(3)]
         assert all(found.parents == parents and len(set(found.tokens[:3])) == 3 for found in wide)
@@ -383,7 +390,7 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
         gain = sum(max(0.5 * math.exp(chain.scores[0]) - 0.001, 0.0) for chain in found)
         for level, deep in (1.01 * gain, 1), (0.99 * gain, 2):
             limits = TreeLimits(2, 1, level, node=0.001, rates=[0.9, 0.5])
-            ended = candidates_on_path(target, together, roots, route, limits)
+            ended = drafted_rows(target, together, roots, route, limits)
             assert ended is not None and [chain.tokens for chain in ended] == [tokens[:deep] for tokens in alone]
         assert together.rows == lengths and together.lengths == [max(lengths)] * 4
     both = zip(together.data, held, lengths, strict=True)
@@ -435,7 +442,7 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
     route = replace(random_route(target, heads=2), heads=[target.reduced_head(tokens)], tokens=tokens, made={})
     cache, roots = seeded(target)
     roots = several(cache, roots, rows)
-    greedy = candidates_on_path(target, cache, roots, route, TreeLimits(1, 16))
+    greedy = drafted_rows(target, cache, roots, route, TreeLimits(1, 16))
     assert greedy is not None and all(sorted(found.tokens) == tokens.tolist() for found in greedy)
     order = [greedy[0].tokens.index(token) for token in tokens.tolist()]
     logits = torch.tensor(greedy[0].scores)[order]
@@ -446,7 +453,7 @@ def test_sampled_rows_draft_what_their_noise_prefers(rows: int) -> None:
         sampler = Sampler([RowSampler(each, stream=row) for row, each in enumerate(params)])
         ids = [[1] * (7 + seed)] * rows
         own = replace(roots, sampled=sampler.sampled(ids))
-        found = candidates_on_path(target, cache, own, route, TreeLimits(1, 4))
+        found = drafted_rows(target, cache, own, route, TreeLimits(1, 4))
         scores = sampler.scores(logits.repeat(rows, 1)[:, None], lambda: [], tokens)
         noisy = sampler.perturb(scores, [[len(text)] for text in ids], target.vocab_size, tokens)[:, 0]
         for row, candidates in enumerate(found):

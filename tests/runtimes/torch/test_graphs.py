@@ -7,21 +7,40 @@ graph would do something else: if an operation, a number or a tensor from outsid
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from passes import Replay, adapted_pass, next_logits, play, random_adapters
+from passes import (
+    Replay,
+    adapted_pass,
+    by_path,
+    drafted_rows,
+    next_logits,
+    play,
+    random_adapters,
+    random_route,
+)
 from tiny import greedy_reference, rough_model, tiny_model
 from torch import Tensor
 from zoo import EVERY, PROMPTS, run
 
 from specdec.base.errors import SpecDecError
+from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftRoots, TreeLimits
 from specdec.runtimes.target import Pass
 from specdec.runtimes.torch import static_cache
 from specdec.runtimes.torch.graphs import CapturedTarget
 from specdec.runtimes.torch.target import TorchTarget
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.device_draft import DeviceDraft
+from specdec.speculation.sampling import RowSampler, Sampler
+from specdec.speculation.state import State
+from specdec.speculation.tree_builder import in_one_shape, worth_scoring
+from specdec.speculation.trees import Prices
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +150,80 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
     target.captured.clear()
     gc.collect()
     assert all(each() is None for each in maps)
+
+
+def of_rows(target: TorchTarget, rows: int) -> tuple[KVCache, DraftRoots]:
+    """A cache with texts of different lengths, and the roots behind them."""
+    cache = target.new_cache(0)
+    states = list[list[Tensor]]()
+    for row in range(rows):
+        own, ids = target.new_cache(), torch.randint(3, 97, (1, 3 + 2 * row))
+        positions, taps = torch.arange(ids.shape[1])[None], {1: torch.empty(0), 3: torch.empty(0)}
+        x = target.embed(ids, positions)
+        final = target.layers(x, 0, 4, Pass(positions, own.register(0, positions), own, taps))
+        own.commit([list(range(ids.shape[1]))])
+        states.append([part[:, -1:].clone() for part in (final, *taps.values())])
+        cache.join(own)
+    final, *carried = (torch.cat(parts) for parts in zip(*states, strict=True))
+    return cache, DraftRoots([5 + row for row in range(rows)], cache.rows, final, carried)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.inference_mode()
+def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
+    """Trees and chains, greedy or with noise, calibrated, beside another source, with a head that grows."""
+    targets = CapturedTarget(rough_model("llama"), record=Replay), TorchTarget(rough_model("llama"))
+    torch.manual_seed(5)
+    route = random_route(targets[0], 2, torch.float32)
+    assert route.tokens is not None
+    random, both = torch.get_rng_state(), list[tuple[KVCache, DraftRoots]]()
+    for target in targets:
+        torch.set_rng_state(random)
+        both.append(of_rows(target, rows))
+    params = [SamplingParams(temperature=0.5 * (row + (rows == 1)), seed=row, top_k=9 * row) for row in range(rows)]
+    sampled = Sampler([RowSampler(each) for each in params]).sampled([[1] * 7] * rows)
+    tree = Candidates([-0.1, -0.4, -0.9], [7, int(route.tokens[3]), 9], [0, 1, 0], [[0.9, 0.7, 0.4]])
+    tables = [[[0.02 + 0.09 * n for n in range(11)]] * 3] * rows
+    growing = replace(route, heads=[route.heads[0], targets[0].extended_head(None, route.tokens[50:])], made={})
+    forbidden = None if rows == 1 else torch.rand(rows, 20) < 0.5
+    changes: list[dict[str, Any]] = [
+        {},
+        {"tables": tables},
+        {"sampled": sampled},
+        {"given": [tree] * rows, "tables": tables},
+        {"given": [Candidates.none()] * rows, "forbidden": forbidden},
+    ]
+    found = list[list[Candidates]]()
+    for how in changes:
+        for path, limits in (route, TreeLimits(4, 3)), (growing, TreeLimits(3, 3)), (growing, TreeLimits(5, 1)):
+            before = Replay.recorded
+            for _ in range(2):
+                found = [
+                    drafted_rows(t, cache, replace(roots, **how), path, limits)
+                    for t, (cache, roots) in zip(targets, both, strict=True)
+                ]
+                for ours, theirs in zip(*found, strict=True):
+                    assert by_path(ours) == pytest.approx(by_path(theirs), abs=1e-4) and ours.tokens
+                    assert ours.raw[0] == pytest.approx(theirs.raw[0], abs=1e-4)
+            assert Replay.recorded == before + 1
+            assert all(cache.lengths == [max(cache.rows)] * 4 for cache, _ in both)
+            if "given" in how:
+                continue
+            # What the device takes is what the host would
+            cache, roots = both[0]
+            state = State(
+                targets[0], cache, Sampler([RowSampler(SamplingParams())] * rows), [[1] * n for n in cache.rows]
+            )
+            prices = Prices([0.03 * n for n in range(40)])
+            for count, priced in (2, None), (5, None), (9, prices):
+                choice = DeviceChoice(count, [2] * rows, () if priced is None else priced.nodes)
+                held = targets[0].draft_rows(cache, replace(roots, **how), path, limits, None, choice)
+                assert isinstance(held, DeviceTree)
+                draft = DeviceDraft(held, state, limits.levels)
+                every = [own.within(2) for own in found[1]]
+                best = worth_scoring(every, 9, None, priced) if priced else [own.best(count) for own in every]
+                expected, _ = in_one_shape([(own.tokens, own.parents) for own in best])
+                assert draft.lists() == expected.lists() and draft.parents == expected.parents
 
 
 @torch.inference_mode()

@@ -1,0 +1,410 @@
+"""Drafting level by level, in tensors alone: a tree for one row, or chains with siblings for several.
+
+The likeliest few nodes of each level get children, in one pass. As in EAGLE-2 (arXiv 2406.16858), the score of a node
+is the product of the draft's own probabilities along its path. Where the host neither limits nor masks a draft, nothing
+depends on it, so all levels can be captured as one function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.base.devices import upload
+from specdec.runtimes.draft_path import (
+    DeviceChoice,
+    DeviceTree,
+    DraftPath,
+    DraftRoots,
+    LevelNodes,
+    Masks,
+    Nodes,
+    Sampled,
+    TreeLimits,
+    calibrated,
+)
+
+# Tokens of a level, int64 [B, W], the indices of their parents in the level before, int64 [B, W], and which of all U
+# tokens run so far are on their paths, bool [B, W, U] (None: a chain) -> logits [B, W, V'], or [B, 1, V'] for all.
+Step = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+DRAWN = 64  # of how many of the likeliest tokens the noise chooses
+FOUND = 24  # candidates of a row that the host reads of a tree
+
+
+class Given(NamedTuple):
+    """The trees of another source, of G nodes. Padding has the parent -1.
+
+    scores, tokens, parents, raw: [B, G] each, as in ``LevelNodes``. depths: [B, G].
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    parents: Tensor
+    raw: Tensor
+    depths: Tensor
+
+
+@dataclass
+class Rules:
+    """What decides about candidates besides logits.
+
+    vocab: token ids of the logits, int64 [V']; None: all tokens.
+    tables: calibration tables [B, 3, 11], as in ``DraftRoots``; None: probabilities count as they are.
+    noise: returns the noise of the outputs of a level [B, V']; None: all rows are greedy.
+    sampling: of each row 1 / temperature (0: greedy), top-k, top-p and min-p, [B, 4].
+    given: the trees of another source; None: there is none.
+    masks: the tokens that the only row may draft, which the host says; None: all.
+    """
+
+    vocab: Tensor | None = None
+    tables: Tensor | None = None
+    noise: Callable[[int], Tensor] | None = None
+    sampling: Tensor | None = None
+    given: Given | None = None
+    masks: Masks | None = None
+
+
+def rules_of(roots: DraftRoots, vocab: Tensor | None, size: int, masks: Masks | None = None) -> Rules:
+    """The rules of a draft from ``roots``. size: V."""
+    device, sampled = roots.final.device, roots.sampled
+    tables = None if roots.tables is None else upload(roots.tables, device, torch.float32)
+    rules = Rules(vocab, tables, given=given_of(roots.given, device), masks=masks)
+    if sampled is not None:
+        rules.sampling = upload(sampling_of(sampled), device, torch.float32)
+        rules.noise = lambda level: upload(noise_of(sampled, level, size, vocab), device, torch.float32)
+    return rules
+
+
+def sampling_of(sampled: Sequence[Sampled]) -> list[list[float]]:
+    """``Rules.sampling`` as lists."""
+    return [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
+
+
+def noise_of(sampled: Sequence[Sampled], level: int, size: int, vocab: Tensor | None) -> Tensor:
+    """The noise of a level's outputs [B, V'] on the CPU. size: V."""
+    ids = None if vocab is None or vocab.device.type != "cpu" else vocab
+    return torch.stack([each.noise(each.place + level, size, ids) for each in sampled])
+
+
+def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | None:
+    """The trees of another source, padded to a power of two of nodes; None: there is none."""
+    if trees is None:
+        return None
+    count = 1 << max(max(len(nodes[1]) for nodes in trees) - 1, 0).bit_length()
+    rows = list[list[list[float]]]()
+    for scores, tokens, parents, raw in trees:
+        depths, none = [0], count - len(tokens)
+        for parent in parents:
+            depths.append(depths[parent] + 1)
+        before = [0.0, *scores]
+        own = [score - before[parent] for score, parent in zip(scores, parents, strict=True)]
+        padded = (own, -math.inf), (tokens, -1), (parents, -1), (raw[0], 0.0), (depths[1:], 0)
+        rows.append([[*part, *[value] * none] for part, value in padded])
+    every = upload(rows, device, torch.float32)
+    whole = every.long()
+    return Given(every[:, 0], whole[:, 1], whole[:, 2], every[:, 3], whole[:, 4])
+
+
+def grow(
+    step: Step, roots: Tensor, limits: TreeLimits, rules: Rules, keep: int | None = None, waits: bool = True
+) -> LevelNodes:
+    """The candidates after ``roots``, int64 [B, 1], grown within ``limits``.
+
+    keep: number of nodes of a row's level that get children; None: one of several rows, ``width`` of a single one.
+    waits: whether the host may read: then growth ends with levels that are not worth their price.
+    """
+    keep = (limits.width if len(roots) == 1 else 1) if keep is None else keep
+    tokens, parents = roots, torch.zeros_like(roots)  # (B, W); parents: in the level before
+    nodes, scores = parents, torch.zeros(roots.shape, device=roots.device)  # (B, W), of each token: 0 is the root
+    paths = None if keep == 1 else torch.ones_like(roots, dtype=torch.bool)[..., None]  # (B, W, U)
+    other = None if rules.given is None else _OtherSource(rules.given, rules.tables)
+    count, found, texts = 0 if other is None else other.given.tokens.shape[1], list[LevelNodes](), [list[int]()]
+    heads = None if rules.tables is None else rules.tables[:, 0]
+    for level in range(limits.levels):
+        logits = step(tokens, parents, paths).float()
+        if rules.masks is not None:
+            logits = _masked(logits, rules.vocab, [rules.masks(text) for text in texts])
+        best, ids = _likeliest(logits, level, rules, limits.width)  # (B, W, k)
+        ids, raw = ids.expand(-1, tokens.shape[1], -1), best.exp()
+        if heads is None and other is None:
+            joint = scores[..., None] + best
+        else:
+            sure = calibrated(raw, heads)
+            sure = sure if other is None else other.meet(ids, raw, sure, scores)
+            joint = scores[..., None] + sure.clamp(min=1e-9).log().masked_fill(best == -math.inf, -math.inf)
+        joint, flat = (joint if other is None else other.take(joint, raw)).flatten(1), ids.flatten(1)  # (B, W k)
+        own = torch.full_like(flat, level + 1)
+        origin = nodes[..., None].expand_as(ids).flatten(1)
+        found.append(LevelNodes(joint, flat, origin, raw.expand(ids.shape).flatten(1), own))
+        if level + 1 == limits.levels:
+            break
+        every = joint if other is None else torch.cat((joint, other.here), 1)
+        scores, chosen = every.topk(min(keep, every.shape[1]))
+        if rules.masks is not None or (waits and rules.noise is not None and len(roots) == 1):
+            chosen, scores = chosen[scores > -math.inf][None], scores[scores > -math.inf][None]
+            if not chosen.shape[1]:
+                break
+        if waits and (limits.level or limits.node):
+            worth = scores.exp() * limits.rate(level + 1) - limits.node
+            if float(worth.clamp(min=0).sum()) < limits.level:
+                break
+            if len(roots) == 1:
+                some = max(int((worth > 0).sum()), 1)
+                chosen, scores = chosen[:, :some], scores[:, :some]
+        width = ids.shape[2]
+        parents, nodes = chosen // width, 1 + count + chosen
+        if other is None:
+            tokens = flat.gather(1, chosen)
+        else:
+            tokens, parents, nodes = other.follow(chosen, scores, flat, parents, nodes)
+        count += flat.shape[1]
+        if rules.masks is not None:
+            texts = [[*texts[b], t] for b, t in zip(parents[0].tolist(), tokens[0].tolist(), strict=True)]
+        if paths is not None:
+            shape = -1, -1, paths.shape[2]
+            eye = torch.eye(chosen.shape[1], dtype=torch.bool, device=roots.device).expand(len(roots), -1, -1)
+            paths = torch.cat((paths.gather(1, parents[..., None].expand(shape)), eye), 2)
+    parts = [torch.cat(part, 1) for part in zip(*found, strict=True)]
+    grown = LevelNodes(*parts)
+    grown = grown._replace(raw=grown.raw[:, None])
+    return grown if other is None else other.joined(grown, waits)
+
+
+def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
+    """``logits`` [1, W, V'] over ``vocab`` with -inf where the mask of the token (None: all False) is False."""
+    out = torch.full_like(logits, -math.inf)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            own = mask.to(out.device)
+            own = own[: out.shape[2]] if vocab is None else own[vocab]
+            out[0, row] = logits[0, row].masked_fill(~own, -math.inf)
+    return out
+
+
+def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Tensor, Tensor]:
+    """The logarithms of the probabilities of the ``width`` likeliest tokens [B, W, k], and the tokens, best first."""
+    size = logits.shape[-1]
+    best, index = logits.log_softmax(-1).topk(min(width if rules.noise is None else max(width, DRAWN), size))
+    if rules.masks is not None:
+        best = best.nan_to_num(-math.inf, neginf=-math.inf)  # NaN where nothing may follow
+    ids = index if rules.vocab is None else rules.vocab[index]
+    if rules.noise is None:
+        return best, ids
+    assert rules.sampling is not None
+    noise = rules.noise(level)[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+    best, place = _drawn(best, noise, rules.sampling[:, None, None].unbind(-1)).topk(min(width, size))
+    return best, ids.gather(2, place)
+
+
+def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
+    """Let the likeliest tokens, log-probabilities [B, W, k], compete with their noise: one is likely if it leads.
+
+    sampling: as in ``Rules``, [B, 1, 1] each. Top-k, top-p and min-p count these tokens alone, which have nearly all of
+    the probability.
+    """
+    sharpness, top_k, top_p, min_p = sampling
+    gap = (best - best[..., :1]) * sharpness
+    share = gap.exp()
+    share = share.masked_fill((top_k > 0) & (torch.arange(best.shape[-1], device=best.device) >= top_k), 0.0)
+    above = share.cumsum(-1) - share
+    left = ((top_p >= 1) | (above < top_p * share.sum(-1, keepdim=True))) & (share > 0) & (share >= min_p)
+    drawn = (gap + noise).log_softmax(-1).masked_fill(~left, -math.inf)
+    return torch.where(sharpness > 0, drawn, best)
+
+
+class _OtherSource:
+    """The trees of another source while a draft grows. Their nodes come before those of the heads: a token of both
+    sources is a node of the other source.
+
+    places: for each token of the level, its node there [B, W]: 0 is the root, g + 1 node g; -2: it is none.
+    valid: which nodes g follow a token of the level [B, W, G]. same: which candidates are node g [B, W, k, G].
+    here: scores of the nodes of this level, else -inf [B, G]. scores: of all nodes so far.
+    heads: raw probabilities that the heads give [B, G].
+    """
+
+    def __init__(self, given: Given, tables: Tensor | None) -> None:
+        self.given = given
+        self.inside, self.beside = (
+            calibrated(given.raw, None if tables is None else tables[:, source]) for source in (1, 2)
+        )
+        self.places = torch.zeros_like(given.tokens[:, :1])
+        self.scores = torch.full_like(given.scores, -math.inf)
+        self.heads, self.reached = torch.zeros_like(given.raw), torch.zeros_like(given.raw, dtype=torch.bool)
+
+    def meet(self, ids: Tensor, raw: Tensor, sure: Tensor, scores: Tensor) -> Tensor:
+        """Calibrated probabilities of the candidates ``ids`` [B, W, k] by both sources.
+
+        raw, sure: by the heads, and calibrated. scores: of the tokens of the level [B, W].
+        """
+        given = self.given
+        self.valid = given.parents[:, None] == self.places[..., None]
+        self.same = self.valid[:, :, None] & (ids[..., None] == given.tokens[:, None, None])
+        alone = self.valid & ~self.same.any(2)
+        sure = torch.maximum(sure, (self.same * self.inside[:, None, None]).amax(-1))
+        own = alone * self.beside[:, None]  # (B, W, G)
+        # The likeliest keeps its probability, and the others share what it leaves
+        total, most = sure.sum(-1) + own.sum(-1), torch.maximum(sure.amax(-1), own.amax(-1))
+        others = torch.where(total > 1, (1 - most) / (total - most).clamp(min=1e-9), 1.0)[..., None]
+        sure, own = (torch.where(part == most[..., None], part, part * others) for part in (sure, own))
+        self.own = (scores[..., None] + own.clamp(min=1e-9).log()).masked_fill(~alone, -math.inf)
+        return sure
+
+    def take(self, joint: Tensor, raw: Tensor) -> Tensor:
+        """The scores ``joint`` [B, W, k] of the candidates that are no nodes of this source."""
+        both = joint[..., None].masked_fill(~self.same, -math.inf).amax((1, 2))
+        self.here, now = torch.maximum(both, self.own.amax(1)), self.valid.any(1)
+        self.scores, self.reached = torch.where(now, self.here, self.scores), self.reached | now
+        self.heads = torch.maximum(self.heads, (self.same * raw[..., None]).amax((1, 2)))
+        return joint.masked_fill(self.same.any(-1), -math.inf)
+
+    def follow(
+        self, chosen: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, parents and node numbers of the next level, [B, W] each.
+
+        chosen, scores: its places among the heads' candidates and the nodes of this source. tokens: of the former.
+        parents, nodes: right for the former.
+        """
+        at = chosen - tokens.shape[1]
+        mine, at = at >= 0, at.clamp(min=0)
+        tokens = tokens.gather(1, chosen.clamp(max=tokens.shape[1] - 1))
+        self.places = (at + 1).masked_fill(~mine | (scores == -math.inf), -2)
+        parents = torch.where(mine, self.valid.int().argmax(1).gather(1, at), parents)
+        return torch.where(mine, self.given.tokens.gather(1, at), tokens), parents, torch.where(mine, at + 1, nodes)
+
+    def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
+        """The candidates of both sources. waits: the host merges nodes that no level has reached."""
+        given, own = self.given, self.scores
+        raw = self.heads[:, None]
+        if not waits:
+            # A node behind those that were reached is as likely after its parent as its source says
+            value = torch.where(self.reached, own, given.scores)
+            to = given.parents.masked_fill(self.reached | (given.parents < 0), 0)
+            value, to = (torch.cat((part.new_zeros(len(part), 1), part), 1) for part in (value, to))
+            for _ in range(to.shape[1].bit_length()):
+                value, to = value + value.gather(1, to), to.gather(1, to)
+            own, alone = value[:, 1:], self.heads == 0
+            parts = given.raw * (alone & ~self.reached), given.raw * (alone & self.reached), self.heads
+            raw = torch.stack(parts, 1)
+        nothing = raw.new_zeros(len(raw), raw.shape[1] - 1, grown.raw.shape[2])
+        both = own, given.tokens, given.parents.clamp(min=0), raw, given.depths
+        theirs = grown._replace(raw=torch.cat((nothing, grown.raw), 1))
+        return LevelNodes(*(torch.cat(parts, -1) for parts in zip(both, theirs, strict=True)))
+
+
+# -- choosing nodes ---------------------------------------------------------------------------------------------------
+
+
+def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | DeviceTree:
+    """The candidates of each row, read by the host, or what the device takes by ``choice``."""
+    return grown.lists() if choice is None else choose(grown, choice.nodes, *limits_of(choice, grown.tokens.device))
+
+
+def limits_of(choice: DeviceChoice, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The arguments ``most`` and ``prices`` of ``choose``, with one price for each number of nodes."""
+    count = 1 + 2 * choice.nodes * len(choice.depths)  # rows may be padded to twice as many
+    most = upload([[most] for most in choice.depths], device)
+    if not choice.prices:
+        return most, None
+    prices = [*choice.prices, *[choice.prices[-1]] * count][:count]
+    return most, upload([*prices, choice.allowance], device, torch.float32)
+
+
+def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -> DeviceTree:
+    """Take the likeliest ``count`` nodes of each row that are at most ``most`` [B, 1] deep and worth their price.
+
+    prices: as in ``DeviceChoice``, then the allowance, [2 + B count]; None: all nodes are worth it.
+    """
+    grown = _only(grown, _best(grown.scores, max(count, FOUND)))
+    values, order = grown.scores.masked_fill(grown.depths > most, -math.inf).sort(dim=1, descending=True, stable=True)
+    values, order = values[:, :count], order[:, :count]
+    taken = values > -math.inf
+    if prices is not None:
+        every, places = values.flatten().sort(dim=0, descending=True, stable=True)
+        gains = every.exp().cumsum(0) - prices[1 : 1 + len(every)]
+        worth = torch.where(gains.max() + prices[-1] > 0, gains.argmax() + 1, 0)
+        taken = taken & (places.argsort() < worth).view_as(taken)
+    picked = order.masked_fill(~taken, grown.scores.shape[1]).sort(1).values
+    own = _only(grown, picked)
+    every_one = torch.arange(1 + picked.shape[1], device=picked.device)
+    parents = torch.cat((torch.zeros_like(picked[:, :1]), own.parents), 1)
+    above = (parents[..., None] == every_one) | (every_one[:, None] == every_one)  # the root is its own parent
+    paths = above.float()
+    for _ in range(picked.shape[1].bit_length()):
+        paths = ((paths @ paths) > 0).float()
+    ancestors = paths > 0
+    there = picked < grown.scores.shape[1]
+    packed = torch.cat((picked.masked_fill(~there, -1).double(), grown.packed()), 1)
+    return DeviceTree(own.tokens.masked_fill(~there, -1), ancestors.sum(-1) - 1, ancestors, packed, grown.raw.shape[1])
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The indices of the best ``count`` scores of each row, rising; of equal ones the first, so parents, too."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return order.masked_fill(scores.gather(1, order) == -math.inf, scores.shape[1]).sort(1).values
+
+
+def _only(grown: LevelNodes, picked: Tensor) -> LevelNodes:
+    """The nodes with the rising indices ``picked`` [B, M], with the parent of each; C: there is no node."""
+    count = grown.scores.shape[1]
+    at, none = picked.clamp(max=count - 1), picked == count
+    place = torch.zeros_like(picked[:, :1]).repeat(1, count + 2)
+    place.scatter_(1, picked + 1, torch.arange(1, 1 + picked.shape[1], device=picked.device).expand_as(picked))
+    return LevelNodes(
+        grown.scores.gather(1, at).masked_fill(none, -math.inf),
+        grown.tokens.gather(1, at),
+        place.gather(1, grown.parents.gather(1, at)).masked_fill(none, 0),
+        grown.raw.gather(2, at[:, None].expand(-1, grown.raw.shape[1], -1)),
+        grown.depths.gather(1, at),
+    )
+
+
+# -- a draft path -----------------------------------------------------------------------------------------------------
+
+
+class PathStep:
+    """The pass of a level along ``path``, as ``grow`` calls it.
+
+    final, carried: states of the tokens before the roots [B, 1, D], as in ``DraftRoots``.
+    embed: takes the tokens of a level [B, W] and its number. heads: return logits of final states.
+    run: runs a segment, given its number, its input [B, W, D], the number of the level and the paths.
+    forbidden: as in ``DraftRoots``.
+    """
+
+    def __init__(
+        self,
+        path: DraftPath,
+        final: Tensor,
+        carried: Sequence[Tensor],
+        embed: Callable[[Tensor, int], Tensor],
+        run: Callable[[int, Tensor, int, Tensor | None], Tensor],
+        heads: Sequence[Callable[[Tensor], Tensor]],
+        forbidden: Tensor | None,
+    ) -> None:
+        self.path, self.final, self.carried, self.embed, self.run = path, final, carried, embed, run
+        self.heads, self.forbidden, self.level = heads, forbidden, 0
+
+    def __call__(self, tokens: Tensor, parents: Tensor, paths: Tensor | None) -> Tensor:
+        maps, segments = self.path.projections, self.path.segments
+        x, before, projected = self.embed(tokens, self.level), states_of(self.final, parents), list[Tensor]()
+        for number, (projection, state) in enumerate(zip(maps[: len(segments)], self.carried, strict=True)):
+            projected.append(projection([x, before, states_of(state, parents)]))
+            x = self.run(number, projected[-1], self.level, paths)
+        self.final = maps[-1]([x, before]) if len(maps) > len(segments) else x
+        self.carried, self.level = projected, self.level + 1
+        first, *added = (head(self.final) for head in self.heads)
+        if added and self.forbidden is not None:
+            added = [added[0].masked_fill(self.forbidden[:, None], -math.inf)]
+        return torch.cat((first, *added), -1) if added else first
+
+
+def states_of(states: Tensor, parents: Tensor) -> Tensor:
+    """The states [B, W, D] of ``parents`` [B, W] among ``states``."""
+    if states.shape[1] == parents.shape[1] == 1:
+        return states
+    return states.gather(1, parents[..., None].expand(-1, -1, states.shape[2]))

@@ -1,0 +1,75 @@
+"""A draft whose nodes the device takes itself: the host reads it together with the scores, once in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.base.devices import is_asynchronous
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, LevelNodes
+from specdec.speculation.candidates import Candidates, CandidateSet
+from specdec.speculation.draft import Draft
+from specdec.speculation.state import State
+from specdec.speculation.tree_builder import in_one_shape
+from specdec.speculation.trees import MOST_NODES
+
+
+def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
+    """Return which nodes a device takes itself; None: the host had better choose.
+
+    levels: number of levels that are drafted. nodes: number of nodes of a row; None: those that are worth their price.
+    width: number of children of a node. 1: drafts are chains.
+    """
+    fixed = state.sampler.plain_greedy or (width == 1 and not state.sampler.needs_prefixes)  # noise is of known depths
+    if not is_asynchronous(state.cache.device) or state.constrained or not fixed or state.threshold is not None:
+        return None
+    prices, rows = None if nodes else state.prices, len(state.ids)
+    most = levels if width == 1 else MOST_NODES
+    if nodes is not None:
+        most = min(nodes, most)
+    elif width == 1 or prices is None:
+        most = min(levels, most)
+    else:  # the n-th likeliest node has at most 1 / n of what is expected
+        price = prices.nodes
+        worth = (n for n in range(1, len(price)) if n * (price[n] - price[n - 1]) > levels * rows)
+        most = min(-(-max(next(worth, len(price)) - 1, 1) // rows), most)
+    own = () if prices is None else tuple(prices.nodes)
+    return DeviceChoice(most, list(state.depths), own, 0.0 if prices is None else prices.allowance)
+
+
+class DeviceDraft(Draft):
+    """A tree for each row, of which the host knows nothing before ``receive``, but for chains.
+
+    held: the nodes on the device; None: the host has read them.
+    """
+
+    def __init__(
+        self,
+        held: DeviceTree,
+        state: State,
+        levels: int,
+        chain: bool = False,
+        without_levels: Sequence[Candidates] | None = None,
+    ) -> None:
+        super().__init__(held.tokens, tuple(range(held.tokens.shape[1])) if chain else ())
+        self.held, self._levels, self._most, self._without = held, levels, list(state.depths), without_levels
+
+    def receive(self, rows: Sequence[Sequence[float]]) -> list[list[int]] | None:
+        assert self.held is not None
+        count, trees, found = self.held.tokens.shape[1], list[Candidates](), list[Candidates]()
+        width = (len(rows[0]) - count) // (3 + self.held.sources) if rows else 0
+        for row, most in zip(rows, self._most, strict=True):
+            every = Candidates(*LevelNodes.unpacked(row[count:], width))
+            trees.append(every.only([int(node) for node in row[:count] if node >= 0]))
+            found.append(every.within(most))
+        shape, order = in_one_shape([(tree.tokens, tree.parents) for tree in trees], self.device)
+        self.listed, self.parents, self._tokens, self._depths, self.held = shape.listed, shape.parents, None, None, None
+        self.found = CandidateSet(found, self._levels, self._without)
+        return [[*own, *[-1] * (1 + count - len(own))] for own in order]
+
+    def lists(self) -> list[list[int]]:
+        if self.held is not None:
+            self.receive(self.held.packed.tolist())
+        return super().lists()
+
+    def within(self, depths: list[int]) -> list[int]:
+        return super().within(depths) if self.held is None else []  # the device took none that are deeper
