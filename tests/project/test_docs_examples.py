@@ -102,6 +102,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     padded.save_pretrained(folder / "HuggingFaceTB/SmolLM2-135M-Instruct")
     save_tiny_moe(folder / "MIXTRAL")
     write_gguf(folder / "model.gguf")
+    for name in ("repository", "documents"):
+        (folder / "path/to" / name).mkdir(parents=True)
+        (folder / "path/to" / name / "text.md").write_text("A text to draft from.\n" * 9)
     for name in ("prompts.jsonl", "eval.jsonl", "mt-bench.jsonl"):
         prompts(folder / name)
     given = ["--model", f"{folder}/MODEL", "--prompts", f"{folder}/prompts.jsonl", "--output", f"{folder}/my-drafter"]

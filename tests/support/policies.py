@@ -46,6 +46,6 @@ class _Scripted(FixedDepth):
         super().__init__(deepest)
         self.script = script
 
-    def choose(self, rows: Sequence[History], caps: Sequence[int]) -> DepthChoice:
+    def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
         choice: DepthChoice = self.script(caps)
         return choice

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from specdec.runtimes.draft_path import KNOTS, WIDTH, TreeLimits
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
@@ -194,7 +196,8 @@ class Levels(Drafter):
 
 
 def state_of(rows: Sequence[Row], prices: Any = None, pair: bool = False) -> State:
-    cache: Any = SimpleNamespace(device="cpu")
+    cache: Any = SimpleNamespace(device=torch.device("cpu"))
     nothing: Any = None
     states: list[Any] = [[row, row] for row in rows] if pair else list(rows)
-    return State(nothing, cache, nothing, [[0]] * len(rows), prices, row_states=states)
+    sampler: Any = SimpleNamespace(plain_greedy=True)
+    return State(nothing, cache, sampler, [[0]] * len(rows), prices, row_states=states)
