@@ -424,13 +424,13 @@ class FailingSchedules(Schedules):
         for owner, name in self.wrapped:
             setattr(owner, name, functools.partial(self.call, getattr(owner, name)))
 
-    def call(self, method: Callable[..., Any], *given: Any) -> Any:
+    def call(self, method: Callable[..., Any], *given: Any, **more: Any) -> Any:
         """Call a method of the drafter; one call of so many fails, before or after its work, or drafts nonsense."""
         fails = self.every and not self.rng.randrange(self.every)
         how = self.rng.choice(["before", "after", "nonsense"]) if fails else ""
         if how == "before":
             raise RuntimeError("as told")
-        result = method(*given)
+        result = method(*given, **more)
         if how == "nonsense" and isinstance(result, Draft):
             return Draft([[self.target.vocab_size]] * len(result.lists()), (0,))
         if how:
