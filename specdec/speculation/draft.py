@@ -93,7 +93,7 @@ class Draft:
     def ancestors(self) -> Tensor | None:
         """Return bool [1 + M, 1 + M]: row i marks the block tokens on the path from the root to i. None: a chain.
 
-        Of a tree that only the device has, those of each row [B, 1 + M, 1 + M].
+        For a tree that the host has not read yet: one mask per row, [B, 1 + M, 1 + M].
         """
         return ancestors(self.parents) if self.held is None else self.held.ancestors
 
