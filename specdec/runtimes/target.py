@@ -107,7 +107,8 @@ class Target(ABC):
         self.device, self.dtype = model.device, model.dtype
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
+        recurrent = sorted(self.recurrent_layers)
+        return KVCache(self.num_layers, batch, self.device, recurrent=recurrent, limit=self.context)
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.

@@ -133,7 +133,8 @@ class NativeTarget(Target):
 
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
-        return KVCache(self.num_layers, batch, "cpu", self.int8_cache, self._attention, recurrent, self._states)
+        kinds = self.int8_cache, self._attention, recurrent, self._states
+        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
