@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -375,18 +375,11 @@ class KVCache:
         if own.states is not None and count:
             made.states = own.states.copy() if whole else own.states.restored(count)
         for name, buffer in own.buffers.items() if count else ():
-            self._fill(made, name, [buffer[..., :count, :]], capacity)
+            held = -(-max(count, capacity) // PAGE) * PAGE
+            made.put(name, self._buffer((*buffer.shape[:-2], held, buffer.shape[-1]), buffer.dtype), held)
+            made.buffers[name][..., :count, :] = buffer[..., :count, :]
         made.count = count
         return self.of([made])
-
-    def _fill(self, row: RowEntries, name: str, parts: Sequence[Tensor], capacity: int) -> None:
-        """Set the buffer ``name`` of a row to ``parts`` [..., slots, d], joined, with room for ``capacity`` slots."""
-        counts, first = [part.shape[-2] for part in parts], parts[0]
-        slots = -(-max(sum(counts), capacity) // PAGE) * PAGE
-        made = self._buffer((*first.shape[:-2], slots, first.shape[-1]), first.dtype)
-        for part, view in zip(parts, made[..., : sum(counts), :].split(counts, -2), strict=True):
-            view.copy_(part)
-        row.put(name, made, slots)
 
     def take(self, row: int) -> Self:
         """Return a cache of one row that shares the buffers of ``row``, or has a copy of a graph buffer."""
@@ -428,15 +421,34 @@ class KVCache:
         found = {} if states is None else states.checkpoints.get(count, {})
         return {" ".join(map(str, key)): state.cpu().contiguous() for key, state in found.items()}
 
-    def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
-        """Fill this empty cache of one row with a text of ``count`` tokens.
+    def restore(self, parts: Iterable[dict[str, Tensor]], capacity: int) -> int:
+        """Write consecutive parts of a text into the buffers of this empty cache of one row.
 
-        parts: the text's consecutive parts, each as ``read`` returns it. states: the recurrent states after the text,
-        as ``read_states`` returns them. capacity: minimum number of slots of the buffers.
+        parts: each as ``read`` returns it, on the CPU. A part is written before the next one is taken.
+        capacity: number of slots that the row then holds, at least those of all parts.
+        Returns the number of tokens in the parts. ``resume`` commits them.
+        """
+        [row], count = self.entries, 0
+        for part in parts:
+            for name, values in part.items():
+                *outer, slots, size = values.shape
+                if name not in row.buffers:
+                    held = -(-capacity // PAGE) * PAGE
+                    row.put(name, self._buffer((*outer, held, size), values.dtype), held)
+                view = row.buffers[name][..., count : count + slots, :]
+                if self.device.type == "cpu":  # PyTorch's threads would wait for each other at the end of each part
+                    view.view(torch.uint8).numpy()[...] = values.view(torch.uint8).numpy()
+                else:
+                    view.copy_(values)
+            count += slots
+        return count
+
+    def resume(self, count: int, states: dict[str, Tensor]) -> None:
+        """Commit the first ``count`` tokens that ``restore`` has written.
+
+        states: the recurrent states after them, as ``read_states`` returns them; {} without recurrent layers.
         """
         [row] = self.entries
-        for name in parts[0]:
-            self._fill(row, name, [part[name] for part in parts], capacity)
         if row.states is not None:
             keys = {name: tuple(int(x) if x.isdigit() else x for x in name.split(" ")) for name in states}
             row.states.begin(count, {keys[name]: state.to(self.device) for name, state in states.items()})
