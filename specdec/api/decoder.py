@@ -144,7 +144,7 @@ class SpecDecoder:
 
     @property
     def adapter(self) -> str | None:
-        """The name of the adapter that is merged into the model; of a local one, that of its folder or file."""
+        """The name of the adapter that is merged into the model (a local one's folder or file name); None: none is."""
         merged = identity.merged_adapter(self.model)
         return None if merged is None else Path(merged.name).name if Path(merged.name).exists() else merged.name
 
@@ -207,7 +207,7 @@ class SpecDecoder:
         return other
 
     def _new_prefixes(self) -> PrefixStore | None:
-        """Return an empty store for texts of this decoder; None if it keeps none."""
+        """Return an empty store for cached texts of this decoder; None: it does not reuse prefixes."""
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
@@ -239,7 +239,7 @@ class SpecDecoder:
     ) -> Request:
         """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
 
-        stream: the number of the answer, of several to one prompt with one seed.
+        stream: number of this answer among several to one prompt with one seed.
         num_speculative_tokens: as in ``Request``; 0 decodes plainly.
         scope: as in ``Request``.
         sampler: chooses the tokens instead of the sampling options, the processors and the config.
@@ -260,7 +260,7 @@ class SpecDecoder:
         sampler: RowSampler | None = None,
         shown: Sequence[str] = (),
     ) -> Request:
-        """Make a request of an encoded prompt."""
+        """Make a request for the encoded prompt ``ids`` with the options ``given``; the rest as in ``request``."""
         check_prompt(ids, self.target)
         ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), self.target.context - len(ids))
@@ -298,7 +298,10 @@ class SpecDecoder:
         )
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Return which tokens may come after a prompt of ``start`` tokens. Raises SpecDecError."""
+        """Return the logits processors of the options that require or forbid tokens. Raises SpecDecError for these.
+
+        start: number of prompt tokens.
+        """
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
             if least > (most := given.get("max_new_tokens", MAX_NEW_TOKENS)):
@@ -397,7 +400,7 @@ class SpecDecoder:
         n: Count | None = None,
         **given: Unpack[GenerationOptions],
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Answer chat messages (``[{"role", "content"}, ...]``), as ``generate`` does with them."""
+        """Answer chat messages (``[{"role", "content"}, ...]``); options and result are those of ``generate``."""
         if isinstance(messages, str) or not all(isinstance(each, Mapping) for each in messages):
             raise SpecDecError(
                 f"messages must be a list of mappings with 'role' and 'content'; got {short_repr(messages)}"
@@ -456,7 +459,7 @@ class SpecDecoder:
                 yield piece
 
     def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
-        """Return a request in the engine that calls on event loops share."""
+        """Return a request in the engine that ``agenerate`` and ``astream`` share. depth: its draft length, or None."""
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
         return SharedRequest(shared, self.engine, make)
@@ -506,9 +509,9 @@ class SpecDecoder:
         return engine.start()
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
-        """Return an engine whose steps the caller runs, and which has the drafter until it is closed.
+        """Return an engine without a thread, whose steps the caller runs; it uses the drafter until it is closed.
 
-        how: options of ``Engine``.
+        how: keyword arguments of ``Engine``.
         """
         claimed = drafter_use.claim(self.drafter)
         try:
@@ -533,7 +536,7 @@ class SpecDecoder:
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _check_scores(self, otherwise: str) -> None:
-        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what is then impossible."""
+        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what needs scores, for the error."""
         if self.verifier.threshold is not None:
             why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
             raise SpecDecError(f"{why}; use the verifier 'exact'")

@@ -34,7 +34,7 @@ Options = Mapping[str, Any] | None
 
 
 class DecoderOptions(TypedDict, total=False):
-    """The options of ``SpecDecoder`` beside the model and the drafter, as it describes them."""
+    """The keyword arguments of ``SpecDecoder`` besides the model and the drafter, which its documentation explains."""
 
     drafter_options: Options
     runtime: str
@@ -107,7 +107,8 @@ class GenerationOutput:
     text: the new text without special tokens, up to a stop string.
     token_ids: the new tokens, those of plain decoding, with the end token.
     finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
-    logprobs: of the new tokens, if requested. prompt_logprobs: of the prompt's tokens from the second on, if requested.
+    logprobs: log-probabilities of the new tokens; None: not requested.
+    prompt_logprobs: log-probabilities of the prompt's tokens from the second on; None: not requested.
     """
 
     text: str
@@ -129,7 +130,7 @@ class GenerationOutput:
         return cls(text.text, request.ids[len(request.prompt) :], reason, request.metrics, own, before)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the output as JSON values, by field name."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         for name in ("logprobs", "prompt_logprobs"):
             if name in found:
@@ -162,7 +163,7 @@ class Generation:
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the steps; yield for each the rows with new tokens, and these. Raises the SpecDecError of a row."""
+        """Run the steps; yield for each the (row index, new tokens) pairs. Raises the SpecDecError of a row."""
         row = {request: number for number, request in enumerate(self.requests)}
         for events in self.engine.steps():
             if self.loads is None and (experts := self.engine.target.experts) is not None:
@@ -182,7 +183,7 @@ class Generation:
         return [GenerationOutput.of(request) for request in self.requests]
 
     def close(self) -> None:
-        """End the generation after the step under way and free its cache; ``outputs`` stays available."""
+        """End the generation after the current step, and free its cache; ``outputs`` stays available."""
         self.engine.close()
 
     def __enter__(self) -> Generation:

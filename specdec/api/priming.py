@@ -22,7 +22,7 @@ HOLDOUT_TOKENS = 64  # tokens of each of their answers that are measured
 
 @dataclass
 class Primed:
-    """What ``prime`` has achieved.
+    """The result of ``prime``.
 
     tokens: number of new tokens that the drafter learned from.
     before, after: mean acceptance length on questions that are not learned from, before and after learning.

@@ -43,10 +43,11 @@ def encode(
     prompt: text, token ids (a list or a tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
     chat: wrap text in the tokenizer's chat template; None does so if there is one.
     system: a system message before the prompt.
-    name: of the prompt, for messages.
+    name: what error messages call the prompt.
     context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
-    tools: for the chat template, in OpenAI's format. template: its other arguments.
-    continue_last: the answer goes on with the last message instead of a new one.
+    tools: tools for the chat template, in OpenAI's format; None: there are none.
+    template: other arguments of the chat template; None: there are none.
+    continue_last: whether the answer continues the last message instead of beginning a new one.
     Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
     """
     if (ids := _given_ids(prompt, name)) is not None:

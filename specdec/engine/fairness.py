@@ -12,7 +12,7 @@ Client = tuple[str | None, str | None]  # ``Request.client``
 
 
 class Fairness:
-    """The order in which waiting requests of several clients begin. A scheduler has one."""
+    """Chooses the order in which waiting requests of several clients begin."""
 
     def __init__(self) -> None:
         self._turns = dict[Client, int]()  # the number of each client's last admission, the earliest first

@@ -29,7 +29,11 @@ class Adapters(nn.Module):
     def __init__(
         self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
     ) -> None:
-        """shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change."""
+        """Make untrained adapters.
+
+        shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change.
+        rank, neurons: as in the class; None: all neurons run in all layers.
+        """
         super().__init__()
         self.neurons = dict(neurons or {})
         for layer, count in self.neurons.items():

@@ -166,12 +166,12 @@ class Target(ABC):
 
     @property
     def token_costs(self) -> TokenCosts:
-        """Return what a token is expected to cost in a pass."""
+        """Return the expected times of a token in a pass, relative to reading the weights."""
         return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes for keys and values that no row has."""
+        """Bytes that are allocated for keys and values and not used by any row."""
         return 0
 
     def block(self, layer: int) -> nn.Module:
@@ -222,9 +222,9 @@ class Pass:
 class TokenCosts(NamedTuple):
     """Estimated times of one token in a pass, over the time of reading the weights.
 
-    multiply: of multiplying a token by the weights.
-    read: of reading the keys and values of a cached token; 0: unknown.
-    attend: of multiplying a token by those of a cached one; 0: unknown.
+    multiply: time of multiplying a token by the weights.
+    read: time of reading the keys and values of a cached token; 0: unknown.
+    attend: time of multiplying a token by the keys and values of a cached token; 0: unknown.
     """
 
     multiply: float

@@ -46,7 +46,7 @@ class Options(ServerSettings):
 
 @serve.ingress()
 class Replica:
-    """A decoder with its engine and its HTTP server."""
+    """A Ray Serve replica: a decoder with its engine and its HTTP application."""
 
     def __init__(self, options: Options) -> None:
         from specdec.api.decoder import SpecDecoder
@@ -76,7 +76,7 @@ class Replica:
 
 
 def app(options: Options) -> Application:
-    """Return the application that ``serve run`` builds."""
+    """Return the Ray Serve application of ``serve run specdec.serve.ray:app`` with these options."""
     router: Any = ROUTER  # Ray imports a class by its name
     deployment: Any = serve.deployment(
         Replica,

@@ -14,30 +14,32 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 
 
 def thought(text: str) -> dict[str, Any]:
-    """Return the reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
+    """Return the reasoning ``text`` as members of a chat template's message; the second name is that of gpt-oss."""
     return dict.fromkeys(("reasoning_content", "thinking"), text)
 
 
 def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
-    """Return the text of a message's content: text, or parts with a ``text`` each, with ``between`` between them."""
+    """Return the text of a message's content, which is text or parts with a ``text``, joined by ``between``."""
     parts: Iterable[Any] = () if isinstance(content, str) else content or ()
     return content if isinstance(content, str) else between.join(part.text for part in parts)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a call of a message as chat templates expect it."""
+    """Return a tool call as chat templates expect it in a message."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPrompt:
-    """A chat to be answered. Raises ApiError if its parts do not fit together.
+    """A chat to be answered. Raises ApiError if its parts contradict each other.
 
-    messages, functions: as chat templates expect them.
+    messages, functions: messages and functions (tools) as chat templates expect them.
     choice: whether functions may be called ("auto"), must be ("required") or must not be ("none").
-    named: the function that must be called. parallel: whether there may be several calls.
-    template: the client's arguments of the chat template. effort: how much to reason.
-    continue_last: the answer goes on with the last message.
+    named: name of the function that must be called; None: no particular one.
+    parallel: whether there may be several calls.
+    template: the client's arguments for the chat template.
+    effort: how much to reason, such as "low"; None: the template's default.
+    continue_last: whether the answer continues the last message.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -74,7 +76,7 @@ class ChatPrompt:
 
     @property
     def forced(self) -> Schemas:
-        """Those of the tools of which one must be called. Empty if no call is forced."""
+        """The schemas of the tools of which one must be called, by name; empty if no call is forced."""
         if self.named is not None:
             return {self.named: self.schemas[self.named]}
         return self.schemas if self.choice == "required" else {}
@@ -135,5 +137,5 @@ class GenerationRequest:
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to return with each log-probability; None without log-probabilities."""
+        """Number of likeliest tokens to return with each log-probability; None: no log-probabilities."""
         return self.options.get("logprobs")

@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """Return the URL of a server at a socket that is bound."""
+    """Return the URL of a server at the bound socket ``listener``."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -75,7 +75,7 @@ def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, lis
 
 
 class Starting:
-    """An application that hands requests on to another one, and answers with status 503 while that is not there.
+    """An application that passes requests on to another one, and answers with status 503 until that one exists.
 
     app: the other application; None while the model is loading.
     """

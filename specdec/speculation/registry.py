@@ -66,7 +66,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def load_object(place: str) -> Any:
-    """Import and return the object at ``place``, "module:name"."""
+    """Import and return the object at ``place``, a string "module:name"."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

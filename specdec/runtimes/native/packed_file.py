@@ -44,11 +44,11 @@ ADAPTED, MOST_ADAPTED = "weights-", 2  # the same for the model with adapters
 
 
 class Damaged(Exception):
-    """The file cannot be used. The message says why."""
+    """Raised if a file of packed weights cannot be used. The message says why."""
 
 
 class Entry(NamedTuple):
-    """An entry of the file. kind: of its tiles, or ``OTHER``. offset, size: in bytes."""
+    """An entry of the file. kind: format of its tiles, or ``OTHER``. offset, size: position and size in bytes."""
 
     kind: int
     offset: int

@@ -239,13 +239,16 @@ class NativeTarget(Target):
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """As in ``Kernels``."""
+        """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
         return self.packed.merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
         self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
-        """As in ``Kernels``; the first object is the array of sequences. whole: as in ``RowMask``."""
+        """Point ``call`` to each row's next ``counts`` cache slots of layers [lo, hi); return objects to keep alive.
+
+        The first object is the array of sequences. whole: whether the caller commits all tokens of the pass.
+        """
         ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
         cache.claim(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         sequences = (SequenceArgs * len(rows))()
