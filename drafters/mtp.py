@@ -87,8 +87,8 @@ class MTPHead:
 
     draft_target: Target
     projection: nn.Module
-    token_norm: nn.Module
-    state_norm: nn.Module
+    token_norm: nn.Module  # of the token's embedding
+    state_norm: nn.Module  # of the model's state
     final_norm: nn.Module
     norm: nn.Module
     token_first: bool = True

@@ -34,9 +34,9 @@ HEADER, VERSION = 4, 1  # numbers: VERSION, tokens, files that were read, files 
 class Reading:
     """The text files at a path, and counts of the files that were read and skipped."""
 
-    stats: dict[Path, os.stat_result]
-    files: int = 0
-    skipped: int = 0
+    stats: dict[Path, os.stat_result]  # of all files
+    files: int = 0  # number of files that were read
+    skipped: int = 0  # number of files that were skipped
 
     def pieces(self, bar: terminal.Bar) -> Iterator[str]:
         """Yield the files' texts in parts of whole lines. Skips files that are binary, too large or unreadable."""

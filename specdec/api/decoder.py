@@ -536,7 +536,7 @@ class SpecDecoder:
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _check_scores(self, otherwise: str) -> None:
-        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what needs scores, for the error."""
+        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: the feature that needs scores."""
         if self.verifier.threshold is not None:
             why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
             raise SpecDecError(f"{why}; use the verifier 'exact'")

@@ -20,12 +20,12 @@ _copying = threading.Lock()
 
 
 def token_ids(tokenizer: Any, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
-    """Return the token ids of a text. Threads may share a tokenizer of transformers this way.
+    """Return the token ids of a text; threads may share a tokenizer. Raises SpecDecError if the tokenizer fails.
 
-    That special tokens in a text are split is a state of a fast tokenizer, which a call sets for all threads. So a copy
-    splits them, made at first use, and neither ever changes its state.
-    add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in the text
-    are tokenised as text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
+    Whether special tokens are split is a state of fast tokenizers, which a call would set for all threads; so a copy,
+    made at first use, splits them.
+    add_special: whether to add the tokens that the tokenizer puts around a text by default.
+    split_special: whether special tokens in the text are tokenised like other text.
     """
     how = {"split_special_tokens": True} if split_special else {}
     if split_special:
@@ -111,7 +111,7 @@ class Detokenizer:
         self.stopped: str | None = None
 
     def push(self, token: int) -> str | None:
-        """Add a token; return "stop" if a stop string ends the text with it."""
+        """Add a token id; return "stop" if a stop string ends the text with it, else None."""
         self.ids.append(token)
         if not self.stop:
             return None
@@ -207,7 +207,7 @@ class Detokenizer:
             self.text = self.text[: self._place(at)]
 
     def _place(self, place: int) -> int:
-        """Return the position in the text of a position in ``whole``."""
+        """Convert an index in the decoded text with hidden special tokens (``whole``) to one in the text without them."""
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:

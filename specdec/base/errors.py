@@ -60,7 +60,7 @@ def how_to_install(extra: str) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, PyTorch or a kernel says that memory is full."""
+    """Return whether an error of Python, PyTorch or a kernel says that memory is full."""
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or "can't allocate memory" in str(error)
 

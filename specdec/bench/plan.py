@@ -41,7 +41,7 @@ KEYS = ("name", "description", "exclude", "resources", *SETTINGS, *GROUPS)
 
 
 class Resources(Settings):
-    """What one task (a group of cells) needs of a machine of a Ray cluster."""
+    """The CPUs, GPUs and GB of memory that one task (a group of cells) reserves on a machine of a Ray cluster."""
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)

@@ -49,18 +49,18 @@ class EngineStats:
     outage: why the drafter is off; None: it is not.
     """
 
-    running: int
-    waiting: int
+    running: int  # requests that run
+    waiting: int  # requests in the queue
     kv_bytes: int
     kv_budget: int | None
     prefix_queries: int
     prefix_hits: int
     preemptions: int
     steps: int
-    drafted: int
-    accepted: int
+    drafted: int  # drafted tokens
+    accepted: int  # drafted tokens that were accepted
     drafter: str = "none"
-    drafter_failures: int = 0
+    drafter_failures: int = 0  # number of times that the drafter failed
     outage: Outage | None = None
     disk_queries: int = 0
     disk_hits: int = 0

@@ -37,10 +37,10 @@ class RequestMetrics:
     """
 
     num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
+    num_new_tokens: int = 0  # generated tokens, the end token included
     per_step_drafted: list[int] = field(default_factory=list)
     per_step_accepted: list[int] = field(default_factory=list)
-    num_draft_tokens: int = 0
+    num_draft_tokens: int = 0  # drafted tokens that were scored, all branches of trees included
     num_layers: int = 0
     exit_layers: list[int] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)

@@ -167,10 +167,10 @@ def _failure(event: Event) -> ApiError:
 
 
 class BlockAnswer(Answer):
-    """An answer with one choice, written block by block.
+    """Base class of an answer with one choice, which is streamed as blocks of reasoning, text and calls.
 
-    A subclass returns the events of each; their ``type`` is their name.
-    text: of the choice.
+    A subclass returns the events for each block, as JSON objects whose ``type`` is the event's name.
+    text: the text of the choice so far.
     blocks: the blocks so far.
     """
 

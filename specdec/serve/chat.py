@@ -114,7 +114,7 @@ class OpenAIAnswer(Answer):
         return {"index": number, **content, "logprobs": self._logprobs(number), "finish_reason": finish}
 
     def _logprobs(self, number: int) -> dict[str, Any] | None:
-        """Return log-probabilities of a choice's tokens since the last call; those of an echoed prompt come first."""
+        """Return the log-probabilities of new tokens of choice ``number``, an echoed prompt first; None: not wanted."""
         text, request, start = self.texts[number], self.handles[number].request, self.scored[number]
         end = self.scored[number] = text.num_read
         if self.asked.num_logprobs is None or (start == end and (start or text.finish_reason is None)):

@@ -26,7 +26,7 @@ RETRY = 1.0  # seconds until a client is accepted again after the system has ref
 
 
 def raise_descriptors(wanted: int) -> int | None:
-    """Raise the process's limit of file descriptors to ``wanted`` if possible; return the limit; None: there is none."""
+    """Raise the process's limit of file descriptors to ``wanted`` if possible; return the limit (None: unlimited)."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -272,7 +272,7 @@ SIGNATURE = "c3BlY2RlYw=="  # of all reasoning: clients send back only reasoning
 
 
 def _content(block: Part, whole: bool) -> dict[str, Any]:
-    """Return a part of an answer as a content block. whole: whether to include its text or arguments, or leave it empty."""
+    """Return a part of an answer as a content block. whole: whether to include its text or arguments."""
     if block.kind == "text":
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":

@@ -89,17 +89,19 @@ class ChatPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What a client wants. Raises ApiError if its parts do not fit together.
+    """A client's request, whatever its protocol. Raises ApiError if its parts contradict each other.
 
-    chat, prompts: one of them; prompts are texts or token ids.
-    options: of ``SpecDecoder.request``, those that are given. max_new_tokens: 0 only runs the prompt.
-    n: choices for each prompt. echo: put the prompt before the answer.
-    include_usage, include_draft_depth: what a stream has beside the text.
-    include_metrics, per_step_metrics: figures of the request and of each step in the answer.
-
-    The service adds what the answers need:
-    ids: token ids of each prompt. echoes: the texts of the prompts, if they come before the answers.
-    new_parser: makes the reader of an answer. shown: special tokens that stay in its text.
+    chat, prompts: either a chat or prompts, which are texts or token ids.
+    options: the options of ``SpecDecoder.request`` that are given.
+    max_new_tokens: maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
+    n: number of answers (choices) to each prompt.
+    echo: whether the prompt comes before the answer.
+    include_usage, include_draft_depth: whether a stream has numbers of tokens, and each token's depth in the draft.
+    include_metrics, per_step_metrics: whether the answer has figures of the request, and of each step.
+    ids: token ids of each prompt, which the service adds, like the following fields.
+    echoes: the texts of the prompts, if they come before the answers.
+    new_parser: function that makes the parser of an answer.
+    shown: special tokens that stay in the text.
     """
 
     model: str

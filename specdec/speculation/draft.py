@@ -117,9 +117,9 @@ class Draft:
         return cut
 
     def with_chains(self, chains: Sequence[Sequence[int]]) -> Draft:
-        """Return this draft with a further chain of tokens after the root of each row; []: the row keeps its nodes.
+        """Return this draft with the chain ``chains[b]`` of tokens in place of the nodes of row b; []: they stay.
 
-        A chain takes the place of the row's nodes. The nodes of the draft keep their indices and their states.
+        The chains are new nodes after the root; all other nodes keep their indices and their states.
         """
         count, deepest = len(self.parents), max(map(len, chains))
         tokens = [

@@ -167,7 +167,7 @@ class Sampler:
         return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """Return how the token after each row's ``ids`` is sampled, without processors; None: all rows are greedy."""
+        """Return seed, position and filters with which the token after each row's ``ids`` is drawn; None: all greedy."""
         if self.greedy:
             return None
         made = []
@@ -218,7 +218,10 @@ class Sampler:
         return perturbed
 
     def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
-        """Return the tokens chosen from processed logits [B, T, V], int64 [B, T]; -1: the logits are not finite."""
+        """Choose tokens, int64 [B, T] (-1: logits not finite), from processed logits ``scores`` [B, T, V].
+
+        positions: positions of the tokens in their texts, [B][T].
+        """
         if scores.device.type == "cpu" and (lib := library.load()) is not None:
             chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
             for row, own, tokens, at in zip(self.rows, scores, chosen, positions, strict=True):

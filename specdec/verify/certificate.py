@@ -158,7 +158,7 @@ class Certificate:
 
     @property
     def result(self) -> str:
-        """FAILED if a check has found a fault so far; NOT ENOUGH DRAFTS, or PASSED."""
+        """The result as text: "FAILED" (a check has found a fault so far), "NOT ENOUGH DRAFTS" or "PASSED"."""
         if any(check.faults for check in self.checks.values()):
             return "FAILED"
         few = any(check.drafted < self.min_drafted for check in self.checks.values())

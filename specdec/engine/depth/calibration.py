@@ -30,22 +30,22 @@ class DecayedCounts:
         self.hits, self.trials, self.memory = [0.0] * size, [0.0] * size, memory
 
     def add(self, number: int, hit: float, weight: float = 1.0) -> None:
-        """Add ``weight`` trials to the bin ``number``. hit: the mean of their outcomes, 0 to 1."""
+        """Add ``weight`` trials to bin ``number``. hit: share of these trials that were hits, in [0, 1]."""
         fade = min(self.memory / (self.trials[number] + weight), 1.0)
         self.trials[number] = fade * (self.trials[number] + weight)
         self.hits[number] = fade * (self.hits[number] + weight * hit)
 
     def mean(self, number: int, assumed: float, weight: float) -> float:
-        """Return the share of hits in a bin; the prior mean ``assumed`` counts as ``weight`` trials."""
+        """Return the share of hits in bin ``number``, with a prior of ``weight`` trials of mean ``assumed``."""
         return (self.hits[number] + weight * assumed) / (self.trials[number] + weight)
 
     def means(self, assumed: Iterable[float], weight: float) -> list[float]:
-        """Return ``mean`` for each bin and its prior mean."""
+        """Return ``mean`` of each bin, with the prior means ``assumed`` and their ``weight``."""
         each = zip(assumed, self.hits, self.trials, strict=False)
         return [(hits + weight * mean) / (trials + weight) for mean, hits, trials in each]
 
     def forget(self) -> None:
-        """Scale each bin down to at most ``COUNT_AFTER_CHANGE`` trials."""
+        """Scale the counts of each bin down to at most ``COUNT_AFTER_CHANGE`` trials; shares of hits stay."""
         for number, trials in enumerate(self.trials):
             fade = min(COUNT_AFTER_CHANGE / max(trials, COUNT_AFTER_CHANGE), 1.0)
             self.hits[number], self.trials[number] = fade * self.hits[number], fade * trials

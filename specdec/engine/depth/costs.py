@@ -113,11 +113,11 @@ class CostModel:
         return [(own - base) / some for own in seconds]
 
     def level(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting one level for all rows. contexts: number of cached tokens of each row."""
+        """Return the seconds of drafting one level to exit ``exit``. contexts: number of cached tokens of each row."""
         return self._other(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the extra seconds of the first level over ``level``."""
+        """Return the extra seconds of a draft's first level over what ``level`` returns."""
         return self._other(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:

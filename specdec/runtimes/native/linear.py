@@ -117,10 +117,10 @@ class Packed:
         return sum(tiles.numel() for tiles in self.tiles) if self.proxy is None else self.proxy.numel()
 
     def bound_argmax(self, weight: Blocks, kept: ModelFile | None = None) -> None:
-        """Let ``largest`` read a 4-bit proxy of the only ``weight``, and the full weight only where it may be largest.
+        """Make ``largest`` faster: it will read a 4-bit copy of the weight, and full rows only where they may be largest.
 
-        An error bound of each output makes the result exact. kept: as in ``__init__``. No effect unless the weight has
-        8 bits and the layer has no bias and no cap.
+        An error bound of each output makes the result exact. No effect unless the weight has 8 bits and the layer has
+        no bias and no cap. weight: the layer's only weight. kept: as in ``__init__``.
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
             self.proxy, self.error_bounds = _proxy(weight, kept)

@@ -136,7 +136,7 @@ class Attention:
         return mixed if gate is None else mixed * gate.sigmoid()
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None) -> Tensor:
-        """Compute attention with a soft cap, or with sinks (scores in the softmax that belong to no value)."""
+        """Compute attention as SDPA does, but with a soft cap, or with sinks (scores that belong to no value)."""
         scores = (q @ k.mT).float() * self.scale
         scores = self.cap * torch.tanh(scores / self.cap) if self.cap else scores
         scores = scores if term is None else scores + term

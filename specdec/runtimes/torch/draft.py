@@ -93,7 +93,7 @@ def noise_of(sampled: Sequence[Sampled], level: int, size: int, vocab: Tensor | 
 
 
 def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | None:
-    """Return the trees of each row on ``device``, padded to a power of two of nodes; None for None."""
+    """Return another source's trees, one per row, as padded tensors on ``device``; None: there are no ``trees``."""
     if trees is None:
         return None
     count = 1 << max(max(len(nodes[1]) for nodes in trees) - 1, 0).bit_length()
@@ -363,7 +363,7 @@ def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the ``count`` best scores of each row, sorted; the first of equal ones, as parents are."""
+    """Return the indices of the ``count`` best of ``scores`` [B, C], sorted, [B, count]; of equal ones the first."""
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return order.masked_fill(scores.gather(1, order) == -math.inf, scores.shape[1]).sort(1).values
 

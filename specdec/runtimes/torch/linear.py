@@ -105,7 +105,7 @@ def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def rms_unit(x: Tensor) -> Tensor:
-    """Return ``x / rms(x)`` over the last axis, in the dtype of ``x``."""
+    """Return ``x`` divided by its root mean square over the last axis, in the shape and dtype of ``x``."""
     return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
 
 
