@@ -478,13 +478,13 @@ class SpecDecoder:
     ) -> Engine:
         """Start an engine, to which requests can be submitted at any time. It uses the drafter until it is closed.
 
-        max_rows: most requests that are decoded together.
-        max_waiting: most requests in the queue; one more raises QueueFullError.
-        kv_memory: bytes of the KV cache, cached prefixes included; None is half of the free memory.
-        prefill_chunk: most tokens of new prompts in a step; None depends on the device.
+        max_rows: maximum number of requests that are decoded together.
+        max_waiting: maximum number of requests in the queue; one more raises QueueFullError.
+        kv_memory: bytes of the KV cache, cached prefixes included; None: half of the free memory.
+        prefill_chunk: maximum number of prompt tokens in a step; None: it depends on the device.
         num_speculative_tokens: as in ``GenerationOptions``.
         prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too.
-        prefix_cache_size: its largest size in bytes.
+        prefix_cache_size: maximum size of this folder in bytes.
         """
         disk = None
         if prefix_cache is not None:
@@ -536,7 +536,7 @@ class SpecDecoder:
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _check_scores(self, otherwise: str) -> None:
-        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: the feature that needs scores."""
+        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what needs scores, as text."""
         if self.verifier.threshold is not None:
             why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
             raise SpecDecError(f"{why}; use the verifier 'exact'")

@@ -41,7 +41,7 @@ def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
 
 
 def learn_when_idle(drafter: Drafter) -> None:
-    """Start a thread that lets a drafter learn while no engine uses it, until nothing refers to the drafter any more."""
+    """Start a thread that lets a drafter learn while no engine uses it; it ends when the drafter is deleted."""
     with _starting:
         if drafter not in _learners:
             _learners[drafter] = Work(functools.partial(_work, weakref.ref(drafter)), "specdec learning")

@@ -52,8 +52,8 @@ class DecoderOptions(TypedDict, total=False):
 class RequestOptions(SamplingOptions, total=False):
     """The options of a request.
 
-    max_new_tokens: most new tokens, 128 by default; the model's context bounds them, too.
-    min_new_tokens: before so many, no end token, no token of ``stop_token_ids`` and no stop string ends the text.
+    max_new_tokens: maximum number of new tokens, 128 by default; the model's context bounds them, too.
+    min_new_tokens: number of tokens before which no end token, stop token or stop string ends the text.
     temperature to logit_bias: as in ``SamplingParams``. Without a seed, each call draws a new one.
     use_model_defaults: sampling options that are not given are those of the model's ``generation_config``, as in
     ``model.generate``; else they are those of ``SamplingParams``.
@@ -66,7 +66,7 @@ class RequestOptions(SamplingOptions, total=False):
     system: a system message before the prompt.
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.
-    constraint: what the new text must be (Json, Regex, Grammar or Choice); limit and stop strings may still cut it.
+    constraint: a Json, Regex, Grammar or Choice that the new text must follow; limit and stop strings may still cut it.
     Tokens without an alternative are drafted without the drafter.
     logprobs: return the log-probability of each new token, and this many of the likeliest tokens at its position. These
     are the model's own, before processors, temperature and constraints.
@@ -93,7 +93,7 @@ class GenerationOptions(RequestOptions, total=False):
 
     num_speculative_tokens: depth of each draft. "auto", the default, chooses it from measured costs and the acceptance
     so far, down to plain decoding.
-    max_rows: most rows that are decoded together; the next starts when one has ended. None is all.
+    max_rows: maximum number of rows that are decoded together; the next starts when one has ended. None is all.
     """
 
     num_speculative_tokens: Depth

@@ -90,8 +90,8 @@ def _generate(
 ) -> list[list[int]]:
     """Decode all prompts (token ids) together, without drafts; return the new tokens of each.
 
-    limit: most new tokens of each. learn: whether drafters may learn from these texts. sampling: options of
-    ``SpecDecoder.open``; without any, decoding is greedy.
+    limit: maximum number of new tokens of each. learn: whether drafters may learn from these texts.
+    sampling: options of ``SpecDecoder.open``; without any, decoding is greedy.
     """
     with decoder.open(prompts, num_speculative_tokens=0, max_new_tokens=limit, **sampling) as generation:
         for request in generation.requests:

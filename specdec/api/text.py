@@ -207,7 +207,7 @@ class Detokenizer:
             self.text = self.text[: self._place(at)]
 
     def _place(self, place: int) -> int:
-        """Convert an index in the decoded text with hidden special tokens (``whole``) to one in the text without them."""
+        """Convert an index in ``whole``, the text with hidden special tokens, to an index in the text without them."""
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:

@@ -52,7 +52,7 @@ class Resources(Settings):
 class Plan:
     """A checked benchmark: the cells to measure, without duplicates.
 
-    name: of the benchmark, and the default name of its folder. description: a line for the report; may be empty.
+    name: name of the benchmark, and default name of its folder. description: a line for the report; may be empty.
     resources: what one task on a Ray cluster needs. settings: the plan as a YAML file that gives it again.
     """
 

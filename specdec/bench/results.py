@@ -78,9 +78,10 @@ def make_table(title: str, rows: Sequence[Mapping[str, str]]) -> ResultTable:
 class Results:
     """The results of one benchmark.
 
-    name, description: of the plan. commands: the command lines that measured it.
+    name, description: those of the plan. commands: the command lines that measured it.
     records: one per cell that has run, in the order of the plan. missing: number of cells that have not run.
-    settings: of the plan, as YAML. prompts: name of each prompt set -> its conversations, {"id", "category", "turns"}.
+    settings: the plan's settings as YAML.
+    prompts: name of each prompt set -> its conversations, {"id", "category", "turns"}.
     """
 
     name: str

@@ -172,7 +172,7 @@ class DeviceTree(NamedTuple):
     """The nodes that are taken for each of B rows, of which the host knows nothing until it reads ``packed``.
 
     tokens: int64 [B, M], parents before children; -1: there is no node.
-    depths: of the root and of each node, int64 [B, 1 + M].
+    depths: depth of the root (0) and of each node, int64 [B, 1 + M].
     ancestors: which of the root and the nodes are on a node's path, bool [B, 1 + M, 1 + M].
     packed: float64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
         ``LevelNodes.packed``.

@@ -127,7 +127,7 @@ class Target(ABC):
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 
-        roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
+        roots: last tokens and states of the rows. limits: limits of the tree's growth. masks: the tokens that a single row may
         draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
         choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then
         all levels are drafted. None: the host reads the candidates.

@@ -102,7 +102,7 @@ class Source:
         return before
 
     def quote(self, make: Make, *marks: str) -> Parts[None]:
-        """Yield the text before the first of ``marks`` as parts of one JSON string, which ``make`` makes; take the mark."""
+        """Yield the text before the first of ``marks`` as parts (by ``make``) of one JSON string; take the mark."""
         yield make('"')
         yield from self.pass_on(lambda text: make(json.dumps(text, ensure_ascii=False)[1:-1]), *marks, strip=False)
         yield make('"')

@@ -38,7 +38,7 @@ class ChatPrompt:
     named: name of the function that must be called; None: no particular one.
     parallel: whether there may be several calls.
     template: the client's arguments for the chat template.
-    effort: how much to reason, such as "low"; None: the template's default.
+    effort: amount of reasoning, such as "low"; None: the template's default.
     continue_last: whether the answer continues the last message.
     """
 

@@ -95,7 +95,7 @@ class _Server(connections.Server):
 
     starting: the application.
     make: as in ``serve``.
-    error: what ``make`` has raised; None: nothing.
+    error: exception that ``make`` has raised; None: it has raised none.
     """
 
     error: BaseException | None = None

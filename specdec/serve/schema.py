@@ -130,7 +130,7 @@ class Options(Strict):
     temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: as in
     ``SamplingParams``; a top_k of -1 is 0.
     ignore_eos, stop_token_ids, bad_words: as in ``RequestOptions``. min_tokens: its ``min_new_tokens``.
-    structured_outputs: what the text must be.
+    structured_outputs: constraint on the text.
     num_speculative_tokens: maximum number of tokens that are drafted in a step; 0: no drafts.
     include_metrics: whether to add metrics of the request to the response.
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
@@ -353,7 +353,7 @@ class ChatBody(GenerationBody):
     logprobs: whether to return log-probabilities.
     top_logprobs: number of the likeliest tokens to return with each log-probability.
     tool_choice: whether tools may be called ("auto"), must be ("required") or must not be ("none"), or which one must.
-    reasoning_effort: how much to reason, for chat templates that know it.
+    reasoning_effort: amount of reasoning, such as "low", for chat templates that support it.
     continue_final_message: whether the answer continues the last message, which must be the assistant's.
     """
 

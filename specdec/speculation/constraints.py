@@ -247,7 +247,7 @@ class ConstraintState:
     may_reason: whether the answer may begin with a reasoning block.
     matcher, consumed: llguidance's matcher, and the new tokens that it has consumed.
     masks: the allowed tokens after new tokens, for the last few calls of ``mask``.
-    error_text: why the matcher failed; "": it did not.
+    error_text: reason why the matcher failed; "": it did not.
     """
 
     def __init__(self, compiled: CompiledConstraint, prompt: Sequence[int]) -> None:

@@ -83,7 +83,7 @@ class Drafter(ABC):
     training: the command that trains one, such as "specdec train m2r2"; None: there is none.
     needs_training: whether it drafts only with trained parameters.
     traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the target.
-    learner: what teaches it while the process runs; None: it does not learn.
+    learner: the object that trains it while the process runs; None: it does not learn.
     """
 
     name: ClassVar[str]

@@ -167,7 +167,7 @@ class Sampler:
         return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """Return seed, position and filters with which the token after each row's ``ids`` is drawn; None: all greedy."""
+        """Return seed, position and filters to draw the token after each row's ``ids``; None: all rows are greedy."""
         if self.greedy:
             return None
         made = []

@@ -145,7 +145,7 @@ class Teacher:
     def begin(self, batch: TrainingBatch) -> None:
         """Compute the base model's distributions for ``batch`` and set the attributes that describe them.
 
-        p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: of p, [B, T].
+        p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: entropy of ``p``, [B, T].
         best, next: indices in this vocabulary of the base model's and the text's next token, [B, T]; -1: not in it.
         mass: the base model's probability of the whole vocabulary of the batch [B, T]. count: valid positions.
         """

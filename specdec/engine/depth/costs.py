@@ -202,6 +202,6 @@ def _doubt(error: float, variance: float, noise: float) -> float:
 
     Other work can make a step slow, but nothing makes it fast, so the estimate must be wrong.
 
-    error: logarithm of measured over expected time. variance: of the estimate. noise: variance of a measurement.
+    error: logarithm of measured over expected time. variance, noise: variances of the estimate and of a measurement.
     """
     return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

@@ -54,7 +54,7 @@ class TreeDrafter:
     allowed: pointers to the masks of the tokens of a level.
     masks: function that makes these masks; None: all tokens are allowed.
     held: the tensors behind ``allowed``, to keep them alive.
-    error: what ``masks`` has raised; None: nothing.
+    error: exception that ``masks`` has raised; None: it has raised none.
     """
 
     def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:

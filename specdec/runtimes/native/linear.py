@@ -117,7 +117,7 @@ class Packed:
         return sum(tiles.numel() for tiles in self.tiles) if self.proxy is None else self.proxy.numel()
 
     def bound_argmax(self, weight: Blocks, kept: ModelFile | None = None) -> None:
-        """Make ``largest`` faster: it will read a 4-bit copy of the weight, and full rows only where they may be largest.
+        """Make ``largest`` faster: it will read a 4-bit copy of the weight, and full rows only for possible maxima.
 
         An error bound of each output makes the result exact. No effect unless the weight has 8 bits and the layer has
         no bias and no cap. weight: the layer's only weight. kept: as in ``__init__``.
@@ -278,7 +278,7 @@ def draft_tiles(
 ) -> tuple[int, Tensor]:
     """Return kind and tiles of a draft weight, read from the file ``kept`` or made and added to it.
 
-    shape: [out, in]. weight: returns the weight; called only if the file does not have the tiles. name: of the entry.
+    shape: [out, in]. weight: returns the weight; called only if the file lacks the tiles. name: name of the entry.
     """
     kind = _draft_kind(*shape)
     return kept.find(name, {kind: _bytes(shape, kind)}) or kept.add(name, kind, _tiles(weight(), kind, _arena.allocate))
