@@ -80,7 +80,10 @@ def _prompt_sets() -> Iterable[str]:
 
 
 def complete_config(kind: str) -> Callable[[str], list[str]]:
-    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+    """Return a shell-completion function for an argument that is a shipped YAML file of ``kind``, or a path.
+
+    kind: "sweeps" or "train".
+    """
     return completing(functools.partial(files.shipped_configs, kind), paths=True)
 
 

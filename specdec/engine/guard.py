@@ -78,7 +78,7 @@ class DrafterGuard:
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
     def restart(self, begin: Callable[[Drafter], object]) -> bool:
-        """Restart the drafter if its pause is over; return whether that was tried. begin: begins its rows."""
+        """Restart the drafter if its pause is over; return whether that was tried. begin: begins the rows with it."""
         outage = self.outage
         if outage is None or outage.seconds_left:
             return False

@@ -197,8 +197,7 @@ def failure(error: BaseException) -> SpecDecError:
 
 @dataclass
 class Event:
-    """The new tokens of a request since its last event.
-
+    """The new token ids of a request since its last event.
     finish_reason: "eos", "stop" (or the reason that ``Request.text`` returns), "length", "cancelled" or "error"; None:
         the request goes on.
     depths: for each token, its depth in the draft that it was accepted from; 0: the model chose it itself.

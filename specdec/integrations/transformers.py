@@ -242,7 +242,7 @@ def _samplers(
 
 
 class _GenerateCall:
-    """The running state of one call: the sequences, to which a token of every row is added position by position.
+    """The state of one ``generate`` call, which adds one token of every row to the sequences, position by position.
 
     sequences: [B, T + count]. ends: token ids that end a row.
     pads: whether rows that have ended are padded until all have; if not, they go on.

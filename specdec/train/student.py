@@ -103,7 +103,7 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
 def step_mask(batch: TrainingBatch, step: int) -> Mask:
     """Return the attention mask of draft step ``step`` (from 1).
 
-    Position t sees the base model's keys up to t - step, and one key of each draft step up to this one.
+    Position t sees the base model's keys up to position t - step, and its own keys of draft steps 1 .. step.
     """
     b, t = batch.ids.shape
     keys = torch.arange(batch.num_keys, device=batch.ids.device).expand(b, -1)  # (B, S)

@@ -110,7 +110,7 @@ class AutoDepth:
     passes: expected seconds of a pass of these rows with 0, 1, .. drafted tokens.
     tokens: decayed number of tokens of recent steps.
     spent: decayed number of tokens that plain decoding would have yielded in the same time.
-    since_tried: seconds since each choice was last made.
+    since_tried: seconds since each choice (an exit, or a kind of draft) was last made.
     """
 
     has_probabilities: bool = False
@@ -196,7 +196,7 @@ class AutoDepth:
         return self.choice
 
     def _explores(self, what: str | int, loss: float) -> bool:
-        """Return whether the choice ``what`` is due for exploration, at an expected loss of ``loss`` seconds."""
+        """Return whether to explore choice ``what`` now, at an expected loss of ``loss`` seconds."""
         return EXPLORATION_SHARE * self.since_tried[what] >= loss
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:

@@ -327,7 +327,7 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
 
 
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
-    """Return which row of the file's tensor each of the ``count`` rows of the model's is, int32 [count].
+    """Return, for each of the ``count`` rows of the model's weight, its row in the file's tensor, int32 [count].
 
     path: module path of the linear layer. None: the order is the same.
     """

@@ -74,7 +74,7 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 
 
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
-    """Build a byte-level BPE tokenizer. metadata: tokenizer.ggml entries. pre: way of splitting text. kind: model type."""
+    """Build a byte-level BPE tokenizer. metadata: tokenizer.ggml entries. pre: rule to split text. kind: model type."""
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]

@@ -256,8 +256,8 @@ def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -
 
 
 def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
-    """Return the 4-bit tiles of ``Packed.bound_argmax``, and the error bound of each output for an input of length 1.
-    The bounds are float32 [out in whole tiles]."""
+    """Return ``weight`` in 4-bit tiles, and bounds of each output's error for an input vector of length 1.
+    The bounds are float32 [out, rounded up to whole tiles]. kept: the file to read both from, or to add them to."""
     name = None if kept is None else kept.name(weight)
     tiles, bounds = (f"{part} {name}" for part in ("rough", "gaps"))  # names in the file
     bound_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)

@@ -47,7 +47,7 @@ class NativeTarget(Target):
     first pass.
 
     packed: the model's weights as the kernels read them.
-    final_norm, eps, embedding, experts: those of ``packed``.
+    final_norm, eps, embedding, experts: the attributes of ``packed`` with these names.
     """
 
     runtime = "native"
@@ -264,7 +264,7 @@ class NativeTarget(Target):
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
-        """Return a call for layers [lo, hi) without the fields that depend on a cache or on states."""
+        """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
         call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._no_taps)
