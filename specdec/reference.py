@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits."""
+    """The rule by which a token is chosen from logits."""
 
     seed: int | None = None  # of the noise; None: greedy
     stream: int = 0  # differs between texts with one seed

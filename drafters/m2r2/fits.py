@@ -145,7 +145,7 @@ class Fits:
 
     @property
     def forgotten(self) -> bool:
-        """Whether another process has deleted the file (``learned.forget``)."""
+        """Whether another process has deleted the file (``learned.forget``), so that learning must begin anew."""
         return self.store.writes and bool(self.sums) and self.store.stamp() != self.stamp
 
     def begin_anew(self) -> None:

@@ -211,7 +211,7 @@ class SpecDecoder:
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
-        """Load a named drafter, and bind it to the target."""
+        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target."""
         if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
             drafter = DrafterSpec.parse(drafter if isinstance(drafter, str) else str(drafter.absolute()))
         if isinstance(drafter, DrafterSpec):
@@ -555,7 +555,7 @@ class SpecDecoder:
         return self._auto
 
     def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
-        """Save the costs that an engine measured, and release the drafter."""
+        """Save the costs that an engine's ``policy`` has measured, and call ``release``, which frees the drafter."""
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
                 cost_cache.store(self.target, self.drafter, policy.costs())

@@ -120,7 +120,7 @@ class GenerationOutput:
 
     @classmethod
     def of(cls, request: Request) -> GenerationOutput:
-        """Return the output of a request so far."""
+        """Return what ``request`` has generated so far, as its output."""
         text = text_of(request)
         text.finish()
         reason = request.finish_reason if request.error is None else None

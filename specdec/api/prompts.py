@@ -98,7 +98,7 @@ def _encode_chat(
     template: Mapping[str, Any],
     continue_last: bool,
 ) -> list[int]:
-    """Return token ids of chat messages, rendered by the tokenizer's template."""
+    """Return token ids of chat messages, rendered by the tokenizer's template. Arguments are as in ``encode``."""
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
     special = _SpelledTokens(tokenizer, [messages, tools, template])
@@ -147,7 +147,7 @@ class _SpelledTokens:
         return self.stand_ins[found[0]]
 
     def encode(self, text: str) -> list[int]:
-        """Return the rendered chat as token ids."""
+        """Return the token ids of ``text``, a chat rendered from ``hidden`` messages."""
         if not self.stand_ins:
             return self._ids(text)
         back = {stand_in: token for token, stand_in in self.stand_ins.items()}
@@ -191,7 +191,7 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in chat messages."""
+    """Yield all strings in ``value``, which consists of nested lists and mappings, such as chat messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):

@@ -72,12 +72,12 @@ class Picture:
 
     @property
     def pixels(self) -> int:
-        """The width at which its letters have their size."""
+        """The width in CSS pixels at which the letters have their intended size."""
         return round(96 * self.figure.get_figwidth())
 
     @property
     def url(self) -> str:
-        """The SVG file as the address of an image."""
+        """The SVG file as a ``data:`` URL, for an image in HTML."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 

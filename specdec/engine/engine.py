@@ -257,7 +257,7 @@ class Engine:
         return [(row, row.new_tokens) for row in rows]
 
     def _put_event(self, row: Request, tokens: list[int], depths: list[int]) -> None:
-        """Add tokens to the event of a request; ``_notify`` tells its reader."""
+        """Add new tokens to the pending event of a request; ``_notify`` wakes its reader later."""
         if row.handle is not None:
             row.handle.put(tokens, depths)
             self._unread.append(row.handle)
@@ -269,7 +269,7 @@ class Engine:
             handle.notify()
 
     def _end(self, rows: Sequence[Request]) -> None:
-        """Remove rows that have ended."""
+        """Remove rows that have ended from batch and memory; their keys and values may be cached as prefixes."""
         self.scheduler.remove(rows)
         for row in rows:
             if row.phases_at_start is not None:
@@ -281,7 +281,7 @@ class Engine:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Forget requests whose last event is there."""
+        """Drop the references to requests that have got their last event."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)

@@ -18,7 +18,7 @@ class Fairness:
         self._turns = dict[Client, int]()  # the number of each client's last admission, the earliest first
 
     def count_turn(self, client: Client) -> None:
-        """Note that a request of a client has begun."""
+        """Record that a request of a client has begun, so that other clients are next."""
         number = next(reversed(self._turns.values()), 0) + 1
         self._turns.pop(client, None)
         self._turns[client] = number

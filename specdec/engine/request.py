@@ -249,7 +249,7 @@ class Handle:
             event.finish_reason, event.error = self.request.finish_reason, self.request.error
 
     def notify(self) -> None:
-        """Wake the reader."""
+        """Wake the reader of this handle, who then gets the pending event."""
         with self._change:
             self._change.notify_all()
             waker = self._waker

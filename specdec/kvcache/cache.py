@@ -60,7 +60,7 @@ class RowEntries:
         return made
 
     def put(self, name: str, buffer: Tensor, lent: bool = False) -> None:
-        """Set the buffer ``name``. lent: as the attribute."""
+        """Set the buffer ``name``. lent: whether it is a graph buffer of the runtime, which caches must copy."""
         self.buffers[name] = buffer
         self.lent = lent
         if name == WHOLE:

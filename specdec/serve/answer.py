@@ -100,7 +100,7 @@ class Answer(ABC):
                 task.cancel()
 
     async def _finished(self) -> None:
-        """Read all choices to their ends. Raises ApiError."""
+        """Read all choices to their ends. Raises ApiError if the engine fails."""
         async for _ in self._all_pieces():
             pass
 
@@ -118,7 +118,7 @@ class Answer(ABC):
         return {"time_saved_ms": round(1e3 * sum(handle.metrics.saved_seconds for handle in self.handles))}
 
     def summary(self) -> str:
-        """Return the end of the request's line in the log."""
+        """Return the end of the request's line in the log: numbers of tokens, tokens per step, finish reasons."""
         (before, _, new), figures = self.counts(), [handle.metrics for handle in self.handles]
         steps = sum(metrics.num_spec_steps for metrics in figures)
         accepted = sum(metrics.num_accepted_draft_tokens for metrics in figures)
@@ -201,7 +201,7 @@ class BlockAnswer(Answer):
             yield self._written(self.failure(error))
 
     def _read(self, text: str, last: bool) -> Events:
-        """Yield the events of more text. last: the text is complete."""
+        """Yield the events for more text of the answer. last: whether the text is complete."""
         for part in self.parsers[0].push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
                 if self.blocks:

@@ -61,7 +61,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 @functools.lru_cache(1 << 16)  # an answer has thousands of tokens, few of them different
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """Return the bytes of a token."""
+    """Return the bytes of a token, which may be a part of a UTF-8 character."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # the output head is wider than the vocabulary
         return b""

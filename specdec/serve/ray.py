@@ -20,7 +20,7 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class Options(ServerSettings):
-    """The options of ``serve run`` (KEY=VALUE), for each of the ``replicas``."""
+    """The options of Ray's ``serve run`` (KEY=VALUE), as in ``specdec serve``; ``cpus`` and ``gpus`` are per replica."""
 
     model: str = DEFAULT_MODEL
     drafter: str = "auto"

@@ -143,7 +143,7 @@ class ResponsesBody(Options):
     metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatPrompt:
-        """Return the chat in this body. Raises ApiError."""
+        """Return the chat in this body. Raises ApiError if its parts contradict each other."""
         text = self.input
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else messages_of(text)
         if self.instructions:
@@ -159,7 +159,7 @@ class ResponsesBody(Options):
         )
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         form = self.text.format if self.text else None
         rule = json_of(form.type, form) if form else None
         return self.generation(rule, {"max_new_tokens": self.max_output_tokens}, model=self.model, chat=self.chat())

@@ -117,7 +117,7 @@ class StructuredOutputs(Strict):
 
     @property
     def rules(self) -> list[Constraint]:
-        """Return the constraints that are given."""
+        """Return the constraints that the client has given, as a list."""
         given = self.json_, self.regex, self.choice, self.grammar, {"type": "object"} if self.json_object else None
         makes: tuple[Callable[[Any], Constraint], ...] = (Json, Regex, Choice, Grammar, Json)
         return [make(value) for make, value in zip(makes, given, strict=True) if value is not None]

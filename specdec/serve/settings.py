@@ -10,7 +10,7 @@ from specdec.serve.clients import ASCII, Key
 
 
 def _split(given: Any) -> Any:
-    """Return the parts of a comma-separated list."""
+    """Split a string at its commas; return other values unchanged."""
     return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
 
 

@@ -68,7 +68,7 @@ class Candidates(NamedTuple):
         return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Return the expected number of accepted tokens of each level."""
+        """Return, for each level, the expected number of accepted tokens: the sum of its nodes' probabilities."""
         depths = self.depths()
         found = [0.0] * max(depths, default=0)
         for depth, score in zip(depths, self.scores, strict=True):

@@ -47,7 +47,7 @@ class Constraint:
 
     @property
     def source(self) -> str:
-        """The text of the constraint, whose length is bounded."""
+        """The constraint as text; a text that is too long is refused."""
         source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return source
 
@@ -104,7 +104,7 @@ class Regex(Constraint):
 
 @dataclass(frozen=True)
 class Grammar(Constraint):
-    """Allows text of a grammar in llguidance's variant of Lark."""
+    """Allows text of a grammar. lark: the grammar in llguidance's variant of Lark."""
 
     lark: str
     kind = "grammar"

@@ -71,7 +71,7 @@ class Learner(ABC):
 
     @abstractmethod
     def save(self) -> None:
-        """Write what was learned for later processes, if this process may."""
+        """Write what was learned to the disk for later processes, if this process has claimed the file."""
 
 
 class Drafter(ABC):

@@ -78,7 +78,7 @@ class StepReport:
 
 
 class FixedDepth:
-    """Depth policy that always drafts to the same depth."""
+    """Depth policy that always drafts to the same depth. plain_seconds: never known, so always None."""
 
     plain_seconds: float | None = None
 
@@ -142,12 +142,12 @@ class AutoDepth:
 
     @classmethod
     def of(cls, drafter: Drafter, token: TokenCosts, earlier: Costs | None = None) -> AutoDepth:
-        """Return the policy for ``drafter``."""
+        """Return the policy for ``drafter``. token, earlier: as in the class."""
         traits = drafter.traits
         return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, token, earlier)
 
     def begin(self) -> History:
-        """Return the history of a new request."""
+        """Return an empty history for a new request."""
         row = History(*self.size)
         self.rows.add(row)
         return row
@@ -168,7 +168,7 @@ class AutoDepth:
 
     @property
     def speedup(self) -> float:
-        """The present speed over that of plain decoding."""
+        """The present speed divided by the expected speed of plain decoding."""
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:

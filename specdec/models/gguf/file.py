@@ -35,7 +35,7 @@ ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 
 
 class _Broken(Exception):
-    """The header of a GGUF file is broken. The message says how."""
+    """Raised if the header of a GGUF file is broken. The message says how."""
 
 
 class Strings(Sequence[str]):

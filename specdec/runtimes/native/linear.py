@@ -108,7 +108,7 @@ class Packed:
 
     @property
     def kinds(self) -> set[int]:
-        """Return the kinds of its tiles: ``library.BF16``, ``Q8``, ..."""
+        """Return the formats of the layer's tiles: ``library.BF16``, ``Q8``, ..."""
         return {part.kind for part in self.parts}
 
     @property

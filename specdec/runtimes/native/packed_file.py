@@ -297,7 +297,7 @@ def drop_old(folder: Path, begin: str, most: int) -> None:
 
 @functools.cache
 def note(text: str) -> None:
-    """Print a note, once for each text."""
+    """Print the note ``text`` to stderr, unless the process has printed it before."""
     terminal.say(f"note: {text}")
 
 
@@ -314,7 +314,7 @@ def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
 
 
 def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
-    """Write entries (data, offset). What lies between them is zeros."""
+    """Write ``entries``, (data, offset in the file) each, in order, and zeros between them."""
     for data, offset in entries:
         file.seek(offset)
         file.write(data.numpy().data)

@@ -82,7 +82,7 @@ def rules_of(roots: DraftRoots, vocab: Tensor | None, size: int, masks: Masks | 
 
 
 def sampling_of(sampled: Sequence[Sampled]) -> list[list[float]]:
-    """Return ``Rules.sampling`` as lists [B][4]."""
+    """Return, for each row, 1 / temperature (0: greedy), top-k, top-p and min-p, [B][4]."""
     return [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
 
 
