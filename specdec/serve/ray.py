@@ -20,7 +20,7 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class Options(ServerSettings):
-    """The options of Ray's ``serve run`` (KEY=VALUE), as in ``specdec serve``; ``cpus`` and ``gpus`` are per replica."""
+    """The options of Ray's ``serve run`` (KEY=VALUE), as in ``specdec serve``; ``cpus``, ``gpus``: per replica."""
 
     model: str = DEFAULT_MODEL
     drafter: str = "auto"
