@@ -78,8 +78,7 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass
 class MTPHead:
-    """A prediction layer, with its norms and projection as in ``TensorNames``.
-
+    """A prediction layer: norms of a token and of the state before it, a projection of both, a decoder layer, a norm.
     draft_target: the layer as a model of one layer, with its own norm and the model's output head.
     final_norm: module that is applied to the model's states before the layer reads them.
     norm: module that is applied to the layer's output before a drafted token's next pass reads it.
@@ -91,8 +90,8 @@ class MTPHead:
     state_norm: nn.Module  # of the model's state
     final_norm: nn.Module
     norm: nn.Module
-    token_first: bool = True
-    feeds_norm: bool = True
+    token_first: bool = True  # whether the embedding comes first in the projection's input
+    feeds_norm: bool = True  # whether drafted tokens read the layer's output after its norm
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Return the layer's input [B, T, D] for pairs of embeddings and states, [B, T, D] each."""

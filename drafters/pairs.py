@@ -45,7 +45,7 @@ class PairDrafter(ChainDrafter):
     shift: position of a pair's token in the text minus the position that the drafter's layers see.
     layers: the model's layers whose input states, concatenated, are a pair's state; N: the final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
-    cost_key: as in ``Traits``.
+    cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
     shift: ClassVar[int]
@@ -141,7 +141,7 @@ def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tupl
     A chunk is a tuple: states [B, T, D], number of pairs of each row, token ids and positions, int64 [B, T] each.
 
     states: for each row, the states [n, D] before the last n tokens of its text.
-    shift: as in ``PairDrafter``.
+    shift: position of a pair's token in the text minus the position that the drafter's layers see.
     """
     device, last = state.cache.device, state.target.context - 1
     for start in range(0, max(map(len, states)), PASS_TOKENS):

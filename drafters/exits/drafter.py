@@ -27,7 +27,8 @@ class ExitDrafter(ChainDrafter):
     """Base class of drafters whose tokens leave the model before its last layer, at an exit that a subclass chooses.
 
     network_class, network: the trained modules; None: the model's own norm and head compute draft logits.
-    level_shares, cost_key: as in ``Traits``.
+    level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
+    cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads

@@ -51,7 +51,7 @@ class ExitHeads(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """Return untrained heads as in a drafter folder's ``config``. Raises SpecDecError if they do not fit."""
+        """Make untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit."""
         width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
 
@@ -86,5 +86,5 @@ class Routers(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """Return untrained routers as in a drafter folder's ``config``. Raises SpecDecError if they do not fit."""
+        """Make untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit."""
         return cls(config.get("first", 0), target, draft_vocab)

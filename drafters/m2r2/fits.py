@@ -202,7 +202,7 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return ``basis`` with a second projection that is fitted to the sums and to ``more``, as in ``basing``."""
+        """Return ``basis`` with a second projection, fitted to the sums and to the weighted training data ``more``."""
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:

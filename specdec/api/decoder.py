@@ -240,8 +240,8 @@ class SpecDecoder:
         """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
 
         stream: number of this answer among several to one prompt with one seed.
-        num_speculative_tokens: as in ``Request``; 0 decodes plainly.
-        scope: as in ``Request``.
+        num_speculative_tokens: maximum draft depth; 0: no drafts; None: as deep as pays.
+        scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
         sampler: chooses the tokens instead of the sampling options, the processors and the config.
         shown: special tokens that stay in the text.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
@@ -440,7 +440,7 @@ class SpecDecoder:
     ) -> GenerationOutput:
         """Generate as ``generate`` does, on an event loop. Calls that overlap are decoded together.
 
-        num_speculative_tokens: as in ``Request``. Raises SpecDecError as ``generate`` does.
+        num_speculative_tokens: maximum draft depth; None: as deep as pays. Raises SpecDecError as ``generate`` does.
         """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
             async for _ in running:
@@ -482,7 +482,7 @@ class SpecDecoder:
         max_waiting: maximum number of requests in the queue; one more raises QueueFullError.
         kv_memory: bytes of the KV cache, cached prefixes included; None: half of the free memory.
         prefill_chunk: maximum number of prompt tokens in a step; None: it depends on the device.
-        num_speculative_tokens: as in ``GenerationOptions``.
+        num_speculative_tokens: depth of each draft; "auto": chosen from measured costs and the acceptance so far.
         prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too.
         prefix_cache_size: maximum size of this folder in bytes.
         """

@@ -98,7 +98,7 @@ def _encode_chat(
     template: Mapping[str, Any],
     continue_last: bool,
 ) -> list[int]:
-    """Return token ids of chat messages, rendered by the tokenizer's template. Arguments are as in ``encode``."""
+    """Return token ids of chat messages, rendered by the tokenizer's template. ``encode`` explains the arguments."""
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
     special = _SpelledTokens(tokenizer, [messages, tools, template])

@@ -131,7 +131,7 @@ class Request:
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
-        """End the request. reason: as in ``Event.finish_reason``."""
+        """End the request. reason: "eos", "stop", "length", "cancelled", "error", or one that ``text`` has given."""
         self.set_status(Status.FINISHED)
         self.finish_reason, self.error = reason, error
 

@@ -25,7 +25,8 @@ CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent s
 class Scheduler:
     """Chooses which waiting requests begin and which prompt tokens run in each step.
 
-    max_rows, kv_memory, chunk (``prefill_chunk``), prefixes, disk: as in ``Engine``.
+    max_rows: maximum number of requests that run at once. kv_memory: maximum bytes of keys and values; None: no limit.
+    chunk: maximum number of prompt tokens in a step. prefixes, disk: cached prefixes in memory and on disk; None: none.
 
     A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
     and one every ``CHECKPOINT`` tokens.

@@ -47,7 +47,7 @@ class SpecGenerate:
     """A value for ``model.generate(custom_generate=...)`` that decodes with drafts. An object runs one call at a time.
 
     The first call creates a decoder, which later calls with the same model use; the model's weights must not change.
-    drafter, more: as in ``SpecDecoder``.
+    drafter, more: the arguments of ``SpecDecoder`` with these names.
     tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to ``custom_generate``.
     num_speculative_tokens: draft length, or "auto".
     metrics: the metrics of each row of the last call.

@@ -260,8 +260,8 @@ class KVCache:
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
         """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D]; return its outputs [B, T, D].
 
-        Stores what roll-back needs. tree: as in ``register``. advance: runs the layer's mixer on inputs [B, T, D] and
-        states, and returns its outputs and the new states.
+        Stores what roll-back needs. tree: the mask [T, U] (``register``). advance: runs the mixer on inputs [B, T, D]
+        and states, and returns its outputs and the new states.
         """
         held = self.lengths[layer] - self.committed
         rows = [states for states in self.states if isinstance(states, LayerStates)]

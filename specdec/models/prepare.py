@@ -202,7 +202,7 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
 def work_folder(root: Path) -> Path:
     """Return the folder for work in progress in the cache ``root``, made if need be.
 
-    Raises SpecDecError if a folder of that name lacks our marker.
+    Raises SpecDecError if a folder of that name exists and lacks the marker file of this package.
     """
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class Adapters(nn.Module):
         """Make untrained adapters.
 
         shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change.
-        rank, neurons: as in the class; None: all neurons run in all layers.
+        rank: inner size of the low-rank factors. neurons: number of neurons that run, by layer; None: all.
         """
         super().__init__()
         self.neurons = dict(neurons or {})

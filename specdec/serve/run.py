@@ -94,7 +94,7 @@ class _Server(connections.Server):
     """A server that loads its model after it has begun to listen.
 
     starting: the application.
-    make: as in ``serve``.
+    make: loads the model, in a thread, and returns the application and a line for the log.
     error: exception that ``make`` has raised; None: it has raised none.
     """
 

@@ -129,7 +129,8 @@ class Options(Strict):
     stream: whether to send the answer as server-sent events.
     temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: as in
     ``SamplingParams``; a top_k of -1 is 0.
-    ignore_eos, stop_token_ids, bad_words: as in ``RequestOptions``. min_tokens: its ``min_new_tokens``.
+    ignore_eos: whether to continue after end tokens. min_tokens: tokens before which nothing ends the text.
+    stop_token_ids: ids of further tokens that end the text. bad_words: texts that must not come.
     structured_outputs: constraint on the text.
     num_speculative_tokens: maximum number of tokens that are drafted in a step; 0: no drafts.
     include_metrics: whether to add metrics of the request to the response.

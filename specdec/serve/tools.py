@@ -186,8 +186,8 @@ FUNCTION_GEMMA = Gemma("<start_function_call>", "<end_function_call>", "<escape>
 class ChatTemplate:
     """What a chat template supports. arguments: names of the variables in it that a client may set."""
 
-    form: Format
-    thoughts: tuple[str, str] | None
+    form: Format  # of tool calls
+    thoughts: tuple[str, str] | None  # marks before and after reasoning; None: it has no reasoning
     arguments: frozenset[str]
 
 

@@ -87,7 +87,7 @@ class Json(Constraint):
 
 
 def _refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python's parser takes."""
+    """Raise an error for the constant ``name`` (NaN or Infinity), which Python's JSON parser would accept."""
     raise ValueError(f"{name} is not JSON")
 
 

@@ -79,7 +79,7 @@ class Drafter(ABC):
 
     Rows come and go between two steps. What belongs to a row is in the row's own state (``begin``).
 
-    name: as in the registry. summary: one line for ``specdec drafters``.
+    name: name in the registry, such as "m2r2". summary: one line for ``specdec drafters``.
     training: the command that trains one, such as "specdec train m2r2"; None: there is none.
     needs_training: whether it drafts only with trained parameters.
     traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the target.

@@ -28,7 +28,7 @@ class Verifier(ABC):
 
     A subclass gives ``name`` and ``lossless``, and overrides ``accepts`` or ``verify``.
 
-    name: as in the registry.
+    name: name in the registry, such as "exact".
     lossless: whether the output is what plain decoding returns.
     needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
     threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring

@@ -125,7 +125,7 @@ class CostModel:
         return self._other(DRAFT, 0, contexts)
 
     def add_pass(self, tokens: int, seconds: float, cached: int = 0, attended: int = 0) -> None:
-        """Update the estimates with the time of a pass over ``tokens`` tokens. cached, attended: as in ``formula``."""
+        """Update the estimates with the ``seconds`` of a pass; its sizes ``tokens``, ... are as in ``formula``."""
         tokens = min(tokens, MOST_TOKENS)
         seen = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
         if not self.known:

@@ -39,7 +39,8 @@ class DepthChoice(NamedTuple):
     """The policy's choice for one step.
 
     depths: maximum depth of each row's draft; 0: the row does not draft.
-    exit, prices: as in ``State``.
+    exit: the last exit that drafted tokens may go to; None: any.
+    prices: costs of nodes and levels; None: each row drafts to its depth.
     """
 
     depths: Sequence[int] = ()
@@ -142,7 +143,7 @@ class AutoDepth:
 
     @classmethod
     def of(cls, drafter: Drafter, token: TokenCosts, earlier: Costs | None = None) -> AutoDepth:
-        """Return the policy for ``drafter``. token, earlier: as in the class."""
+        """Return the policy for ``drafter``. token: constants of a token's cost. earlier: stored costs; None: none."""
         traits = drafter.traits
         return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, token, earlier)
 
@@ -202,7 +203,7 @@ class AutoDepth:
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
         """Return depths and prices for the exit with the largest expected gain, or for one that is explored.
 
-        caps: as in ``choose``. speed: present speed in tokens per second.
+        caps: maximum draft depth of each row. speed: present speed in tokens per second.
         """
         sources, beyond = range(self.size[0]), [speed * seconds for seconds in self.model.beyond(self.contexts)]
         tables = [

@@ -48,7 +48,7 @@ class Kernels(Protocol):
 class TreeDrafter:
     """Drafts with the kernels level by level along ``path``: a tree, or chains with siblings for several ``rows``.
 
-    levels, width: as in ``TreeLimits``.
+    levels: maximum number of levels. width: number of children of a node.
     drafted: maximum number of tokens of a row that run through the path.
     found: scores, tokens and parents of the candidates, and the heads' probability of each.
     allowed: pointers to the masks of the tokens of a level.

@@ -120,7 +120,7 @@ class Packed:
         """Make ``largest`` faster: it will read a 4-bit copy of the weight, and full rows only for possible maxima.
 
         An error bound of each output makes the result exact. No effect unless the weight has 8 bits and the layer has
-        no bias and no cap. weight: the layer's only weight. kept: as in ``__init__``.
+        no bias and no cap. weight: the layer's only weight. kept: file to read the copy from, or to add it to.
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
             self.proxy, self.error_bounds = _proxy(weight, kept)
@@ -172,7 +172,7 @@ def packing(
 ) -> Generator[None, None, Packed]:
     """Pack a bf16 ``weight`` [out, in] for drafts; yield after each chunk of some 20 ms, and return the layer.
 
-    bias, scale, cap: as in ``Packed``.
+    bias, scale, cap: of the layer y = ``scale (x W.T + bias)``, with a cap above 0 ``cap tanh(y / cap)``.
     """
     (out, inp), tiles = weight.shape, GrowingTiles(*weight.shape)
     step = max(CHUNK_WEIGHTS // inp // 16, 1) * 16  # rows
@@ -244,7 +244,7 @@ def unpack_here(model: nn.Module) -> None:
 
 
 def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -> tuple[int, Tensor]:
-    """Return kind and tiles of a matrix that is not only for drafts; read from the file ``kept``, or added to it."""
+    """Return format and tiles of a matrix at full precision, read from the file ``kept``, or made and added to it."""
     make = _block_tiles if isinstance(weight, Blocks) else _dense_tiles
     if kept is None or (name := kept.name(weight)) is None:
         return make(weight, allocate)  # type: ignore[arg-type]

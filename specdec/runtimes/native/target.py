@@ -303,7 +303,7 @@ def native_target(
     expert_prefetch: bool,
     keep: bool,
 ) -> NativeTarget:
-    """Return the native runtime of a model. Arguments as in ``make_target``.
+    """Return the native runtime of a model. Arguments are those of ``make_target`` with these names.
 
     keep: whether the packed weights are read from, or written to, a file in the model's cache entry, if it has one.
     """

@@ -54,7 +54,7 @@ def additive(
 
     It is made once for all layers, since SDPA would convert a boolean mask in every layer.
 
-    window: as in ``Mask.bool_mask``.
+    window: attention window in tokens; None: no limit.
     groups: G, number of query heads that share a key head.
     """
     key = "additive", window, groups, dtype, multiple

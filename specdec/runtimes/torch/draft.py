@@ -87,7 +87,7 @@ def sampling_of(sampled: Sequence[Sampled]) -> list[list[float]]:
 
 
 def noise_of(sampled: Sequence[Sampled], level: int, size: int, vocab: Tensor | None) -> Tensor:
-    """Return the noise of a level's outputs, float32 [B, V'] on the CPU. size: V. vocab: as in ``Rules``."""
+    """Return the noise of a level's outputs, float32 [B, V'] on the CPU. size: V. vocab: their token ids; None: all."""
     ids = None if vocab is None or vocab.device.type != "cpu" else vocab
     return torch.stack([each.noise(each.place + level, size, ids) for each in sampled])
 
@@ -393,7 +393,7 @@ class PathStep:
     embed: takes the tokens of a level [B, W] and the level's number, and returns embeddings [B, W, D].
     run: runs a segment, given its number, its input [B, W, D], the level's number, and the tokens' ancestors.
     heads: functions that return logits of final states; the logits are concatenated.
-    forbidden: as in ``DraftRoots``.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     """
 
     def __init__(
