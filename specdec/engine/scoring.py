@@ -212,7 +212,6 @@ class _Scorer:
         """Return the target's choice after each of the T block tokens ``nodes`` of row ``b``.
 
         Logits are processed only along accepted tokens, since choices after other tokens do not count.
-
         logits: raw logits after the tokens, [T, V].
         best: argmax of each of them, [T], if the row takes the best token that its constraint allows; else None.
         """

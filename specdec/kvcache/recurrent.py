@@ -169,7 +169,6 @@ class KernelStates(RowStates):
 
         uncommitted: number of uncommitted tokens before them.
         whole: whether the tokens are committed together. The kernels then write the states after them, and no inputs.
-
         Returns the fields ``held`` ... ``pending`` of ``SequenceArgs``: numbers and pointers.
         """
         if not (whole and count > RERUN_TOKENS and not uncommitted):

@@ -82,8 +82,7 @@ class CostModel:
     def formula(self, tokens: int, cached: int, attended: int) -> float:
         """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
 
-        tokens: number of tokens of the pass.
-        cached: number of cached tokens of all rows.
+        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
         attended: number of pairs of a token of the pass and a cached token of its row.
         """
         multiply, read, attend = self.costs
@@ -201,7 +200,6 @@ def _doubt(error: float, variance: float, noise: float) -> float:
     """Return the variance to add to an estimate after a time that was much shorter than expected.
 
     Other work can make a step slow, but nothing makes it fast, so the estimate must be wrong.
-
     error: logarithm of measured over expected time. variance, noise: variances of the estimate and of a measurement.
     """
     return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

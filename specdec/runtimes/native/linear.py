@@ -75,7 +75,6 @@ class Packed:
         allocate: allocates the tiles; None: from the common memory.
         made: kind and tiles of the only weight, if it is packed already (``packing``, ``GrowingTiles``).
         kept: the file to read the tiles from, or to add them to.
-
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
         """
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)

@@ -212,8 +212,7 @@ def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
 
     best: log-probabilities of the likeliest tokens, [B, W, k]. Top-k, top-p and min-p are applied to these tokens
         alone, which have nearly all of the probability.
-    noise: their noise, [B, W, k].
-    sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
+    noise: their noise, [B, W, k]. sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
     """
     sharpness, top_k, top_p, min_p = sampling
     gap = (best - best[..., :1]) * sharpness
