@@ -173,6 +173,6 @@ def best_probability(logits: Tensor) -> Tensor:
 
 
 def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:
-    """Return the probability [B, 1] of ``token`` [B, 1] under draft logits [B, V'] of the ids ``vocab``; else 0."""
+    """Return the softmax probability [B, 1] of ``token`` [B, 1]; 0: the ids ``vocab`` of ``logits`` lack the token."""
     p = logits.float().softmax(-1)
     return p.gather(1, token) if vocab is None else (p * (vocab == token)).sum(-1, keepdim=True)

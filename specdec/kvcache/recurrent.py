@@ -73,14 +73,14 @@ class RowStates(ABC):
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
-        """Make the states in ``ahead`` the row's if they are those after the tokens of ``path``; return whether."""
+        """Use the states in ``ahead`` if they are the states after the tokens ``path``; return whether they are."""
 
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
     def make_room(self, tokens: int, like: Tensor | None = None) -> None:
-        """Let ``inputs`` have room for ``tokens`` tokens. like: a tensor [..., width] with the width and dtype."""
+        """Enlarge ``inputs`` to hold ``tokens`` tokens. like: a tensor [..., width] of the new width and dtype."""
         have, like = self.inputs.shape[1], self.inputs if like is None else like
         if tokens > have:
             grown = like.new_zeros(self.layers, -(-tokens // INPUT_MULTIPLE) * INPUT_MULTIPLE, like.shape[-1])

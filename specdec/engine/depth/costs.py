@@ -32,7 +32,7 @@ class Costs:
 
     passes: logarithms of the seconds of a pass over one token, and of the cost formula's errors at 2, 4, 8, .. tokens.
     others: logarithms of the errors of drafting costs, by name.
-    hits, trials: the counts of ``History.all_counts`` over all rows.
+    hits, trials: counts of accepted and of all drafted tokens in each bin, for each counter of ``History``.
     """
 
     passes: list[float] = Field(default_factory=list)

@@ -19,7 +19,7 @@ from specdec.base.errors import SpecDecError
 
 
 def complete(name: str, values: dict[str, Any]) -> None:
-    """Replace the metadata in ``values`` that are no fields of a transformers config by the fields that follow from it.
+    """Replace GGUF metadata in ``values``, in place, by the fields of a transformers config that follow from them.
 
     name: the model's name in the SpecDecError that is raised for impossible values.
     """

@@ -338,7 +338,7 @@ class PackedModel:
         narrow = {} if mlp is None or neurons is None else mlp.shapes(len(neurons))
 
         def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
-            """Return the weight of a slot, with adapters, rows and columns in packed order."""
+            """Return the joined weights of ``pairs``, with adapters added, and rows and columns as the kernels need."""
             parts = list[Tensor]()
             for path, module in pairs:
                 given = mlp.weight(path, neurons) if path in narrow else module.weight.detach()  # type: ignore

@@ -322,7 +322,7 @@ def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | Devic
 
 
 def limits_of(choice: DeviceChoice, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return ``choice`` on ``device`` as the arguments ``most`` and ``prices`` of ``choose``."""
+    """Return maximum depths [B, 1] and prices [2 + B count] of ``choice``, the last arguments of ``choose``."""
     count = 1 + 2 * choice.nodes * len(choice.depths)  # rows may be padded to twice as many
     most = upload([[most] for most in choice.depths], device)
     if not choice.prices:
