@@ -85,7 +85,7 @@ class Fits:
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
-        """Return the progress in the model's file, else that in its base model's; None: there is neither file."""
+        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists."""
         self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
         found = read_progress(self.store.path)
         if found is None and self.start is not None:

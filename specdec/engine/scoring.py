@@ -131,7 +131,7 @@ class _Scorer:
                 self.taps[layer] = states.gather(1, index.expand(-1, -1, states.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the block's states [B, 1 + M, D] at the draft's exit layer, and run those that the draft lacks."""
+        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it."""
         draft, target, cache, exit_layer = self.draft, self.state.target, self.state.cache, self.draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]
         if draft.states is not None and done == tokens.shape[1]:

@@ -234,7 +234,7 @@ def _together(rows: Sequence[States]) -> States:
 
 
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
-    """Run ``layer`` on each row's accepted tokens that are not in its states yet; rows with equal numbers together."""
+    """Run ``layer`` on each row's accepted tokens that are not in its states yet, in batches of equal length."""
     groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
         if row.pending[layer]:

@@ -294,7 +294,10 @@ class _OtherSource:
         return torch.where(mine, self.given.tokens.gather(1, at), tokens), parents, torch.where(mine, at + 1, nodes)
 
     def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
-        """Return the candidates of both sources. waits: whether the host will merge nodes that no level has reached."""
+        """Return the candidates ``grown``, joined with the other source's nodes.
+
+        waits: whether the host reads them and then adds the nodes that no level has reached itself; if not, add all.
+        """
         given, own = self.given, self.scores
         raw = self.heads[:, None]
         if not waits:
