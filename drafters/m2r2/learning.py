@@ -247,7 +247,7 @@ class M2R2Learner(Learner):
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """Return the number of hold-out tokens that a network drafts correctly. head: None: the model's output head."""
+        """Return the number of hold-out tokens that ``network`` drafts correctly. head: its head; None: the model's."""
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis
         for text in self.latest.held:

@@ -130,7 +130,10 @@ class MedusaDrafter(Drafter):
         given: Sequence[Candidates] | None,
         choice: DeviceChoice,
     ) -> DeviceTree:
-        """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths."""
+        """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths.
+
+        tables: calibration tables of the rows; None: no calibration. given: candidates of n-grams; None: none.
+        """
         levels = iter(logits.split(1, 1))
         rules = Rules(self.vocabulary.tokens, tables, given=given_of(given, logits.device))
         limits = TreeLimits(logits.shape[1], RANKS)

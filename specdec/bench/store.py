@@ -105,7 +105,7 @@ class Store:
         )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line, except an unfinished last."""
+        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line that is not the last line."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):

@@ -118,7 +118,7 @@ class _Scorer:
         return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
 
     def _reorder(self, order: list[list[int]], chosen: list[list[int]]) -> None:
-        """Reorder choices and tapped states of trees that the device has made, in place, to the draft's block indices.
+        """Sort ``chosen`` and the collected states, in place, by block index, for trees that the device has built.
 
         order: for each row, the block index of each token that was run; -1: none.
         """

@@ -248,7 +248,11 @@ def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
 
 
 def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) -> Tensor:
-    """Run each branch of ``tree`` [T, U] as a batch row; return the outputs of the last T of ``inputs`` [B, U, D]."""
+    """Run a recurrent layer on draft trees, each branch as a row; return outputs [B, T, D] of the last T tokens.
+
+    inputs: inputs of all U uncommitted tokens, [B, U, D]. states: the states before them.
+    tree: whether a token is on the path to one of the last T tokens, bool [T, U].
+    """
     (batch, _, width), (t, u) = inputs.shape, tree.shape
     paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
     for node, path in enumerate(paths, start=u - t):

@@ -182,7 +182,7 @@ class CostModel:
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts))[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
-        """Return the logarithm of a part's error and its variance, as measured at the nearest number of rows."""
+        """Return a drafting cost's [logarithm of measured over formula, variance], from the nearest number of rows."""
         known = self.others.get((kind, exit), {})
         if rows in known:
             return known[rows]

@@ -379,7 +379,7 @@ class PackedModel:
 
 
 def _round(layer: nn.Module, kind: str, paged: bool) -> None:
-    """Quantize the linear layers of a decoder layer to block format ``kind``, except those in as few or fewer bits.
+    """Quantize the linear layers of a decoder layer to block format ``kind``, unless they have no more bits already.
     paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or blocks.bits(module.blocks.kind) > blocks.bits(kind):
