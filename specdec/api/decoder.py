@@ -39,7 +39,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
-from specdec.models import catalogue, identity, loading, packed, prepare
+from specdec.models import catalogue, identity, loading
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
@@ -181,18 +181,16 @@ class SpecDecoder:
         spec = DrafterSpec.parse(drafter).resolved() if isinstance(drafter, str) else None
         if spec is not None:
             spec.refuse_early(name)
-        with packed.reading():
-            prepare.read_ahead(name, {"dtype": dtype, "device": device, "adapter": adapter, **more})
-            model, tokenizer = loading.load(
-                name,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                adapter=adapter,
-                check=lambda config: None if spec is None else spec.refuse_early(name, config),
-            )
-            return cls(model, tokenizer, drafter if spec is None else spec, **more)
+        model, tokenizer = loading.load(
+            name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            check=lambda config: None if spec is None else spec.refuse_early(name, config),
+        )
+        return cls(model, tokenizer, drafter if spec is None else spec, **more)
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
