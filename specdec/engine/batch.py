@@ -137,7 +137,7 @@ class Batch:
 
     def keep(self, rows: Sequence[Request]) -> None:
         """Remove all other rows."""
-        alive = compact_order([b for b, row in enumerate(self.rows) if row in rows])
+        alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
         if alive:
@@ -316,10 +316,3 @@ def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteErr
     where = f"position {len(row.ids)}" + (f" of row {number}" if number is not None else "")
     remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
     return NotFiniteError(f"the model's logits are not finite at {where} ({target.dtype}); {remedy}")
-
-
-def compact_order(alive: list[int]) -> list[int]:
-    """Return the rows ``alive`` in an order that moves few rows: the last rows fill the gaps."""
-    count = len(alive)
-    stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
-    return [b if b in stay else next(last) for b in range(count)]

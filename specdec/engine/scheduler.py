@@ -48,7 +48,6 @@ class Scheduler:
         self.fairness = Fairness()
         self.prefilling = PrefillBatch()
         self.memory = Memory(kv_memory, batch, self.prefilling, prefixes)
-        self.awaited: tuple[Request, Request, int, int] | None = None  # as ``_should_wait`` found
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
 
@@ -93,7 +92,7 @@ class Scheduler:
     def _admit(self, row: Request, fresh: list[Request]) -> bool:
         """Let a request begin, with the longest cached prefix of its text, or among ``fresh`` ones; False: it waits."""
         others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
-        if (self.memory.room(DRAFTED + HEADROOM, need) < 0 and others) or self._still_waits(row):
+        if self.memory.room(DRAFTED + HEADROOM, need) < 0 and others:
             return False
         # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
         ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
@@ -196,30 +195,17 @@ class Scheduler:
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens."""
-        self.awaited = None
         if self.memory.prefixes is None:
             return False
-        prefilling = self.prefilling
+        prefilling, waits = self.prefilling, False
         for b, other in enumerate((*prefilling.rows, *fresh)):
             if other.scope != row.scope or (shared := common_prefix(other.ids, ids)) <= found + SHARED:
                 continue
             cache = prefilling.cache if b < len(prefilling.rows) else None
-            if self._will_help(cache, b, shared, found):
+            if cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED:
                 self._fork(other, shared)
-                self.awaited = row, other, shared, found
-        return self.awaited is not None
-
-    def _still_waits(self, row: Request) -> bool:
-        """Return whether a request waits for the same prompt as before, so that nothing else need be looked up."""
-        prefilling = self.prefilling
-        if self.awaited is None or self.awaited[0] is not row or self.awaited[1] not in prefilling.rows:
-            return False
-        _, other, shared, found = self.awaited
-        return self._will_help(prefilling.cache, prefilling.rows.index(other), shared, found)
-
-    def _will_help(self, cache: KVCache | None, b: int, shared: int, found: int) -> bool:
-        """Return whether row ``b`` of ``cache`` will give others more than ``found`` of the ``shared`` tokens."""
-        return cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED
+                waits = True
+        return waits
 
     def _count_hits(self, row: Request, found: int) -> None:
         if self.memory.prefixes is not None and not row.deferred:
@@ -286,4 +272,3 @@ class Scheduler:
         """Drop all rows."""
         self.batch.keep([])
         self.prefilling.rows, self.prefilling.cache = [], None
-        self.awaited = None
