@@ -32,7 +32,6 @@ class Prices:
         a row that does not draft; empty: raw probabilities count as they are.
     allowance: tokens that nodes may be expected to lose, as exploration.
     level_allowance: tokens that levels may be expected to lose, as exploration.
-    beyond: what a node of each row costs beyond ``nodes``, as it attends to more cached tokens; empty: nothing.
     """
 
     nodes: Sequence[float]
@@ -42,7 +41,6 @@ class Prices:
     tables: Sequence[Sequence[Sequence[float]]] = ()
     allowance: float = 0.0
     level_allowance: float = 0.0
-    beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
         """Return these prices with the tables of the sources with these indices."""
@@ -102,7 +100,7 @@ class Prices:
     def take(self, probabilities: Sequence[float]) -> int:
         """Return how many nodes add most tokens beyond their price; 0: none pays.
 
-        probabilities: the calibrated probability of each node's path, less what its row costs ``beyond``, best first.
+        probabilities: the calibrated probability of each node's path, best first.
         """
         sums = itertools.accumulate(probabilities)
         gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]

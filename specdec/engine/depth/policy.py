@@ -200,7 +200,7 @@ class AutoDepth:
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
         """Return the depths and prices at the exit whose levels bring most, or at one that is explored."""
-        sources, beyond = range(self.size[0]), [speed * seconds for seconds in self.model.beyond(self.contexts)]
+        sources = range(self.size[0])
         tables = [
             [table(row, self.common, source) if cap else NEVER for source in sources]
             for row, cap in zip(rows, caps, strict=True)
@@ -209,7 +209,6 @@ class AutoDepth:
         for exit in self.exits:
             prices = Prices(
                 [speed * (seconds - self.passes[0]) for seconds in self.passes],
-                beyond=beyond,
                 level=speed * self.model.level(exit, self.contexts),
                 first=speed * self.model.first(exit, self.contexts),
                 rates=[rates(row, self.common, exit)[:cap] for row, cap in zip(rows, caps, strict=True)],
