@@ -66,7 +66,9 @@ class Fits:
         self.adapter = "" if merged is None else whole_name(merged.name)
         self.progress = self._new_progress()
         self.sums: list[Sums] = []
-        self.store, self.kept, self.kept_at = Store(target.fingerprint, str(self.path)), 0, -math.inf
+        self.store = Store(target.fingerprint, str(self.path))
+        self.kept = 0
+        self.kept_at = -math.inf
         self.start = None if merged is None else Store(merged.base, str(self.path))
         self._restore()
 
@@ -82,7 +84,9 @@ class Fits:
 
     def _read_progress(self) -> Progress | None:
         """Return what the model has learned, else what it starts with; None: neither is there."""
-        self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
+        self.source = self.store
+        self.read_at = self.stamp
+        self.factor = 1.0
         found = read_progress(self.store.path)
         if found is None and self.start is not None:
             self.source, self.read_at = self.start, self.start.stamp()
@@ -146,7 +150,9 @@ class Fits:
 
     def begin_anew(self) -> None:
         """Forget all that was learned, with the network that serves."""
-        self.sums, self.kept, self.progress = [], 0, self._new_progress()
+        self.sums = []
+        self.kept = 0
+        self.progress = self._new_progress()
         self._restore()
 
     def opening(self) -> Generator[None]:

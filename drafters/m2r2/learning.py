@@ -95,7 +95,9 @@ class M2R2Learner(Learner):
         self.target, self.fits = target, Fits(target)
         self.replay = Replay(target, self.fits.path)
         self.judged, self.on = self.fits.network, True
-        self.queue, self.latest, self.read = deque[Text](maxlen=WAITING), Latest(), 0
+        self.queue = deque[Text](maxlen=WAITING)
+        self.latest = Latest()
+        self.read = 0
         self._work: Iterator[None] | None = None
 
     # -- called between steps -----------------------------------------------------------------------------------------

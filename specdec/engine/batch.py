@@ -41,7 +41,9 @@ class Batch:
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
-        self.target, self.verifier, self.policy = target, verifier, policy
+        self.target = target
+        self.verifier = verifier
+        self.policy = policy
         self.guard, self.drafter_behind = DrafterGuard(drafter, target), False
         self.rows: list[Request] = []
         self.chosen = True

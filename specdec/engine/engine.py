@@ -96,7 +96,9 @@ class Engine:
         learn: bool = False,
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
-        self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
+        self.target = target
+        self.max_waiting = max_waiting
+        self.on_close = on_close
         self.learns = learn and drafter.learner is not None
         self._saved = 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
@@ -107,7 +109,9 @@ class Engine:
         self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
         self._stepping = threading.RLock()  # held during a step
         self._work: Work[None] | None = None  # of its thread
-        self._closing = self._draining = self._closed = False
+        self._closing = False  # whether ``close`` was called
+        self._draining = False  # whether accepted requests are still served then
+        self._closed = False  # whether everything is released
         if disk is not None:
             weakref.finalize(self, disk.close)  # also of an engine that nobody closes
 

@@ -48,7 +48,9 @@ class Scheduler:
         self.fairness = Fairness()
         self.prefilling = PrefillBatch()
         self.memory = Memory(kv_memory, batch, self.prefilling, prefixes)
-        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.preemptions = 0  # rows that waited again
+        self.prefix_queries = 0  # prompt tokens that were looked up among cached prefixes
+        self.prefix_hits = 0  # those that were found
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
 
     @property

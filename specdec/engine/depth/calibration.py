@@ -26,7 +26,9 @@ class DecayedCounts:
     """
 
     def __init__(self, size: int, memory: float) -> None:
-        self.hits, self.trials, self.memory = [0.0] * size, [0.0] * size, memory
+        self.hits = [0.0] * size
+        self.trials = [0.0] * size
+        self.memory = memory
 
     def add(self, number: int, hit: float, weight: float = 1.0) -> None:
         """Add ``weight`` trials to the bin ``number``. hit: the mean of their outcomes, 0 to 1."""

@@ -58,8 +58,9 @@ class CostModel:
         self.shares = [max(share, 1e-4) for share in shares]
         # Of each number of tokens: its place among 1, 2, 4, ..
         self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
-        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it as far as is known.
-        self.state, self.covariance, self.known = [0.0], [[1.0]], False
+        self.state = [0.0]  # the speed, which is the error at one token, and the errors at 2, 4, .. over it, if known
+        self.covariance = [[1.0]]  # of the state
+        self.known = False  # whether the speed is
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
