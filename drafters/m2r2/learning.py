@@ -86,7 +86,7 @@ class M2R2Learner(Learner):
 
     fits: what was learned, and the networks.
     replay: runs texts again.
-    judged: the network that serves, before it was fitted with the hold-out set.
+    baseline: the network that serves, before it was fitted with the hold-out set. New fits are compared with it.
     queue: texts that wait. latest: texts that were learned from. read: number of texts learned from.
     on: whether it learns; False after a fault. The network serves all the same.
     """
@@ -94,7 +94,7 @@ class M2R2Learner(Learner):
     def __init__(self, target: Target) -> None:
         self.target, self.fits = target, Fits(target)
         self.replay = Replay(target, self.fits.path)
-        self.judged, self.on = self.fits.network, True
+        self.baseline, self.on = self.fits.network, True
         self.queue = deque[Text](maxlen=WAITING)
         self.latest = Latest()
         self.read = 0
@@ -156,7 +156,7 @@ class M2R2Learner(Learner):
 
     def _open(self) -> Iterator[None]:
         yield from self.fits.opening()
-        self.judged = self.fits.network
+        self.baseline = self.fits.network
 
     def _forget(self) -> Iterator[None]:
         """Begin anew, because a person has deleted what was learned."""
@@ -164,7 +164,7 @@ class M2R2Learner(Learner):
         self.queue.clear()
         self.latest.clear()
         self.fits.begin_anew()
-        self.judged, self.read = self.fits.network, 0
+        self.baseline, self.read = self.fits.network, 0
         yield
 
     def _keep(self) -> Iterator[None]:
@@ -230,7 +230,7 @@ class M2R2Learner(Learner):
         progress.fitted = progress.tokens
         if fits.newest is not None:
             yield from self.target.preparing(fits.newest)
-        best, found = 0.0, self.judged
+        best, found = 0.0, self.baseline
         most = (yield from self._hits(found, fits.head)) if progress.fits else -1
         for weight in RECENT_WEIGHTS if progress.tokens > 2 * RECENT_TOKENS else RECENT_WEIGHTS[:1]:
             network = yield from fits.fitting(self._weighted(1, weight, 0))
@@ -239,7 +239,7 @@ class M2R2Learner(Learner):
                 best, found, most = weight, network, hits
         if best:
             network = yield from fits.fitting(self._weighted(1, best, best))
-            self.judged = found
+            self.baseline = found
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:

@@ -115,6 +115,6 @@ class M2R2Path:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            _, place, said = explain(error.errors(), data)
-            what = " ".join([".".join(map(str, place)), said]).strip()
+            _, place, message = explain(error.errors(), data)
+            what = " ".join([".".join(map(str, place)), message]).strip()
             raise SpecDecError(f"{INVALID}: {what}") from None

@@ -60,7 +60,7 @@ KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
 PREFIX_SHARE = 4  # the part of the free memory that texts of earlier calls may take: one in so many bytes
-LEARN = True  # whether a drafter that teaches itself learns where nothing is said
+LEARN = True  # whether a drafter that teaches itself learns by default
 
 
 class SpecDecoder:

@@ -224,7 +224,7 @@ class Engine:
 
     def _recover(self) -> None:
         """Start a drafter that has failed again if it is time."""
-        if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
+        if self.outage is not None:  # ``Drafter.end`` may be called for a preempted request
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
     def _deliver(self, rows: Sequence[Request]) -> Events:

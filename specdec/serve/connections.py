@@ -46,7 +46,7 @@ class Connection(H11Protocol):
     """A connection over which requests come.
 
     expiry: when it is closed, unless the head of a request arrives; None while a request is answered.
-    changed: called when it becomes idle and when it is closed. unsent: bytes of the last answer, when last looked at.
+    changed: called when it becomes idle and when it is closed. unsent: unsent bytes of the last answer, at the last check.
     """
 
     def __init__(

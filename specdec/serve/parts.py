@@ -301,7 +301,7 @@ class _JsonCall:
 
     named: the name, if it came before the object, which then holds only the arguments; else "".
     raw: the text so far.
-    read: number of its characters that have been looked at.
+    read: number of its characters that have been scanned.
     depth: number of brackets that are open there. quoted: whether a string is.
     head: the text up to the arguments, once it is there.
     end: where the arguments end; 0 before that.

@@ -81,7 +81,7 @@ class History:
 class Outcome(NamedTuple):
     """The outcome of a row's draft in one step.
 
-    candidates: of each candidate whose predecessors were right: its source, a knot near what that said, the weight
+    candidates: of each candidate whose predecessors were right: its source, a knot near its raw probability, the weight
         there, and whether it was right.
     levels: the number of each level behind right tokens, and whether its token was accepted. Level 0 is the first at
         which nothing else had the right token.
@@ -112,17 +112,17 @@ class Outcome(NamedTuple):
             for node in nodes:
                 hit = found.tokens[node] == token
                 at = node + 1 if hit else at
-                for source, said in enumerate(found.raw):
-                    if said[node] > 0:
-                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(said[node]))
+                for source, raw in enumerate(found.raw):
+                    if raw[node] > 0:
+                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(raw[node]))
             if not at:
                 break
         return outcome
 
 
-def _near(said: float) -> list[tuple[int, float]]:
-    """Return the knots around what a source says, and the share of each."""
-    at = math.log(max(said, 1e-9) / max(1 - said, 1e-9)) - KNOTS[0]
+def _near(raw: float) -> list[tuple[int, float]]:
+    """Return the knots around a raw probability, and the share of each."""
+    at = math.log(max(raw, 1e-9) / max(1 - raw, 1e-9)) - KNOTS[0]
     if at <= 0 or at >= len(KNOTS) - 1:
         return [(0 if at <= 0 else len(KNOTS) - 1, 1.0)]
     below = int(at)

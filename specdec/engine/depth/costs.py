@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 
-MOST_TOKENS = 1024  # of a pass whose cost is told apart
+MOST_TOKENS = 1024  # of the largest pass that has a cost of its own
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
 NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
@@ -31,7 +31,7 @@ class Costs:
 
     passes: seconds of a pass over one token, and errors of the formula at 2, 4, 8, .. tokens, as logarithms.
     others: the errors of other figures, by their names.
-    hits, trials: of ``History.tallies``, over all rows.
+    hits, trials: of ``History.all_counts``, over all rows.
     """
 
     passes: list[float] = Field(default_factory=list)
