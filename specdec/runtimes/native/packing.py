@@ -394,7 +394,7 @@ def _round(layer: nn.Module, kind: str, paged: bool) -> None:
 
 
 def _room_for_experts(model: nn.Module) -> int | None:
-    """Return the bytes that are free for a mixture's experts if all of them need more; else None."""
+    """Return the bytes of RAM that are free for a mixture's experts; None: all fit, or the model has none."""
     experts = others = 0
     for name, weight in named_weights(model):
         parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)
