@@ -202,7 +202,7 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return the network ``basis`` with its second projection fitted by ridge regression to the sums and to ``more``.
+        """Return ``basis`` with its second projection fitted by ridge regression to the sums and to ``more``.
 
         more: further training data with weights. Yields where other work may run in between.
         """
