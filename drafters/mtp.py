@@ -210,8 +210,7 @@ def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
 def _one_layer(model: PreTrainedModel, state: dict[str, Tensor], name: str) -> PreTrainedModel:
     """Return a model of one layer, with the embedding and the output head of ``model``.
 
-    state: the layer's tensors by name.
-    name: the checkpoint's name, for errors.
+    state: the layer's tensors by name. name: the checkpoint's name, for errors.
     """
     config = model.config.get_text_config()
     changes: dict[str, Any] = {"num_hidden_layers": 1}
