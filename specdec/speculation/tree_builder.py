@@ -75,9 +75,14 @@ def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, pri
     """
     counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
-        every = [(score, row) for row, found in enumerate(rows) for score in sorted(found.scores)[-MOST_NODES:]]
+        beyond = prices.beyond or [0.0] * len(rows)
+        every = [
+            (math.exp(score) - beyond[row], row)
+            for row, found in enumerate(rows)
+            for score in sorted(found.scores)[-MOST_NODES:]
+        ]
         every.sort(key=itemgetter(0), reverse=True)
-        count = prices.take([math.exp(score) for score, _ in every]) if nodes is None else sum(counts)
+        count = prices.take([net for net, _ in every]) if nodes is None else sum(counts)
         taken = Counter(row for _, row in every[:count])
         counts = [taken[row] for row in range(len(rows))]
     return [found.best(count) for found, count in zip(rows, counts, strict=True)]

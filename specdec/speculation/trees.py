@@ -32,6 +32,7 @@ class Prices:
         a row that does not draft; empty: raw probabilities count as they are.
     allowance: tokens that nodes may be expected to lose, as exploration.
     level_allowance: tokens that levels may be expected to lose, as exploration.
+    beyond: what a node of each row costs beyond ``nodes``, as it attends to more cached tokens; empty: nothing.
     """
 
     nodes: Sequence[float]
@@ -41,6 +42,7 @@ class Prices:
     tables: Sequence[Sequence[Sequence[float]]] = ()
     allowance: float = 0.0
     level_allowance: float = 0.0
+    beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
         """Return a copy with only the calibration tables of the sources whose indices are given."""
@@ -100,7 +102,7 @@ class Prices:
     def take(self, probabilities: Sequence[float]) -> int:
         """Return the number of nodes with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
-        probabilities: the calibrated probability of each node's path, best first.
+        probabilities: the calibrated probability of each node's path, less what its row costs ``beyond``, best first.
         """
         sums = itertools.accumulate(probabilities)
         gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]

@@ -13,6 +13,7 @@ from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 
 MOST_TOKENS = 1024  # of the largest pass that has a cost of its own
+TYPICAL_TOKENS = 4  # that a step drafts
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
 NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
@@ -92,16 +93,23 @@ class CostModel:
     def passing(self, contexts: Sequence[int], most: int) -> list[float]:
         """Return the seconds of passes over the root of each row and 0, 1, .. ``most`` drafted tokens.
 
-        contexts: number of cached tokens of each row. A drafted token attends to as many as a row has on average.
+        contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
         """
-        rows, cached = len(contexts), sum(contexts)
+        rows, cached, least = len(contexts), sum(contexts), min(contexts)
         errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
         for tokens in range(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1):
             below, share = self.place[tokens]
             lower, upper = errors[min(int(below), last)], errors[min(int(below) + 1, last)]
-            formula = self.formula(tokens, cached, cached * tokens // rows)
+            formula = self.formula(tokens, cached, cached + (tokens - rows) * least)
             seconds.append(math.exp(self.speed + formula + lower + share * (upper - lower)))
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
+
+    def beyond(self, contexts: Sequence[int]) -> list[float]:
+        """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
+        rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
+        pairs = [cached + some * own for own in (least, *contexts)]
+        base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
+        return [(own - base) / some for own in seconds]
 
     def level(self, exit: int, contexts: Sequence[int]) -> float:
         """Return the seconds of drafting one level to exit ``exit``. contexts: number of cached tokens of each row."""

@@ -204,7 +204,7 @@ class AutoDepth:
 
         caps: maximum draft depth of each row. speed: present speed in tokens per second.
         """
-        sources = range(self.size[0])
+        sources, beyond = range(self.size[0]), [speed * seconds for seconds in self.model.beyond(self.contexts)]
         tables = [
             [table(row, self.common, source) if cap else NEVER for source in sources]
             for row, cap in zip(rows, caps, strict=True)
@@ -213,6 +213,7 @@ class AutoDepth:
         for exit in self.exits:
             prices = Prices(
                 [speed * (seconds - self.passes[0]) for seconds in self.passes],
+                beyond=beyond,
                 level=speed * self.model.level(exit, self.contexts),
                 first=speed * self.model.first(exit, self.contexts),
                 rates=[rates(row, self.common, exit)[:cap] for row, cap in zip(rows, caps, strict=True)],

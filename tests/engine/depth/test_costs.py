@@ -21,6 +21,8 @@ from specdec.engine.depth.costs import MOST_TOKENS, CostModel
 from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.tree_builder import worth_scoring
 
 Curve = Callable[[int], float]  # seconds of a pass over so many tokens
 FLAT: Curve = lambda n: 0.06 * (1 + 0.01 * n)  # noqa: E731
@@ -250,3 +252,15 @@ def test_a_pass_of_a_long_context_costs_more_and_so_does_each_of_its_tokens() ->
         assert model.passing([cached], 7) == pytest.approx(true, rel=0.2)
     level = [model.level(0, [cached]) for cached in (0, 100, NEAR, 16_000)]
     assert level[0] < level[1] < level[2] == level[3]  # a level attends to the nearest tokens alone
+
+
+def test_a_row_with_a_long_context_drafts_less_than_its_neighbour() -> None:
+    policy = AutoDepth(True, 1, token=TokenCosts(0.1, read=3e-5, attend=2e-5))
+    policy.observe(StepReport([policy.begin()], [0], [0], 1, 0.0, 0.02))
+    rows = [policy.begin(), policy.begin()]
+    for contexts in ([100, 16_000], [16_000, 100]):
+        prices = policy.choose(rows, [8, 8], contexts).prices
+        assert prices is not None and prices.beyond[contexts.index(100)] == 0 < prices.beyond[contexts.index(16_000)]
+        likely = [Candidates([math.log(0.5 * 0.9**n) for n in range(6)], [*range(6)], [*range(6)], [[0.5] * 6])] * 2
+        taken = [len(own.tokens) for own in worth_scoring(likely, 6, None, prices)]
+        assert taken[contexts.index(100)] > taken[contexts.index(16_000)]
