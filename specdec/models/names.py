@@ -10,6 +10,7 @@ from specdec.models.catalogue import EMBEDDED
 
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")  # ORG/REPO:NAME
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # a part of a split file, as llama.cpp names it
+COMPANION = "mtp-"  # how names of companion files begin
 KNOWN = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:NAME"
 DTYPES = "float32", "bfloat16", "float16"
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -78,7 +79,7 @@ def gguf_in(folder: Path) -> Path:
     Raises SpecDecError if there is none or several.
     """
     found = dict[str, Path]()
-    for path in sorted(folder.glob("*.gguf")):
+    for path in sorted(path for path in folder.glob("*.gguf") if not is_companion(path.name)):
         found.setdefault(whole_name(path.name), path)
     if not found:
         raise SpecDecError(f"'{folder}' is no model folder: config.json is missing, and there is no GGUF file")
@@ -86,6 +87,25 @@ def gguf_in(folder: Path) -> Path:
         names = ", ".join(str(path) for path in found.values())
         raise SpecDecError(f"'{folder}' holds {len(found)} GGUF models; give one of them: {names}")
     return next(iter(found.values()))
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a GGUF file of this name has the prediction layer of another one, as llama.cpp names it."""
+    return name.lower().startswith(COMPANION)
+
+
+def companions(path: Path) -> list[Path]:
+    """Return the companion files beside the GGUF file ``path`` that may be its, by their names, the likeliest first.
+
+    Their names are "mtp-" and the model's name, up to the type of the weights.
+    """
+    own, found = whole_name(path.name).removesuffix(".gguf").lower(), dict[Path, int]()
+    for each in sorted(path.parent.glob("*.gguf")):
+        stem = whole_name(each.name).removesuffix(".gguf").lower().removeprefix(COMPANION)
+        common = next((name for name in (stem, stem.rpartition("-")[0]) if name and own.startswith(name)), "")
+        if is_companion(each.name) and common and part_paths(each)[0] == each:
+            found[each] = len(common)
+    return sorted(found, key=lambda each: -found[each])
 
 
 def whole_name(name: str) -> str:

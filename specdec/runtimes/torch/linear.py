@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.models.gguf import blocks
+from specdec.models.gguf.blocks import Blocks
 from specdec.runtimes.native import linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -91,8 +93,15 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, for constant weights of a drafter: in the fastest format at one row, which may be quantised."""
+def for_drafting(weight: Tensor | Blocks, bias: Tensor | None = None) -> Linear:
+    """As ``dense``, for constant weights of a drafter: in the fastest format at one row, which may be quantised.
+
+    Weights in blocks, for models in bfloat16 on a CPU, keep their bits if the native kernels run here.
+    """
+    if isinstance(weight, Blocks):
+        if linear.runs() and not weight.inputs % 32:
+            return linear.Packed([weight], bias)
+        weight = blocks.dequantize(weight, None, torch.bfloat16)
     if linear.serves(weight):
         return linear.Packed([weight], bias, draft_only=True)
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
