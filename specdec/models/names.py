@@ -11,6 +11,7 @@ from specdec.models.catalogue import EMBEDDED
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")  # ORG/REPO:NAME
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # a part of a split file, as llama.cpp names it
 COMPANION = "mtp-"  # how names of companion files begin
+WEIGHT_TYPE = re.compile(r"[-.](ud-)?(i?q\d\w*|b?f\d\d|mxfp4\w*)$")  # how names of GGUF files end, in lower case
 KNOWN = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:NAME"
 DTYPES = "float32", "bfloat16", "float16"
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -95,17 +96,16 @@ def is_companion(name: str) -> bool:
 
 
 def companions(path: Path) -> list[Path]:
-    """Return the companion files beside the GGUF file ``path`` that may be its, by their names, the likeliest first.
+    """Return the companion files beside the GGUF file ``path`` that may be its, by their names.
 
-    Their names are "mtp-" and the model's name, up to the type of the weights.
+    A companion is called "mtp-" and the model's name or its beginning; types of weights, such as Q4_K_M, may differ.
     """
-    own, found = whole_name(path.name).removesuffix(".gguf").lower(), dict[Path, int]()
+    found = list[Path]()
     for each in sorted(path.parent.glob("*.gguf")):
-        stem = whole_name(each.name).removesuffix(".gguf").lower().removeprefix(COMPANION)
-        common = next((name for name in (stem, stem.rpartition("-")[0]) if name and own.startswith(name)), "")
-        if is_companion(each.name) and common and part_paths(each)[0] == each:
-            found[each] = len(common)
-    return sorted(found, key=lambda each: -found[each])
+        of = WEIGHT_TYPE.sub("", whole_name(each.name).removesuffix(".gguf").lower().removeprefix(COMPANION))
+        if is_companion(each.name) and of and path.name.lower().startswith(of) and part_paths(each)[0] == each:
+            found.append(each)
+    return found
 
 
 def whole_name(name: str) -> str:

@@ -15,8 +15,8 @@ from tiny import model_of, rough_model, save_native, sizes_of, tamed
 from tiny_gguf import write_family
 from zoo import watched
 
-from specdec import SpecDecError, SpecDecoder, SpecDecWarning
-from specdec.drafters.mtp import MTPDrafter
+from specdec import SpecDecError, SpecDecoder
+from specdec.base.errors import SpecDecWarning
 from specdec.models import names
 from specdec.models.gguf.blocks import BlockLinear, Blocks
 from specdec.models.prediction_layer import FORMATS, find, read
@@ -57,7 +57,7 @@ def made(family: str = "qwen3_5_text", **changes: Any) -> Made:
 
 
 def to_gguf(path: Path, given: Made, kind: str = "BF16", **more: Any) -> Path:
-    return write_family(path, given.model, kind, layer=given.layer, **({"tensors": given.nextn} | more))
+    return write_family(path, given.model, kind, predicts=given.layer, **({"tensors": given.nextn} | more))
 
 
 def to_safetensors(folder: Path, given: Made) -> Path:
@@ -127,7 +127,7 @@ def test_the_projection_stays_in_its_blocks(cache: Path, tmp_path: Path) -> None
     packed = gguf.quants.quantize(given.around[QWEN.projection].float().numpy(), gguf.GGMLQuantizationType.Q8_0)
     name = f"blk.{N}.nextn.eh_proj.weight"
     path = write_family(
-        tmp_path / "it.gguf", given.model, "Q8_0", layer=given.layer, tensors=given.nextn, packed={name: packed}
+        tmp_path / "it.gguf", given.model, "Q8_0", predicts=given.layer, tensors=given.nextn, in_blocks={name: packed}
     )
     own = decoder(path)
     found = find(own.model)
@@ -229,4 +229,4 @@ def test_names_of_companions(tmp_path: Path) -> None:
     for name in ("mtp-Qwen3.5-4B-BF16", "mtp-Qwen3.5-4B", "mtp-Qwen3.5-9B", "mtp-Qwen3.5-4B-Q4_K_M", "mtp-", "Qwen3.5"):
         (tmp_path / f"{name}.gguf").touch()
     found = [path.stem for path in names.companions(model)]
-    assert found == ["mtp-Qwen3.5-4B-Q4_K_M", "mtp-Qwen3.5-4B", "mtp-Qwen3.5-4B-BF16"]
+    assert found == ["mtp-Qwen3.5-4B-BF16", "mtp-Qwen3.5-4B-Q4_K_M", "mtp-Qwen3.5-4B"]
