@@ -86,13 +86,16 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 class Found:
     """Where a prediction layer is.
 
-    name: of the checkpoint, for messages. file: the file that has it. names: what its tensors are called there.
+    name: of the checkpoint, for messages.
+    file: the file that has it.
+    names: what its tensors are called there; prefix: ``names.prefix`` for this model.
     tensors: its tensors by the part of the name after the prefix, without copies of the model's own.
     """
 
     name: str
     file: TensorFile
     names: TensorNames
+    prefix: str
     tensors: dict[str, TensorInfo]
 
 
@@ -100,9 +103,10 @@ class Found:
 class PredictionLayer:
     """A prediction layer that was read.
 
-    names: how the family runs the layer. model: the layer with the norm after it as a model of one layer, whose
-    embedding and output head are those of the model. token_norm, state_norm: weights of the norms, [D].
-    projection: [D, 2 D].
+    names: how the family runs the layer.
+    model: the layer, with the norm after it, as a model of one layer. Its embedding and output head are the model's.
+    token_norm, state_norm: weights of the norms of embeddings and states, [D].
+    projection: the matrix [D, 2 D] that makes the layer's input of both.
     """
 
     names: TensorNames
@@ -125,7 +129,7 @@ def find(model: AnyModel, source: str | None = None) -> Found | None:
             parts = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
             tensors = {part: info for part, info in parts.items() if not part.startswith(COPIES)}
             if tensors:
-                return Found(name, file, each, tensors)
+                return Found(name, file, each, prefix, tensors)
     return None
 
 
@@ -192,7 +196,7 @@ def read(model: AnyModel, found: Found) -> PredictionLayer:
         info, shape = tensors.pop(f"{part}.weight", None), (d, 2 * d) if part == found.names.projection else (d,)
         if info is None or info.shape != shape or not (info.kind in PLAIN or (of_gguf and len(shape) == 2)):
             is_so = "missing" if info is None else f"{info.kind} {info.shape}, not {shape}"
-            raise _unfit(found.name, f"'{part}' is {is_so}")
+            raise _unfit(found.name, f"'{found.prefix}{part}' is {is_so}")
         around[part] = info
     inside = {part.removeprefix(found.names.layer): info for part, info in tensors.items()}
     norm = around.pop(found.names.norm)

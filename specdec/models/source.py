@@ -82,8 +82,8 @@ def find_source(name: str, revision: str | None = None) -> Source:
             )
         entry = prepare_gguf(name, file)
         return Source(name, entry, entry, file)
-    if file_in_repository := names.HUB_FILE.fullmatch(name):
-        repository, member = file_in_repository.groups()
+    if of_hub := names.HUB_FILE.fullmatch(name):
+        repository, member = of_hub.groups()
         return replace(find_source(str(file_in_repository(repository, member, revision))), name=name)
     folder = hub.fetch("model", name, revision, PARTS, f"{names.guess_model(name)}; {names.KNOWN}")
     if not (folder / "config.json").is_file():

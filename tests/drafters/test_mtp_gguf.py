@@ -1,5 +1,6 @@
 """The layer for multi-token prediction in a GGUF file drafts what its safetensors form drafts, by the name alone."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from targets import needs_native
 from tiny import model_of, rough_model, save_native, sizes_of, tamed
 from tiny_gguf import write_family
+from typer.testing import CliRunner
 from zoo import watched
 
-from specdec import SpecDecError, SpecDecoder
+from specdec import SpecDecError, SpecDecoder, cli
 from specdec.base.errors import SpecDecWarning
 from specdec.models import names
 from specdec.models.gguf.blocks import BlockLinear, Blocks
@@ -119,6 +121,8 @@ def test_by_name_alone_it_is_joined_with_n_grams(cache: Path, tmp_path: Path, ki
     assert texts(own, temperature=0.8, seed=3) == texts(plain, temperature=0.8, seed=3)
     linear = own.drafter.other.head.draft_target.model.model.layers[0].mlp.up_proj
     assert isinstance(linear, BlockLinear) == (kind != "BF16")
+    row = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)[-1]
+    assert row["name"].endswith("it.gguf") and row["drafters"] == ["mtp"]
 
 
 @needs_native
@@ -166,11 +170,11 @@ def test_rows_that_do_not_draft_and_a_long_text(cache: Path, tmp_path: Path) -> 
 
 
 DAMAGED: dict[str, Callable[[dict[str, np.ndarray]], None]] = {
-    "'nextn.eh_proj' is F32 (64, 64), not (64, 128)": lambda found: found.update(
+    "'blk.4.nextn.eh_proj' is F32 (64, 64), not (64, 128)": lambda found: found.update(
         {f"blk.{N}.nextn.eh_proj.weight": np.zeros((64, 64), np.float32)}
     ),
-    "'nextn.enorm' is missing": lambda found: found.pop(f"blk.{N}.nextn.enorm.weight"),
-    "'nextn.hnorm' is F32 (32,), not (64,)": lambda found: found.update(
+    "'blk.4.nextn.enorm' is missing": lambda found: found.pop(f"blk.{N}.nextn.enorm.weight"),
+    "'blk.4.nextn.hnorm' is F32 (32,), not (64,)": lambda found: found.update(
         {f"blk.{N}.nextn.hnorm.weight": np.zeros(32, np.float32)}
     ),
     "infinite or NaN": lambda found: found[f"blk.{N}.nextn.eh_proj.weight"].__setitem__(0, np.nan),
