@@ -134,7 +134,7 @@ def _native(
             return None
         else:
             made = built
-        model.file = file
+        model.file = file if source.file is None else source.file.without_tokenizer()
         model.config._name_or_path = source.name  # for messages, instead of the cache folder
         merged = _merge(model, change, source.file)
         if keep:

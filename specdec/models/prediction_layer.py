@@ -201,12 +201,13 @@ def read(model: AnyModel, found: Found) -> PredictionLayer:
     inside = {part.removeprefix(found.names.layer): info for part, info in tensors.items()}
     norm = around.pop(found.names.norm)
     native = of_gguf or isinstance(model, NativeModel)
-    made: AnyModel = _native(model, found, inside, norm) if native else _of_transformers(model, found, inside, norm)
+    made: AnyModel = (_native if native else _of_transformers)(model, found, inside, norm)
     values = [weights.stored(found.file, info) for info in around.values()]
     if of_gguf:
         gguf_model.check_types(found.name, around.values())
         named = zip(around, values, strict=True)
-        values = [gguf_model.restored(made.config, f"{part}.weight", value) for part, value in named]
+        config: Any = made.config
+        values = [gguf_model.restored(config, f"{part}.weight", value) for part, value in named]
     *norms, projection = values
     if not (_stays(model) and isinstance(projection, Blocks) and projection.kind in KINDS):
         projection = weights.dense(projection, model.dtype).to(model.device)
@@ -245,21 +246,18 @@ def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: 
     return layer.to(model.device).eval().requires_grad_(False)
 
 
-def _of_transformers(
-    model: PreTrainedModel, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo
-) -> PreTrainedModel:
-    """Return the layer as a model of transformers. Arguments as in ``_native``."""
-    base = model.base_model_prefix
+def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> PreTrainedModel:
+    """Return the layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
+    make, base = type(model).from_pretrained, model.base_model_prefix
     named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}
     if odd := [key for key, info in named.items() if info.kind not in PLAIN]:
         raise _unfit(found.name, f"'{odd[0]}' is of type {named[odd[0]].kind}")
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    state: Any = {key: weights.stored(found.file, info) for key, info in named.items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    state = {key: weights.stored(found.file, info) for key, info in named.items()}
     state |= {f"{base}.embed_tokens.weight": embedding.weight, "lm_head.weight": head.weight}
-    config, make = model.config.get_text_config(), type(model).from_pretrained
+    config = model.config.get_text_config()
     try:
-        own, info = make(  # type: ignore[misc]
+        own, info = make(
             None,
             config=type(config).from_dict(_config(model)),
             state_dict=state,

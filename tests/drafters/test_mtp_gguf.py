@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,6 +125,30 @@ def test_by_name_alone_it_is_joined_with_n_grams(cache: Path, tmp_path: Path, ki
     assert isinstance(linear, BlockLinear) == (kind != "BF16")
     row = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)[-1]
     assert row["name"].endswith("it.gguf") and row["drafters"] == ["mtp"]
+
+
+@needs_native
+def test_a_folder_by_name_alone_drafts_too(cache: Path, tmp_path: Path) -> None:
+    own = decoder(to_safetensors(tmp_path / "folder", made()))
+    assert own.drafter.traits.label == "ngram+mtp" and own.drafter.other.head.draft_target.runtime == "native"
+    assert texts(own) == texts(own.with_drafter("none"))
+
+
+@needs_native
+def test_a_process_that_ends_at_once(cache: Path, tmp_path: Path) -> None:
+    path = to_gguf(tmp_path / "it.gguf", made())
+    load = f"from specdec import SpecDecoder; decoder = SpecDecoder.from_pretrained({str(path)!r})"
+    run = "engine = decoder.engine(); next(iter(engine.submit(decoder.request('AB', max_new_tokens=400, ignore_eos=True))))"
+    for code in (load, f"{load}; {run}"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+@needs_native
+def test_a_run_says_what_drafts(cache: Path, tmp_path: Path) -> None:
+    path = to_gguf(tmp_path / "it.gguf", made())
+    done = CliRunner().invoke(cli.app, ["generate", "AB", "--model", str(path), "--max-new-tokens", "8"])
+    assert done.exit_code == 0 and "drafter: ngram+mtp" in done.output, done.output
 
 
 @needs_native
