@@ -30,21 +30,20 @@ _heads: WeakKeyDictionary[Target, MTPHead] = WeakKeyDictionary()  # drafters of 
 
 @dataclass
 class MTPHead:
-    """The prediction layer, with norms and projection as in ``TensorNames``.
-
-    draft_target: the layer as a model of its own, with its norm and the model's output head.
-    final_norm: applied to the model's states before the layer reads them.
-    norm: the norm after the layer.
+    """A prediction layer: norms of a token and of the state before it, a projection of both, a decoder layer, a norm.
+    draft_target: the layer as a model of one layer, with its own norm and the model's output head.
+    final_norm: module that is applied to the model's states before the layer reads them.
+    norm: module that is applied to the layer's output before a drafted token's next pass reads it.
     """
 
     draft_target: Target
     projection: Callable[[Tensor], Tensor]
-    token_norm: nn.Module
-    state_norm: nn.Module
+    token_norm: nn.Module  # of the token's embedding
+    state_norm: nn.Module  # of the model's state
     final_norm: nn.Module
     norm: nn.Module
-    token_first: bool = True
-    feeds_norm: bool = True
+    token_first: bool = True  # whether the embedding comes first in the projection's input
+    feeds_norm: bool = True  # whether drafted tokens read the layer's output after its norm
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Return the layer's input [B, T, D] for pairs of embeddings and states, [B, T, D] each."""
@@ -54,10 +53,7 @@ class MTPHead:
 
 
 class MTPDrafter(PairDrafter):
-    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
-
-    Raises SpecDecError if the checkpoint has no such layer.
-    """
+    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint. head: that layer."""
 
     name: ClassVar[str] = "mtp"
     summary: ClassVar[str] = f"prediction layer inside the checkpoint of {prediction_layer.FAMILIES}; no training"
@@ -68,7 +64,10 @@ class MTPDrafter(PairDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
-        """Load from the model's own checkpoint, or from that of the name or folder ``source``."""
+        """Load the layer from the checkpoint ``source``. Raises SpecDecError if there is none, or it does not fit.
+
+        source: a model name, a folder or a companion file; None: the model's own files.
+        """
         options.check_names(cls.name, kwargs)
         return cls(read_head(target, source))
 
@@ -97,9 +96,9 @@ class MTPDrafter(PairDrafter):
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:
-    """Return the layer in the checkpoint of the target's model, or of ``source``.
+    """Load the prediction layer from the checkpoint of the target's model, or from ``source``, a name or a file.
 
-    Raises SpecDecError if there is none, or it does not fit the model.
+    Raises SpecDecError if the checkpoint has no such layer, or it does not fit the model.
     """
     if source is None and target in _heads:
         return _heads[target]

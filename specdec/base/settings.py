@@ -110,7 +110,7 @@ def short_repr(value: Any) -> str:
 def validate(name: str, value: Any, kind: Any) -> Any:
     """Return ``value``, validated and converted by pydantic as the annotated type ``kind``.
 
-    name: of the value, for messages. Raises SpecDecError if the value is not of this type.
+    name: the value's name in messages. Raises SpecDecError if the value is not of this type.
     """
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)

@@ -198,9 +198,9 @@ def run_rows(
 ) -> Tensor:
     """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U. tree: bool
-    [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer. Stores the
-    inputs of ``x`` for roll-back. Raises SpecDecError for a tree for each row.
+    Stores the inputs of ``x`` for roll-back. Raises SpecDecError if each row has a tree of its own.
+    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U.
+    tree: bool [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer.
     """
     if tree is not None and tree.dim() == 3:
         raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
@@ -235,7 +235,7 @@ def _together(rows: Sequence[States]) -> States:
 
 
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
-    """Run the pending inputs of each row; rows with the same number of pending tokens run as one batch."""
+    """Run ``layer`` on each row's accepted tokens that are not in its states yet; rows with equal numbers together."""
     groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
         if row.pending[layer]:

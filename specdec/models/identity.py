@@ -201,7 +201,7 @@ def _beyond(found: Tensor, given: Tensor) -> int:
 
 
 def _step(values: Tensor) -> float:
-    """Return the step of the grid on which a few values of one block lie; 0: there is none, or it is too fine."""
+    """Return the quantization step of a few values of one block: all are multiples of it; 0: there is none."""
     largest = float(values.abs().max())
     gaps = values.unique().diff()
     if not len(gaps) or float(gaps.min()) <= largest / FINE:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TensorNames(NamedTuple):
-    """The names of a family's tensors, and how the family runs the layer.
+    """The names of the tensors of a model family's prediction layer, and how the family runs this layer.
 
     prefix: prefix of all tensor names; ``{n}`` stands for the number of the model's layers.
     layer: further prefix of the tensors of the decoder layer.

@@ -91,7 +91,7 @@ def _read_back(tokenizer: Any, text: str) -> Any:
 def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | None:
     """Set the weights of ``model`` that have no values yet to those of ``file``; return those that are not mapped.
 
-    name: of the model, for messages. Experts stay in the file, in the file's type.
+    name: the model's name in messages. Experts stay in the file, in the file's type.
     None: the names or shapes of the tensors are not those of the model. Raises SpecDecError if the weights that are not
     mapped need more memory than is free.
     """

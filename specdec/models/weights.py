@@ -33,7 +33,7 @@ def fill(
 ) -> list[Tensor]:
     """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of its parameters.
 
-    name: of the model, for messages.
+    name: the model's name in messages.
     found: tensors of each parameter. Several tensors of a matrix are joined by rows. Experts have gates and ups (or
         both in one tensor) and downs, each [E, out, in] or a matrix for each expert.
     keep: whether matrices in blocks, and experts, stay in the file.

@@ -60,8 +60,8 @@ def _apart(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two differences [T] of a router that has the logits ``found`` [T, E] and chose ``experts`` [T, k].
-    The differences of the logits from ``expected``, and of the chosen experts' logits from the k largest."""
+    """Compare a router's logits ``found`` [T, E] with ``expected``, and its choice ``experts`` [T, k] with the best k.
+    Return the difference of logits, and how much the chosen experts' logits are below the k largest, [T] each."""
     largest = found.topk(experts.shape[1]).values
     return _apart(expected, found), _apart(found.gather(1, experts), largest)
 

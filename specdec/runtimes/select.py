@@ -30,7 +30,7 @@ ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache",
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
-    """Return whether these settings, as in ``make_target``, run only on the CPU."""
+    """Return whether these settings (values as in ``make_target``) need the native runtime, and so the CPU."""
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 

@@ -138,8 +138,8 @@ def test_a_folder_by_name_alone_drafts_too(cache: Path, tmp_path: Path) -> None:
 def test_a_process_that_ends_at_once(cache: Path, tmp_path: Path) -> None:
     path = to_gguf(tmp_path / "it.gguf", made())
     load = f"from specdec import SpecDecoder; decoder = SpecDecoder.from_pretrained({str(path)!r})"
-    run = "engine = decoder.engine(); next(iter(engine.submit(decoder.request('AB', max_new_tokens=400, ignore_eos=True))))"
-    for code in (load, f"{load}; {run}"):
+    request = "decoder.request('AB', max_new_tokens=400, ignore_eos=True)"
+    for code in (load, f"{load}; engine = decoder.engine(); next(iter(engine.submit({request})))"):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 

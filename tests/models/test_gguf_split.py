@@ -119,7 +119,7 @@ def test_a_companion_file_is_no_file_of_the_model() -> None:
     files = ["X-Q4_0.gguf", "mtp-X-Q4_0.gguf", "MTP/mtp-X-Q8_0.gguf"]
     assert source._named(REPOSITORY, "Q4_0", files) == files[0]
     assert source._named(REPOSITORY, "mtp-x-q4_0", files) == files[1]
-    with pytest.raises(SpecDecError, match="it has X-Q4_0.gguf$"):
+    with pytest.raises(SpecDecError, match=r"it has X-Q4_0\.gguf$"):
         source._named(REPOSITORY, "Q8_0", files)
 
 

@@ -21,7 +21,7 @@ from specdec.base.errors import SpecDecError
 def complete(name: str, values: dict[str, Any]) -> None:
     """Replace the metadata in ``values`` that are no fields of a transformers config by the fields that follow from it.
 
-    name: of the model, for the SpecDecError that is raised for impossible values.
+    name: the model's name in the SpecDecError that is raised for impossible values.
     """
     heads = values.get("linear_num_value_heads") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads

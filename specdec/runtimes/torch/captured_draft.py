@@ -41,23 +41,24 @@ class Passes(Protocol):
     network: Network
 
     def attention(self, count: int) -> Callable[..., tuple[Tables, Attend]]:
-        """What makes the attention of passes over ``count`` lanes."""
+        """Return the function that makes the attention of passes over ``count`` lanes."""
 
     def capture(self, key: Any, make: Callable[[], tuple[Callable[..., Sequence[Tensor]], Sequence[Tensor]]]) -> Any:
-        """What is captured under ``key``, at first the function with the inputs that ``make`` returns."""
+        """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
 
     def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
-        """The layers [lo, hi) with ``adapters``."""
+        """Return the layers [lo, hi) with ``adapters``; None: without adapters."""
 
     def head_map(self, head: nn.Linear | None) -> Linear:
-        """The linear map of an output head."""
+        """Return an output head as a function of normalized states; None: the model's own head."""
 
 
 class CapturedDraft:
-    """The arguments of ``Target.draft_rows``, and how they are run.
+    """Drafts by a captured function; made from the arguments of ``Target.draft_rows``.
 
     growing: the output head that grows; its whole memory is read, and outputs that are not used yet are forbidden.
-    keep: number of nodes of a level that get children. slots: number of tokens of a row that are run.
+    keep: number of nodes of a level that get children.
+    slots: number of tokens of each row that run through the path.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class CapturedDraft:
 
     @property
     def fits(self) -> bool:
-        """Whether it can be captured."""
+        """Return whether this draft can be captured."""
         return self.slots <= SPARE and (self.growing is None or self.growing.bias is None)
 
     def run(self, cache: KVCache, static: StaticCache) -> list[Nodes] | DeviceTree:
-        """Draft. The target's lock is held."""
+        """Return the result of ``Target.draft_rows``. The caller holds the target's lock."""
         target, path, batch = self.target, self.path, len(self.roots.tokens)
         lanes = static.place(cache.entries, cache.committed + self.slots)
         assert static.whole is not None
@@ -104,7 +105,10 @@ class CapturedDraft:
         return [LevelNodes.unpacked(row, len(row) // 4) for row in found[0].tolist()]
 
     def _inputs(self, lanes: Sequence[int], count: int, committed: Sequence[int], slots: int) -> tuple[Inputs, Inputs]:
-        """Inputs for all lanes, and those of each row, with the same names for the same path."""
+        """Return the captured function's inputs for all ``count`` lanes, and the inputs of the rows, by the same names.
+
+        lanes: the lane of each row. committed: number of committed tokens of each row.
+        """
         roots, path, choice, device = self.roots, self.path, self.choice, self.target.device
         used = 0 if self.growing is None else self.growing.out_features
         numbers = [[0, 0, slots - SPARE, 0, used] for _ in range(count)]  # of a lane without a row
@@ -137,7 +141,7 @@ class CapturedDraft:
     def _function(
         self, names: Sequence[str], count: int, layers: Sequence[Sequence[Layer]]
     ) -> Callable[..., Sequence[Tensor]]:
-        """The draft as a function of inputs with these names, over ``count`` lanes."""
+        """Return the draft as a function of tensors with these ``names``, over ``count`` lanes, to be captured."""
         target, path, choice, growing = self.target, self.path, self.choice, self.growing
         limits = replace(self.limits, level=0.0, node=0.0)  # the host does not wait
         attention, device, states = target.attention(count), target.device, sum(n.startswith("state") for n in names)

@@ -15,7 +15,7 @@ CONVOLUTION, STATE = ("conv", 0), ("recurrent", 0)
 
 
 class DeltaRule:
-    """The mixer of a layer, between its first linear map and its last."""
+    """The gated delta rule of a recurrent layer, between its first linear layers and its last. own: the module."""
 
     def __init__(self, own: Any) -> None:
         self.key_heads, self.heads, self.dim, self.value_dim = (
@@ -27,8 +27,10 @@ class DeltaRule:
         self.norm, self.eps = own.norm.weight.detach().float(), float(own.norm.variance_epsilon)
 
     def __call__(self, x: Tensor, states: States) -> tuple[Tensor, States]:
-        """The results ``x`` [B, T, ...] of the first map, and the states before them -> the input of the last map, and
-        the states after them."""
+        """Run T tokens; return the input of the last linear layer, [B, T, ...], and the states after the tokens.
+
+        x: outputs of the first linear layers, [B, T, ...]. states: the layer's states before the tokens, by key.
+        """
         (batch, t, _), heads, repeats = x.shape, self.heads, self.heads // self.key_heads
         keys, values, taps = self.key_heads * self.dim, heads * self.value_dim, self.filters.shape[-1]
         if self.by_head:
@@ -54,17 +56,21 @@ class DeltaRule:
 
 
 def _parts(x: Tensor, keys: int, values: int, key_heads: int, heads: int) -> list[tuple[Tensor, int]]:
-    """Queries, keys and values of ``x``, and their numbers of heads."""
+    """Split ``x`` [..., 2 keys + values] into queries, keys and values, each with its number of heads."""
     return list(zip(x.split((keys, keys, values), -1), (key_heads, key_heads, heads), strict=True))
 
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, strength: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, T, H, dk], values [B, T, H, dv], decays and strengths [B, T, H], the state [B, H, dk, dv]
-    before them -> results [B, T, H, dv] and the state after them.
+    """Run the gated delta rule in chunks; return the outputs [B, T, H, dv] and the state after the tokens.
 
     In a chunk, what each token adds to the state depends on what earlier ones have added: a triangular system.
+
+    q, k: queries and keys, [B, T, H, dk].
+    v: values, [B, T, H, dv].
+    decay, strength: logarithms of decay rates, and write strengths, [B, T, H].
+    state: the state before the tokens, [B, H, dk, dv]; None: zeros.
     """
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     decay, strength = decay.mT, strength.mT[..., None]

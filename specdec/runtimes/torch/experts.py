@@ -18,9 +18,11 @@ Choose = Callable[[Tensor], Tensor]
 
 
 class Experts:
-    """The mixture of a layer.
+    """The mixture of experts of a layer.
 
-    shared: the MLP for all tokens, beside the experts; None: there is none.
+    mlp: the module of the model.
+    act: activation of the experts' gates.
+    shared: MLP that all tokens run beside the experts; None: there is none.
     """
 
     def __init__(self, mlp: Any, mixture: Mixture, numbers: Numbers, act: Linear, shared: Linear | None) -> None:
@@ -31,10 +33,10 @@ class Experts:
         self.is_transposed = bool(own.transposed if isinstance(own, BlockExperts) else own.is_transposed)
 
     def __call__(self, x: Tensor, routed: Tensor | None = None, choose: Choose | None = None) -> Tensor:
-        """Tokens [B, T, D] -> [B, T, D].
+        """Return the mixture's outputs [B, T, D] for inputs ``x`` [B, T, D].
 
-        routed: filled with the router's logits [B T, E].
-        choose: the experts [B T, k] that tokens take, from these logits; None: those with the largest.
+        routed: tensor that is filled with the router's logits [B T, E]; None: they are not returned.
+        choose: function from these logits to the experts [B T, k] that tokens use; None: the largest logits decide.
         """
         flat = x.flatten(0, 1)
         logits = F.linear(flat, self.router.weight, getattr(self.router, "bias", None)).float()
@@ -57,7 +59,7 @@ class Experts:
         return out.to(x.dtype).view(x.shape)
 
     def _run(self, number: int, x: Tensor) -> Tensor:
-        """Tokens [n, D] through an expert."""
+        """Return the outputs [n, D] of expert ``number`` for inputs ``x`` [n, D]."""
         own, biases = self.experts, [None, None]
         if isinstance(own, BlockExperts):
             gate_up, down = own.expert(number)

@@ -43,8 +43,10 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its
 
 
 class CudaRecorder:
-    """Captures functions on a CUDA device; they share one memory pool, and one stream on which they warm up. A function
-    must neither read its results nor depend on the host."""
+    """Captures functions as CUDA graphs, which share one memory pool, and one stream on which functions warm up.
+
+    A function must neither read its results nor depend on the host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -64,9 +66,11 @@ class CudaRecorder:
 
 
 class Captured:
-    """A captured function of tensors at fixed addresses. It keeps alive what the function reads.
+    """A captured function of tensors at fixed addresses, which it keeps alive.
 
-    inputs: what the caller fills before a call.
+    function: the function, which takes no arguments and reads ``inputs``.
+    inputs: the tensors that the caller fills before each call.
+    record: captures the function, as ``CudaRecorder`` does.
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], record: Record) -> None:
@@ -80,20 +84,21 @@ class Captured:
         self.replay = record(run)
 
     def __call__(self) -> Sequence[Tensor]:
-        """Run the function, and return its results, which the next call writes over."""
+        """Run the function, and return its result tensors, which the next call overwrites."""
         self.replay()
         return self.outputs
 
 
 @dataclass(eq=False)
 class _Inputs:
-    """The inputs of captured passes over L lanes and T tokens. All but the first are filled once for a mask.
+    """The input tensors of captured passes over L lanes and T tokens. All but ``x`` are filled once for each mask.
 
-    x: [L, T, D].
-    numbers: of each lane how many slots are committed, and where uncommitted ones begin; then how many of these come
-        before the tokens: [2 L + 1].
-    places: positions of uncommitted slots [L, SPARE]. tree: which of them a token sees, bool [L, T, SPARE].
-    order: the lanes of the rows, if these are not the first ones in order, [B].
+    x: input states, [L, T, D].
+    numbers: for each lane the number of committed slots, then for each the index of the first uncommitted slot, then
+        the number of uncommitted slots before the T tokens: [2 L + 1].
+    places: positions of uncommitted slots, [L, SPARE].
+    tree: whether a token sees an uncommitted slot, bool [L, T, SPARE].
+    order: the lane of each row, [B]; None: rows 0, 1, .. are in lanes 0, 1, ..
     """
 
     x: Tensor
@@ -105,11 +110,12 @@ class _Inputs:
 
 
 class CapturedTarget(TorchTarget):
-    """The PyTorch runtime by captured passes. Raises SpecDecError as ``TorchTarget``, and without a GPU.
+    """The PyTorch runtime on a CUDA device, where passes are captured as CUDA graphs.
 
-    Captured passes share their buffers, so threads take turns under the model's lock.
+    Captured passes share their buffers, so threads take turns under the model's lock. Raises SpecDecError as
+    ``TorchTarget`` does, and without a GPU.
 
-    record: the recorder; None: CUDA graphs.
+    record: captures a function; None: a ``CudaRecorder``.
     """
 
     def __init__(self, model: NativeModel | PreTrainedModel, record: Record | None = None) -> None:
@@ -123,7 +129,7 @@ class CapturedTarget(TorchTarget):
 
     @functools.cached_property
     def static(self) -> StaticCache | None:
-        """The keys and values of captured passes; None: something in the layers depends on the host."""
+        """The memory for keys and values of captured passes; None: no pass can be captured for this model."""
         mixers = [layer.mixer for layer in self.network.layers]
         routes = any(layer.experts is not None for layer in self.network.layers)
         first, chunked = mixers[0], any(isinstance(window, Chunk) for window in self.windows)
@@ -133,7 +139,7 @@ class CapturedTarget(TorchTarget):
         return StaticCache(shape, self.dtype, self.device, self.lock, self._forget)
 
     def _forget(self) -> None:
-        """Drop what is captured over the static cache."""
+        """Delete all captured functions, because the static cache has got new memory."""
         self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] not in CACHED)
 
     @property
@@ -171,7 +177,10 @@ class CapturedTarget(TorchTarget):
         return y
 
     def _fill(self, size: tuple[int, int], lanes: list[int], x: Tensor, ahead: int, mask: RowMask) -> _Inputs:
-        """The inputs of this size, without ``x``, for rows in ``lanes``."""
+        """Fill and return the inputs of a pass for rows in ``lanes``, except ``x``.
+
+        size: numbers of lanes and of tokens. ahead: number of uncommitted slots before the tokens.
+        """
         (count, t), (batch, own, width) = size, x.shape
         if size not in self._inputs:
             whole, ints = x.new_zeros(count, t, width), x.new_zeros(2 * count + 1, dtype=torch.long)
@@ -203,7 +212,7 @@ class CapturedTarget(TorchTarget):
         return inputs
 
     def _chain(self, t: int, ahead: int) -> Tensor:
-        """The tree [T, SPARE] of a chain behind ``ahead`` uncommitted slots."""
+        """Return which slots each of ``t`` tokens of a chain sees behind ``ahead`` uncommitted ones, [T, SPARE]."""
         if (t, ahead) not in self._chains:
             self._chains[t, ahead] = torch.ones(t, SPARE, dtype=torch.bool, device=self.device).tril(ahead)
         return self._chains[t, ahead]
@@ -211,7 +220,10 @@ class CapturedTarget(TorchTarget):
     def _pass(
         self, inputs: _Inputs, lo: int, layers: Sequence[Layer], tapped: Sequence[int]
     ) -> Callable[[], list[Tensor]]:
-        """A pass over ``layers`` as a function without arguments."""
+        """Return a pass over ``layers``, the first of which is layer ``lo``, as a function without arguments.
+
+        The function returns the states before the layers ``tapped``, then the output, [L, T, D] each.
+        """
         count, t, _ = inputs.x.shape
         attention = self.attention(count)
 
@@ -225,11 +237,14 @@ class CapturedTarget(TorchTarget):
         return function
 
     def attention(self, count: int) -> Callable[..., tuple[Tables, Attend]]:
-        """What makes the rotary tables and the attention of passes over ``count`` lanes. Its arguments:
+        """Return a function that makes the rotary tables and the attention of a pass over ``count`` lanes.
 
-        committed, starts: of each lane how many slots are committed, and where uncommitted ones begin, int64 [L].
-        ahead: how many of these come before the T tokens. t: T. places, tree: as in ``_Inputs``, for at least the
-        slots up to the tokens.
+        The function's arguments are:
+
+        committed, starts: for each lane, number of committed slots and index of the first uncommitted one, int64 [L].
+        ahead: number of uncommitted slots before the T tokens.
+        t: T.
+        places, tree: as in ``_Inputs``, for at least the slots up to the tokens.
         """
         assert self.static is not None and self.static.whole is not None
         mixer = self.network.layers[0].mixer
@@ -298,7 +313,7 @@ class CapturedTarget(TorchTarget):
         return x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
 
     def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``read`` makes of states [B, T, D], captured for as many tokens; written over by the next call."""
+        """Return ``read(x)`` of states [B, T, D], captured under ``name``; the next call overwrites the result."""
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
         held = self.capture((name, size), lambda: (lambda states: [read(states)], [x.new_zeros(1, size, x.shape[2])]))
         held.inputs[0][0, :count] = x.flatten(0, 1)
@@ -306,7 +321,7 @@ class CapturedTarget(TorchTarget):
         return found[0, :count].view(*x.shape[:2], *found.shape[2:])
 
     def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
-        """What is captured under ``key``, at first the function with the inputs that ``make`` returns."""
+        """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
         if key not in self.captured:
             self.captured[key] = Captured(*make(), self.record)
         self.captured.move_to_end(key)

@@ -20,17 +20,19 @@ KEPT = 512 << 20  # bytes that stay for the next request, with the passes that a
 
 
 def bucket(count: int) -> int:
-    """The smallest power of two that is at least ``count``."""
+    """Return the smallest power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 class StaticCache:
-    """The lanes of a target's rows.
+    """One tensor for the keys and values of all rows, at a fixed address, so that passes over it can be captured.
 
-    shape: numbers of layers and heads, and the size of a head.
-    whole: [2, N, L, H, slots, d]; None: nothing is allocated.
-    lock: the target's.
-    forget: called when what is captured over ``whole`` is void.
+    Each row has one of L lanes.
+
+    shape: N, H and d: numbers of layers and heads, and the size of a head.
+    whole: the tensor [2, N, L, H, slots, d]; None: nothing is allocated.
+    lock: the lock of the target.
+    forget: called when ``whole`` is replaced, so that captured functions are invalid.
     """
 
     def __init__(
@@ -48,12 +50,12 @@ class StaticCache:
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the lanes that no row has."""
+        """Bytes of the lanes that no row uses."""
         whole = self.whole
         return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
 
     def _users(self) -> dict[int, RowEntries]:
-        """The rows by lane."""
+        """Return the rows that have a lane, by lane."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
         return {lane: row for lane, row in rows if row is not None and row.pointers[1] == self._begin(lane)}
 
@@ -61,7 +63,7 @@ class StaticCache:
         return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
 
     def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
-        """Let each of ``rows`` have a lane with room for ``end`` tokens; return the lanes."""
+        """Give each of ``rows`` a lane with at least ``end`` slots; return the lanes. May replace ``whole``."""
         self.placing = True
         try:
             return self._place(rows, end)
@@ -105,7 +107,7 @@ class StaticCache:
         self.rows[lane] = weakref.ref(row, self._ended)
 
     def _ended(self, _row: object) -> None:
-        """Release the memory after the last row. Of another thread that holds the lock the rows are alive."""
+        """Release the memory when the last row has ended, unless another thread holds the lock and so uses rows."""
         if not self.placing and self.lock.acquire(blocking=False):
             try:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
