@@ -99,8 +99,8 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 def for_drafting(weight: Tensor | Blocks, bias: Tensor | None = None) -> Linear:
     """Return the same function as ``dense`` for a drafter, in the format that is fastest for one row.
 
-    The format may be quantised. The weights must not change. Those in blocks belong to a model in bfloat16 on a CPU, and
-    keep their bits if the native kernels run here.
+    The format may be quantised. The weights must not change. Weights in blocks, which are of models in bfloat16 on a
+    CPU, keep their bits if the native kernels run here.
     """
     if isinstance(weight, Blocks):
         if linear.runs() and not weight.inputs % 32:
