@@ -125,14 +125,6 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
     raise SpecDecError(f"'{repository}' has no GGUF file '{wanted}' on Hugging Face; {has}")
 
 
-def weight_files(name: str, revision: str | None = None) -> list[Path]:
-    """Return the safetensors files of a model, downloaded if ``name`` is a Hugging Face id; [] for other formats."""
-    local = name in EMBEDDED or Path(name).expanduser().exists()
-    source = find_source(name, None if local else revision)
-    source.fetch_weights()
-    return source.weight_files()
-
-
 def public_name(name: str, adapter: str | None = None) -> str:
     """Return the name of a model, and of its ``adapter``, for published files: never a path of this machine.
 
