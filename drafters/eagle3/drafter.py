@@ -52,7 +52,6 @@ class Eagle3Drafter(PairDrafter):
         """Load a head in the speculators format.
 
         Raises SpecDecError if there is no such head, or it does not fit the target.
-
         source: a folder, or a Hugging Face repository ORG/NAME[@revision]; None raises, since no head is shipped.
         kwargs: ``nodes`` and ``width``.
         """

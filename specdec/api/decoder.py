@@ -298,7 +298,7 @@ class SpecDecoder:
         )
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Return the logits processors of the options that require or forbid tokens. Raises SpecDecError for these.
+        """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
 
         start: number of prompt tokens.
         """

@@ -118,7 +118,7 @@ class _Scorer:
         return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
 
     def _reorder(self, order: list[list[int]], chosen: list[list[int]]) -> None:
-        """Reorder choices and tapped states of trees that the device has made, in place, to the draft's block indices.
+        """Sort ``chosen`` and the collected states, in place, by block index, for trees that the device has built.
 
         order: for each row, the block index of each token that was run; -1: none.
         """
@@ -131,7 +131,7 @@ class _Scorer:
                 self.taps[layer] = states.gather(1, index.expand(-1, -1, states.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the block's states [B, 1 + M, D] at the draft's exit layer, and run those that the draft lacks."""
+        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it."""
         draft, target, cache, exit_layer = self.draft, self.state.target, self.state.cache, self.draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]
         if draft.states is not None and done == tokens.shape[1]:
@@ -212,7 +212,6 @@ class _Scorer:
         """Return the target's choice after each of the T block tokens ``nodes`` of row ``b``.
 
         Logits are processed only along accepted tokens, since choices after other tokens do not count.
-
         logits: raw logits after the tokens, [T, V].
         best: argmax of each of them, [T], if the row takes the best token that its constraint allows; else None.
         """

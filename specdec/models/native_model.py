@@ -30,7 +30,8 @@ _making = threading.Lock()
 
 
 class NativeModel(nn.Module):
-    """A decoder-only model of a family in ``families.FAMILIES``. ``forward`` and ``generate`` call transformers.
+    """A decoder-only model of a family in ``families.FAMILIES``. ``forward`` and ``generate`` delegate to a
+    transformers model that shares the weights.
 
     config, generation_config: the fields of the model's config files.
     model: the ``Decoder``. lm_head: the output head.

@@ -94,7 +94,7 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
     """Return the cache's folder with config and tokenizer of a model folder, made by ``write`` if need be.
 
     name: the model's name in messages. write: writes the files into the folder that it gets.
-    None: ``write`` raises an error that is no OSError, or the cache cannot hold the folder (a note says so).
+    Return None if ``write`` raises an error other than OSError, or, with a printed note, if the cache cannot hold it.
     """
     path, refused = folder.resolve(), list[Exception]()
     files = sorted({file for pattern in PARTS for file in path.glob(pattern)})
@@ -263,7 +263,7 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` in the ``with`` block; says so if another process holds it, and waits."""
+    """Lock the file ``path`` during the ``with`` block; waits, with a message, while another process has the lock."""
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)

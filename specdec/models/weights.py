@@ -82,9 +82,9 @@ def unfilled(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """Return the tensors of a parameter of ``module``; for a matrix of experts, all tensors of the experts.
+    """Return the file's tensors of a parameter of ``module``. found: all tensors, by parameter.
 
-    The experts of a layer stay in the file together, or not at all.
+    For a matrix of experts, these are all tensors of the layer's experts, which stay in the file together or not.
     """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:

@@ -187,7 +187,7 @@ class DeviceTree(NamedTuple):
 
 
 def calibrated(p: Tensor, tables: Tensor | None) -> Tensor:
-    """Return calibrated probabilities of raw probabilities ``p`` [B, ...], interpolated in ``tables`` (calibrate.h).
+    """Return calibrated probabilities of raw probabilities ``p`` [B, ...], interpolated in each row's table.
 
     tables: for each row, the calibrated probability at each of the log-odds ``KNOTS``, [B, 11]; None: ``p`` is
         returned.

@@ -62,7 +62,6 @@ def make_target(
         experts, or as many as there is memory for.
     expert_prefetch: whether experts are read ahead by forecasts.
     packed: whether the native runtime stores packed weights in the model's cache entry and reads stored ones.
-
     Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if it does not fit.
     """
     check_names(runtime, weights, kv_cache)

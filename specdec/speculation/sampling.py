@@ -202,8 +202,7 @@ class Sampler:
     ) -> Tensor:
         """Return processed logits ``scores`` [B, T, V'] plus the noise of sampled rows: the argmax is an exact draw.
 
-        positions: the positions of the tokens to choose, [B][T].
-        size: V, the size of the model's vocabulary.
+        positions: the positions of the tokens to choose, [B][T]. size: V, the size of the model's vocabulary.
         vocab: the token ids of ``scores``, int64 [V']; None: all.
         """
         if self.greedy:

@@ -32,7 +32,7 @@ class Costs:
 
     passes: logarithms of the seconds of a pass over one token, and of the cost formula's errors at 2, 4, 8, .. tokens.
     others: logarithms of the errors of drafting costs, by name.
-    hits, trials: the counts of ``History.all_counts`` over all rows.
+    hits, trials: counts of accepted and of all drafted tokens in each bin, for each counter of ``History``.
     """
 
     passes: list[float] = Field(default_factory=list)
@@ -82,8 +82,7 @@ class CostModel:
     def formula(self, tokens: int, cached: int, attended: int) -> float:
         """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
 
-        tokens: number of tokens of the pass.
-        cached: number of cached tokens of all rows.
+        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
         attended: number of pairs of a token of the pass and a cached token of its row.
         """
         multiply, read, attend = self.costs
@@ -117,7 +116,7 @@ class CostModel:
         return self._other(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the extra seconds of a draft's first level over what ``level`` returns."""
+        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
         return self._other(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
@@ -183,7 +182,7 @@ class CostModel:
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts))[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
-        """Return the logarithm of a part's error and its variance, as measured at the nearest number of rows."""
+        """Return a drafting cost's [logarithm of measured over formula, variance], from the nearest number of rows."""
         known = self.others.get((kind, exit), {})
         if rows in known:
             return known[rows]
@@ -201,7 +200,6 @@ def _doubt(error: float, variance: float, noise: float) -> float:
     """Return the variance to add to an estimate after a time that was much shorter than expected.
 
     Other work can make a step slow, but nothing makes it fast, so the estimate must be wrong.
-
     error: logarithm of measured over expected time. variance, noise: variances of the estimate and of a measurement.
     """
     return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

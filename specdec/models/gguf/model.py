@@ -143,7 +143,9 @@ def config_of(name: str, file: GGUFFile) -> Config:
 
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
-    """Set the share of each head that rotates in ``values``, fields of a config of model type ``kind``.
+    """Set the share of each head that rotates, from other fields of ``values``, the config of a model of type ``kind``.
+
+    name: the file, for errors.
     Raises SpecDecError if the model type does not support the share."""
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:

@@ -36,7 +36,7 @@ class Kernels(Protocol):
     windows: list[int | None]
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """Return an output head in the kernels' format. head: None: the model's own."""
+        """Return ``head`` (None: the model's own output head) in the kernels' format."""
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""

@@ -212,8 +212,7 @@ def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
 
     best: log-probabilities of the likeliest tokens, [B, W, k]. Top-k, top-p and min-p are applied to these tokens
         alone, which have nearly all of the probability.
-    noise: their noise, [B, W, k].
-    sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
+    noise: their noise, [B, W, k]. sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
     """
     sharpness, top_k, top_p, min_p = sampling
     gap = (best - best[..., :1]) * sharpness
@@ -295,7 +294,10 @@ class _OtherSource:
         return torch.where(mine, self.given.tokens.gather(1, at), tokens), parents, torch.where(mine, at + 1, nodes)
 
     def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
-        """Return the candidates of both sources. waits: whether the host will merge nodes that no level has reached."""
+        """Return the candidates ``grown``, joined with the other source's nodes.
+
+        waits: whether the host reads them and then adds the nodes that no level has reached itself; if not, add all.
+        """
         given, own = self.given, self.scores
         raw = self.heads[:, None]
         if not waits:
@@ -323,7 +325,7 @@ def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | Devic
 
 
 def limits_of(choice: DeviceChoice, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return ``choice`` on ``device`` as the arguments ``most`` and ``prices`` of ``choose``."""
+    """Return maximum depths [B, 1] and prices [2 + B count] of ``choice``, the last arguments of ``choose``."""
     count = 1 + 2 * choice.nodes * len(choice.depths)  # rows may be padded to twice as many
     most = upload([[most] for most in choice.depths], device)
     if not choice.prices:

@@ -240,10 +240,8 @@ class CapturedTarget(TorchTarget):
         """Return a function that makes the rotary tables and the attention of a pass over ``count`` lanes.
 
         The function's arguments are:
-
         committed, starts: for each lane, number of committed slots and index of the first uncommitted one, int64 [L].
-        ahead: number of uncommitted slots before the T tokens.
-        t: T.
+        ahead: number of uncommitted slots before the T tokens. t: T.
         places, tree: as in ``_Inputs``, for at least the slots up to the tokens.
         """
         assert self.static is not None and self.static.whole is not None

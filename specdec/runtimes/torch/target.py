@@ -106,7 +106,7 @@ class TorchTarget(Target):
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
-        """Return the layers [lo, hi) with ``adapters`` (None: without), whose present values each pass reads."""
+        """Return layers [lo, hi), changed by ``adapters``, whose present values each pass reads; None: unchanged."""
         if adapters is None:
             return self.network.layers[lo:hi]
         made = self._adapted.setdefault(adapters, {})
