@@ -204,6 +204,9 @@ DAMAGED: dict[str, Callable[[dict[str, np.ndarray]], None]] = {
         {f"blk.{N}.nextn.hnorm.weight": np.zeros(32, np.float32)}
     ),
     "infinite or NaN": lambda found: found[f"blk.{N}.nextn.eh_proj.weight"].__setitem__(0, np.nan),
+    "tensors of type I32, which cannot be read": lambda found: found.update(
+        {f"blk.{N}.nextn.eh_proj.weight": np.zeros((64, 128), np.int32)}
+    ),
     "tensors that do not belong": lambda found: found.update({f"blk.{N}.other.weight": np.zeros(32, np.float32)}),
 }
 
