@@ -171,6 +171,10 @@ class PackedModel:
                 self._own_head = packed
         return packed
 
+    def share_heads(self, other: PackedModel) -> None:
+        """Take the packed output heads of ``other``, a model of the same family; heads of both are packed once."""
+        self._heads = other._heads
+
     def prepare_head(self, head: nn.Linear) -> Generator[None]:
         """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
         if head in self._heads:
