@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,24 +131,26 @@ class LevelNodes(NamedTuple):
     depths: Tensor
 
     def packed(self) -> Tensor:
-        """Return all but the depths as one tensor, float64 [B, C (3 + S)], in which whole numbers are themselves."""
-        parts = self.scores, self.tokens, self.parents, self.raw.flatten(1)
-        return torch.cat([part.double() for part in parts], 1)
+        """Return all but the depths as one tensor, int64 [B, C (3 + S)]; of floating-point numbers the 32 bits."""
+        scores, raw = (part.contiguous().view(torch.int32).long() for part in (self.scores, self.raw.flatten(1)))
+        return torch.cat((scores, self.tokens, self.parents, raw), 1)
 
     def lists(self) -> list[Nodes]:
         """Return the nodes of each row as lists, with one read of the device."""
         return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
 
     @staticmethod
-    def unpacked(row: Sequence[float], count: int) -> Nodes:
+    def unpacked(row: Sequence[int], count: int) -> Nodes:
         """Return the nodes of a row of ``packed`` as lists. count: C."""
-        scores, tokens, parents, *raw = (list(row[at : at + count]) for at in range(0, len(row), count))
+        whole = np.array(row, np.int32)
+        scores, _, _, *raw = whole.view(np.float32).reshape(-1, count).tolist()
+        tokens, parents = list(row[count : 2 * count]), list(row[2 * count : 3 * count])
         there = [node for node, score in enumerate(scores) if score > -math.inf]
         index = {0: 0} | {node + 1: new for new, node in enumerate(there, start=1)}
         return (
             [scores[node] for node in there],
-            [int(tokens[node]) for node in there],
-            [index[int(parents[node])] for node in there],
+            [tokens[node] for node in there],
+            [index[parents[node]] for node in there],
             [[own[node] for node in there] for own in raw],
         )
 
@@ -160,12 +163,14 @@ class DeviceChoice(NamedTuple):
     prices: the price of scoring n = 0, 1, .. nodes of all rows, in tokens: nodes that are not worth it are not taken;
         (): all are worth it.
     allowance: tokens that nodes may be expected to lose.
+    beyond: what a node of each row costs beyond ``prices``; (): nothing.
     """
 
     nodes: int
     depths: Sequence[int]
     prices: Sequence[float] = ()
     allowance: float = 0.0
+    beyond: Sequence[float] = ()
 
 
 class DeviceTree(NamedTuple):
@@ -174,7 +179,7 @@ class DeviceTree(NamedTuple):
     tokens: int64 [B, M], parents before children; -1: there is no node.
     depths: of the root and of each node, int64 [B, 1 + M].
     ancestors: which of the root and the nodes are on a node's path, bool [B, 1 + M, 1 + M].
-    packed: float64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
+    packed: int64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
         ``LevelNodes.packed``.
     sources: S.
     """

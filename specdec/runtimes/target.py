@@ -133,7 +133,8 @@ class Target(ABC):
         all levels are drafted. None: the host reads the candidates.
         Returns the candidates of each row, or what the device takes.
         """
-        rules, before = rules_of(roots, path.tokens, self.vocab_size, masks), upload([*roots.positions], self.device)
+        waits, before = self.device.type == "cpu", upload([*roots.positions], self.device)
+        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)._replace(masks=masks)
         final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
 
         def positions(x: Tensor, level: int) -> Tensor:
@@ -145,10 +146,10 @@ class Target(ABC):
 
         heads = [lambda x, head=head: self.readout(x, head) for head in path.heads]
         embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
-        step = PathStep(path, final, carried, embed, run, heads, roots.forbidden)
+        step = PathStep(path, final, carried, embed, run, heads, rules.forbidden)
         try:
-            waits = choice is None and self.device.type == "cpu"
-            grown = grow(step, upload([[token] for token in roots.tokens], self.device), limits, rules, waits=waits)
+            tokens = upload([[token] for token in roots.tokens], self.device)
+            grown = grow(step, tokens, limits, rules, waits=waits and choice is None)
         finally:
             for lo, hi in path.segments:
                 cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
@@ -245,12 +246,12 @@ class GivenLinear(nn.Linear):
 class RowMemory:
     """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
 
-    values: [capacity, in]. used: number of rows that are set; these never change.
+    values: [capacity, in]. used: number of rows that are set; these never change, and the others are 0.
     packed: what a runtime derives from the rows; None: nothing yet.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
-        self.values = rows.new_empty(capacity, rows.shape[1])
+        self.values = rows.new_zeros(capacity, rows.shape[1])
         self.values[: len(rows)] = rows
         self.used = len(rows)
         self.packed: Any = None
