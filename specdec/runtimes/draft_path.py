@@ -101,6 +101,9 @@ class DraftRoots:
     tables: for each row, three calibration tables (calibrate.h): for the raw probabilities of the path's heads, of the
         other source where the heads have no candidates, and of the other source elsewhere. None: no calibration.
     given: for each row, the tree of another source, whose nodes the runtime may also extend. None: there is none.
+    masks: the tokens that a single row may draft; None: all.
+    choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then all
+        levels are drafted. None: the host reads the candidates.
     """
 
     tokens: Sequence[int]
@@ -112,6 +115,8 @@ class DraftRoots:
     sampled: Sequence[Sampled] | None = None
     tables: Sequence[Sequence[Sequence[float]]] | None = None
     given: Sequence[Nodes] | None = None
+    masks: Masks | None = None
+    choice: DeviceChoice | None = None
 
 
 class LevelNodes(NamedTuple):

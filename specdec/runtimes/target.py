@@ -21,7 +21,7 @@ from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
 from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
@@ -117,24 +117,17 @@ class Target(ABC):
         return download(*also, largest(self.readout(x)))
 
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 
-        roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
-        draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
-        choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then
-        all levels are drafted. None: the host reads the candidates.
-        Returns the candidates of each row, or what the device takes.
+        roots: last tokens and states of the rows. limits: how far to grow. Rows that are sampled draft with their
+        noise. The cache is unchanged afterwards.
+        Returns the candidates of each row, or what the device takes by the roots' ``choice``.
         """
+        choice = roots.choice
         waits, before = self.device.type == "cpu", upload([*roots.positions], self.device)
-        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)._replace(masks=masks)
+        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)
         final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
 
         def positions(x: Tensor, level: int) -> Tensor:

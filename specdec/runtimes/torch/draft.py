@@ -85,7 +85,7 @@ def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, wa
         if not waits:
             rows = [torch.stack([s.noise(s.place + level, size, None) for level in range(levels)]) for s in sampled]
             noise = upload(torch.stack(rows), device, torch.float32)
-    return Rules(vocab, tables, noise, sampling, given_of(roots.given, device), roots.forbidden)
+    return Rules(vocab, tables, noise, sampling, given_of(roots.given, device), roots.forbidden, roots.masks)
 
 
 def _noise_of(sampled: Sequence[Sampled], size: int, level: int, ids: Tensor) -> Tensor:

@@ -25,12 +25,10 @@ from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import LayerStates
 from specdec.models.native_model import NativeModel
 from specdec.runtimes.draft_path import (
-    DeviceChoice,
     DeviceTree,
     DraftPath,
     DraftRoots,
     LevelNodes,
-    Masks,
     Nodes,
     TreeLimits,
 )
@@ -260,34 +258,23 @@ class CapturedTarget(TorchTarget):
 
     @explain_memory
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         keep, growing = 1 if len(roots.tokens) > 1 else limits.width, path.heads[-1]
         fits = 1 + (limits.levels - 1) * keep <= SPARE and (
             not isinstance(growing, GrowingLinear) or growing.bias is None
         )
         fits = fits and not any(self.recurs(lo, hi) for lo, hi in path.segments)
-        if not fits or masks is not None or not torch.is_inference_mode_enabled():
-            return super().draft_rows(cache, roots, path, limits, masks, choice)
+        if not fits or roots.masks is not None or not torch.is_inference_mode_enabled():
+            return super().draft_rows(cache, roots, path, limits)
         with self.lock:
-            return self._draft(cache, roots, path, limits, keep, choice)
+            return self._draft(cache, roots, path, limits, keep)
 
     def _draft(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        keep: int,
-        choice: DeviceChoice | None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, keep: int
     ) -> list[Nodes] | DeviceTree:
         """Draft all levels, and let the device take nodes, as one captured function. keep: as in ``grow``."""
+        choice = roots.choice
         places = self.static.place(cache.entries, cache.committed + 1 + (limits.levels - 1) * keep)
         numbers, lanes = self._numbers(cache.rows, places, 0)
         count, batch, growing = bucket(max(places) + 1), len(roots.tokens), path.heads[-1]

@@ -43,7 +43,6 @@ from specdec.speculation.state import State
 from specdec.speculation.tree_builder import in_one_shape, worth_scoring
 from specdec.speculation.trees import Prices
 
-
 OTHERS = sorted(FAMILIES.keys() - {"llama", "gpt_oss", "qwen3_next"})
 
 
@@ -233,7 +232,7 @@ def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
             prices = Prices([0.03 * n for n in range(40)])
             for count, priced in (2, None), (5, None), (9, prices):
                 choice = DeviceChoice(count, [2] * rows, () if priced is None else priced.nodes)
-                held = targets[0].draft_rows(cache, replace(roots, **how), path, limits, None, choice)
+                held = targets[0].draft_rows(cache, replace(roots, **how, choice=choice), path, limits)
                 assert isinstance(held, DeviceTree)
                 draft = DeviceDraft(held, state, limits.levels)
                 every = [own.within(2) for own in found[1]]
