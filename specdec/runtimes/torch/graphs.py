@@ -2,8 +2,8 @@
 
 Numbers of rows and of tokens are rounded up to buckets, and a pass is captured once for each pair of them, and for a
 range of layers. Masks and rotary factors are made inside it. Attention runs over all slots of the static cache, with
-those masked that are not filled. When the cache grows, passes are captured again. Long blocks (prompts), drafters'
-heads and recurrent layers run as they are.
+those masked that are not filled. When the cache grows, passes are captured again. Long blocks (prompts),
+drafters' heads, and a draft's tokens in recurrent layers run as they are.
 """
 
 from __future__ import annotations
