@@ -1,7 +1,7 @@
-"""Writes the figures of README and of the model cards from results: ``python .ci/figures.py [DIR ...]``.
+"""Writes the figures of README and of the model cards from results: ``python .ci/figures.py [NAME=DIR ...]``.
 
 DIR is an output folder of ``specdec bench`` for one model. What the pages need of it is kept in
-``benchmarks/results/MODEL.json``, without prompts. Then each block of a page between ``<!-- figures WHAT MODEL -->``
+``benchmarks/results/NAME.json``, without prompts. Then each block of a page between ``<!-- figures WHAT NAME -->``
 and ``<!-- end -->`` is written anew; a test compares the blocks with the kept results. WHAT is ``methods`` (a row for
 each method) or the name of a method (a row for each category of prompts).
 """
@@ -31,15 +31,16 @@ DEFAULT, PLAIN = "ngram+m2r2", "none"
 NAMES = {"none": "plain", "hf": "model.generate"}
 
 
-def keep(folder: Path) -> None:
-    """Write what the pages need of the results in ``folder`` into ``benchmarks/results``."""
+def keep(name: str, folder: Path) -> None:
+    """Write what the pages need of the results in ``folder`` into ``benchmarks/results/NAME.json``."""
     records = [
         {part: {key: record[part].get(key) for key in keys} for part, keys in KEPT.items()}
         for record in load_results(folder).done
     ]
-    (model,) = {record["cell"]["model"] for record in records}
+    for record in records:
+        record["cell"]["model"] = Path(record["cell"]["model"]).name  # as another machine finds it
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{Path(model).name}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
 
 
 def pages() -> list[Path]:
@@ -123,8 +124,9 @@ def row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    for folder in sys.argv[1:]:
-        keep(Path(folder))
+    for argument in sys.argv[1:]:
+        name, _, folder = argument.partition("=")
+        keep(name, Path(folder))
     for page in pages():
         text = page.read_text("utf-8")
         page.write_text(written(text), "utf-8")

@@ -15,7 +15,7 @@ from .m2r2.learning import why_not
 
 
 def auto(target: Target) -> DrafterSpec:
-    """Return the drafters that serve ``target`` by default. Warns if no trained one is shipped or can teach itself."""
+    """Return the default drafter of ``target``. Warns if no M2R2 is shipped for the model or can teach itself there."""
     if drafter_folder.find_shipped("m2r2", target) is not None or (why := why_not(target)) is None:
         return DrafterSpec.parse("ngram+m2r2" if built() else "m2r2")
     name = "ngram" if built() else "prompt-lookup"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TensorNames(NamedTuple):
-    """The names of a family's tensors, and how the family runs the layer.
+    """The names of the tensors of a model family's prediction layer, and how the family runs this layer.
 
     prefix: prefix of all tensor names; ``{n}`` stands for the number of the model's layers.
     layer: further prefix of the tensors of the decoder layer.
@@ -78,21 +78,20 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass
 class MTPHead:
-    """The prediction layer, with norms and projection as in ``TensorNames``.
-
-    draft_target: the layer as a model of its own, with its norm and the model's output head.
-    final_norm: applied to the model's states before the layer reads them.
-    norm: the norm after the layer.
+    """A prediction layer: norms of a token and of the state before it, a projection of both, a decoder layer, a norm.
+    draft_target: the layer as a model of one layer, with its own norm and the model's output head.
+    final_norm: module that is applied to the model's states before the layer reads them.
+    norm: module that is applied to the layer's output before a drafted token's next pass reads it.
     """
 
     draft_target: Target
     projection: nn.Module
-    token_norm: nn.Module
-    state_norm: nn.Module
+    token_norm: nn.Module  # of the token's embedding
+    state_norm: nn.Module  # of the model's state
     final_norm: nn.Module
     norm: nn.Module
-    token_first: bool = True
-    feeds_norm: bool = True
+    token_first: bool = True  # whether the embedding comes first in the projection's input
+    feeds_norm: bool = True  # whether drafted tokens read the layer's output after its norm
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Return the layer's input [B, T, D] for pairs of embeddings and states, [B, T, D] each."""
@@ -102,10 +101,7 @@ class MTPHead:
 
 
 class MTPDrafter(PairDrafter):
-    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
-
-    Raises SpecDecError if the checkpoint has no such layer.
-    """
+    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint. head: that layer."""
 
     name: ClassVar[str] = "mtp"
     summary: ClassVar[str] = f"prediction layer inside the checkpoint of {FAMILIES}; no training"
@@ -116,7 +112,10 @@ class MTPDrafter(PairDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
-        """Load from the model's own checkpoint, or from that of the name or folder ``source``."""
+        """Load the layer from the checkpoint ``source``. Raises SpecDecError if there is none, or it does not fit.
+
+        source: a model name or a folder; None: the model's own checkpoint.
+        """
         options.check_names(cls.name, kwargs)
         return cls(read_head(target, source))
 
@@ -145,9 +144,9 @@ class MTPDrafter(PairDrafter):
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:
-    """Return the layer in the checkpoint of the target's model, or of ``source``.
+    """Load the prediction layer from the checkpoint of the target's model, or from ``source``, a name or a folder.
 
-    Raises SpecDecError if there is none, or it does not fit the model's family.
+    Raises SpecDecError if the checkpoint has no such layer, or it does not fit the model's family.
     """
     whole = target.model.config
     config = whole.get_text_config()
@@ -194,7 +193,10 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
 
 
 def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with ``prefix``, by the rest of the name, without copies of the model's."""
+    """Return the tensors whose names begin with ``prefix``, by the rest of the name.
+
+    Embeddings and output heads, which copy the model's, are left out.
+    """
     found = {}
     for path in files:
         with drafter_folder.open_tensors(path) as stored:
@@ -206,9 +208,9 @@ def _read(files: list[Path], prefix: str) -> dict[str, Tensor]:
 
 
 def _one_layer(model: PreTrainedModel, state: dict[str, Tensor], name: str) -> PreTrainedModel:
-    """Return the layer as a model of its family, with the embedding and the output head of ``model``.
+    """Return a model of one layer, with the embedding and the output head of ``model``.
 
-    state: its tensors by name. name: the checkpoint's, for errors.
+    state: the layer's tensors by name. name: the checkpoint's name, for errors.
     """
     config = model.config.get_text_config()
     changes: dict[str, Any] = {"num_hidden_layers": 1}

@@ -27,11 +27,11 @@ from .chain import ChainDrafter, ChainRow, Readout
 
 
 class PairRow(ChainRow):
-    """The state of a row.
+    """What a ``PairDrafter`` keeps of one row.
 
     cache: keys and values of the pairs that were run.
-    states: the model's states of tokens whose pairs are still to run, in parts [n, D'].
-    last: the layers' output at the root's pair, [1, 1, D'].
+    states: the model's states of tokens whose pairs have not run yet, in parts [n, D'].
+    last: output of the drafter's layers for the pair of the root, [1, 1, D'].
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -40,12 +40,12 @@ class PairRow(ChainRow):
 
 
 class PairDrafter(ChainDrafter):
-    """Drafts a chain by pairs; the base of drafters that do so.
+    """Base class of drafters with layers of their own, which run pairs of a token and the model's state before it.
 
-    shift: the position of a pair's token minus the position that its layers see.
-    layers: the layers whose input states, side by side, are a pair's state; N: the final state.
+    shift: position of a pair's token in the text minus the position that the drafter's layers see.
+    layers: the model's layers whose input states, concatenated, are a pair's state; N: the final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
-    cost_key: as in ``Traits``.
+    cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
     shift: ClassVar[int]
@@ -59,14 +59,19 @@ class PairDrafter(ChainDrafter):
 
     @abstractmethod
     def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
-        """Run pairs of ``embedded`` tokens and ``states``, [B, T, ...] each, after those in ``cache``: [B, T, D']."""
+        """Run T pairs of each row after the pairs in ``cache``; return the layers' output, [B, T, D'].
+
+        embedded, states: the pairs' embeddings and states, [B, T, D'] each.
+        positions: int64 [B, T].
+        mask: which entries of ``cache`` each pair sees.
+        """
 
     @abstractmethod
     def inputs(self, states: Tensor) -> Tensor:
-        """Return the ``states`` that ``run`` takes, from the model's states of a text [B, T, ...]."""
+        """Return the argument ``states`` of ``run``, from the model's states in ``layers``, [B, T, n D]."""
 
     def fed(self, outputs: Tensor) -> Tensor:
-        """Return the ``states`` that ``run`` takes, from its own outputs [B, T, D']; by default these."""
+        """Return the argument ``states`` of ``run`` for drafted tokens, by default its own outputs [B, T, D']."""
         return outputs
 
     def embed(self, target: Target, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class PairDrafter(ChainDrafter):
 
     @abstractmethod
     def logits(self, outputs: Tensor) -> Tensor:
-        """Return draft logits [B, T, V'] of outputs [B, T, D']."""
+        """Return draft logits [B, T, V'] from outputs of ``run``, [B, T, D']."""
 
     def bind(self, target: Target) -> None:
         self.traits = Traits(
@@ -111,7 +116,7 @@ class PairDrafter(ChainDrafter):
         return self.chain(state, limit, step, self.tokens)
 
     def catch_up(self, state: State) -> KVCache:
-        """Run the pairs of the new tokens of all rows, up to their roots; return the rows' cache."""
+        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows."""
         rows: list[PairRow] = state.row_states
         cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
         like = next((row.states[0][:0] for row in rows if row.states), None)
@@ -131,10 +136,12 @@ class PairDrafter(ChainDrafter):
 
 
 def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
-    """Yield chunks of the pairs of each row up to its root.
+    """Yield the pairs of each row up to its root in chunks of at most ``PASS_TOKENS`` pairs.
 
-    states: for each row, the states [n, D] before the last n tokens of its text. shift: as in ``PairDrafter``.
-    A chunk has states [B, T, D], the number of pairs of each row, and their tokens and positions, int64 [B, T] each.
+    A chunk is a tuple: states [B, T, D], number of pairs of each row, token ids and positions, int64 [B, T] each.
+
+    states: for each row, the states [n, D] before the last n tokens of its text.
+    shift: position of a pair's token in the text minus the position that the drafter's layers see.
     """
     device, last = state.cache.device, state.target.context - 1
     for start in range(0, max(map(len, states)), PASS_TOKENS):

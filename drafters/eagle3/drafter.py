@@ -30,13 +30,11 @@ from .network import KIND, Eagle3, Eagle3Config, read_network
 
 
 class Eagle3Drafter(PairDrafter):
-    """Drafts with an EAGLE-3 head: a chain, or a tree grown level by level.
+    """Drafts with an EAGLE-3 head: a tree grown level by level if one greedy row decodes, else a chain for each row.
 
-    A tree is grown for one greedy row. It has ``nodes`` nodes, or the nodes that are worth their price (``Prices``);
-    without prices it is a chain.
-
-    nodes: number of nodes of a tree; None: as many as are worth their price.
-    width: number of nodes of a level that get children.
+    nodes: number of nodes of a tree; None: as many nodes as are worth their cost (``Prices``), or a chain if costs are
+        not known.
+    width: number of nodes of each level that get children.
     """
 
     name: ClassVar[str] = KIND
@@ -51,9 +49,11 @@ class Eagle3Drafter(PairDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Eagle3Drafter:
-        """Load a head in the speculators format. source: a folder, or a repository ORG/NAME[@revision].
+        """Load a head in the speculators format.
 
-        Raises SpecDecError if there is none, or the head does not fit the target.
+        Raises SpecDecError if there is no such head, or it does not fit the target.
+        source: a folder, or a Hugging Face repository ORG/NAME[@revision]; None raises, since no head is shipped.
+        kwargs: ``nodes`` and ``width``.
         """
         options.check_names(cls.name, kwargs, ("nodes", "width"))
         if source is None:
@@ -101,7 +101,7 @@ class Eagle3Drafter(PairDrafter):
         return draft_best(found, limit, self.nodes, state, found[0].levels())
 
     def _drafts_tree(self, state: State) -> bool:
-        """Return whether to grow a tree: for one greedy row, if the host may wait for it or it has ``nodes``."""
+        """Return whether to draft a tree: one greedy row decodes, and ``nodes`` is set or the host may wait."""
         verified = state.threshold is None and state.sampler.best_allowed and len(state.ids) == 1
         worth = bool(self.nodes) or not is_asynchronous(state.cache.device)
         return verified and worth

@@ -33,16 +33,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], key
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """The sizes of a head.
+    """The sizes of an EAGLE-3 head.
 
-    layers: layers of the model whose input states the head reads.
+    layers: indices of the model's layers whose input states the head reads.
     width: D', the head's own hidden size (D is the model's).
-    heads, kv_heads, head_dim: numbers of attention heads and of key heads, and the size of each.
+    heads, kv_heads, head_dim: numbers of attention heads and of key heads, and the size of each head.
     intermediate_size: number of neurons of the MLP.
     vocab: V', number of draft tokens.
-    eps: of the norms.
-    norm_first: whether the residual begins with the normalized state.
-    rope: further entries for transformers' rotary positions.
+    eps: epsilon of the RMS norms.
+    norm_first: whether the residual connection starts from the normalized state instead of the state itself.
+    rope: entries of a ``LlamaConfig`` for its rotary embedding, such as ``rope_theta``.
     """
 
     layers: tuple[int, ...]
@@ -58,9 +58,9 @@ class Eagle3Config:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], target: Target, where: str) -> Eagle3Config:
-        """Return the sizes in an untrusted config.json, whose name in errors is ``where``.
+        """Check an untrusted config.json, and return the sizes in it. where: its name in errors.
 
-        Raises SpecDecError if it describes no head that can be run, or one for another model.
+        Raises SpecDecError if it describes no head that this code can run, or a head for another model than ``target``.
         """
         layer = config.get("transformer_layer_config")
         if config.get("speculators_model_type") != KIND or not isinstance(layer, dict):
@@ -102,7 +102,7 @@ class Eagle3Config:
         )
 
     def rotary(self) -> LlamaRotaryEmbedding:
-        """Return the rotary positions. Raises SpecDecError for entries that transformers does not take."""
+        """Return the rotary embedding. Raises SpecDecError if transformers does not accept the entries ``rope``."""
         sizes: dict[str, Any] = {
             "hidden_size": self.width,
             "num_attention_heads": self.heads,
@@ -115,12 +115,15 @@ class Eagle3Config:
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
-    """Return the default of tapped layers, of a model of ``layers`` layers: an early, a middle and a late one."""
+    """Return the layers that a head reads by default, of ``layers`` layers: an early, a middle and a late one."""
     return min(2, layers), layers // 2, max(layers - 3, 0)
 
 
 class DecoderLayer(nn.Module):
-    """The parameters of the decoder layer, by their names in the file. linear: makes a layer by name and sizes."""
+    """Holds the decoder layer's parameters under their names in the file.
+
+    linear: makes the linear layer of a name, input size and output size.
+    """
 
     def __init__(self, config: Eagle3Config, linear: Callable[[str, int, int], nn.Linear]) -> None:
         super().__init__()
@@ -136,12 +139,12 @@ class DecoderLayer(nn.Module):
 
 
 class Eagle3(nn.Module):
-    """The head. Its inputs are pairs: a token's embedding and the features of the token before it.
+    """An EAGLE-3 head. It runs pairs: a token's embedding, and the features of the token before it.
 
     d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
     has_embedding: whether the head has an embedding of its own.
     biased: names of the linear layers with a bias.
-    maps: the linear layers in their fastest format, made by ``freeze``; layers of one input are one.
+    maps: the linear layers in their fastest format, made by ``freeze``; layers that read the same input are merged.
     """
 
     def __init__(
@@ -170,13 +173,13 @@ class Eagle3(nn.Module):
 
     @property
     def tokens(self) -> Tensor | None:
-        """The ids of the draft tokens in the model, int64 [V']; None: the model's first tokens."""
+        """The model's ids of the draft tokens, int64 [V']; None: the ids 0 to V' - 1."""
         if self.d2t is None:
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: move parameters to the target's dtype and device, pack the linear layers."""
+        """Prepare for drafting: move the parameters to the target's dtype and device, and pack the linear layers."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self._rotary = [self.config.rotary().to(target.device)]
         layer: Any = self.layers[0]
@@ -192,11 +195,15 @@ class Eagle3(nn.Module):
         self.maps = {name: _as_one(group) for name, group in groups.items()}
 
     def fuse(self, states: Tensor) -> Tensor:
-        """Return features [B, T, D'] of the states of the tapped layers side by side, [B, T, n D]."""
+        """Return features [B, T, D'], from the input states of the n ``layers``, concatenated to [B, T, n D]."""
         return self._map("fc", states)
 
     def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Run the decoder layer on pairs of embeddings and features; return the tokens' features; all [B, T, D']."""
+        """Run the decoder layer on T pairs of each row, and return the tokens' features, [B, T, D'].
+
+        embedded, features: the tokens' embeddings, and the features of the tokens before, [B, T, D'] each.
+        positions: the tokens' positions, int64 [B, T]. attend: computes attention, as ``Attend`` says.
+        """
         config, layer = self.config, cast(Any, self.layers[0])
         normed = layer.hidden_norm(features)
         sizes = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
@@ -217,7 +224,7 @@ class Eagle3(nn.Module):
 
 
 def _as_one(group: Sequence[nn.Linear]) -> Linear:
-    """Return linear layers of one input as one packed linear layer."""
+    """Return one packed linear layer that computes the concatenated outputs of all layers in ``group``."""
     if len(group) == 1:
         return for_drafting(group[0].weight, group[0].bias)
     biases: list[Tensor] = [
@@ -228,7 +235,7 @@ def _as_one(group: Sequence[nn.Linear]) -> Linear:
 
 
 def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:
-    """Return the head in a folder, whose name in errors is ``where``. Raises SpecDecError if a tensor does not fit."""
+    """Load the head in ``folder``. Raises SpecDecError if a tensor does not fit. where: the folder's name in errors."""
     with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS) as stored:
         names = {name.replace("midlayer.", "layers.0."): name for name in stored.header}
         header = {name: stored.header[of] for name, of in names.items() if name != "t2d"}

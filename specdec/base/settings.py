@@ -78,9 +78,9 @@ def _wording(error: Any) -> str:
 
 
 def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
-    """Return the indices of the parts of pydantic's ``location`` that are keys or indices in ``given``.
-    The other parts are names of a union's types. Among several interpretations, it is one with most keys, and among
-    these one that reaches the end. kind: type of the error. begin: index of the first part to use."""
+    """Return which parts of a pydantic error's ``location`` are keys or indices in ``given``, as indices of parts.
+    Other parts name types of a union. If several readings are possible, the one with most keys is returned, preferably
+    one that includes the last part. kind: the error's type. begin: index of the first part to use."""
     if begin == len(location):
         return ()
     part, ways = location[begin], [_steps(given, location, kind, begin + 1)]
@@ -110,7 +110,7 @@ def short_repr(value: Any) -> str:
 def validate(name: str, value: Any, kind: Any) -> Any:
     """Return ``value``, validated and converted by pydantic as the annotated type ``kind``.
 
-    name: of the value, for messages. Raises SpecDecError if the value is not of this type.
+    name: the value's name in messages. Raises SpecDecError if the value is not of this type.
     """
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)

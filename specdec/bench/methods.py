@@ -57,7 +57,7 @@ class Reply:
 
     @property
     def first_seconds(self) -> float:
-        """Seconds until the first token."""
+        """Seconds from the start until the first token."""
         return self.arrivals[0]
 
     @property

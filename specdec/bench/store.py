@@ -44,8 +44,7 @@ class Store:
     ) -> Iterator[None]:
         """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
 
-        command: the command line, for the report.
-        resume: whether the folder may hold finished cells of this plan.
+        command: the command line, for the report. resume: whether the folder may hold finished cells of this plan.
         prompts: name of each prompt set -> its conversations as JSON values, for the report.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
@@ -106,7 +105,7 @@ class Store:
         )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line, except an unfinished last."""
+        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line that is not the last line."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):

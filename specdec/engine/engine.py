@@ -36,28 +36,31 @@ Events = list[tuple[Request, list[int]]]
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Totals are those of all requests so far.
+    """Figures of an engine; totals are over all requests so far.
 
-    kv_bytes: size of the keys and values held; kv_budget: its maximum (None: no limit).
-    prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found there.
-    disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and their size.
-    prefix_bytes, saved_seconds: size of cached prefixes in memory, and about what the tokens found would have taken.
+    kv_bytes: bytes of the keys and values in memory.
+    kv_budget: maximum of ``kv_bytes``; None: no limit.
+    prefix_queries, prefix_hits: numbers of prompt tokens looked up among cached prefixes, and found there.
+    disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and bytes of these.
+    prefix_bytes: bytes of cached prefixes in memory.
+    saved_seconds: estimated time that the found tokens would have taken.
     preemptions: number of times that a request gave up its keys and values, to compute them again later.
-    drafter: "on", "off" (it has failed: requests are decoded plainly for a while) or "none". outage: why it is off.
+    drafter: "on", "off" (it has failed: nothing is drafted for a while) or "none" (it never drafts).
+    outage: why the drafter is off; None: it is not.
     """
 
-    running: int
-    waiting: int
+    running: int  # requests that run
+    waiting: int  # requests in the queue
     kv_bytes: int
     kv_budget: int | None
     prefix_queries: int
     prefix_hits: int
     preemptions: int
     steps: int
-    drafted: int
-    accepted: int
+    drafted: int  # drafted tokens
+    accepted: int  # drafted tokens that were accepted
     drafter: str = "none"
-    drafter_failures: int = 0
+    drafter_failures: int = 0  # number of times that the drafter failed
     outage: Outage | None = None
     disk_queries: int = 0
     disk_hits: int = 0
@@ -67,20 +70,22 @@ class EngineStats:
 
     @property
     def kv_usage(self) -> float:
-        """The share of the budget that is held."""
+        """``kv_bytes`` as a share of ``kv_budget``; 0 without a limit."""
         return self.kv_bytes / self.kv_budget if self.kv_budget else 0.0
 
 
 class Engine:
     """Decodes requests with one target and one drafter, at most ``max_rows`` at once.
 
+    max_waiting: maximum number of requests in the queue.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
-    prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
-    prefixes: the keys and values of earlier texts, which prompts that begin alike go on with. Texts of this engine are
-        added, and the caller may hand them to a later engine of the target. None: none are kept. disk: keeps them for
-        later processes, too; it is closed with the engine.
-    learn: whether the engine's thread does the drafter's work (``Learner.work``) when there is nothing else to do.
+    prefill_chunk: maximum number of prompt tokens that run between two steps of the running rows.
+    prefixes: the keys and values of earlier texts, with which prompts that begin alike start. Texts of this engine are
+        added, and the caller may pass the store to a later engine of the target. None: none are kept.
+    disk: stores prefixes for later processes, too; it is closed with the engine. None: nothing is stored.
+    learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do.
+    on_close: called when the engine has ended.
     """
 
     def __init__(
@@ -140,17 +145,17 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it accepts no more requests: ``close`` was called, or its thread has failed."""
+        """Whether the engine accepts no more requests: ``close`` was called, or its thread has failed."""
         return self._closing or (self._work is not None and not self._work.running)
 
     @property
     def drafting(self) -> str:
-        """``EngineStats.drafter``."""
+        """The drafter's status: "on", "off" (it has failed) or "none" (it never drafts)."""
         return self.batch.drafting
 
     @property
     def outage(self) -> Outage | None:
-        """``EngineStats.outage``."""
+        """Why the drafter is off; None: it is not."""
         return self.batch.guard.outage
 
     @property
@@ -187,7 +192,7 @@ class Engine:
             yield events
 
     def _try_step(self) -> tuple[Events, Exception | None]:
-        """Return a step's events, or the error by which it has failed."""
+        """Run a step; return its events, and the error by which it has failed (None: it has not)."""
         with self._stepping:
             try:
                 return self._step(), None
@@ -226,7 +231,7 @@ class Engine:
         return list(new.items())
 
     def _recover(self) -> None:
-        """Start a drafter that has failed again if it is time."""
+        """Restart a drafter that has failed if its pause is over."""
         if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
@@ -252,7 +257,7 @@ class Engine:
         return [(row, row.new_tokens) for row in rows]
 
     def _put_event(self, row: Request, tokens: list[int], depths: list[int]) -> None:
-        """Add tokens to the event of a request; ``_notify`` tells its reader."""
+        """Add new tokens to the pending event of a request; ``_notify`` wakes its reader later."""
         if row.handle is not None:
             row.handle.put(tokens, depths)
             self._unread.append(row.handle)
@@ -264,7 +269,7 @@ class Engine:
             handle.notify()
 
     def _end(self, rows: Sequence[Request]) -> None:
-        """Remove rows that have ended."""
+        """Remove rows that have ended from batch and memory; their keys and values may be cached as prefixes."""
         self.scheduler.remove(rows)
         for row in rows:
             if row.phases_at_start is not None:
@@ -276,13 +281,13 @@ class Engine:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Forget requests whose last event is there."""
+        """Drop the references to requests that have got their last event."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
 
     def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
-        """End requests that are in no queue and no batch, or leave it."""
+        """End requests, which the caller removes from the queue or the batch. reason: their ``Event.finish_reason``."""
         for row in rows:
             row.finish(reason, error)
             row.close_phases(self.timer.seconds)
@@ -313,7 +318,7 @@ class Engine:
         return self
 
     def _step_or_wait(self) -> bool:
-        """Run a step, do a piece of the drafter's work, or wait; False at the end."""
+        """Run a step, let the drafter learn, or wait for requests; return False when the engine has ended."""
         if not self.busy and not self._closing and self._learn():
             return True
         with self._queue:
@@ -332,13 +337,13 @@ class Engine:
         return True
 
     def _learn(self) -> bool:
-        """Do a piece of the drafter's work; False if there is none."""
+        """Let the drafter learn for about 50 ms; return False if there is nothing to learn from."""
         with self._stepping:
             self._recover()
             return self.learns and self.batch.learn()
 
     def close(self, drain: bool = False) -> None:
-        """Accept no more requests, and end: at once, or when all accepted ones have ended (``drain``)."""
+        """End the engine. drain: whether to wait until all accepted requests have ended; if not, they are cancelled."""
         with self._queue:
             self._closing, self._draining = True, drain
             self._queue.notify_all()

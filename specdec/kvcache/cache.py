@@ -60,7 +60,7 @@ class RowEntries:
         return made
 
     def put(self, name: str, buffer: Tensor, lent: bool = False) -> None:
-        """Set the buffer ``name``. lent: as the attribute."""
+        """Set the buffer ``name``. lent: whether it is a graph buffer of the runtime, which caches must copy."""
         self.buffers[name] = buffer
         self.lent = lent
         if name == WHOLE:
@@ -187,7 +187,6 @@ class KVCache:
         """Return the mask of the next T tokens of each row, whose pass begins in ``layer``.
 
         A token attends to all committed tokens of its row, and to the uncommitted tokens that its tree marks.
-
         positions: int64 [B, T].
         tree: bool [T, U] for all rows or [B, T, U], where U counts the uncommitted slots, the T new ones included;
             None: a chain, in which each token attends to all earlier ones and to itself.
@@ -208,7 +207,7 @@ class KVCache:
     def claim(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
 
-        counts: number of slots of each row. heads, head_dim, dtype: those of the keys.
+        counts: number of slots of each row. heads, head_dim, dtype: number of key heads, size of a head, and dtype.
         """
         ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):
@@ -260,7 +259,8 @@ class KVCache:
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
         """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D]; return its outputs [B, T, D].
 
-        tree: as in ``register``. advance: runs the layer's mixer. Stores what roll-back needs.
+        Stores what roll-back needs. tree: the mask [T, U] (``register``). advance: runs the mixer on inputs [B, T, D]
+        and states, and returns its outputs and the new states.
         """
         held = self.lengths[layer] - self.committed
         rows = [states for states in self.states if isinstance(states, LayerStates)]

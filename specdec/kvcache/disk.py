@@ -137,7 +137,7 @@ class PrefixDisk:
         return cache
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Let the thread write the chunks of the text ``ids`` that are not stored yet. Returns at once.
+        """Let the thread write the chunks of the text ``ids`` of tenant ``scope`` that are not stored yet.
 
         cache: one row with the text. Its buffers stay shared until they are written. A text is skipped if more than
         ``MAX_PENDING`` bytes would wait.

@@ -74,14 +74,14 @@ class RowStates(ABC):
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
-        """Make the states in ``ahead`` the row's if they are those after the tokens of ``path``; return whether."""
+        """Use the states in ``ahead`` if they are the states after the tokens ``path``; return whether they are."""
 
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
     def make_room(self, tokens: int, like: Tensor | None = None) -> None:
-        """Let ``inputs`` have room for ``tokens`` tokens. like: a tensor [..., width] with the width and dtype."""
+        """Enlarge ``inputs`` to hold ``tokens`` tokens. like: a tensor [..., width] of the new width and dtype."""
         have, like = self.inputs.shape[1], self.inputs if like is None else like
         if tokens > have:
             grown = like.new_zeros(self.layers, -(-tokens // INPUT_MULTIPLE) * INPUT_MULTIPLE, like.shape[-1])
@@ -197,7 +197,6 @@ class KernelStates(RowStates):
 
         uncommitted: number of uncommitted tokens before them.
         whole: whether the tokens are committed together. The kernels then write the states after them, and no inputs.
-
         Returns the fields ``held`` ... ``pending`` of ``SequenceArgs``: numbers and pointers.
         """
         if not (whole and count > RERUN_TOKENS and not uncommitted):
@@ -226,9 +225,9 @@ def run_rows(
 ) -> Tensor:
     """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U. tree: bool
-    [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer. Stores the
-    inputs of ``x`` for roll-back. Raises SpecDecError for a tree for each row.
+    Stores the inputs of ``x`` for roll-back. Raises SpecDecError if each row has a tree of its own.
+    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U.
+    tree: bool [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer.
     """
     if tree is not None and tree.dim() == 3:
         raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
@@ -263,7 +262,7 @@ def _together(rows: Sequence[States]) -> States:
 
 
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
-    """Run the pending inputs of each row; rows with the same number of pending tokens run as one batch."""
+    """Run ``layer`` on each row's accepted tokens that are not in its states yet, in batches of equal length."""
     groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
         if row.pending[layer]:
@@ -277,7 +276,11 @@ def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
 
 
 def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) -> Tensor:
-    """Run each branch of ``tree`` [T, U] as a batch row; return the outputs of the last T of ``inputs`` [B, U, D]."""
+    """Run a recurrent layer on draft trees, each branch as a row; return outputs [B, T, D] of the last T tokens.
+
+    inputs: inputs of all U uncommitted tokens, [B, U, D]. states: the states before them.
+    tree: whether a token is on the path to one of the last T tokens, bool [T, U].
+    """
     (batch, _, width), (t, u) = inputs.shape, tree.shape
     paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
     for node, path in enumerate(paths, start=u - t):

@@ -21,7 +21,7 @@ from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in the cache. name: for ``--model``. paths: folders, files and links that belong only to the model."""
+    """A model in the cache. name: its name for ``--model``. paths: folders, files and links that only it needs."""
 
     name: str
     paths: tuple[Path, ...]

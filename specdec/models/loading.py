@@ -43,7 +43,6 @@ def load(
 
     Weights are read from safetensors or GGUF, never from pickles. Weights of a GGUF file stay in its blocks if the
     dtype is bfloat16, the device is the CPU and ``gguf.model`` supports the architecture.
-
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
     ``ORG/REPO:file.gguf``. dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device. revision: of a

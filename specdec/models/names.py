@@ -18,7 +18,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def check_model(name: str, revision: str | None = None) -> None:
     """Raise SpecDecError if ``name`` cannot be a model, or names a file or folder that is no model.
 
-    revision: of a Hugging Face id; an error with other names. Does not ask whether a repository exists.
+    revision: of a Hugging Face id only; other names with one are an error. Does not ask whether a repository exists.
     """
     path = Path(name).expanduser()
     if revision is not None and (name in EMBEDDED or path.exists()):

@@ -81,7 +81,7 @@ def prepare_embedded(name: str) -> Path:
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """Return the cache's folder with config and tokenizer of a GGUF file, made if need be.
 
-    name: of the model, for messages. Raises SpecDecError if that fails.
+    name: the model's name in messages. Raises SpecDecError if that fails.
     """
     path, *others = [path.resolve() for path in file.paths]
     key = {"gguf": str(path), "stamp": [*packed.stamp([path])], "layout": LAYOUT}
@@ -93,8 +93,8 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
 def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Path | None:
     """Return the cache's folder with config and tokenizer of a model folder, made by ``write`` if need be.
 
-    name: of the model, for messages. write: writes the files into the folder that it gets.
-    None: ``write`` raises an error that is no OSError, or the cache cannot hold the folder (a note says so).
+    name: the model's name in messages. write: writes the files into the folder that it gets.
+    Return None if ``write`` raises an error other than OSError, or, with a printed note, if the cache cannot hold it.
     """
     path, refused = folder.resolve(), list[Exception]()
     files = sorted({file for pattern in PARTS for file in path.glob(pattern)})
@@ -202,7 +202,7 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
 def work_folder(root: Path) -> Path:
     """Return the folder for work in progress in the cache ``root``, made if need be.
 
-    Raises SpecDecError if a folder of that name lacks our marker.
+    Raises SpecDecError if a folder of that name exists and lacks the marker file of this package.
     """
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` in the ``with`` block; says so if another process holds it, and waits."""
+    """Lock the file ``path`` during the ``with`` block; waits, with a message, while another process has the lock."""
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)

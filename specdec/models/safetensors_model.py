@@ -91,7 +91,7 @@ def _read_back(tokenizer: Any, text: str) -> Any:
 def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, list[Tensor]] | None:
     """Return the model of ``config`` with the weights of ``file`` in bfloat16, and the weights that are not mapped.
 
-    name: of the model, for messages. Experts stay in the file, in the file's type.
+    name: the model's name in messages. Experts stay in the file, in the file's type.
     None: the names or shapes of the tensors are not those of the model. Raises SpecDecError if the weights that are not
     mapped need more memory than is free.
     """

@@ -93,7 +93,7 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
     """Download a GGUF file of a repository with all its parts; return the path of ``member``, or of its first part.
-    member: path in the repository, or a name for ``_named``."""
+    member: path in the repository, or a part of a file's name, such as "Q4_K_M"."""
     if not member.endswith(".gguf"):
         files, revision = hub.list_files("model", repository, revision)
         member = _named(repository, member, files)

@@ -33,7 +33,7 @@ def fill(
 ) -> list[Tensor]:
     """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of its parameters.
 
-    name: of the model, for messages.
+    name: the model's name in messages.
     found: tensors of each parameter. Several tensors of a matrix are joined by rows. Experts have gates and ups (or
         both in one tensor) and downs, each [E, out, in] or a matrix for each expert.
     keep: whether matrices in blocks, and experts, stay in the file.
@@ -77,9 +77,9 @@ def fill(
 
 
 def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """Return the tensors of a parameter of ``module``; for a matrix of experts, all tensors of the experts.
+    """Return the file's tensors of a parameter of ``module``. found: all tensors, by parameter.
 
-    The experts of a layer stay in the file together, or not at all.
+    For a matrix of experts, these are all tensors of the layer's experts, which stay in the file together or not.
     """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:

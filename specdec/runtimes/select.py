@@ -30,7 +30,7 @@ ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache",
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
-    """Return whether these settings, as in ``make_target``, run only on the CPU."""
+    """Return whether these settings (values as in ``make_target``) need the native runtime, and so the CPU."""
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 
@@ -62,7 +62,6 @@ def make_target(
         experts, or as many as there is memory for.
     expert_prefetch: whether experts are read ahead by forecasts.
     packed: whether the native runtime stores packed weights in the model's cache entry and reads stored ones.
-
     Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if it does not fit.
     """
     check_names(runtime, weights, kv_cache)

@@ -121,9 +121,9 @@ class Target(ABC):
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 
-        roots: last tokens and states of the rows. limits: how far to grow. Rows that are sampled draft with their
-        noise. The cache is unchanged afterwards.
-        Returns the candidates of each row, or what the device takes by the roots' ``choice``.
+        Returns the candidates of each row, or the tree that the device selects by the roots' ``choice``. Rows that are
+        sampled draft with their noise. The cache is unchanged afterwards.
+        roots: last tokens and states of the rows. limits: limits of the tree's growth.
         """
         choice = roots.choice
         waits, before = self.device.type == "cpu", upload([*roots.positions], self.device)
@@ -160,12 +160,12 @@ class Target(ABC):
 
     @property
     def token_costs(self) -> TokenCosts:
-        """Return what a token is expected to cost in a pass."""
+        """Return the expected times of a token in a pass, relative to reading the weights."""
         return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes for keys and values that no row has."""
+        """Bytes that are allocated for keys and values and not used by any row."""
         return 0
 
     def block(self, layer: int) -> nn.Module:
@@ -197,7 +197,8 @@ class Pass:
     positions: int64 [B, T].
     mask: the result of ``cache.register(lo, positions, ...)``.
     cache: the KV cache that the pass appends keys and values to.
-    taps: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (l = hi: the result).
+    taps: states to collect: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (for
+        l = hi, the output).
     adapters: changes of the layers for all tokens; None: none.
     routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
     choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
@@ -216,9 +217,9 @@ class Pass:
 class TokenCosts(NamedTuple):
     """Estimated times of one token in a pass, over the time of reading the weights.
 
-    multiply: of multiplying a token by the weights.
-    read: of reading the keys and values of a cached token; 0: unknown.
-    attend: of multiplying a token by those of a cached one; 0: unknown.
+    multiply: time of multiplying a token by the weights.
+    read: time of reading the keys and values of a cached token; 0: unknown.
+    attend: time of multiplying a token by the keys and values of a cached token; 0: unknown.
     """
 
     multiply: float
@@ -240,7 +241,7 @@ class RowMemory:
     """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
 
     values: [capacity, in]. used: number of rows that are set; these never change, and the others are 0.
-    packed: what a runtime derives from the rows; None: nothing yet.
+    packed: the rows in a runtime's own format; None: not made yet.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
@@ -303,7 +304,7 @@ def lock_of(model: nn.Module) -> Any:
 
 
 def largest(logits: Tensor) -> Tensor:
-    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
+    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1: the best is not finite."""
     best = logits.argmax(-1)
     finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
     return best.masked_fill(~finite, -1)

@@ -36,7 +36,7 @@ class _Bridge(Cache):
     """A ``KVCache`` with the interface of transformers' ``Cache``, for attention layers and recurrent mixers.
 
     states: states of the recurrent layer that runs.
-    adapted: whether adapters act.
+    adapted: whether adapters are applied in this call.
     """
 
     def __init__(self, cache: KVCache) -> None:

@@ -14,10 +14,11 @@ from specdec.speculation.trees import MOST_NODES
 
 
 def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
-    """Return which nodes a device takes itself; None: the host had better choose.
+    """Return the rule by which the device selects a tree's nodes while the host goes on; None: the host selects them.
 
-    levels: number of levels that are drafted. nodes: number of nodes of a row; None: those that are worth their price.
-    width: number of children of a node. 1: drafts are chains.
+    levels: number of levels that are drafted.
+    nodes: number of nodes of each row; None: as many as are worth their cost (``Prices``).
+    width: number of children of each node; 1: drafts are chains.
     """
     # Verification alone obeys a constraint: masks along a draft would be of tokens that the host has not read
     free = not state.constrained or (state.sampler.best_allowed and len(state.ids) == 1)
@@ -44,7 +45,7 @@ def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Devic
 
 
 class DeviceDraft(Draft):
-    """A tree for each row, of which the host knows nothing before ``receive``, but for chains.
+    """A draft whose tokens and tree are on the device; the host knows them only after ``receive``.
 
     held: the nodes on the device; None: the host has read them.
     """

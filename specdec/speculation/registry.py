@@ -49,7 +49,7 @@ def names(kind: str) -> dict[str, str]:
 
 @functools.cache  # it reads the metadata of all installed packages
 def outside(kind: str) -> dict[str, str]:
-    """Return the names that installed packages register for ``kind``, as in ``names``."""
+    """Return ``{name: "module:Class"}`` of what other installed packages register for ``kind``."""
     return {each.name: each.value for each in entry_points(group=f"specdec.{kind}")}
 
 
@@ -66,7 +66,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def load_object(place: str) -> Any:
-    """Import and return the object at ``place``, "module:name"."""
+    """Import and return the object at ``place``, a string "module:name"."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

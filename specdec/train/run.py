@@ -182,7 +182,7 @@ class TrainingRun:
                 return
 
     def _show(self, what: str, source: Iterable[TrainingBatch], total: int, part: str = "") -> Iterator[TrainingBatch]:
-        """Yield the batches of ``source`` and show a bar ``what`` over ``total`` answer tokens. part: of the run."""
+        """Yield the batches of ``source``; show a bar ``what`` over ``total`` tokens. part: its part of the run."""
         task = self.progress.add_task(what, total=total, unit="tokens", part=part)
         for batch in source:
             yield batch
@@ -262,7 +262,7 @@ class TrainingRun:
         return self.method.evaluate(self.network, self._show("evaluation", found, total))
 
     def _export(self, figures: dict[str, Any]) -> None:
-        """Write the drafter and its card. figures: of the evaluation on all held-out answers."""
+        """Write the drafter and its card. figures: results of the evaluation on all held-out answers."""
         target = self.target
         base = drafter_folder.describe_base(target, source.public_name(self.settings.model, self.settings.adapter))
         training = {

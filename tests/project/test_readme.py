@@ -79,10 +79,10 @@ def test_results_are_kept_and_shown_in_one_step(figures, tmp_path: Path, monkeyp
     ):
         for name, speed in names.items():
             store.append(result(cells[name], speed, categories=by_kind))
-    figures.keep(store.folder)
-    assert "secret" not in (tmp_path / "kept/model.gguf.json").read_text()
-    table = figures.written("<!-- figures methods model.gguf -->\nold\n<!-- end -->\n").splitlines()
+    figures.keep("mine", store.folder)
+    assert "secret" not in (tmp_path / "kept/mine.json").read_text()
+    table = figures.written("<!-- figures methods mine -->\nold\n<!-- end -->\n").splitlines()
     assert table[3].startswith("| plain decoding | 1.00 | 1.00 |") and "old" not in table
     assert table[4].startswith("| **`ngram+m2r2`** |") and table[5].startswith("| `ngram` |")
-    kinds = figures.written("<!-- figures ngram+m2r2 model.gguf -->\n<!-- end -->")
+    kinds = figures.written("<!-- figures ngram+m2r2 mine -->\n<!-- end -->")
     assert "| math | 2.00 [1.80–2.20] | 1.20 [1.08–1.32] |" in kinds and "All outputs equal plain decoding." in kinds

@@ -68,7 +68,7 @@ def _kind(file: GGUFFile) -> str:
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template of a GGUF file into ``folder``.
 
-    name: of the model, for messages. Raises SpecDecError for a file that is broken or not supported.
+    name: the model's name in messages. Raises SpecDecError for a file that is broken or not supported.
     """
     kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
@@ -83,7 +83,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 def config_of(name: str, file: GGUFFile) -> Config:
     """Return the config of a GGUF file, made from its metadata. Raises SpecDecError for unknown or impossible metadata.
 
-    name: of the model, for messages.
+    name: the model's name in messages.
     """
     kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
@@ -192,8 +192,8 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """Return the names of the tensors in ``file`` that make up each parameter of ``model``.
 
-    name: of the model, for messages. Raises SpecDecError if tensors are missing, superfluous, or of another shape or an
-    unknown type.
+    name: the model's name in messages. Raises SpecDecError if tensors are missing, superfluous, or of another shape or
+    an unknown type.
     """
     found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
@@ -269,8 +269,8 @@ def _layer(tensor: str) -> int:
 def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: bool) -> NativeModel:
     """Return the model of ``config`` with the weights of ``file`` in ``dtype``.
 
-    name: of the model, for messages. keep: as in ``weights.fill``. Raises SpecDecError if the weights need more memory
-    than is free.
+    name: the model's name in messages. keep: as in ``weights.fill``. Raises SpecDecError if the weights need more
+    memory than is free.
     """
     model = NativeModel(config, dtype)
     names = check_tensors(name, file, model)
@@ -327,7 +327,7 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
 
 
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
-    """Return which row of the file's tensor each of the ``count`` rows of the model's is, int32 [count].
+    """Return, for each of the ``count`` rows of the model's weight, its row in the file's tensor, int32 [count].
 
     path: module path of the linear layer. None: the order is the same.
     """

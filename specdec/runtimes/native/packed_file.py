@@ -44,11 +44,11 @@ ADAPTED, MOST_ADAPTED = "weights-", 2  # the same for the model with adapters
 
 
 class Damaged(Exception):
-    """The file cannot be used. The message says why."""
+    """Raised if a file of packed weights cannot be used. The message says why."""
 
 
 class Entry(NamedTuple):
-    """An entry of the file. kind: of its tiles, or ``OTHER``. offset, size: in bytes."""
+    """An entry of the file. kind: format of its tiles, or ``OTHER``. offset, size: position and size in bytes."""
 
     kind: int
     offset: int
@@ -297,7 +297,7 @@ def drop_old(folder: Path, begin: str, most: int) -> None:
 
 @functools.cache
 def note(text: str) -> None:
-    """Print a note, once for each text."""
+    """Print the note ``text`` to stderr, unless the process has printed it before."""
     terminal.say(f"note: {text}")
 
 
@@ -314,7 +314,7 @@ def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
 
 
 def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
-    """Write entries (data, offset). What lies between them is zeros."""
+    """Write ``entries``, (data, offset in the file) each, in order, and zeros between them."""
     for data, offset in entries:
         file.seek(offset)
         file.write(data.numpy().data)

@@ -338,7 +338,7 @@ class PackedModel:
         narrow = {} if mlp is None or neurons is None else mlp.shapes(len(neurons))
 
         def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
-            """Return the weight of a slot, with adapters, rows and columns in packed order."""
+            """Return the joined weights of ``pairs``, with adapters added, and rows and columns as the kernels need."""
             parts = list[Tensor]()
             for path, module in pairs:
                 given = mlp.weight(path, neurons) if path in narrow else module.weight.detach()  # type: ignore
@@ -379,7 +379,7 @@ class PackedModel:
 
 
 def _round(layer: nn.Module, kind: str, paged: bool) -> None:
-    """Quantize the linear layers of a decoder layer to block format ``kind``, except those in as few or fewer bits.
+    """Quantize the linear layers of a decoder layer to block format ``kind``, unless they have no more bits already.
     paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or blocks.bits(module.blocks.kind) > blocks.bits(kind):

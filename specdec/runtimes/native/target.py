@@ -47,7 +47,7 @@ class NativeTarget(Target):
     first pass.
 
     packed: the model's weights as the kernels read them.
-    final_norm, eps, embedding, experts: those of ``packed``.
+    final_norm, eps, embedding, experts: the attributes of ``packed`` with these names.
     """
 
     runtime = "native"
@@ -233,13 +233,16 @@ class NativeTarget(Target):
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """As in ``Kernels``."""
+        """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
         return self.packed.merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
         self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
-        """As in ``Kernels``; the first object is the array of sequences. whole: as in ``RowMask``."""
+        """Point ``call`` to each row's next ``counts`` cache slots of layers [lo, hi); return objects to keep alive.
+
+        The first object is the array of sequences. whole: whether the caller commits all tokens of the pass.
+        """
         ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
         cache.claim(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         sequences = (SequenceArgs * len(rows))()
@@ -255,7 +258,7 @@ class NativeTarget(Target):
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
-        """Return a call for layers [lo, hi) without the fields that depend on a cache or on states."""
+        """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
         call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._no_taps)
@@ -294,7 +297,7 @@ def native_target(
     expert_prefetch: bool,
     keep: bool,
 ) -> NativeTarget:
-    """Return the native runtime of a model. Arguments as in ``make_target``.
+    """Return the native runtime of a model. Arguments are those of ``make_target`` with these names.
 
     keep: whether the packed weights are read from, or written to, a file in the model's cache entry, if it has one.
     """

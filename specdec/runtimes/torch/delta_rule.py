@@ -16,9 +16,9 @@ CONVOLUTION, STATE = ("conv", 0), ("recurrent", 0)
 
 
 class DeltaRule:
-    """The mixer of a layer, between its first linear map and its last.
+    """The gated delta rule of a recurrent layer, between its first linear layers and its last.
 
-    kinds: shape and dtype of a row's states, by kind and number.
+    own: the module. kinds: shape and dtype of a row's states, by kind and number.
     """
 
     def __init__(self, own: Any) -> None:
@@ -36,9 +36,9 @@ class DeltaRule:
     def __call__(
         self, x: Tensor, states: States, paths: Tensor | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, States]:
-        """The results ``x`` [B, T, ...] of the first map, and the states before them -> the input of the last map, and
-        the states after them.
+        """Run T tokens; return the input of the last linear layer, [B, T, ...], and the states after the tokens.
 
+        x: outputs of the first linear layers, [B, T, ...]. states: the layer's states before the tokens, by key.
         paths: which tokens are on the path to each token, itself included, bool [B, T, T], parents first; None: all
             earlier ones.
         kept: the tokens that the returned states follow, which are a path, bool [B, T]; None: all.
@@ -74,7 +74,7 @@ class DeltaRule:
 
 
 def _windows(seen: Tensor, paths: Tensor, taps: int) -> Tensor:
-    """The last ``taps`` inputs on each of P paths [B, channels, P, taps].
+    """Return the last ``taps`` inputs on each of P paths [B, channels, P, taps].
 
     seen: taps - 1 inputs before all paths, then those of T tokens, [B, channels, taps - 1 + T]. paths: bool [B, P, T].
     """
@@ -86,7 +86,7 @@ def _windows(seen: Tensor, paths: Tensor, taps: int) -> Tensor:
 
 
 def _parts(x: Tensor, keys: int, values: int, key_heads: int, heads: int) -> list[tuple[Tensor, int]]:
-    """Queries, keys and values of ``x``, and their numbers of heads."""
+    """Split ``x`` [..., 2 keys + values] into queries, keys and values, each with its number of heads."""
     return list(zip(x.split((keys, keys, values), -1), (key_heads, key_heads, heads), strict=True))
 
 
@@ -100,12 +100,15 @@ def _run(
     paths: Tensor | None,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, T, H, dk], values [B, T, H, dv], decays and strengths [B, T, H], the state [B, H, dk, dv]
-    before them -> results [B, T, H, dv] and the state after them.
+    """Run the gated delta rule in chunks; return the outputs [B, T, H, dv] and the state after the tokens.
 
     In a chunk, what each token adds to the state depends on what earlier ones on its path have added: a triangular
     system.
 
+    q, k: queries and keys, [B, T, H, dk].
+    v: values, [B, T, H, dv].
+    decay, strength: logarithms of decay rates, and write strengths, [B, T, H].
+    state: the state before the tokens, [B, H, dk, dv]; None: zeros.
     paths, kept: as in ``DeltaRule``. With them, all tokens are one chunk.
     """
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))

@@ -19,9 +19,11 @@ COPIES = 3  # times an expert that is copied is read or written
 
 
 class Experts:
-    """The mixture of a layer.
+    """The mixture of experts of a layer.
 
-    shared: the MLP for all tokens, beside the experts; None: there is none.
+    mlp: the module of the model.
+    act: activation of the experts' gates.
+    shared: MLP that all tokens run beside the experts; None: there is none.
     """
 
     def __init__(self, mlp: Any, mixture: Mixture, numbers: Numbers, act: Linear, shared: Linear | None) -> None:
@@ -34,11 +36,11 @@ class Experts:
     def __call__(
         self, x: Tensor, routed: Tensor | None = None, choose: Choose | None = None, together: bool = False
     ) -> Tensor:
-        """Tokens [B, T, D] -> [B, T, D].
+        """Return the mixture's outputs [B, T, D] for inputs ``x`` [B, T, D].
 
-        routed: filled with the router's logits [B T, E].
-        choose: the experts [B T, k] that tokens take, from these logits; None: those with the largest.
-        together: whether to run without the host, for a few tokens; else the host reads which experts are taken.
+        routed: tensor that is filled with the router's logits [B T, E]; None: they are not returned.
+        choose: function from these logits to the experts [B T, k] that tokens use; None: the largest logits decide.
+        together: whether few tokens run without the host; otherwise the host reads which experts tokens use.
         """
         flat = x.flatten(0, 1)
         logits = F.linear(flat, self.router.weight, getattr(self.router, "bias", None)).float()
@@ -54,8 +56,10 @@ class Experts:
         return out.to(x.dtype).view(x.shape)
 
     def _one_by_one(self, x: Tensor, taken: Tensor, shares: Tensor) -> Tensor:
-        """Sums [n, D] of what the experts ``taken`` [n, k] of tokens [n, D] make, times ``shares`` [n, k]. The host
-        reads which experts they are."""
+        """Return the sums [n, D] of the outputs of the experts ``taken`` [n, k] for inputs ``x`` [n, D].
+
+        Outputs are multiplied by ``shares`` [n, k]. The host reads ``taken``.
+        """
         places = dict[int, list[int]]()  # of each expert that is taken
         for place, number in enumerate(taken.flatten().tolist()):
             places.setdefault(number, []).append(place)
@@ -67,7 +71,7 @@ class Experts:
         return out
 
     def _together(self, x: Tensor, taken: Tensor, shares: Tensor) -> Tensor:
-        """As ``_one_by_one``, without the host: copies of the experts that few tokens take, or all experts."""
+        """Return what ``_one_by_one`` returns, without the host: all experts run, or copies of those that are taken."""
         (count, top_k), every = taken.shape, self.router.weight.shape[0]
         if COPIES * count * top_k < every:
             made = self._run(taken.flatten(), x.repeat_interleave(top_k, 0)[:, None]).view(count, top_k, -1)
@@ -77,7 +81,7 @@ class Experts:
         return (made * weights.mT[..., None]).sum(0)
 
     def _run(self, number: int | slice | Tensor, x: Tensor) -> Tensor:
-        """Tokens [n, D] through an expert, or [E', n, D] through several."""
+        """Return the outputs [n, D] of expert ``number`` for inputs ``x`` [n, D]; of several, [E', n, D] for such x."""
         own, biases = self.experts, [None, None]
         if isinstance(own, BlockExperts):
             assert isinstance(number, int)
@@ -95,7 +99,7 @@ class Experts:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Tokens [n, in] through a weight [out, in], or [E, n, in] through several [E, out, in], with biases."""
+    """Return inputs ``x`` [n, in] times a weight [out, in], or [E, n, in] times several [E, out, in], plus biases."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)

@@ -51,11 +51,12 @@ CACHED = "layers", "draft"  # what is captured over the static cache
 
 
 class CapturedTarget(TorchTarget):
-    """The PyTorch runtime by captured passes. Raises SpecDecError as ``TorchTarget``, and without a GPU.
+    """The PyTorch runtime on a CUDA device, where passes are captured as CUDA graphs.
 
-    Captured passes share their buffers, so threads take turns under the model's lock.
+    Captured passes share their buffers, so threads take turns under the model's lock. Raises SpecDecError as
+    ``TorchTarget`` does, and without a GPU.
 
-    record: the recorder; None: CUDA graphs.
+    record: captures a function; None: a ``CudaRecorder``.
     """
 
     def __init__(self, model: NativeModel | PreTrainedModel, record: Record | None = None) -> None:
@@ -78,7 +79,7 @@ class CapturedTarget(TorchTarget):
         return StaticCache(shape, *how, len(recurrent), kinds, self.hidden_size)
 
     def _forget(self) -> None:
-        """Drop what is captured over the static cache."""
+        """Delete all captured functions, because the static cache has got new memory."""
         self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] not in CACHED)
 
     @property
@@ -91,7 +92,7 @@ class CapturedTarget(TorchTarget):
         return KVCache(self.num_layers, batch, self.device, layers=attention, recurrent=recurrent)
 
     def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
-        """What is captured under ``key``, at first the function with the inputs that ``make`` returns."""
+        """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
         if key not in self.captured:
             self.captured[key] = Captured(*make(), self.record)
         self.captured.move_to_end(key)
@@ -116,7 +117,7 @@ class CapturedTarget(TorchTarget):
             return self._run(x, lo, hi, ctx, mask, ahead)
 
     def recurs(self, lo: int, hi: int) -> bool:
-        """Whether a layer of [lo, hi) is recurrent."""
+        """Return whether a layer of [lo, hi) is recurrent."""
         return any(lo <= layer < hi for layer in self.recurrent_layers)
 
     def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, ahead: int) -> Tensor:
@@ -166,11 +167,13 @@ class CapturedTarget(TorchTarget):
         pending: Sequence[Sequence[int]] = (),
         count: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The argument ``numbers`` of ``store`` for rows in the lanes ``places``, and these lanes, int64 [B].
+        """Return the argument ``numbers`` of ``store``, and the lane of each row, int64 [B].
 
-        committed: of each row. ahead: as in ``store``. pending: of each row, the number of pending tokens in each
-        recurrent layer; (): 0. count: number of lanes, L; None: enough for the rows.
-        The lanes are None if they are the first ones in order.
+        The second value is None if rows 0, 1, .. are in lanes 0, 1, ..
+        committed: number of committed tokens of each row. places: the lane of each row.
+        ahead: number of uncommitted slots before the tokens of the pass.
+        pending: for each row, the number of pending tokens in each recurrent layer; (): there are none.
+        count: number of lanes, L; None: as many as the rows need.
         """
         count = bucket(max(places) + 1) if count is None else count
         filled, starts = [0] * count, [self.static.slots - SPARE] * count  # of a lane without a row
@@ -185,7 +188,10 @@ class CapturedTarget(TorchTarget):
         return numbers[: len(whole)], None if in_order else numbers[len(whole) :]
 
     def _tree(self, mask: RowMask, t: int, ahead: int) -> Tensor:
-        """Which uncommitted slots each token of a pass sees, bool [B, T, U], or more slots."""
+        """Return which uncommitted slots each token of a pass sees, bool [B, T, U], or with further slots.
+
+        t: T. ahead: number of uncommitted slots before the tokens.
+        """
         if not mask.chains:
             assert mask.ancestors is not None
             return upload(mask.ancestors, self.device, torch.bool).expand(len(mask.committed), -1, -1)
@@ -194,10 +200,12 @@ class CapturedTarget(TorchTarget):
         return self._chains[t, ahead].expand(len(mask.committed), -1, -1)
 
     def store(self, count: int) -> Callable[..., Store]:
-        """What makes the ``Store`` of a captured pass over L = ``count`` lanes, inside it. Its arguments:
+        """Return a function that makes the ``Store`` of a captured pass over L = ``count`` lanes, inside the pass.
 
-        numbers: of each lane how many slots are committed, and where uncommitted ones begin; then how many of these
-            come before the tokens; then the numbers of pending tokens of R recurrent layers: int64 [2 L + 1 + R L].
+        The function's arguments are:
+        numbers: for each lane the number of committed slots, then for each the index of the first uncommitted slot,
+            then the number of uncommitted slots before the tokens, then for each of R recurrent layers and each lane
+            the number of pending tokens: int64 [2 L + 1 + R L].
         t: T.
         places: positions of uncommitted slots, int64 [L, U], those of the tokens included.
         tree: which of the uncommitted slots a token sees, bool [L, T, U].
@@ -359,7 +367,7 @@ class CapturedTarget(TorchTarget):
         return x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
 
     def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``read`` makes of states [B, T, D], captured for as many tokens; written over by the next call."""
+        """Return ``read(x)`` of states [B, T, D], captured under ``name``; the next call overwrites the result."""
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
         held = self.capture((name, size), lambda: (lambda states: [read(states)], [x.new_zeros(size, 1, x.shape[2])]))
         [found] = held((), [x.flatten(0, 1)[:, None]])

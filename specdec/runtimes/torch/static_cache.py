@@ -22,20 +22,24 @@ KEPT = 512 << 20  # bytes that stay for the next request, with the passes that a
 
 
 def bucket(count: int) -> int:
-    """The smallest power of two that is at least ``count``."""
+    """Return the smallest power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 class StaticCache:
-    """The lanes of a target's rows.
+    """One tensor for the keys and values of all rows, at a fixed address, so that passes over it can be captured.
 
-    shape: numbers of attention layers and heads, and the size of a head.
+    Each row has one of L lanes.
+
+    shape: N, H and d: numbers of attention layers and heads, and the size of a head.
     recurrent: number of recurrent layers, R. kinds: shape and dtype of a layer's states, by kind and number.
     width: D, the size of the inputs of recurrent layers.
-    whole: [2, N, L, H, slots, d]; None: nothing is allocated.
-    states: by kind and number [R, L, ...]. inputs: of uncommitted or pending tokens [R, L, SPARE, D].
-    lock: the target's.
-    forget: called when what is captured over ``whole`` is void.
+    whole: the tensor [2, N, L, H, slots, d]; None: nothing is allocated.
+    states: recurrent states [R, L, ...] by kind and number.
+    inputs: inputs of uncommitted or pending tokens, [R, L, SPARE, D].
+    homes: for each lane, its part of ``states`` by layer, kind and number, and its part of ``inputs``.
+    lock: the lock of the target.
+    forget: called when ``whole`` is replaced, so that captured functions are invalid.
     """
 
     def __init__(
@@ -64,12 +68,12 @@ class StaticCache:
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the lanes that no row has."""
+        """Bytes of the lanes that no row uses."""
         whole = self.whole
         return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
 
     def _users(self) -> dict[int, RowEntries]:
-        """The rows by lane."""
+        """Return the rows that have a lane, by lane."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
         return {lane: row for lane, row in rows if row is not None and row.pointers[1] == self._begin(lane)}
 
@@ -77,7 +81,7 @@ class StaticCache:
         return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
 
     def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
-        """Let each of ``rows`` have a lane with room for ``end`` tokens; return the lanes."""
+        """Give each of ``rows`` a lane with at least ``end`` slots; return the lanes. May replace ``whole``."""
         self.placing = True
         try:
             return self._place(rows, end)
@@ -134,7 +138,7 @@ class StaticCache:
         self.rows[lane] = weakref.ref(row, self._ended)
 
     def _ended(self, _row: object) -> None:
-        """Release the memory after the last row. Of another thread that holds the lock the rows are alive."""
+        """Release the memory when the last row has ended, unless another thread holds the lock and so uses rows."""
         if not self.placing and self.lock.acquire(blocking=False):
             try:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
