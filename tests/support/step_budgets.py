@@ -25,6 +25,7 @@ from specdec.runtimes.torch.target import TorchTarget
 
 # Operations outside captures, and replays, of a step with one row, once all is captured.
 LAUNCHES = {"none": (10, 2), "m2r2 (tree)": (30, 3), "m2r2: two projections, no early layer": (30, 3)}
+SAMPLING = 20  # more operations, of rows that are sampled
 # Reads of a step, with one row and with three.
 ONE = 1, 1
 READS: dict[str, tuple[int, int]] = {
@@ -113,5 +114,6 @@ def test_reads_and_uploads_of_a_step(
         reads, uploads, *ran_outside = map(median, zip(*found, strict=True))
         assert reads <= most and uploads == 0, (fake_device.reads, fake_device.uploads)
         if name in LAUNCHES and len(prompts) == 1:
-            within = zip(ran_outside, LAUNCHES[name], strict=True)
+            outside, replays = LAUNCHES[name]
+            within = zip(ran_outside, (outside + (SAMPLING if temperature else 0), replays), strict=True)
             assert all(count <= bound for count, bound in within), (ran_outside, fake_device.launches)
