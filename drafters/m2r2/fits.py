@@ -202,7 +202,10 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return ``basis`` with a second projection, fitted to the sums and to the weighted training data ``more``."""
+        """Return ``basis`` with its second projection fitted by ridge regression to the sums and to ``more``.
+
+        more: further training data with weights. Yields where other work may run in between.
+        """
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:

@@ -175,7 +175,7 @@ class M2R2Learner(Learner):
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Add a text to the sums, or to the hold-out set if it is chosen for that."""
+        """Add a text to the regression's sums, or to the hold-out set; yield where other work may run."""
         fits, progress = self.fits, self.fits.progress
         text.held = self.read % HOLDOUT_EVERY == 0
         self.read += 1
@@ -204,8 +204,9 @@ class M2R2Learner(Learner):
     def _weighted(self, index: int, recent: float, held: float) -> Iterator[Weighted]:
         """Yield training data of the latest texts for projection ``index``, each with the weight to add to the sums.
 
-        recent: weight of a recent text, which the sums contain with weight 1.
-        held: weight of a text of the hold-out set, which the sums do not contain; 0: it is left out.
+        The sums contain each text with weight 1 already.
+        recent: weight that a text is to have.
+        held: weight that a text of the hold-out set is to have; 0: none.
         """
         for text in self.latest:
             weight = (held if text.held else recent) - 1  # the sums have them once

@@ -143,7 +143,7 @@ class MedusaDrafter(Drafter):
     def _likeliest(
         self, state: State, row: int, logits: Tensor, table: Tensor | None, best: list[list[list[float]]]
     ) -> Candidates:
-        """Return the likeliest paths of a row from the logits [K, V'] of K heads, under the row's constraint.
+        """Return the likeliest paths of a row, at most ``nodes`` nodes, from the logits [K, V'] of K heads.
 
         table: calibration table of probabilities (``calibrated``), [1, 11]; None: they are not calibrated.
         best: what ``_best`` returns for the row.

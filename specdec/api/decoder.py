@@ -74,8 +74,8 @@ class SpecDecoder:
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or "ngram+X" with one of these texts as X. NAME=SOURCE loads a drafter from SOURCE, such as
-    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, or with one that teaches itself; the
-    attribute ``drafter`` is the one in use.
+    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the mtp layer in its files,
+    else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
     drafter_options: options of the drafter; for joined drafters, a mapping per name.
     runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"

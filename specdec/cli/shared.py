@@ -124,7 +124,7 @@ Drafter = Annotated[
     str,
     _model(
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
-        "with X one of these; auto: ngram+m2r2.",
+        "with X one of these; auto: ngram+m2r2, or ngram+mtp if the model has such a layer.",
         "NAME",
         autocompletion=completing(_drafters, "+"),
     ),

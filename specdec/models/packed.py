@@ -53,7 +53,7 @@ class Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """Return the offset of a matrix in all parts of the file followed by ``made``, in bytes.
+        """Return the offset of a matrix in bytes, counted through all parts of the file and then through ``made``.
 
         None: the matrix lies elsewhere, or is not contiguous.
         """

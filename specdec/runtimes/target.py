@@ -106,6 +106,13 @@ class Target(ABC):
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype
 
+    def beside(self, model: AnyModel) -> Target:
+        """Return ``model``, whose embedding and output head are this target's, as a target in the same runtime.
+
+        Raises SpecDecError if the runtime does not support it.
+        """
+        return type(self)(model)
+
     def new_cache(self, batch: int = 1) -> KVCache:
         return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
 

@@ -116,7 +116,7 @@ class CostModel:
         return self._other(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the extra seconds of a draft's first level over what ``level`` returns."""
+        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
         return self._other(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
