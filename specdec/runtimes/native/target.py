@@ -25,7 +25,7 @@ from specdec.models.native_model import AnyModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceArgs, done, pointer
@@ -161,27 +161,21 @@ class NativeTarget(Target):
         return y
 
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None
         idle = path.made[self, size]  # drafters that no thread is using; None: not supported
         if idle is None:
-            return super().draft_rows(cache, roots, path, limits, masks, choice)
+            return super().draft_rows(cache, roots, path, limits)
         try:
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
         if drafter.tokens is not path.tokens:
             drafter.follow(self, path)
-        found = drafter(self, cache, roots, limits, masks)
+        found = drafter(self, cache, roots, limits)
         if self.experts is not None:
             self.experts.end_pass()
         idle.append(drafter)
