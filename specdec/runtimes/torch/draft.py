@@ -78,12 +78,13 @@ def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, wa
     vocab: as in ``Rules``. size: V, the size of the model's vocabulary.
     waits: whether the host may read which tokens compete, and then makes only their noise.
     """
-    device, sampled, noise, sampling = roots.final.device, roots.sampled, None, None
+    device, sampled, sampling = roots.final.device, roots.sampled, None
+    noise: Any = None
     tables = None if roots.tables is None else upload(roots.tables, device, torch.float32)
     if sampled is not None:
         each = [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
         sampling = upload(each, device, torch.float32)
-        noise: Any = partial(_noise_of, sampled, size)
+        noise = partial(_noise_of, sampled, size)
         if not waits:
             rows = [torch.stack([s.noise(s.place + level, size, None) for level in range(levels)]) for s in sampled]
             noise = upload(torch.stack(rows), device, torch.float32)
