@@ -131,7 +131,8 @@ class Eagle3Drafter(PairDrafter):
         prices = state.prices
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
-        rules = Rules(self.tokens, tables, given=given_of(given, device), masks=state.masks(0))
+        masks = None if choice is not None else state.masks(0)
+        rules = Rules(self.tokens, tables, given=given_of(given, device), masks=masks)
         waits = choice is None and not is_asynchronous(device)
         found = taken(grow(step, state.roots, limits, rules, waits=waits), choice)
         return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]

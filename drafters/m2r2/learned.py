@@ -103,7 +103,9 @@ class Store:
     def __init__(self, fingerprint: str, path: str) -> None:
         name = hashlib.sha256(f"{fingerprint} {path}".encode()).hexdigest()[:24]
         self.path = folder() / f"{name}.safetensors"
-        self.lock, self.writes, self.why_not = _lock_of(self.path), False, ""
+        self.lock = _lock_of(self.path)
+        self.writes = False
+        self.why_not = ""
 
     def claim(self) -> bool:
         """Become the process that writes the file; return False if another process does, or the file cannot be written.

@@ -36,7 +36,9 @@ class Store:
     """The output folder of one benchmark, which need not exist yet. Only ``opened`` and ``append`` write into it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
+        self.folder = folder
+        self.manifest = folder / MANIFEST  # the plan
+        self.path = folder / RECORDS  # the results
 
     @contextmanager
     def opened(

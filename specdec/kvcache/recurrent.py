@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError
 
 BRANCH_TOKENS = 1024  # maximum tokens of a tree's branches that run at once: bounds memory
@@ -97,7 +98,7 @@ class RowStates(ABC):
             if was_pending:
                 raise ValueError("cannot commit tokens that did not run through all layers")
             if path[-1] != count - 1:  # else they are in place
-                self.inputs[:, :count] = self.inputs[:, list(path)]
+                self.inputs[:, :count] = self.inputs[:, upload([*path], self.inputs.device)]
             self.pending = type(self.pending)(*[count] * self.layers)
         self.ahead = {}
 
@@ -128,13 +129,40 @@ class RowStates(ABC):
 
 
 class LayerStates(RowStates):
-    """The states of layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number), which never change."""
+    """The states of layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number), which never change.
+
+    home: states at fixed addresses that captured passes change in place, as in ``states``; {}: there are none.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.home: StatesByKey = {}
 
     def empty(self) -> LayerStates:
         return LayerStates(self.layers)
 
     def snapshot(self) -> StatesByKey:
-        return dict(self.states)
+        return {key: state.clone() if state is self.home.get(key) else state for key, state in self.states.items()}
+
+    def move(self, home: StatesByKey, inputs: Tensor) -> None:
+        """Keep the states in ``home``, and the inputs in ``inputs`` [layers, capacity, D], at fixed addresses."""
+        for key, place in home.items():
+            if (state := self.states.get(key)) is not place:
+                place.copy_(torch.zeros_like(place) if state is None else state)
+                self.states[key] = place
+        count = max(self.pending, default=0)
+        if self.inputs is not inputs and count <= inputs.shape[1]:
+            if count:
+                inputs[:, :count] = self.inputs[:, :count]
+            self.inputs = inputs
+        self.home = home
+
+    def ran(self, layers: Sequence[int]) -> None:
+        """Note that a captured pass has run ``layers``, numbers among the recurrent ones: none of their tokens is
+        pending."""
+        for layer in layers:
+            self.pending[layer] = 0
+            self.ahead.pop(layer, None)
 
     def of_layer(self, layer: int) -> States:
         """Return the states of one layer, without the layer number in the keys."""

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 
-MOST_TOKENS = 1024  # of a pass whose cost is told apart
+MOST_TOKENS = 1024  # of the largest pass that has a cost of its own
 TYPICAL_TOKENS = 4  # that a step drafts
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
@@ -60,8 +60,9 @@ class CostModel:
         self.shares = [max(share, 1e-4) for share in shares]
         # Of each number of tokens: its place among 1, 2, 4, ..
         self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
-        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it as far as is known.
-        self.state, self.covariance, self.known = [0.0], [[1.0]], False
+        self.state = [0.0]  # the speed, which is the error at one token, and the errors at 2, 4, .. over it, if known
+        self.covariance = [[1.0]]  # of the state
+        self.known = False  # whether the speed is
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
@@ -92,8 +93,7 @@ class CostModel:
     def passing(self, contexts: Sequence[int], most: int) -> list[float]:
         """Return the seconds of passes over the root of each row and 0, 1, .. ``most`` drafted tokens.
 
-        contexts: number of cached tokens of each row. All drafted tokens count as tokens of the row with the fewest;
-            ``beyond`` returns the difference.
+        contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
         """
         rows, cached, least = len(contexts), sum(contexts), min(contexts)
         errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
@@ -105,7 +105,7 @@ class CostModel:
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def beyond(self, contexts: Sequence[int]) -> list[float]:
-        """Return, for each row, the extra seconds of a drafted token over the row with the fewest cached tokens."""
+        """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
         rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
         pairs = [cached + some * own for own in (least, *contexts)]
         base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
@@ -116,7 +116,7 @@ class CostModel:
         return self._other(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the extra seconds of a draft's first level over what ``level`` returns."""
+        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
         return self._other(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:

@@ -27,7 +27,6 @@ def complete(name: str, values: dict[str, Any]) -> None:
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads
     if heads % (keys := values.get("linear_num_key_heads") or 1):
         raise SpecDecError(f"cannot load model '{name}': its GGUF file has {heads} value heads for {keys} key heads")
-    values["num_hidden_layers"] -= values.pop("nextn_layers", 0)
     interval = values.pop("full_attention_interval", 4)
     if values["num_hidden_layers"] < 1 or not 0 < interval <= values["num_hidden_layers"]:
         raise SpecDecError(f"cannot load model '{name}': its GGUF file has no layer with attention")

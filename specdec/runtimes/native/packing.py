@@ -171,6 +171,10 @@ class PackedModel:
                 self._own_head = packed
         return packed
 
+    def share_heads(self, other: PackedModel) -> None:
+        """Take the packed output heads of ``other``, a model of the same family; heads of both are packed once."""
+        self._heads = other._heads
+
     def prepare_head(self, head: nn.Linear) -> Generator[None]:
         """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
         if head in self._heads:
@@ -394,7 +398,7 @@ def _round(layer: nn.Module, kind: str, paged: bool) -> None:
 
 
 def _room_for_experts(model: nn.Module) -> int | None:
-    """Return the bytes that are free for a mixture's experts if all of them need more; else None."""
+    """Return the bytes of RAM that are free for a mixture's experts; None: all fit, or the model has none."""
     experts = others = 0
     for name, weight in named_weights(model):
         parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)

@@ -100,6 +100,9 @@ class TorchTarget(Target):
         pairs = (pair for each in decoder_layer.modules(self.blocks[layer]).values() for pair in each)
         return {path: (module.in_features, module.out_features) for path, module in pairs}
 
+    def beside(self, model: NativeModel | PreTrainedModel) -> TorchTarget:
+        return TorchTarget(model)
+
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
