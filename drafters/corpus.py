@@ -19,6 +19,7 @@ import numpy as np
 
 from specdec.base import files
 from specdec.base.background import Stop
+from specdec.models.tokenizer import Tokenizer
 from specdec.speculation.ngram import Ints
 
 SHIPPED = "pretrained/ngram/corpus.txt.xz"  # texts, a NUL between two of them
@@ -71,5 +72,7 @@ def path_for(tokenizer: Any, packed: bytes) -> Path:
 
 def described(tokenizer: Any) -> str:
     """Return a string that two tokenizers share only if they have the same vocabulary and rules."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.digest
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))

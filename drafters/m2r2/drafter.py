@@ -96,7 +96,8 @@ class M2R2Drafter(ChainDrafter):
                 )
             learner = M2R2Learner(target)
             return cls(learner.fits.network, learner=learner, **kwargs)
-        return cls(load_network(target, drafter_folder.find(cls.name, cls.training, target, source)), **kwargs)
+        folder = drafter_folder.find(cls.name, cls.training, target, source)
+        return cls(load_network(target, folder, target.dtype), **kwargs)
 
     def bind(self, target: Target) -> None:
         if self.learner is None:

@@ -198,14 +198,14 @@ def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
 
-def load_network(target: Target, folder: Path) -> M2R2:
-    """Load the network in a drafter folder. Raises SpecDecError if it does not fit the target."""
+def load_network(target: Target, folder: Path, dtype: torch.dtype = torch.float32) -> M2R2:
+    """Return the network in a drafter folder, in ``dtype``. Raises SpecDecError if it does not fit the target."""
     config = drafter_folder.read_config(folder, "m2r2", target)
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
     drafter_folder.check_inner_size("the rank", path.rank, target.hidden_size)
     router = router and drafter_folder.check_inner_size("the router's width", router, target.hidden_size)
     network = drafter_folder.load(
-        folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router), current_name
+        folder, target.vocab_size, lambda vocab: M2R2(path, target, vocab, router).to(dtype), current_name
     )
     for layer in path.narrow_layers:
         kept, mlp = network.adapters.kept(layer), narrow_mlp(target, layer, path.neurons)

@@ -7,9 +7,7 @@ specdec: an unexpected exception, or an output that differs from plain decoding 
 
 from __future__ import annotations
 
-import atexit
 import errno
-import gc
 import os
 import sys
 import traceback
@@ -37,9 +35,6 @@ from specdec.cli.shared import INTERRUPTED
 from specdec.speculation import registry
 
 DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
-# Imported modules are a million objects that live as long as the process. Looking for garbage among them takes a fifth
-# of the time of importing them, and more when the process ends.
-COLLECT = 100_000, 50, 100
 
 
 class Commands(TyperGroup):
@@ -136,8 +131,6 @@ app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
 
 
 def main() -> None:
-    gc.set_threshold(*COLLECT)
-    atexit.register(gc.freeze)
     try:
         terminal.guard_streams()
     except SpecDecError as error:

@@ -23,7 +23,7 @@ from specdec.models.native_model import Experts, NativeModel
 from specdec.models.safetensors_file import TEXT_NAMES
 from specdec.models.source import Source
 from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
-from specdec.models.tokenizer import FILE, Tokenizer
+from specdec.models.tokenizer import Tokenizer, save
 
 MIXTRAL = {r"\.block_sparse_moe\.": ".mlp."}  # names in Mixtral's files (patterns), and in ``NativeModel``
 MIXTRAL |= {rf"(\.experts\.\d+)\.w{n}\.": rf"\1.{name}_proj." for n, name in enumerate(("gate", "down", "up"), 1)}
@@ -73,7 +73,7 @@ def write_parts(source: Source, folder: Path) -> None:
         settings = GenerationConfig.from_model_config(theirs)
     write_generation(folder, settings.to_diff_dict())
     tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.save(str(folder / FILE), pretty=False)
+    save(tokenizer.backend_tokenizer, folder)
     own = Tokenizer(folder)
     for text in (*SAMPLES, SAMPLES[0].join(tokenizer.all_special_tokens)):
         if _read_back(own, text) != _read_back(tokenizer, text):

@@ -37,7 +37,8 @@ class Adapters(nn.Module):
         super().__init__()
         self.neurons = dict(neurons or {})
         for layer, count in self.neurons.items():
-            self.register_buffer(f"{layer}/neurons", torch.arange(count, dtype=torch.int32))
+            chosen = torch.arange(count, dtype=torch.int32, device="cpu")  # on "meta", PyTorch would import SymPy
+            self.register_buffer(f"{layer}/neurons", chosen)
         self.rank = rank
         self.paths = {layer: list(paths) for layer, paths in shapes.items()}
         for layer, paths in shapes.items():

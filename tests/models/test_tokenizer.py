@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from tiny import save_native
 from tiny_gguf import write_gguf
 from tiny_tokenizers import TEXTS, letters, special_tokenizer
@@ -15,7 +16,7 @@ from specdec.api.text import special_tokens
 from specdec.models import catalogue, loading, prepare
 from specdec.models.chat_template import render
 from specdec.models.gguf.file import read_header
-from specdec.models.tokenizer import Tokenizer
+from specdec.models.tokenizer import FILE, Tokenizer, save
 
 TOOLS = [
     {
@@ -176,3 +177,22 @@ def test_a_chat_template_in_the_config(tmp_path: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].role }}"}))
     assert Tokenizer(folder).apply_chat_template([USER], tokenize=False) == "user"
+
+
+@pytest.mark.parametrize(
+    ("joined", "texts"),
+    [
+        (["ab", "é"], True),
+        (["a", " b"], False),  # a token with a space
+        (["#version", "ed"], False),  # the text would be read as a comment
+    ],
+)
+def test_merges_are_written_as_texts_where_these_are_read_back_alike(
+    tmp_path: Path, joined: list[str], texts: bool
+) -> None:
+    vocabulary = {token: n for n, token in enumerate([*joined, "".join(joined)])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [tuple(joined)]))
+    save(backend, tmp_path)
+    written = (tmp_path / FILE).read_text("utf-8")
+    assert json.loads(written)["model"]["merges"] == [" ".join(joined) if texts else joined]
+    assert tokenizers.Tokenizer.from_str(written).to_str() == backend.to_str()

@@ -1,6 +1,8 @@
 """Passes with some neurons of the MLPs: as if the other neurons gave nothing, in every runtime."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,18 @@ def test_neurons_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
     gpt = TransformersTarget(tiny_model("gpt2"))
     with pytest.raises(SpecDecError, match="has none to choose from"):
         M2R2(M2R2Path(0, ((1, 3),), True, 4, neurons=32), gpt)
+
+
+WITHOUT_MEMORY = """
+import sys
+from specdec.base.devices import without_memory
+from specdec.runtimes.decoder_layer import Adapters
+with without_memory():
+    Adapters({1: {"mlp.down_proj": (32, 16)}}, 4, {1: 32})
+print("sympy" in sys.modules)
+"""
+
+
+def test_a_drafter_with_fewer_neurons_is_loaded_without_sympy() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr

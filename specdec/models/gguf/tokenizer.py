@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.models.gguf.file import GGUFFile, Strings
 from specdec.models.quiet import quiet_transformers
-from specdec.models.tokenizer import CONFIG, FILE, TEMPLATE
+from specdec.models.tokenizer import CONFIG, TEMPLATE, save
 
 TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # field of the config -> name in a file
 CONTROL = 3  # type of tokens that are not text
@@ -50,9 +50,9 @@ def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
 
             converted(name, file).save_pretrained(folder)
             theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # a model type may have normalisers
-            theirs.backend_tokenizer.save(str(folder / FILE), pretty=False)
+            save(theirs.backend_tokenizer, folder)
         return
-    built.save(str(folder / FILE), pretty=False)
+    save(built, folder)
     named = {f"{part}_token": token for part, token in _named(file)}
     given = {"backend": "tokenizers", "model_max_length": int(1e30), "tokenizer_class": "TokenizersBackend"}
     (folder / CONFIG).write_text(json.dumps(given | named, indent=2) + "\n", "utf-8")
