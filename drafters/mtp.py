@@ -139,10 +139,8 @@ class MTPDrafter(PairDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.head.draft_target.readout(outputs)
 
-    def run(
-        self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache
-    ) -> Tensor:
-        x = self.head.inputs(target.embed(tokens, positions), states)
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        x = self.head.inputs(self.target.embed(tokens, positions), states)
         return self.head.draft_target.layers(x, 0, 1, Pass(positions, mask, cache))
 
 

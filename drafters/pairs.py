@@ -47,21 +47,21 @@ class PairDrafter(ChainDrafter):
     layers: the model's layers whose input states, concatenated, are a pair's state; N: the final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
     cost_key: distinguishes drafters of the same name that need different times to draft.
+    target: the model.
     """
 
     shift: ClassVar[int]
     layers: tuple[int, ...]
     tokens: Tensor | None = None
     cost_key: str
+    target: Target
 
     @abstractmethod
     def new_cache(self) -> KVCache:
         """Return an empty cache of one row."""
 
     @abstractmethod
-    def run(
-        self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache
-    ) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         """Run T pairs of each row after the pairs in ``cache``; return the layers' output, [B, T, D'].
 
         tokens, positions: the pairs' tokens and positions, int64 [B, T] each. states: the pairs' states, [B, T, D'].
@@ -81,6 +81,7 @@ class PairDrafter(ChainDrafter):
         """Return draft logits [B, T, V'] from outputs of ``run``, [B, T, D']."""
 
     def bind(self, target: Target) -> None:
+        self.target = target
         self.traits = Traits(
             (self.name,),
             taps=tuple(sorted(set(self.layers))),
@@ -120,7 +121,7 @@ class PairDrafter(ChainDrafter):
                 positions = ((roots + level).clamp_max(last) - self.shift).expand_as(tokens)  # other rows may go deeper
                 mask = cache.register(0, positions, None if paths is None else paths[..., 1:])
                 states = self.fed(states_of(outputs, parents))
-                outputs = self.run(state.target, tokens, states, positions, mask, cache)
+                outputs = self.run(tokens, states, positions, mask, cache)
             level += 1
             return self.logits(outputs)
 
@@ -136,7 +137,7 @@ class PairDrafter(ChainDrafter):
         new = [torch.cat([like, *row.states]) for row in rows]  # (n, ...) each
         for states, counts, tokens, positions in _chunks(state, new, self.shift):
             mask = cache.register(0, positions)
-            out = self.run(state.target, tokens, self.inputs(states), positions, mask, cache)  # (B, T, D')
+            out = self.run(tokens, self.inputs(states), positions, mask, cache)  # (B, T, D')
             cache.commit([range(count) for count in counts])
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:

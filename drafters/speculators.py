@@ -95,7 +95,7 @@ class HeadConfig:
                 f"'{where}' has {heads} attention heads on {kv_heads} key heads, which do not divide them"
             )
         size, inner = layer.get("head_dim") or width // heads, layer.get("intermediate_size")
-        vocab = options.check_int(f"draft_vocab_size {what}", config.get("draft_vocab_size"), 1, target.vocab_size)
+        vocab = options.check_int(f"draft_vocab_size {what}", config.get("draft_vocab_size"), 2, target.vocab_size)
         return {
             "layers": tuple(layers),
             "width": width,
@@ -124,37 +124,39 @@ class HeadConfig:
 class DecoderLayer(nn.Module):
     """Holds a decoder layer's parameters under their names in the file.
 
-    ins: input size of the projections to queries, keys and values. prefix: of the names.
-    linear: makes the linear layer of a name, input size and output size.
+    ins: input size of the projections to queries, keys and values.
+    linear: makes the linear layer of a name, such as "mlp.up_proj", an input size and an output size.
     """
 
-    def __init__(self, config: HeadConfig, ins: int, prefix: str, linear: Callable[[str, int, int], nn.Linear]) -> None:
+    def __init__(self, config: HeadConfig, ins: int, linear: Callable[[str, int, int], nn.Linear]) -> None:
         super().__init__()
         width, inner, attended = config.width, config.intermediate_size, config.heads * config.head_dim
         for name in ("input_layernorm", "post_attention_layernorm"):
             self.add_module(name, LlamaRMSNorm(width, config.eps))
         sizes = {"q_proj": attended, **dict.fromkeys(("k_proj", "v_proj"), config.kv_heads * config.head_dim)}
-        attention = {name: linear(f"{prefix}self_attn.{name}", ins, size) for name, size in sizes.items()}
-        attention["o_proj"] = linear(f"{prefix}self_attn.o_proj", attended, width)
-        self.self_attn = nn.ModuleDict(attention)
-        mlp = {name: linear(f"{prefix}mlp.{name}", width, inner) for name in ("gate_proj", "up_proj")}
-        self.mlp = nn.ModuleDict({**mlp, "down_proj": linear(f"{prefix}mlp.down_proj", inner, width)})
+        attention = {name: linear(f"self_attn.{name}", ins, size) for name, size in sizes.items()}
+        self.self_attn = nn.ModuleDict({**attention, "o_proj": linear("self_attn.o_proj", attended, width)})
+        mlp = {name: linear(f"mlp.{name}", width, inner) for name in ("gate_proj", "up_proj")}
+        self.mlp = nn.ModuleDict({**mlp, "down_proj": linear("mlp.down_proj", inner, width)})
 
 
 class PublicHead(nn.Module):
     """Base class of heads. A subclass has the parameters by their names in the file, ``layers`` among them.
 
     d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
+    deepest: maximum number of tokens that it drafts one after the other; None: any.
+    rotary: the rotary embedding, once ``freeze`` has made it.
     """
 
     config: HeadConfig
     layers: nn.ModuleList
+    deepest: int | None = None
 
     def __init__(self, d2t: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("d2t", d2t)
         self.d2t: Tensor | None
-        self._rotary: list[LlamaRotaryEmbedding] = []  # in a list: no submodule, which would be rounded
+        self.rotary: list[LlamaRotaryEmbedding] = []  # in a list: no submodule, which would be rounded
         self._maps: dict[str, Linear] = {}
 
     @property
@@ -171,7 +173,7 @@ class PublicHead(nn.Module):
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: move the parameters to the target's dtype and device, and pack the linear layers."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
-        self._rotary = [self.config.rotary().to(target.device)]
+        self.rotary = [self.config.rotary().to(target.device)]
         groups = dict(self.groups(target))
         for n, layer in enumerate(self.layers):
             mlp: Any = layer.mlp
@@ -181,11 +183,6 @@ class PublicHead(nn.Module):
     def map(self, group: str, x: Tensor) -> Tensor:
         """Return the concatenated outputs [B, T, out] of the linear layers of ``group``, for inputs [B, T, in]."""
         return self._maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-
-    def turns(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, T, d] of positions, int64 [B, T]. like: a tensor of the dtype that is wanted."""
-        found: tuple[Tensor, Tensor] = self._rotary[0](like, positions)
-        return found
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
         """Return ``x`` [B, T, D'] plus the output of the MLP of layer ``number``."""
@@ -214,17 +211,16 @@ def read_head(
     target: Target,
     vocab: int,
     make: Callable[[Mapping[str, Tensor], Tensor | None], H],
-    rename: Callable[[str], str] = lambda name: name,
     unread: Sequence[str] = (),
 ) -> H:
     """Load the head in ``folder``. Raises SpecDecError if a tensor does not fit.
 
     where: the folder's name in errors. vocab: number of draft tokens.
     make: builds the head without memory, from the header of the file and ``d2t``.
-    rename: maps the name of a tensor in the file to its name in the head. unread: names of tensors of no use.
+    unread: names of tensors that the head does not need.
     """
     with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS) as stored:
-        names = {rename(name): name for name in stored.header}
+        names = {name.replace("midlayer.", "layers.0."): name for name in stored.header}  # as the first heads say
         header = {name: stored.header[of] for name, of in names.items() if name not in ("t2d", *unread)}
         if "d2t" not in header and vocab < target.vocab_size:
             raise SpecDecError(f"'{where}' drafts from {vocab} tokens and does not say which ('d2t' is missing)")
@@ -245,13 +241,11 @@ class PublicHeadDrafter(PairDrafter):
     nodes: number of nodes of a tree; None: as many nodes as are worth their cost (``Prices``), or a chain if costs are
         not known.
     width: number of nodes of each level that get children.
-    deepest: maximum number of levels; None: as many as ``propose`` may draft.
     several: whether several rows draft trees, too.
     """
 
     needs_training: ClassVar[bool] = True
     network: PublicHead
-    deepest: int | None = None
     several: ClassVar[bool] = False
 
     def __init__(self, network: PublicHead, width: int = WIDTH, nodes: int | None = None) -> None:
@@ -295,7 +289,7 @@ class PublicHeadDrafter(PairDrafter):
         super().bind(target)
 
     def new_cache(self) -> KVCache:
-        return KVCache(1, 1, self.device)
+        return KVCache(len(self.network.layers), 1, self.device)
 
     def candidates(
         self,
@@ -306,11 +300,11 @@ class PublicHeadDrafter(PairDrafter):
     ) -> list[Candidates] | DeviceTree | None:
         if not self._drafts_tree(state):
             return None
-        limit = min(limit, self.deepest or limit)
+        limit = min(limit, self.network.deepest or limit)
         return self._tree(state, self.catch_up(state), limit, self.width, choice, None if choice is None else given)
 
     def propose(self, state: State, limit: int) -> Draft:
-        limit = min(limit, self.deepest or limit)
+        limit = min(limit, self.network.deepest or limit)
         if not self._drafts_tree(state):
             return super().propose(state, limit)
         cache = self.catch_up(state)

@@ -17,8 +17,10 @@ from specdec.runtimes.target import Target
 from specdec.runtimes.torch.draft import Step, states_of
 from specdec.speculation.state import State
 
-from ..speculators import PublicHeadDrafter
-from .network import DFLASH, DSPARK, BlockConfig, BlockHead, read_network, with_confidence
+from ..speculators import PublicHeadDrafter, read_head
+from .network import DFLASH, DSPARK, BlockConfig, BlockHead, with_confidence
+
+THEIRS = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight")  # copies of the model's weights
 
 
 class DSparkDrafter(PublicHeadDrafter):
@@ -35,32 +37,28 @@ class DSparkDrafter(PublicHeadDrafter):
 
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any], target: Target, where: str) -> BlockHead:
-        return read_network(folder, BlockConfig.read(config, target, where, cls.name), target, where)
-
-    def bind(self, target: Target) -> None:
-        config = self.network.config
-        self.deepest = config.block - config.first
-        super().bind(target)
-
-    def new_cache(self) -> KVCache:
-        return KVCache(self.network.config.depth, 1, self.device)
+        sizes = BlockConfig.read(config, target, where, cls.name)
+        own = ("lm_head.weight", "d2t") if sizes.vocab == target.vocab_size else ()  # the model's, and no difference
+        make = lambda _, d2t: BlockHead(sizes, target, d2t)  # noqa: E731
+        return read_head(folder, where, target, sizes.vocab, make, (*THEIRS, *own))
 
     def inputs(self, states: Tensor) -> Tensor:
-        return self.network.features(states)
+        made: Tensor = self.network.hidden_norm(self.network.map("fc", states))
+        return made
 
-    def run(
-        self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache
-    ) -> Tensor:
-        self.network.remember(states, positions, cache.append)
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        turns = self.network.rotary[0](states, positions)
+        for n in range(self.network.config.depth):
+            cache.append(n, *self.network.keys_and_values(n, states, turns))
         return states  # blocks read keys and values alone
 
     def logits(self, outputs: Tensor) -> Tensor:
-        return self.network.logits(outputs)
+        return self.network.map("head", outputs)
 
     def levels(self, state: State, cache: KVCache) -> Step:
         network, config, sure = self.network, self.network.config, state.sampler.best_allowed
         states = self.block(state, cache)  # (B, S, D')
-        logits, slot = network.logits(states), 0
+        logits, slot = self.logits(states), 0
         memory = states.new_zeros(len(states), 1, config.rank)
         if config.first:  # the text's last token is known, and the Markov head has seen it
             *_, memory = network.follow(state.roots, states[:, :1], memory)
@@ -96,14 +94,14 @@ class DSparkDrafter(PublicHeadDrafter):
             mask = full if window is None else near.bool_mask(window + 1)
             return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
 
-        return self.network.run_block(self.embed(state.target, tokens, positions), positions, attend)
+        return self.network(self.embed(tokens, positions), positions, attend)
 
-    def embed(self, target: Target, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return embeddings [B, S, D] of tokens at positions, int64 [B, S] each.
 
         They are the model's, neither scaled nor with positions, as heads are trained, if they have the size of states.
         """
-        rows = weight_rows(target.model.get_input_embeddings(), tokens.flatten())
+        rows, target = weight_rows(self.target.model.get_input_embeddings(), tokens.flatten()), self.target
         if rows.shape[-1] != target.hidden_size:
             return target.embed(tokens, positions.clamp_max(target.context - 1))
         return rows.unflatten(0, tokens.shape)

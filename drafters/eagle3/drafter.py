@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.runtimes.target import Target
 
-from ..speculators import PublicHeadDrafter
-from .network import KIND, Eagle3, Eagle3Config, read_network
+from ..speculators import PublicHeadDrafter, read_head
+from .network import KIND, Eagle3, Eagle3Config
 
 
 class Eagle3Drafter(PublicHeadDrafter):
@@ -27,21 +28,28 @@ class Eagle3Drafter(PublicHeadDrafter):
 
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any], target: Target, where: str) -> Eagle3:
-        return read_network(folder, Eagle3Config.read(config, target, where), target, where)
+        sizes = Eagle3Config.read(config, target, where)
+
+        def make(header: Mapping[str, Tensor], d2t: Tensor | None) -> Eagle3:
+            embedded, biases = "embed_tokens.weight" in header, [name for name in header if name.endswith(".bias")]
+            if sizes.width != target.hidden_size and not embedded:
+                raise SpecDecError(f"'{where}' has states of its own size ({sizes.width}) and no embedding for them")
+            biased = [name.removesuffix(".bias").removeprefix("layers.0.") for name in biases]
+            return Eagle3(sizes, target, d2t, embedded, biased)
+
+        return read_head(folder, where, target, sizes.vocab, make)
 
     def inputs(self, states: Tensor) -> Tensor:
-        return self.network.fuse(states)
+        return self.network.map("fc", states)
 
     def logits(self, outputs: Tensor) -> Tensor:
         return self.network.logits(outputs)
 
-    def run(
-        self, target: Target, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache
-    ) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.append(0, k, v)
             return F.scaled_dot_product_attention(q, keys, values, mask.bool_mask(), enable_gqa=True)
 
         own = self.network.embed_tokens
-        embedded = target.embed(tokens, positions) if own is None else own(tokens)
+        embedded = self.target.embed(tokens, positions) if own is None else own(tokens)
         return self.network.layer(embedded, states, positions, attend)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from specdec.base.errors import SpecDecError
 from specdec.runtimes.target import Target
 
-from ..speculators import DecoderLayer, HeadConfig, PublicHead, read_head
+from ..speculators import DecoderLayer, HeadConfig, PublicHead
 
 KIND = "eagle3"
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], keys and values [B, H', T, d] -> as queries
@@ -57,7 +56,7 @@ class Eagle3(PublicHead):
 
     d2t: as in ``PublicHead``.
     has_embedding: whether the head has an embedding of its own.
-    biased: names of the linear layers with a bias.
+    biased: names of the linear layers with a bias, those of the decoder layer as in ``DecoderLayer``.
     """
 
     config: Eagle3Config
@@ -77,7 +76,7 @@ class Eagle3(PublicHead):
             return nn.Linear(ins, outs, bias=name in biased)
 
         self.fc = linear("fc", len(config.layers) * target.hidden_size, width)
-        layer = DecoderLayer(config, 2 * width, "layers.0.", linear)
+        layer = DecoderLayer(config, 2 * width, linear)
         layer.add_module("hidden_norm", LlamaRMSNorm(width, config.eps))
         self.layers = nn.ModuleList([layer])
         self.norm = LlamaRMSNorm(width, config.eps)
@@ -93,10 +92,6 @@ class Eagle3(PublicHead):
             "head": [self.lm_head],
         }
 
-    def fuse(self, states: Tensor) -> Tensor:
-        """Return features [B, T, D'], from the input states of the n ``layers``, concatenated to [B, T, n D]."""
-        return self.map("fc", states)
-
     def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Run the decoder layer on T pairs of each row, and return the tokens' features, [B, T, D'].
 
@@ -108,23 +103,10 @@ class Eagle3(PublicHead):
         sizes = [count * config.head_dim for count in (config.heads, config.kv_heads, config.kv_heads)]
         parts = self.map("qkv", torch.cat((layer.input_layernorm(embedded), normed), -1)).split(sizes, -1)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in parts)
-        q, k = apply_rotary_pos_emb(q, k, *self.turns(q, positions))
+        q, k = apply_rotary_pos_emb(q, k, *self.rotary[0](q, positions))
         x = normed if config.norm_first else features
         return self.feed_forward(0, x + self.map("o", attend(q, k, v).transpose(1, 2).flatten(2)))
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits of the next tokens over the draft vocabulary, [B, T, V'], from features [B, T, D']."""
         return self.map("head", self.norm(features))
-
-
-def read_network(folder: Path, config: Eagle3Config, target: Target, where: str) -> Eagle3:
-    """Load the head in ``folder``. Raises SpecDecError if a tensor does not fit. where: the folder's name in errors."""
-
-    def make(header: Mapping[str, Tensor], d2t: Tensor | None) -> Eagle3:
-        embedded, biased = "embed_tokens.weight" in header, [name for name in header if name.endswith(".bias")]
-        if config.width != target.hidden_size and not embedded:
-            raise SpecDecError(f"'{where}' has states of its own size ({config.width}) and no embedding for them")
-        return Eagle3(config, target, d2t, embedded, [name.removesuffix(".bias") for name in biased])
-
-    rename = lambda name: name.replace("midlayer.", "layers.0.")  # noqa: E731
-    return read_head(folder, where, target, config.vocab, make, rename)

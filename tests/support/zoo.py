@@ -267,7 +267,7 @@ def dspark(target: Target, kind: type[DSparkDrafter] = DSparkDrafter, /, **chang
     """
     torch.manual_seed(5)
     tokens, options = half(target).long(), {key: changes.pop(key) for key in ("nodes", "width") if key in changes}
-    heads = {"markov": "vanilla", "rank": 6, "sure": True, "sure_by_token": True} if kind is DSparkDrafter else {}
+    heads = {"markov": "vanilla", "rank": 6, "sure": target.hidden_size + 6} if kind is DSparkDrafter else {}
     sizes = {"depth": 2, "block": 5, "mask_token": 1, "windows": (None, 3), "first": int(kind is DFlashDrafter)}
     given: dict[str, Any] = {"vocab": len(tokens), **sizes, **heads, **changes}
     config = BlockConfig(default_taps(target.num_layers), target.hidden_size, 4, 2, 8, 40, **given)
