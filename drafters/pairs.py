@@ -6,6 +6,7 @@ step, which runs the pairs of all new tokens of the text.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -100,10 +101,11 @@ class PairDrafter(ChainDrafter):
                 row.states.append(states[b, upload(path, states.device)])
 
     def propose(self, state: State, limit: int) -> Draft:
-        step = self.levels(state, self.catch_up(state))
+        cache = self.catch_up(state)
+        step = functools.cache(lambda: self.levels(state, cache))  # not made if no token is drafted
 
         def read(token: Tensor, _: Tensor) -> Readout:
-            return Readout(step(token, torch.zeros_like(token), None)[:, 0])
+            return Readout(step()(token, torch.zeros_like(token), None)[:, 0])
 
         return self.chain(state, limit, read, self.tokens)
 

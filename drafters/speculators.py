@@ -76,11 +76,8 @@ class HeadConfig:
         hidden: hidden size of the model that the head is for. taps: the tapped layers. where: name of the head in
             errors.
         """
-        expected = {
-            "hidden size": (hidden, target.hidden_size),
-            "vocabulary": (layer.get("vocab_size"), target.vocab_size),
-        }
-        for name, (own, model) in expected.items():
+        size, inner, vocab = (layer.get(name) for name in ("head_dim", "intermediate_size", "vocab_size"))
+        for name, own, model in (("hidden size", hidden, target.hidden_size), ("vocabulary", vocab, target.vocab_size)):
             if own != model:
                 raise SpecDecError(f"'{where}' was made for a model of {name} {own}; this model's is {model}")
         n, what = target.num_layers, f"of the {config['speculators_model_type']} head"
@@ -94,29 +91,25 @@ class HeadConfig:
             raise SpecDecError(
                 f"'{where}' has {heads} attention heads on {kv_heads} key heads, which do not divide them"
             )
-        size, inner = layer.get("head_dim") or width // heads, layer.get("intermediate_size")
-        vocab = options.check_int(f"draft_vocab_size {what}", config.get("draft_vocab_size"), 2, target.vocab_size)
         return {
             "layers": tuple(layers),
             "width": width,
             "heads": heads,
             "kv_heads": kv_heads,
-            "head_dim": drafter_folder.check_inner_size("head_dim", size, target.hidden_size),
+            "head_dim": drafter_folder.check_inner_size("head_dim", size or width // heads, target.hidden_size),
             "intermediate_size": drafter_folder.check_inner_size("intermediate_size", inner, target.hidden_size),
-            "vocab": vocab,
+            "vocab": options.check_int(
+                f"draft_vocab_size {what}", config.get("draft_vocab_size"), 2, target.vocab_size
+            ),
             "eps": options.check_probability(f"rms_norm_eps {what}", layer.get("rms_norm_eps", 1e-6)),
             "rope": {key: layer[key] for key in ROPE if layer.get(key)},
         }
 
     def rotary(self) -> LlamaRotaryEmbedding:
         """Return the rotary embedding. Raises SpecDecError if transformers does not accept the entries ``rope``."""
-        sizes: dict[str, Any] = {
-            "hidden_size": self.width,
-            "num_attention_heads": self.heads,
-            "head_dim": self.head_dim,
-        }
+        sizes: dict[str, Any] = {"num_attention_heads": self.heads, "head_dim": self.head_dim, **self.rope}
         try:
-            return LlamaRotaryEmbedding(LlamaConfig(**sizes, num_key_value_heads=self.kv_heads, **dict(self.rope)))
+            return LlamaRotaryEmbedding(LlamaConfig(hidden_size=self.width, **sizes))
         except Exception as error:  # transformers checks little
             raise SpecDecError(f"the draft head has unusable rotary positions ({one_line(error)})") from None
 

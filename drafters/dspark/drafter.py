@@ -79,10 +79,13 @@ class DSparkDrafter(PublicHeadDrafter):
 
         cache: of all rows, as ``catch_up`` returns it. The block's own keys and values stay in it, uncommitted.
         """
-        config, roots, device = self.network.config, state.positions, state.cache.device
-        slots = torch.arange(config.block, device=device)
-        tokens = torch.where(slots == 0, state.roots, config.mask_token)  # (B, S)
-        positions = roots + slots
+        config, roots, target = self.network.config, state.positions, self.target
+        slots = torch.arange(config.block, device=roots.device)
+        tokens, positions = torch.where(slots == 0, state.roots, config.mask_token), roots + slots  # (B, S)
+        # Heads are trained on the model's embeddings without its factors, positions or projections
+        embedded = weight_rows(target.model.get_input_embeddings(), tokens.flatten()).unflatten(0, tokens.shape)
+        if embedded.shape[-1] != target.hidden_size:
+            embedded = target.embed(tokens, positions.clamp_max(target.context - 1))
         # A window counts from the block's first token for all of them: they share its position in the masks
         places, every = roots.expand(-1, config.block), torch.ones(config.block, config.block, dtype=torch.bool)
         full = cache.register(0, places, every).bool_mask()
@@ -94,17 +97,7 @@ class DSparkDrafter(PublicHeadDrafter):
             mask = full if window is None else near.bool_mask(window + 1)
             return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
 
-        return self.network(self.embed(tokens, positions), positions, attend)
-
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return embeddings [B, S, D] of tokens at positions, int64 [B, S] each.
-
-        They are the model's, neither scaled nor with positions, as heads are trained, if they have the size of states.
-        """
-        rows, target = weight_rows(self.target.model.get_input_embeddings(), tokens.flatten()), self.target
-        if rows.shape[-1] != target.hidden_size:
-            return target.embed(tokens, positions.clamp_max(target.context - 1))
-        return rows.unflatten(0, tokens.shape)
+        return self.network(embedded, positions, attend)
 
 
 class DFlashDrafter(DSparkDrafter):

@@ -70,7 +70,8 @@ class BlockConfig(HeadConfig):
         layer = config.get("transformer_layer_config")
         if config.get("speculators_model_type") != kind or not isinstance(layer, dict):
             raise SpecDecError(f"'{where}' is not a {kind} head in the speculators format")
-        named = {"markov_head_type": MARKOV[0], "model_type": "qwen3", "hidden_act": "silu"} | config | layer
+        markov = config.get("markov_head_type", MARKOV[0])
+        named = {"model_type": "qwen3", "hidden_act": "silu", **layer, "markov_head_type": markov}
         for key, known in (("model_type", ["qwen3"]), ("hidden_act", ["silu"]), ("markov_head_type", [*MARKOV])):
             if named[key] not in known:
                 raise SpecDecError(f"'{where}' has the {key} {named[key]!r}; only {' and '.join(known)} can be run")
@@ -92,7 +93,7 @@ class BlockConfig(HeadConfig):
             windows=tuple(own["sliding_window"] if kind == SLIDING else None for kind in own["layer_types"]),
             causal=not config.get("sliding_window_non_causal", False),
             biased=bool(own["attention_bias"]),
-            markov=named["markov_head_type"] if rank else "",
+            markov=markov if rank else "",
             rank=rank,
             sure=width + rank * bool(by_token) if sure else 0,
         )
@@ -108,8 +109,7 @@ def _completed(layer: Mapping[str, Any], where: str, what: str) -> dict[str, Any
         made = Qwen3Config(**{key: layer[key] for key in ENTRIES if key in layer})
     except Exception as error:  # it has checks of its own
         raise SpecDecError(f"'{where}' has an unusable transformer_layer_config ({one_line(error)})") from None
-    found = {key: getattr(made, key, None) for key in ENTRIES}
-    kinds = found["layer_types"]
+    found, kinds = {key: getattr(made, key, None) for key in ENTRIES}, made.layer_types or []
     if len(kinds) != depth or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise SpecDecError(f"'{where}' has {depth} layers of the layer_types {kinds}; {FULL} and {SLIDING} can be run")
     rope = made.rope_parameters or {}  # the same for all layers, or one for each kind
