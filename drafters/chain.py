@@ -60,7 +60,6 @@ class ChainDrafter(Drafter):
         the host would have to wait. Where drafts are not verified, a row's chain ends before the first token that is
         less certain than ``state.threshold``. Under a constraint, a chain ends where no token of the vocabulary is
         allowed, and probabilities are normalized over the allowed tokens.
-
         step: runs tokens at positions, int64 [B, 1] each, and returns the logits after them. It is called for the
             roots, then for each drafted token but the last.
         vocab: the token ids of the logits, int64 [V']; None: the ids in ``vocabulary``.
@@ -174,6 +173,6 @@ def best_probability(logits: Tensor) -> Tensor:
 
 
 def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:
-    """Return the probability [B, 1] of ``token`` [B, 1] under draft logits [B, V'] of the ids ``vocab``; else 0."""
+    """Return the softmax probability [B, 1] of ``token`` [B, 1]; 0: the ids ``vocab`` of ``logits`` lack the token."""
     p = logits.float().softmax(-1)
     return p.gather(1, token) if vocab is None else (p * (vocab == token)).sum(-1, keepdim=True)

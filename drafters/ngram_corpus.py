@@ -62,7 +62,6 @@ def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
     """Read and index the texts of a user's corpus, and print the number of files.
 
     Raises SpecDecError if there is no text, or the tokenizer fails on it.
-
     place: a UTF-8 text file, or a folder, whose files are read recursively but for hidden ones.
     """
     if tokenizer is None:

@@ -71,7 +71,6 @@ class HeadConfig:
         """Check the sizes in an untrusted config.json, and return them by the names of the fields.
 
         Raises SpecDecError if a size is impossible, or of a head for another model than ``target``.
-
         config: the config.json. layer: its ``transformer_layer_config``.
         hidden: hidden size of the model that the head is for. taps: the tapped layers. where: name of the head in
             errors.
@@ -250,7 +249,6 @@ class PublicHeadDrafter(PairDrafter):
     @abstractmethod
     def read(cls, folder: Path, config: Mapping[str, Any], target: Target, where: str) -> PublicHead:
         """Load the head in ``folder``. Raises SpecDecError if it does not fit the target, or is broken.
-
         config: the folder's config.json, untrusted. where: the folder's name in errors.
         """
 
@@ -259,7 +257,6 @@ class PublicHeadDrafter(PairDrafter):
         """Load a head in the speculators format.
 
         Raises SpecDecError if there is no such head, or it does not fit the target.
-
         source: a folder, or a Hugging Face repository ORG/NAME[@revision]; None raises, since no head is shipped.
         kwargs: ``nodes`` and ``width``.
         """
@@ -330,7 +327,7 @@ class PublicHeadDrafter(PairDrafter):
         prices, device = state.prices, state.cache.device
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
-        masks = state.masks(0) if len(state.ids) == 1 else None
+        masks = state.masks(0) if choice is None and len(state.ids) == 1 else None
         rules = Rules(self.tokens, tables, given=given_of(given, device), masks=masks)
         waits = choice is None and not is_asynchronous(device)
         found = taken(grow(self.levels(state, cache), state.roots, limits, rules, waits=waits), choice)

@@ -39,7 +39,7 @@ class DraftVocabulary:
 
     target: the model.
     trained: the token ids that the drafter was trained on, int [V']; None: all.
-    head: the output head for ``trained``; None: the model's own output head (argument: or rows of it for ``trained``).
+    head: the output head for ``trained``; as an argument, None: it is made of the model's. None: the model's own.
     tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
     added: token ids of the rows' texts that are not in ``trained``.
     added_head: the output head for ``added``; None: ``added`` is empty.

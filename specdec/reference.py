@@ -139,7 +139,7 @@ def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
 
 
 def verify(tree: Tree, chosen: Sequence[int]) -> list[int]:
-    """Return the path of drafted tokens that the model chooses itself. chosen: the model's choice after each node."""
+    """Return the nodes of the accepted path. chosen: the model's choice after the root and after each node."""
     path = [0]
     while (node := tree.child(path[-1], chosen[path[-1]])) is not None:
         path.append(node)

@@ -19,7 +19,7 @@ class ConfidentVerifier(Verifier):
 
     Raises SpecDecError for values out of range.
 
-    exit_threshold: minimum probability, in [0, 1], that a drafter gives its token; it drafts no less certain token.
+    exit_threshold: minimum probability, in [0, 1], of drafted tokens; drafters end a draft before a less likely one.
     """
 
     name: ClassVar[str] = "confident"

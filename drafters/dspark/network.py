@@ -64,7 +64,6 @@ class BlockConfig(HeadConfig):
         """Check an untrusted config.json, and return the sizes in it. where: its name in errors.
 
         Raises SpecDecError if it describes no head that this code can run, or a head for another model than ``target``.
-
         kind: ``DFLASH`` or ``DSPARK``.
         """
         layer = config.get("transformer_layer_config")

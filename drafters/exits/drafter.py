@@ -42,7 +42,6 @@ class ExitDrafter(ChainDrafter):
         """Load the trained modules, if the drafter needs any, and make the drafter with the options ``kwargs``.
 
         Raises SpecDecError if no folder is shipped, or ``source`` is of another drafter or model.
-
         source: a drafter folder; None: the one shipped for the model.
         """
         if not cls.needs_training:

@@ -67,7 +67,9 @@ class RoutedPass:
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
-        self.target, self.cache, self.routers = target, cache, routers
+        self.target = target
+        self.cache = cache
+        self.routers = routers
         self.states: list[Tensor] = []
         self.skipped: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
 

@@ -157,13 +157,14 @@ class M2R2Drafter(ChainDrafter):
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = prices.tables if prices and prices.tables else None
         if len(rows) == 1:
-            token, masks = rows[0].token, state.masks(0)
+            token, masks = rows[0].token, None if choice is not None else state.masks(0)
             *inputs, final = (x if len(x) == 1 else x[rows[0].index :][:1] for x in rows[0].block)
         else:
             *inputs, final = self._states_before(rows)
-        forbidden = self.vocabulary.forbidden
-        roots = DraftRoots(tokens, cache.rows, final, inputs, token, forbidden, sampled, tables, given)
-        found = state.target.draft_rows(cache, roots, path, limits, masks, choice)
+
+        more = sampled, tables, given, masks, choice
+        roots = DraftRoots(tokens, cache.rows, final, inputs, token, self.vocabulary.forbidden, *more)
+        found = state.target.draft_rows(cache, roots, path, limits)
         return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]
 
     def _width(self, state: State, given: Sequence[Candidates] | None = None) -> int:

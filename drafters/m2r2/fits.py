@@ -70,7 +70,9 @@ class Fits:
         self.adapter = "" if merged is None else whole_name(merged.name)
         self.progress = self._new_progress()
         self.sums: list[Sums] = []
-        self.store, self.kept, self.kept_at = Store(target.fingerprint, str(self.path)), 0, -math.inf
+        self.store = Store(target.fingerprint, str(self.path))
+        self.kept = 0
+        self.kept_at = -math.inf
         self.start = None if merged is None else Store(merged.base, str(self.path))
         self._restore()
 
@@ -85,8 +87,10 @@ class Fits:
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
-        """Return the progress in the model's file, else that in its base model's; None: there is neither file."""
-        self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
+        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists."""
+        self.source = self.store
+        self.read_at = self.stamp
+        self.factor = 1.0
         found = read_progress(self.store.path)
         if found is None and self.start is not None:
             self.source, self.read_at = self.start, self.start.stamp()
@@ -150,7 +154,9 @@ class Fits:
 
     def begin_anew(self) -> None:
         """Forget all that was learned, and draft with a network of zeros again."""
-        self.sums, self.kept, self.progress = [], 0, self._new_progress()
+        self.sums = []
+        self.kept = 0
+        self.progress = self._new_progress()
         self._restore()
 
     def opening(self) -> Generator[None]:
@@ -202,7 +208,10 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return ``basis`` with a second projection, fitted to the sums and to the weighted training data ``more``."""
+        """Return ``basis`` with its second projection fitted by ridge regression to the sums and to ``more``.
+
+        more: further training data with weights. Yields where other work may run in between.
+        """
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:

@@ -103,7 +103,9 @@ class Store:
     def __init__(self, fingerprint: str, path: str) -> None:
         name = hashlib.sha256(f"{fingerprint} {path}".encode()).hexdigest()[:24]
         self.path = folder() / f"{name}.safetensors"
-        self.lock, self.writes, self.why_not = _lock_of(self.path), False, ""
+        self.lock = _lock_of(self.path)
+        self.writes = False
+        self.why_not = ""
 
     def claim(self) -> bool:
         """Become the process that writes the file; return False if another process does, or the file cannot be written.
@@ -186,7 +188,6 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 
     Raises UnusableError for a tensor that is missing, not finite or of another shape, SpecDecError for a file that
     cannot be read.
-
     like: tensors of the expected shapes, by the names to read; None: all tensors are read.
     """
     with _reading(path) as file:
@@ -202,8 +203,7 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
     """Return the progress with which a fine-tuned model begins, and the factor by which it multiplies the base's sums.
 
-    base: the progress of the base model.
-    model, adapter: the names of the fine-tuned model, as in ``Progress``.
+    base: the progress of the base model. model, adapter: the names of the fine-tuned model, as in ``Progress``.
     """
     tokens = min(base.tokens, PRIOR)
     own = Progress(model, base.path, tokens, fitted=tokens, based=tokens, fits=base.fits, adapter=adapter)
@@ -247,7 +247,6 @@ def forget(stems: set[str] | None = None) -> bool:
     """Delete learned files. Return whether a running process learns for one of them; that process begins anew.
 
     Raises SpecDecError if a file cannot be deleted.
-
     stems: names of the files without suffixes; None: all files.
     """
     learning = False

@@ -86,7 +86,7 @@ class M2R2Learner(Learner):
 
     fits: the sums that were learned, and the networks fitted to them.
     replay: runs texts through the model again.
-    judged: the network in use as it was before the hold-out set was added to its training data.
+    baseline: the network in use as it was before the hold-out set was added to its training data.
     queue: texts still to learn from.
     latest: texts that were learned from.
     read: number of texts learned from.
@@ -96,8 +96,10 @@ class M2R2Learner(Learner):
     def __init__(self, target: Target) -> None:
         self.target, self.fits = target, Fits(target)
         self.replay = Replay(target, self.fits.path)
-        self.judged, self.on = self.fits.network, True
-        self.queue, self.latest, self.read = deque[Text](maxlen=WAITING), Latest(), 0
+        self.baseline, self.on = self.fits.network, True
+        self.queue = deque[Text](maxlen=WAITING)
+        self.latest = Latest()
+        self.read = 0
         self._work: Iterator[None] | None = None
 
     # -- called between steps -----------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ class M2R2Learner(Learner):
 
     def _open(self) -> Iterator[None]:
         yield from self.fits.opening()
-        self.judged = self.fits.network
+        self.baseline = self.fits.network
 
     def _forget(self) -> Iterator[None]:
         """Forget everything, because a person has deleted the file of what was learned."""
@@ -164,7 +166,7 @@ class M2R2Learner(Learner):
         self.queue.clear()
         self.latest.clear()
         self.fits.begin_anew()
-        self.judged, self.read = self.fits.network, 0
+        self.baseline, self.read = self.fits.network, 0
         yield
 
     def _keep(self) -> Iterator[None]:
@@ -175,7 +177,7 @@ class M2R2Learner(Learner):
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Add a text to the sums, or to the hold-out set if it is chosen for that."""
+        """Add a text to the regression's sums, or to the hold-out set; yield where other work may run."""
         fits, progress = self.fits, self.fits.progress
         text.held = self.read % HOLDOUT_EVERY == 0
         self.read += 1
@@ -204,8 +206,9 @@ class M2R2Learner(Learner):
     def _weighted(self, index: int, recent: float, held: float) -> Iterator[Weighted]:
         """Yield training data of the latest texts for projection ``index``, each with the weight to add to the sums.
 
-        recent: weight of a recent text, which the sums contain with weight 1.
-        held: weight of a text of the hold-out set, which the sums do not contain; 0: it is left out.
+        The sums contain each text with weight 1 already.
+        recent: weight that a text is to have.
+        held: weight that a text of the hold-out set is to have; 0: none.
         """
         for text in self.latest:
             weight = (held if text.held else recent) - 1  # the sums have them once
@@ -234,7 +237,7 @@ class M2R2Learner(Learner):
         progress.fitted = progress.tokens
         if fits.newest is not None:
             yield from self.target.preparing(fits.newest)
-        best, found = 0.0, self.judged
+        best, found = 0.0, self.baseline
         most = (yield from self._hits(found, fits.head)) if progress.fits else -1
         for weight in RECENT_WEIGHTS if progress.tokens > 2 * RECENT_TOKENS else RECENT_WEIGHTS[:1]:
             network = yield from fits.fitting(self._weighted(1, weight, 0))
@@ -243,11 +246,11 @@ class M2R2Learner(Learner):
                 best, found, most = weight, network, hits
         if best:
             network = yield from fits.fitting(self._weighted(1, best, best))
-            self.judged = found
+            self.baseline = found
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """Return the number of hold-out tokens that a network drafts correctly. head: None: the model's output head."""
+        """Return the number of hold-out tokens that ``network`` drafts correctly. head: its head; None: the model's."""
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis
         for text in self.latest.held:

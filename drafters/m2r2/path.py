@@ -81,7 +81,11 @@ class M2R2Path:
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
 
     def check(self, num_layers: int) -> None:
-        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N (``num_layers``), and all exits are on the path."""
+        """Raise SpecDecError unless the path fits a model of N = ``num_layers`` layers.
+
+        The exit layer E and the segments [lo, hi) must be in order, 0 <= E <= lo < hi <= ... <= N, and all exits on the
+        path.
+        """
         edge = self.exit_layer
         good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
         good = good and self.neurons >= 0
@@ -116,6 +120,6 @@ class M2R2Path:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            _, place, said = explain(error.errors(), data)
-            what = " ".join([".".join(map(str, place)), said]).strip()
+            _, place, message = explain(error.errors(), data)
+            what = " ".join([".".join(map(str, place)), message]).strip()
             raise SpecDecError(f"{INVALID}: {what}") from None

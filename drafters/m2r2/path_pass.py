@@ -46,7 +46,10 @@ class PathPass:
     """
 
     def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
-        self.network, self.target, self.cache, self.carry = network, target, cache, carry
+        self.network = network
+        self.target = target
+        self.cache = cache
+        self.carry = carry
         self.slow = PartialPass(target, cache)
         self.tokens: list[_Token] = []
 

@@ -110,7 +110,6 @@ class Replay:
 
         Stores the states in ``text.states``; if they are there already, only the draft path runs. Raises SpecDecError
         if a state is not finite.
-
         network: runs the draft path, for ``Rows.end``; None: the path does not run.
         """
         target, lo, hi, last = self.target, self.lo, self.hi, self.target.num_layers

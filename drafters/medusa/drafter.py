@@ -130,17 +130,20 @@ class MedusaDrafter(Drafter):
         given: Sequence[Candidates] | None,
         choice: DeviceChoice,
     ) -> DeviceTree:
-        """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths."""
+        """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths.
+
+        tables: calibration tables of the rows; None: no calibration. given: candidates of n-grams; None: none.
+        """
         levels = iter(logits.split(1, 1))
         rules = Rules(self.vocabulary.tokens, tables, given=given_of(given, logits.device))
         limits = TreeLimits(logits.shape[1], RANKS)
         grown = grow(lambda *_: next(levels), state.roots, limits, rules, keep=choice.nodes, waits=False)
-        return choose(grown, choice.nodes, *limits_of(choice, logits.device))
+        return choose(grown, choice.nodes, *limits_of(choice, len(logits), logits.device))
 
     def _likeliest(
         self, state: State, row: int, logits: Tensor, table: Tensor | None, best: list[list[list[float]]]
     ) -> Candidates:
-        """Return the likeliest paths of a row from the logits [K, V'] of K heads, under the row's constraint.
+        """Return the likeliest paths of a row, at most ``nodes`` nodes, from the logits [K, V'] of K heads.
 
         table: calibration table of probabilities (``calibrated``), [1, 11]; None: they are not calibrated.
         best: what ``_best`` returns for the row.

@@ -54,6 +54,6 @@ class Medusa(nn.Module):
         return y
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: move the parameters to the target's dtype and device, and pack the largest layer."""
+        """Prepare for drafting: move parameters to the target's dtype and device, and quantize the largest layer."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())

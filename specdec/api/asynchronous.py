@@ -49,7 +49,9 @@ class SharedRequest:
     """
 
     def __init__(self, shared: SharedEngine, start: Callable[[], Engine], make: Callable[[], Request]) -> None:
-        self.shared, self._start, self._make = shared, start, make
+        self.shared = shared
+        self._start = start  # makes the engine of the first user
+        self._make = make  # makes the request
         self._entered = False
 
     async def __aenter__(self) -> SharedRequest:

@@ -39,7 +39,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
-from specdec.models import catalogue, identity, loading, packed, prepare
+from specdec.models import catalogue, identity, loading
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
@@ -60,7 +60,7 @@ KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
 PREFIX_SHARE = 4  # the part of the free memory that texts of earlier calls may take: one in so many bytes
-LEARN = True  # whether a drafter that teaches itself learns where nothing is said
+LEARN = True  # whether a drafter that teaches itself learns by default
 
 
 class SpecDecoder:
@@ -74,8 +74,8 @@ class SpecDecoder:
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or "ngram+X" with one of these texts as X. NAME=SOURCE loads a drafter from SOURCE, such as
-    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, or with one that teaches itself; the
-    attribute ``drafter`` is the one in use.
+    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the mtp layer in its files,
+    else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
     drafter_options: options of the drafter; for joined drafters, a mapping per name.
     runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
@@ -181,18 +181,16 @@ class SpecDecoder:
         spec = DrafterSpec.parse(drafter).resolved() if isinstance(drafter, str) else None
         if spec is not None:
             spec.refuse_early(name)
-        with packed.reading():
-            prepare.read_ahead(name, {"dtype": dtype, "device": device, "adapter": adapter, **more})
-            model, tokenizer = loading.load(
-                name,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                adapter=adapter,
-                check=lambda config: None if spec is None else spec.refuse_early(name, config),
-            )
-            return cls(model, tokenizer, drafter if spec is None else spec, **more)
+        model, tokenizer = loading.load(
+            name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            check=lambda config: None if spec is None else spec.refuse_early(name, config),
+        )
+        return cls(model, tokenizer, drafter if spec is None else spec, **more)
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
@@ -298,7 +296,7 @@ class SpecDecoder:
         )
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Return the logits processors of the options that require or forbid tokens. Raises SpecDecError for these.
+        """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
 
         start: number of prompt tokens.
         """

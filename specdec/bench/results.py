@@ -220,7 +220,7 @@ def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
 def acceptance(method: Mapping[str, Any]) -> list[tuple[float, int]]:
     """Return (share of accepted tokens, number of drafts) by position in the draft, as far as ``LEAST`` drafts reach.
 
-    method: the FIGURES of a method; older ones have no numbers, and all positions count.
+    method: the figures of a method; older ones lack the numbers of drafts, and all positions are returned.
     """
     shares = method["acceptance_per_position"]
     counts = method.get("drafts_per_position") or [LEAST] * len(shares)
@@ -284,7 +284,7 @@ def interval(estimate: Estimate | None, form: str = ".2f") -> str:
 def equality(method: Mapping[str, Any]) -> str:
     """Return how many outputs equal plain decoding as text, such as ``11 of 12 (1 near-tie)``.
 
-    method: the FIGURES of a method.
+    method: the figures of a method, as ``figures.summarize`` returns them.
     """
     found = method["equal_to_plain"]
     if not found:

@@ -20,7 +20,6 @@ from specdec.base import files, options
 from specdec.base.errors import SpecDecError
 from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.models.names import adapter_place, check_model, dtype_name
-from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
 from specdec.speculation.drafter_spec import DrafterSpec
 
@@ -124,7 +123,7 @@ Drafter = Annotated[
     str,
     _model(
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
-        "with X one of these; auto: ngram+m2r2.",
+        "with X one of these; auto: ngram+m2r2, or ngram+mtp if the model has such a layer.",
         "NAME",
         autocompletion=completing(_drafters, "+"),
     ),
@@ -245,12 +244,11 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
     keep_ngrams: KeepNgrams = False
 
     def check(self) -> None:
-        """Check the model and the drafter, then start reading the weights in the background. Raises SpecDecError."""
+        """Check the model and the drafter. Raises SpecDecError."""
         super().check()
         DrafterFlags.check(self)
         if self.ngram_corpus is not None and not os.path.exists(self.ngram_corpus):
             raise SpecDecError(f"--ngram-corpus: '{self.ngram_corpus}' does not exist; name a text file or a folder")
-        read_ahead(self.model, self.keywords)
 
     @property
     def options(self) -> dict[str, Any]:

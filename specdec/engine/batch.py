@@ -43,7 +43,9 @@ class Batch:
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
-        self.target, self.verifier, self.policy = target, verifier, policy
+        self.target = target
+        self.verifier = verifier
+        self.policy = policy
         self.guard, self.drafter_behind = DrafterGuard(drafter, target), False
         self.rows: list[Request] = []
         self.chosen = True
@@ -141,7 +143,7 @@ class Batch:
 
     def keep(self, rows: Sequence[Request]) -> None:
         """Remove all rows but ``rows``."""
-        alive = compact_order([b for b, row in enumerate(self.rows) if row in rows])
+        alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
         if alive:
@@ -323,10 +325,3 @@ def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteErr
     where = f"position {len(row.ids)}" + (f" of row {number}" if number is not None else "")
     remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
     return NotFiniteError(f"the model's logits are not finite at {where} ({target.dtype}); {remedy}")
-
-
-def compact_order(alive: list[int]) -> list[int]:
-    """Return the row indices ``alive`` in an order that moves few rows: the last rows fill the gaps."""
-    count = len(alive)
-    stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
-    return [b if b in stay else next(last) for b in range(count)]

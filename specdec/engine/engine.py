@@ -56,9 +56,6 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
-    steps: int
-    drafted: int  # drafted tokens
-    accepted: int  # drafted tokens that were accepted
     drafter: str = "none"
     drafter_failures: int = 0  # number of times that the drafter failed
     outage: Outage | None = None
@@ -104,19 +101,22 @@ class Engine:
         learn: bool = False,
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
-        self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
+        self.target = target
+        self.max_waiting = max_waiting
+        self.on_close = on_close
         self.learns = learn and drafter.learner is not None
         self._saved = 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, prefixes, disk)
         self.timer = self.batch.timer
-        self.steps_done = self.drafted = self.accepted = 0
         self.requests = dict[Request, None]()  # accepted, and not ended for their readers: wherever they are in a step
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
         self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
         self._stepping = threading.RLock()  # held during a step
         self._work: Work[None] | None = None  # of its thread
-        self._closing = self._draining = self._closed = False
+        self._closing = False  # whether ``close`` was called
+        self._draining = False  # whether accepted requests are still served then
+        self._closed = False  # whether everything is released
         if disk is not None:
             weakref.finalize(self, disk.close)  # also of an engine that nobody closes
 
@@ -219,9 +219,6 @@ class Engine:
             events += self._deliver(scheduler.prefill())
         if decoding and batch.rows:
             batch.step(self._notify)
-            self.steps_done += len(batch.rows)
-            self.drafted += sum(row.metrics.per_step_drafted[-1] for row in batch.rows)
-            self.accepted += sum(row.metrics.per_step_accepted[-1] for row in batch.rows)
             events += self._deliver(batch.rows)
         if not (decoding and batch.rows):
             self._notify()
@@ -232,7 +229,7 @@ class Engine:
 
     def _recover(self) -> None:
         """Restart a drafter that has failed if its pause is over."""
-        if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
+        if self.outage is not None:  # ``Drafter.end`` may be called for a preempted request
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
     def _deliver(self, rows: Sequence[Request]) -> Events:
@@ -385,9 +382,6 @@ class Engine:
             prefix_bytes=scheduler.memory.prefix_bytes(),
             saved_seconds=scheduler.saved_seconds,
             preemptions=scheduler.preemptions,
-            steps=self.steps_done,
-            drafted=self.drafted,
-            accepted=self.accepted,
             drafter=self.drafting,
             drafter_failures=self.batch.guard.failures,
             outage=self.outage,

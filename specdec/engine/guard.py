@@ -50,7 +50,9 @@ class DrafterGuard:
     """
 
     def __init__(self, drafter: Drafter, target: Target) -> None:
-        self.configured, self.target, self.failures = drafter, target, 0
+        self.configured = drafter
+        self.target = target
+        self.failures = 0  # so far
         self.drafter: Drafter | None = drafter
         self.outage: Outage | None = None
         self._pause, self._started = 0.0, time.monotonic()
@@ -72,7 +74,9 @@ class DrafterGuard:
         now = time.monotonic()
         lasted = now - self._started >= LONGEST_PAUSE
         self._pause = FIRST_PAUSE if lasted or not self._pause else min(2 * self._pause, LONGEST_PAUSE)
-        self.drafter, self.failures, self.outage = None, self.failures + 1, Outage(why, time.time(), now + self._pause)
+        self.drafter = None
+        self.failures += 1
+        self.outage = Outage(why, time.time(), now + self._pause)
         what = f"drafter '{self.configured.traits.label}' {why}; decoding goes on without it"
         log.warning(message := f"{what}, and it starts again in {self._pause:g} s")
         warnings.warn(message, DrafterWarning, stacklevel=2)
@@ -82,7 +86,9 @@ class DrafterGuard:
         outage = self.outage
         if outage is None or outage.seconds_left:
             return False
-        self.drafter, self.outage, self._started = self.configured, None, time.monotonic()
+        self.drafter = self.configured
+        self.outage = None
+        self._started = time.monotonic()
         self.call(lambda drafter: drafter.bind(self.target))
         self.call(begin)
         if self.drafter is not None:

@@ -168,14 +168,18 @@ class PhaseTimer:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.device, self.seconds, self.step = device, dict[str, float](), dict[str, float]()
+        self.device = device
+        self.seconds = dict[str, float]()
+        self.step = dict[str, float]()
         self._last = time.perf_counter()
         self._begin: torch.cuda.Event | None = None
         self._behind: tuple[str, float, torch.cuda.Event, torch.cuda.Event] | None = None
 
     def restart(self) -> None:
         """Restart the clock; the time since the last mark belongs to no phase."""
-        self._last, self.step, self._behind = time.perf_counter(), {}, None
+        self._last = time.perf_counter()
+        self.step = {}
+        self._behind = None
 
     def begin(self) -> None:
         """Begin to time the present phase on the device, too; ``mark`` ends it."""

@@ -49,8 +49,9 @@ class Scheduler:
         self.fairness = Fairness()
         self.prefilling = PrefillBatch()
         self.memory = Memory(kv_memory, batch, self.prefilling, prefixes)
-        self.awaited: tuple[Request, Request, int, int] | None = None  # as ``_should_wait`` found
-        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.preemptions = 0  # rows that waited again
+        self.prefix_queries = 0  # prompt tokens that were looked up among cached prefixes
+        self.prefix_hits = 0  # those that were found
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
 
     @property
@@ -97,7 +98,7 @@ class Scheduler:
         fresh: the requests that begin in this step, to which ``row`` is added if no prefix is cached.
         """
         others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
-        if (self.memory.room(DRAFTED + HEADROOM, need) < 0 and others) or self._still_waits(row):
+        if self.memory.room(DRAFTED + HEADROOM, need) < 0 and others:
             return False
         # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
         ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
@@ -204,30 +205,17 @@ class Scheduler:
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens."""
-        self.awaited = None
         if self.memory.prefixes is None:
             return False
-        prefilling = self.prefilling
+        prefilling, waits = self.prefilling, False
         for b, other in enumerate((*prefilling.rows, *fresh)):
             if other.scope != row.scope or (shared := common_prefix(other.ids, ids)) <= found + SHARED:
                 continue
             cache = prefilling.cache if b < len(prefilling.rows) else None
-            if self._will_help(cache, b, shared, found):
+            if cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED:
                 self._fork(other, shared)
-                self.awaited = row, other, shared, found
-        return self.awaited is not None
-
-    def _still_waits(self, row: Request) -> bool:
-        """Return whether a request still waits for the same running prompt, so that no prefix need be looked up."""
-        prefilling = self.prefilling
-        if self.awaited is None or self.awaited[0] is not row or self.awaited[1] not in prefilling.rows:
-            return False
-        _, other, shared, found = self.awaited
-        return self._will_help(prefilling.cache, prefilling.rows.index(other), shared, found)
-
-    def _will_help(self, cache: KVCache | None, b: int, shared: int, found: int) -> bool:
-        """Return whether others can later begin with more than ``found`` of ``shared`` tokens of row ``b``."""
-        return cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED
+                waits = True
+        return waits
 
     def _count_hits(self, row: Request, found: int) -> None:
         if self.memory.prefixes is not None and not row.deferred:
@@ -297,4 +285,3 @@ class Scheduler:
         """Remove all running rows, without caching their texts."""
         self.batch.keep([])
         self.prefilling.rows, self.prefilling.cache = [], None
-        self.awaited = None

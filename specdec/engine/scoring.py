@@ -98,29 +98,32 @@ class _Scorer:
             else:
                 every = range(1 + len(draft.parents))
                 scores = sampler.scores(logits, lambda: [self._prefixes(b, every) for b in range(len(state.ids))])
-                after = [[len(ids) + depth for depth in draft.depths()] for ids in state.ids]
-                tokens = sampler.choose(scores, after)
+                held, deepest = draft.held, max(state.depths)
+                depths = draft.depths() if held is None else range(1 + min(held.tokens.shape[1], deepest))
+                after = [[len(ids) + depth for depth in depths] for ids in state.ids]
+                tokens = sampler.choose(scores, after, None if held is None else held.depths)
                 if verifier.needs_probabilities and not sampler.greedy:
                     p, certain = scores.softmax(-1), [b for b, row in enumerate(sampler.rows) if row.greedy]
                     p[certain] = _point_masses(tokens[certain], target.vocab_size)
             *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
         if read:
             order = draft.receive(read[0])
-            chosen = [[int(token) for token in row] for row in chosen]  # trees come in float64
+
             if fault := check_tokens(draft.lists(), cache.batch, len(draft.parents), target.vocab_size):
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
         if order is not None and len(order) > 1:
-            self._reorder(order, chosen)
+            p = self._reorder(order, chosen, p)
         for b, row in enumerate(sampler.rows):
             if along and not row.plain_greedy:
                 best = chosen[b] if row.masked_greedy else None
-                chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], best)
+                chosen[b] = self._choose_along(b, range(1 + len(draft.parents)), logits[b], best)
         return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
 
-    def _reorder(self, order: list[list[int]], chosen: list[list[int]]) -> None:
-        """Reorder choices and tapped states of trees that the device has made, in place, to the draft's block indices.
+    def _reorder(self, order: list[list[int]], chosen: list[list[int]], p: Tensor | None) -> Tensor | None:
+        """Sort ``chosen`` and the collected states, in place, by block index, for trees that the device has built.
 
         order: for each row, the block index of each token that was run; -1: none.
+        p: the target's distributions [B, T, V] in the order of the run; None: they are not needed. Returns them sorted.
         """
         count = 1 + len(self.draft.parents)
         where = [[own.index(node) if node in own else 0 for node in range(count)] for own in order]
@@ -129,9 +132,10 @@ class _Scorer:
         for layer, states in self.taps.items():
             if states.dim() > 1:
                 self.taps[layer] = states.gather(1, index.expand(-1, -1, states.shape[2]))
+        return None if p is None else p.gather(1, index.expand(-1, -1, p.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the block's states [B, 1 + M, D] at the draft's exit layer, and run those that the draft lacks."""
+        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it."""
         draft, target, cache, exit_layer = self.draft, self.state.target, self.state.cache, self.draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]
         if draft.states is not None and done == tokens.shape[1]:
@@ -212,7 +216,6 @@ class _Scorer:
         """Return the target's choice after each of the T block tokens ``nodes`` of row ``b``.
 
         Logits are processed only along accepted tokens, since choices after other tokens do not count.
-
         logits: raw logits after the tokens, [T, V].
         best: argmax of each of them, [T], if the row takes the best token that its constraint allows; else None.
         """

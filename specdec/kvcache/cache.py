@@ -187,7 +187,6 @@ class KVCache:
         """Return the mask of the next T tokens of each row, whose pass begins in ``layer``.
 
         A token attends to all committed tokens of its row, and to the uncommitted tokens that its tree marks.
-
         positions: int64 [B, T].
         tree: bool [T, U] for all rows or [B, T, U], where U counts the uncommitted slots, the T new ones included;
             None: a chain, in which each token attends to all earlier ones and to itself.

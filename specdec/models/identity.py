@@ -85,7 +85,6 @@ def numbers(target: Any, *more: object) -> str:
 
     SHA-256 of the fingerprint of the weights, the text config, the model's buffers (such as rotary frequencies), the
     formats, and the kernels with their versions.
-
     target: a ``runtimes.target.Target``. more: further values that are hashed.
     """
     model = target.model

@@ -77,10 +77,8 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 
     If two experts nearly tie, rounding decides, and results differ much. So two runs are compared with the same
     experts, and by the logits of their routers.
-
     logits: router logits, float32 [T, layers, experts].
     known: whether ``logits`` are given. If not, the first run writes its own logits there.
-
     Yields a list that gets, if ``known``, two differences [T] for each router (``_of_router``).
     """
     differences = list[Tensor]()

@@ -21,7 +21,7 @@ from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
 from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
@@ -106,6 +106,13 @@ class Target(ABC):
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype
 
+    def beside(self, model: AnyModel) -> Target:
+        """Return ``model``, whose embedding and output head are this target's, as a target in the same runtime.
+
+        Raises SpecDecError if the runtime does not support it.
+        """
+        return type(self)(model)
+
     def new_cache(self, batch: int = 1) -> KVCache:
         return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
 
@@ -117,23 +124,17 @@ class Target(ABC):
         return download(*also, largest(self.readout(x)))
 
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 
-        Returns the candidates of each row, or the tree that the device selects. Rows that are sampled draft with their
-        noise. The cache is unchanged afterwards.
+        Returns the candidates of each row, or the tree that the device selects by the roots' ``choice``. Rows that are
+        sampled draft with their noise. The cache is unchanged afterwards.
         roots: last tokens and states of the rows. limits: limits of the tree's growth.
-        masks: function that returns the tokens that a single row may draft; None: all.
-        choice: rule by which the device selects nodes, so that the host need not wait; None: the host reads candidates.
         """
-        rules, before = rules_of(roots, path.tokens, self.vocab_size, masks), upload([*roots.positions], self.device)
+        choice = roots.choice
+        waits, before = self.device.type == "cpu", upload([*roots.positions], self.device)
+        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)
         final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
 
         def positions(x: Tensor, level: int) -> Tensor:
@@ -145,10 +146,10 @@ class Target(ABC):
 
         heads = [lambda x, head=head: self.readout(x, head) for head in path.heads]
         embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
-        step = PathStep(path, final, carried, embed, run, heads, roots.forbidden)
+        step = PathStep(path, final, carried, embed, run, heads, rules.forbidden)
         try:
-            waits = choice is None and self.device.type == "cpu"
-            grown = grow(step, upload([[token] for token in roots.tokens], self.device), limits, rules, waits=waits)
+            tokens = upload([[token] for token in roots.tokens], self.device)
+            grown = grow(step, tokens, limits, rules, waits=waits and choice is None)
         finally:
             for lo, hi in path.segments:
                 cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
@@ -246,12 +247,12 @@ class GivenLinear(nn.Linear):
 class RowMemory:
     """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
 
-    values: [capacity, in]. used: number of rows that are set; these never change.
+    values: [capacity, in]. used: number of rows that are set; these never change, and the others are 0.
     packed: the rows in a runtime's own format; None: not made yet.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
-        self.values = rows.new_empty(capacity, rows.shape[1])
+        self.values = rows.new_zeros(capacity, rows.shape[1])
         self.values[: len(rows)] = rows
         self.used = len(rows)
         self.packed: Any = None

@@ -53,7 +53,6 @@ class Answer(ABC):
         """Yield the text of choice ``number``, in pieces. The last piece has a finish reason.
 
         Raises ApiError if the engine fails. Leaving the loop early cancels the choice.
-
         per_token: whether there is a piece for each token instead of each step.
         """
         handle, latest = self.handles[number], 0.0

@@ -177,7 +177,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0)
 
     def _close_idle(self) -> bool:
-        """Close the connection that has been idle longest, those with unread answers last. Returns whether it did."""
+        """Close the longest idle connection, preferably one without an unread answer; return False if none is idle."""
         idle: list[Any] = [c for c in self.server_state.connections if isinstance(c, Connection) and c.expiry]
         if idle:
             min(idle, key=lambda c: (c.transport.get_write_buffer_size() > 0, c.expiry.when())).close()

@@ -170,12 +170,12 @@ def _invalid(error: RequestValidationError, path: str) -> ApiError:
     """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter."""
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")
-    found, place, said = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)
+    found, place, text = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)
     param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
         same = INSTEAD.get(param or "", param)
         name = _names(path).get(same or "", same)
         advice = f"use '{name}'" if name and name != param else "leave it out"
         return ApiError(400, f"parameter '{param}' is not supported; {advice}", param, "unsupported_parameter")
-    what = f"it {said}"[:LONGEST] if said.startswith(("must ", "is ")) else said[:LONGEST]
+    what = f"it {text}"[:LONGEST] if text.startswith(("must ", "is ")) else text[:LONGEST]
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")

@@ -326,8 +326,13 @@ class _JsonCall:
         self.id = new_id()
         self.named = bool(named)
         self.raw = ""
-        self.read = self.depth = self.sent = self.end = 0
-        self.quoted = self.complete = self.begun = False
+        self.read = 0
+        self.depth = 0
+        self.sent = 0
+        self.end = 0
+        self.quoted = False
+        self.complete = False
+        self.begun = False
         self.head: re.Match[str] | None = None
         if named:
             self.take(f'{{"name": "{named}", "arguments": ')

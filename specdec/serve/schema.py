@@ -378,7 +378,7 @@ class ChatBody(GenerationBody):
         return self
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         chat = ChatPrompt(
             messages=[message.for_template() for message in self.messages],
@@ -407,7 +407,7 @@ class CompletionBody(GenerationBody):
     logprobs: Top | None = None
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         most = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
         return self.asked(most, self.logprobs, prompts=[self.prompt] if alone else self.prompt, echo=self.echo)

@@ -124,7 +124,10 @@ class Gemma(Format):
     """
 
     def __init__(self, begin: str, end: str, quote: str) -> None:
-        self.marks, self.end, self.quote, self.special = (begin,), end, quote, (begin, end, quote)
+        self.marks = (begin,)
+        self.end = end
+        self.quote = quote
+        self.special = (begin, end, quote)
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
         source = answer.source

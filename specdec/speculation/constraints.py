@@ -146,7 +146,9 @@ class CompiledConstraint:
     """
 
     def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
-        self.matcher, self.vocab_size, self.ends = matcher, vocab_size, ends
+        self.matcher = matcher
+        self.vocab_size = vocab_size  # V
+        self.ends = ends
         self.block: tuple[int, int] | None = None
         self.reasoning = torch.ones(vocab_size, dtype=torch.bool)
         self.reasoning[[end for end in ends if end < vocab_size]] = False

@@ -89,7 +89,6 @@ class DrafterSpec:
         """Load the drafter for ``target``.
 
         Raises SpecDecError for an option that the drafter does not have, and for a drafter that does not fit.
-
         options: the drafter's options; for joined drafters and "auto", a mapping of options by drafter name.
         """
         if not self.parts:

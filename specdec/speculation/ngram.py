@@ -127,7 +127,9 @@ class Prior:
     """
 
     def __init__(self, begin: Ints, after: Ints, p: npt.NDArray[np.float32]) -> None:
-        self.begin, self.after, self.p = begin, after, p
+        self.begin = begin
+        self.after = after
+        self.p = p
         self.struct = _Prior(len(begin) - 1, *(part.ctypes.data for part in (begin, after, p)))
 
     @classmethod

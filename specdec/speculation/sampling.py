@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.base.devices import upload
 from specdec.base.options import SamplingParams
 from specdec.runtimes.draft_path import Sampled
 from specdec.runtimes.target import largest
@@ -198,13 +199,18 @@ class Sampler:
         return scores
 
     def perturb(
-        self, scores: Tensor, positions: Sequence[Sequence[int]], size: int, vocab: Tensor | None = None
+        self,
+        scores: Tensor,
+        positions: Sequence[Sequence[int]],
+        size: int,
+        vocab: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Return processed logits ``scores`` [B, T, V'] plus the noise of sampled rows: the argmax is an exact draw.
 
-        positions: the positions of the tokens to choose, [B][T].
-        size: V, the size of the model's vocabulary.
+        positions: the positions of the tokens to choose, [B][T]. size: V, the size of the model's vocabulary.
         vocab: the token ids of ``scores``, int64 [V']; None: all.
+        places: which of a row's ``positions`` each of T tokens has, int64 [B, T]; None: they are in order.
         """
         if self.greedy:
             return scores
@@ -212,17 +218,18 @@ class Sampler:
         here = vocab if scores.device.type == "cpu" else None  # of few tokens, noise takes a fraction of the time
         for b, row in enumerate(self.rows):
             if not row.greedy:
-                for t, position in enumerate(positions[b]):
-                    noise = row.noise(position, size, here).to(scores.device)
-                    perturbed[b, t] += noise if vocab is here else noise[vocab]
+                every = torch.stack([row.noise(position, size, here) for position in positions[b]])
+                noise = upload(every, scores.device, torch.float32)
+                noise = noise if places is None else noise[places[b]]
+                perturbed[b] += noise if vocab is here else noise[:, vocab]
         return perturbed
 
-    def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
+    def choose(self, scores: Tensor, positions: Sequence[Sequence[int]], places: Tensor | None = None) -> Tensor:
         """Choose tokens, int64 [B, T] (-1: logits not finite), from processed logits ``scores`` [B, T, V].
 
-        positions: positions of the tokens in their texts, [B][T].
+        positions: positions of the tokens in their texts, [B][T]. places: as in ``perturb``.
         """
-        if scores.device.type == "cpu" and (lib := library.load()) is not None:
+        if scores.device.type == "cpu" and places is None and (lib := library.load()) is not None:
             chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
             for row, own, tokens, at in zip(self.rows, scores, chosen, positions, strict=True):
                 if row.greedy:
@@ -230,7 +237,7 @@ class Sampler:
                 else:
                     tokens[:] = torch.tensor([row.noise.choose(lib, *each) for each in zip(own, at, strict=True)])
             return chosen
-        tokens = self.perturb(scores, positions, scores.shape[-1]).argmax(-1)
+        tokens = self.perturb(scores, positions, scores.shape[-1], places=places).argmax(-1)
         return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
 
 

@@ -49,7 +49,7 @@ class Prices:
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
-        """Return the limits of growing a tree: at most ``levels`` levels, ``width`` nodes of each get children."""
+        """Return the limits of a tree: ``levels`` levels, ``width`` nodes of a level with children, these prices."""
         drafting = [row for row in self.rates if row]
         each = [
             [row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))
@@ -102,7 +102,7 @@ class Prices:
     def take(self, probabilities: Sequence[float]) -> int:
         """Return the number of nodes with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
-        probabilities: the calibrated probability of each node's path, minus ``beyond`` of its row, best first.
+        probabilities: the calibrated probability of each node's path, less what its row costs ``beyond``, best first.
         """
         sums = itertools.accumulate(probabilities)
         gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]

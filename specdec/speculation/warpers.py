@@ -129,7 +129,9 @@ class Penalties:
     """Logits processor for logit bias, and frequency and presence penalties of the tokens from index ``start`` on."""
 
     def __init__(self, params: SamplingParams, start: int) -> None:
-        self.frequency, self.presence, self.start = params.frequency_penalty, params.presence_penalty, start
+        self.frequency = params.frequency_penalty
+        self.presence = params.presence_penalty
+        self.start = start
         bias = params.logit_bias or {}
         self.biased, self.bias = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
 

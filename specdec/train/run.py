@@ -57,12 +57,18 @@ class TrainingRun:
         progress: Progress,
         processes: PartialState,
     ) -> None:
-        self.method, self.settings, self.target = method, method.settings, method.target
-        self.output, self.progress, self.processes = output, progress, processes
+        self.method = method
+        self.settings = method.settings
+        self.target = method.target
+        self.output = output
+        self.progress = progress
+        self.processes = processes
         torch.manual_seed(self.settings.seed)  # for the initial values of the master weights
         self.masters = method.build(vocab).to(self.target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # the running copy
-        self.records, self.held_out, self.kinds = train, held_out, kinds
+        self.records = train
+        self.held_out = held_out
+        self.kinds = kinds
         self.windows = batches.windows(train, self.settings.window)
         self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
         self.running = {n: p for n, p in self.network.named_parameters() if p.requires_grad}

@@ -134,7 +134,9 @@ class Teacher:
     def __init__(
         self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, variation: float = 0.0, extra: int = 512
     ) -> None:
-        self.target, self.sharpen, self.variation = target, sharpen, variation
+        self.target = target
+        self.sharpen = sharpen
+        self.variation = variation
         self.vocab = None if vocab is None else vocab.long()
         self.own = set() if vocab is None else set(vocab.tolist())
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))

@@ -102,7 +102,9 @@ class Certificate:
     ) -> None:
         self.decoder, self.plain = decoder, decoder.with_drafter("none")
         self.batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        self.max_new_tokens, self.lengths, self.min_drafted = max_new_tokens, lengths, min_drafted
+        self.max_new_tokens = max_new_tokens
+        self.lengths = lengths
+        self.min_drafted = min_drafted
         self.dtype, self.complete = decoder.target.dtype, False
         self.params = {"greedy": replace(params, temperature=0.0), "sampled": params}
         names = [*self.params, *(["batch"] if batch_size > 1 else [])]

@@ -27,7 +27,9 @@ class DecayedCounts:
     """
 
     def __init__(self, size: int, memory: float) -> None:
-        self.hits, self.trials, self.memory = [0.0] * size, [0.0] * size, memory
+        self.hits = [0.0] * size
+        self.trials = [0.0] * size
+        self.memory = memory
 
     def add(self, number: int, hit: float, weight: float = 1.0) -> None:
         """Add ``weight`` trials to bin ``number``. hit: share of these trials that were hits, in [0, 1]."""
@@ -112,17 +114,17 @@ class Outcome(NamedTuple):
             for node in nodes:
                 hit = found.tokens[node] == token
                 at = node + 1 if hit else at
-                for source, said in enumerate(found.raw):
-                    if said[node] > 0:
-                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(said[node]))
+                for source, raw in enumerate(found.raw):
+                    if raw[node] > 0:
+                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(raw[node]))
             if not at:
                 break
         return outcome
 
 
-def _near(said: float) -> list[tuple[int, float]]:
-    """Return the two knots (or one) around the probability ``said``, and the weight of each for interpolation."""
-    at = math.log(max(said, 1e-9) / max(1 - said, 1e-9)) - KNOTS[0]
+def _near(raw: float) -> list[tuple[int, float]]:
+    """Return the two knots (or one) around the probability ``raw``, and the weight of each for interpolation."""
+    at = math.log(max(raw, 1e-9) / max(1 - raw, 1e-9)) - KNOTS[0]
     if at <= 0 or at >= len(KNOTS) - 1:
         return [(0 if at <= 0 else len(KNOTS) - 1, 1.0)]
     below = int(at)

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 
-MOST_TOKENS = 1024  # of a pass whose cost is told apart
+MOST_TOKENS = 1024  # of the largest pass that has a cost of its own
 TYPICAL_TOKENS = 4  # that a step drafts
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
@@ -32,7 +32,7 @@ class Costs:
 
     passes: logarithms of the seconds of a pass over one token, and of the cost formula's errors at 2, 4, 8, .. tokens.
     others: logarithms of the errors of drafting costs, by name.
-    hits, trials: the counts of ``History.all_counts`` over all rows.
+    hits, trials: counts of accepted and of all drafted tokens in each bin, for each counter of ``History``.
     """
 
     passes: list[float] = Field(default_factory=list)
@@ -60,8 +60,9 @@ class CostModel:
         self.shares = [max(share, 1e-4) for share in shares]
         # Of each number of tokens: its place among 1, 2, 4, ..
         self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
-        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it as far as is known.
-        self.state, self.covariance, self.known = [0.0], [[1.0]], False
+        self.state = [0.0]  # the speed, which is the error at one token, and the errors at 2, 4, .. over it, if known
+        self.covariance = [[1.0]]  # of the state
+        self.known = False  # whether the speed is
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
@@ -82,8 +83,7 @@ class CostModel:
     def formula(self, tokens: int, cached: int, attended: int) -> float:
         """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
 
-        tokens: number of tokens of the pass.
-        cached: number of cached tokens of all rows.
+        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
         attended: number of pairs of a token of the pass and a cached token of its row.
         """
         multiply, read, attend = self.costs
@@ -93,8 +93,7 @@ class CostModel:
     def passing(self, contexts: Sequence[int], most: int) -> list[float]:
         """Return the seconds of passes over the root of each row and 0, 1, .. ``most`` drafted tokens.
 
-        contexts: number of cached tokens of each row. All drafted tokens count as tokens of the row with the fewest;
-            ``beyond`` returns the difference.
+        contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
         """
         rows, cached, least = len(contexts), sum(contexts), min(contexts)
         errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
@@ -106,7 +105,7 @@ class CostModel:
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def beyond(self, contexts: Sequence[int]) -> list[float]:
-        """Return, for each row, the extra seconds of a drafted token over the row with the fewest cached tokens."""
+        """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
         rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
         pairs = [cached + some * own for own in (least, *contexts)]
         base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
@@ -117,7 +116,7 @@ class CostModel:
         return self._other(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the extra seconds of a draft's first level over what ``level`` returns."""
+        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
         return self._other(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
@@ -183,7 +182,7 @@ class CostModel:
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts))[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
-        """Return the logarithm of a part's error and its variance, as measured at the nearest number of rows."""
+        """Return a drafting cost's [logarithm of measured over formula, variance], from the nearest number of rows."""
         known = self.others.get((kind, exit), {})
         if rows in known:
             return known[rows]
@@ -201,7 +200,6 @@ def _doubt(error: float, variance: float, noise: float) -> float:
     """Return the variance to add to an estimate after a time that was much shorter than expected.
 
     Other work can make a step slow, but nothing makes it fast, so the estimate must be wrong.
-
     error: logarithm of measured over expected time. variance, noise: variances of the estimate and of a measurement.
     """
     return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

@@ -175,8 +175,7 @@ class AutoDepth:
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
         """Choose draft depths and prices for the next step.
 
-        rows: the histories of all rows of the batch.
-        caps: maximum draft depth of each row; 0: the row does not draft.
+        rows: the histories of all rows of the batch. caps: maximum draft depth of each row; 0: the row does not draft.
         contexts: number of cached tokens of each row; empty: they count as none.
         """
         self.contexts = contexts = contexts or [0] * len(rows)

@@ -309,8 +309,8 @@ class ExpertBlocks(Blocks):
 
     matrices: the matrices of all experts, in order. data, kind, inputs: those of the first matrix.
     experts: number of experts.
-    interleaved: 0, or for transposed experts (``BlockExperts.transposed``) the number of parts whose columns alternate;
-    the shape is then [experts, inputs, rows].
+    interleaved: for transposed matrices, of shape [experts, inputs, rows], the number of parts (such as gate and up)
+    whose columns alternate; 0: matrices are not transposed.
     """
 
     matrices: tuple[Blocks, ...] = ()

@@ -86,6 +86,11 @@ class GGUFFile(TensorFile):
         """llama.cpp's name of the model's architecture, such as "qwen2"; "" if the file names none."""
         return str(self.metadata.get("general.architecture", ""))
 
+    def without_tokenizer(self) -> GGUFFile:
+        """Return the header without the tokenizer's metadata, which take most of its memory."""
+        kept = {key: value for key, value in self.metadata.items() if not key.startswith("tokenizer.")}
+        return replace(self, metadata=kept)
+
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
     """Read the header of a GGUF file, or the headers of all parts of a split file.

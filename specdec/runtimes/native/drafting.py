@@ -36,7 +36,7 @@ class Kernels(Protocol):
     windows: list[int | None]
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """Return an output head in the kernels' format. head: None: the model's own."""
+        """Return ``head`` (None: the model's own output head) in the kernels' format."""
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
@@ -109,10 +109,8 @@ class TreeDrafter:
         packed = bool(path.segments) and all(each.packed for each in path.projections)
         return few and packed and not near
 
-    def __call__(
-        self, target: Kernels, cache: KVCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
-    ) -> list[Nodes]:
-        struct, segments = self.struct, self.segments
+    def __call__(self, target: Kernels, cache: KVCache, roots: DraftRoots, limits: TreeLimits) -> list[Nodes]:
+        struct, segments, masks = self.struct, self.segments, roots.masks
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
         before = roots.place * final.shape[2] * final.element_size()  # bytes
         forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()

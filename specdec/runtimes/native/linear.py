@@ -75,7 +75,6 @@ class Packed:
         allocate: allocates the tiles; None: from the common memory.
         made: kind and tiles of the only weight, if it is packed already (``packing``, ``GrowingTiles``).
         kept: the file to read the tiles from, or to add them to.
-
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
         """
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
@@ -312,7 +311,7 @@ def _block_tiles(blocks: Blocks, allocate: Allocate) -> tuple[int, Tensor]:
 
 def _tiles(weight: Tensor | Blocks, kind: int, allocate: Allocate, bounds: Tensor | None = None) -> Tensor:
     """Pack ``weight`` [out, in] in tiles of ``kind``: BF16 (only of a tensor), or quantized to Q8 or Q4.
-    bounds: float32 [out in whole tiles], filled like ``Linear.error_bounds`` of native.h."""
+    bounds: float32 [out, rounded up to whole tiles], filled with bounds of each output's error; None: not wanted."""
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = allocate(_bytes(weight.shape, kind))
     if kind == BF16:

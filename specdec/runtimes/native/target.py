@@ -25,7 +25,7 @@ from specdec.models.native_model import AnyModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceArgs, done, pointer
@@ -61,11 +61,14 @@ class NativeTarget(Target):
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         kept: ModelFile | None = None,
+        like: NativeTarget | None = None,
     ) -> None:
         """Pack the weights of ``model``, and compare the logits of a short pass with the model's own.
 
         weights, kv_cache, expert_cache, expert_prefetch: as in ``make_target``. kept: the file of the model's packed
-        weights, to read or to write; None: they are packed in memory. Raises SpecDecError for an unsupported model.
+        weights, to read or to write; None: they are packed in memory. like: a target of the same family with the same
+        output head, whose packed one serves both, without another comparison; None: there is none. Raises SpecDecError
+        for an unsupported model.
         """
         refuse_unsupported(model)
         self.lib = library.load()
@@ -110,6 +113,8 @@ class NativeTarget(Target):
         self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self.weight_format = self.packed.weight_format + (", rounded" if rounding else "")
+        if like is not None:
+            self.packed.share_heads(like.packed)
         self.head(None)
         if kept is not None:
             kept.write()
@@ -117,6 +122,8 @@ class NativeTarget(Target):
         checked = kept.notes.get(self.lib.level) if kept is not None and whole else None
         if isinstance(checked, float) and checked >= 0:  # by the process that packed
             self.logit_difference = checked
+        elif like is not None:
+            self.logit_difference = like.logit_difference
         else:
             with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), mapped):
                 self.logit_difference = check_logits(self)
@@ -154,27 +161,21 @@ class NativeTarget(Target):
         return y
 
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None
         idle = path.made[self, size]  # drafters that no thread is using; None: not supported
         if idle is None:
-            return super().draft_rows(cache, roots, path, limits, masks, choice)
+            return super().draft_rows(cache, roots, path, limits)
         try:
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
         if drafter.tokens is not path.tokens:
             drafter.follow(self, path)
-        found = drafter(self, cache, roots, limits, masks)
+        found = drafter(self, cache, roots, limits)
         if self.experts is not None:
             self.experts.end_pass()
         idle.append(drafter)
@@ -203,6 +204,9 @@ class NativeTarget(Target):
         multiply, size = TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, len(self._attention) * self.head_dim
         attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * size * self.heads / self.bytes_read
         return TokenCosts(multiply, (2 - self.int8_cache) * 2 * size * self.kv_heads / self.bytes_read, attend)
+
+    def beside(self, model: AnyModel) -> NativeTarget:
+        return NativeTarget(model, like=self)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:

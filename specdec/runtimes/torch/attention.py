@@ -53,9 +53,7 @@ def additive(
     """Return the mask as a term to add to scores, [B, 1, T G, S rounded up to ``multiple``]; None: nothing is masked.
 
     It is made once for all layers, since SDPA would convert a boolean mask in every layer.
-
-    window: attention window in tokens; None: no limit.
-    groups: G, number of query heads that share a key head.
+    window: attention window in tokens; None: no limit. groups: G, number of query heads that share a key head.
     """
     key = "additive", window, groups, dtype, multiple
     if key not in mask.memo:
@@ -100,7 +98,6 @@ class Attention:
         """Split the outputs ``x`` [B, T, ...] of the linear layer "qkv", and apply norms and rotary positions.
 
         Return queries [B, Hkv, T G, d], new keys and values [B, Hkv, T, d] each, and gates [B, T, H d] or None.
-
         tables: rotary tables of queries and of keys at the tokens' positions; None: no rotation.
         """
         (batch, t, _), d, heads, kv_heads, gate = x.shape, self.size, self.heads, self.kv_heads, None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,46 +50,51 @@ class Given(NamedTuple):
     depths: Tensor
 
 
-@dataclass
-class Rules:
+class Rules(NamedTuple):
     """What decides, besides logits, which tokens become candidates.
 
     vocab: token ids of the logits, int64 [V']; None: all tokens.
     tables: calibration tables [B, 3, 11], as in ``DraftRoots``; None: probabilities count as they are.
-    noise: takes the number of a level, and returns the sampling noise of its outputs, [B, V']; None: all are greedy.
+    noise: of all tokens at each level [B, levels, V], or a function that returns the noise of token ids [B, W, k] at a
+        level; None: all rows are greedy.
     sampling: for each row, 1 / temperature (0: greedy), top-k, top-p and min-p, [B, 4].
     given: the trees of another source; None: there is none.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     masks: function of the host that returns which tokens a single row may draft; None: all.
     """
 
     vocab: Tensor | None = None
     tables: Tensor | None = None
-    noise: Callable[[int], Tensor] | None = None
+    noise: Tensor | Callable[[int, Tensor], Tensor] | None = None
     sampling: Tensor | None = None
     given: Given | None = None
+    forbidden: Tensor | None = None
     masks: Masks | None = None
 
 
-def rules_of(roots: DraftRoots, vocab: Tensor | None, size: int, masks: Masks | None = None) -> Rules:
-    """Return the rules of a draft from ``roots``. size: V, the size of the model's vocabulary."""
-    device, sampled = roots.final.device, roots.sampled
+def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, waits: bool) -> Rules:
+    """Return the rules of a draft of ``levels`` levels from ``roots``.
+
+    vocab: as in ``Rules``. size: V, the size of the model's vocabulary.
+    waits: whether the host may read which tokens compete, and then makes only their noise.
+    """
+    device, sampled, sampling = roots.final.device, roots.sampled, None
+    noise: Any = None
     tables = None if roots.tables is None else upload(roots.tables, device, torch.float32)
-    rules = Rules(vocab, tables, given=given_of(roots.given, device), masks=masks)
     if sampled is not None:
-        rules.sampling = upload(sampling_of(sampled), device, torch.float32)
-        rules.noise = lambda level: upload(noise_of(sampled, level, size, vocab), device, torch.float32)
-    return rules
+        each = [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
+        sampling = upload(each, device, torch.float32)
+        noise = partial(_noise_of, sampled, size)
+        if not waits:
+            rows = [torch.stack([s.noise(s.place + level, size, None) for level in range(levels)]) for s in sampled]
+            noise = upload(torch.stack(rows), device, torch.float32)
+    return Rules(vocab, tables, noise, sampling, given_of(roots.given, device), roots.forbidden, roots.masks)
 
 
-def sampling_of(sampled: Sequence[Sampled]) -> list[list[float]]:
-    """Return, for each row, 1 / temperature (0: greedy), top-k, top-p and min-p, [B][4]."""
-    return [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
-
-
-def noise_of(sampled: Sequence[Sampled], level: int, size: int, vocab: Tensor | None) -> Tensor:
-    """Return the noise of a level's outputs, float32 [B, V'] on the CPU. size: V. vocab: their token ids; None: all."""
-    ids = None if vocab is None or vocab.device.type != "cpu" else vocab
-    return torch.stack([each.noise(each.place + level, size, ids) for each in sampled])
+def _noise_of(sampled: Sequence[Sampled], size: int, level: int, ids: Tensor) -> Tensor:
+    """Return the noise of tokens ``ids`` [B, W, k] at a level, float32 on the CPU. size: V."""
+    rows = [s.noise(s.place + level, size, own.flatten()).view_as(own) for s, own in zip(sampled, ids, strict=True)]
+    return torch.stack(rows)
 
 
 def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | None:
@@ -147,7 +152,7 @@ def grow(
             break
         every = joint if other is None else torch.cat((joint, other.here), 1)
         scores, chosen = every.topk(min(keep, every.shape[1]))
-        if rules.masks is not None or (waits and rules.noise is not None and len(roots) == 1):
+        if rules.masks is not None or (callable(rules.noise) and len(roots) == 1):
             chosen, scores = chosen[scores > -math.inf][None], scores[scores > -math.inf][None]
             if not chosen.shape[1]:
                 break
@@ -202,7 +207,10 @@ def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Te
     if rules.noise is None:
         return best, ids
     assert rules.sampling is not None
-    noise = rules.noise(level)[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+    if isinstance(rules.noise, Tensor):
+        noise = rules.noise[:, level].gather(1, ids.flatten(1)).view_as(ids)
+    else:
+        noise = rules.noise(level, ids)
     best, place = _drawn(best, noise, rules.sampling[:, None, None].unbind(-1)).topk(min(width, size))
     return best, ids.gather(2, place)
 
@@ -212,8 +220,7 @@ def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
 
     best: log-probabilities of the likeliest tokens, [B, W, k]. Top-k, top-p and min-p are applied to these tokens
         alone, which have nearly all of the probability.
-    noise: their noise, [B, W, k].
-    sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
+    noise: their noise, [B, W, k]. sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
     """
     sharpness, top_k, top_p, min_p = sampling
     gap = (best - best[..., :1]) * sharpness
@@ -295,7 +302,10 @@ class _OtherSource:
         return torch.where(mine, self.given.tokens.gather(1, at), tokens), parents, torch.where(mine, at + 1, nodes)
 
     def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
-        """Return the candidates of both sources. waits: whether the host will merge nodes that no level has reached."""
+        """Return the candidates ``grown``, joined with the other source's nodes.
+
+        waits: whether the host reads them and then adds the nodes that no level has reached itself; if not, add all.
+        """
         given, own = self.given, self.scores
         raw = self.heads[:, None]
         if not waits:
@@ -319,33 +329,40 @@ class _OtherSource:
 
 def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | DeviceTree:
     """Return the candidates of each row as lists, read from the device; with a ``choice``, the tree that it selects."""
-    return grown.lists() if choice is None else choose(grown, choice.nodes, *limits_of(choice, grown.tokens.device))
+    if choice is None:
+        return grown.lists()
+    return choose(grown, choice.nodes, *limits_of(choice, len(choice.depths), grown.tokens.device))
 
 
-def limits_of(choice: DeviceChoice, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return ``choice`` on ``device`` as the arguments ``most`` and ``prices`` of ``choose``."""
-    count = 1 + 2 * choice.nodes * len(choice.depths)  # rows may be padded to twice as many
-    most = upload([[most] for most in choice.depths], device)
+def limits_of(choice: DeviceChoice, lanes: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return bounds [B, 2] and prices [2 + lanes nodes] of ``choice``, the last arguments of ``choose``.
+
+    lanes: number of rows that the candidates have, with padding.
+    """
+    beyond = choice.beyond or [0.0] * len(choice.depths)
+    bounds = upload([*zip(choice.depths, beyond, strict=True)], device, torch.float32)
     if not choice.prices:
-        return most, None
+        return bounds, None
+    count = 1 + lanes * choice.nodes
     prices = [*choice.prices, *[choice.prices[-1]] * count][:count]
-    return most, upload([*prices, choice.allowance], device, torch.float32)
+    return bounds, upload([*prices, choice.allowance], device, torch.float32)
 
 
-def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -> DeviceTree:
+def choose(grown: LevelNodes, count: int, bounds: Tensor, prices: Tensor | None) -> DeviceTree:
     """Select up to ``count`` of the likeliest nodes of each row, on the device, and return them as a tree.
 
-    most: maximum depth of each row's nodes, [B, 1].
+    bounds: for each row, the maximum depth of its nodes, and what a node costs beyond the prices, [B, 2].
     prices: the prices of 0, 1, .. B count nodes as in ``DeviceChoice``, then the allowance, [2 + B count]; nodes that
         are not worth their price are left out. None: all nodes are worth it.
     """
-    grown = _only(grown, _best(grown.scores, max(count, FOUND)))
+    grown, (most, beyond) = _only(grown, _best(grown.scores, max(count, FOUND))), bounds.split(1, 1)
     values, order = grown.scores.masked_fill(grown.depths > most, -math.inf).sort(dim=1, descending=True, stable=True)
     values, order = values[:, :count], order[:, :count]
     taken = values > -math.inf
     if prices is not None:
-        every, places = values.flatten().sort(dim=0, descending=True, stable=True)
-        gains = every.exp().cumsum(0) - prices[1 : 1 + len(every)]
+        net = (values.exp() - beyond).masked_fill(~taken, -math.inf)
+        every, places = net.flatten().sort(dim=0, descending=True, stable=True)
+        gains = every.cumsum(0) - prices[1 : 1 + len(every)]
         worth = torch.where(gains.max() + prices[-1] > 0, gains.argmax() + 1, 0)
         taken = taken & (places.argsort() < worth).view_as(taken)
     picked = order.masked_fill(~taken, grown.scores.shape[1]).sort(1).values
@@ -358,7 +375,7 @@ def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -
         paths = ((paths @ paths) > 0).float()
     ancestors = paths > 0
     there = picked < grown.scores.shape[1]
-    packed = torch.cat((picked.masked_fill(~there, -1).double(), grown.packed()), 1)
+    packed = torch.cat((picked.masked_fill(~there, -1), grown.packed()), 1)
     return DeviceTree(own.tokens.masked_fill(~there, -1), ancestors.sum(-1) - 1, ancestors, packed, grown.raw.shape[1])
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.models.gguf import blocks
+from specdec.models.gguf.blocks import Blocks
 from specdec.runtimes.native import linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -94,11 +96,16 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def for_drafting(weight: Tensor | Blocks, bias: Tensor | None = None) -> Linear:
     """Return the same function as ``dense`` for a drafter, in the format that is fastest for one row.
 
-    The format may be quantised. The weights must not change.
+    The format may be quantised. The weights must not change. Weights in blocks, which are of models in bfloat16 on a
+    CPU, keep their bits if the native kernels run here.
     """
+    if isinstance(weight, Blocks):
+        if linear.runs() and not weight.inputs % 32:
+            return linear.Packed([weight], bias)
+        weight = blocks.dequantize(weight, None, torch.bfloat16)
     if linear.serves(weight):
         return linear.Packed([weight], bias, draft_only=True)
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ POSITIONS = 512  # fewest of a rotary table, and those beyond the slots of a cac
 ACTIVATIONS: dict[str, Linear] = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 LowRank = tuple[int, tuple[Tensor, Tensor] | None]  # number of outputs; down [r, in] and up [out, r], or there are none
-Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 Choose = Callable[[int, Tensor], Tensor]
 Tables = dict[Rotation, Rotary]
 Maker = Callable[[Sequence[nn.Module]], Linear]
@@ -78,6 +77,19 @@ class Layer:
         assert isinstance(self.mixer, DeltaRule)
         out, after = self.mixer(layer.map("qkv", x), states)
         return layer.map("out", out), after
+
+
+class Store(NamedTuple):
+    """Where a captured pass keeps keys, values and states.
+
+    tables: the rotary tables of the pass.
+    attend: stores new keys and values of a layer, and returns all of them and the mask.
+    recur: runs the mixer of a recurrent layer on its inputs [B, T, D], and keeps what roll-back needs.
+    """
+
+    tables: Tables
+    attend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+    recur: Callable[[int, Layer, Tensor], Tensor]
 
 
 class Network:
@@ -127,33 +139,32 @@ class Network:
         lo: int,
         layers: Sequence[Layer],
         ctx: Pass,
-        tables: Tables | None = None,
-        attend: Attend | None = None,
+        store: Store | None = None,
     ) -> Tensor:
         """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D].
 
-        tables: rotary tables of the pass; None: they are made here.
-        attend: stores a layer's new keys and values, and returns all keys, all values and the mask; None: ``ctx.cache``
-            stores them.
+        store: memory of a captured pass for keys, values and states; None: ``ctx.cache`` stores them.
         """
         cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
-        start = cache.lengths[lo] if layers and attend is None else None
-        tables = self.tables_of(ctx) if tables is None else tables
+        start = cache.lengths[lo] if layers and store is None else None
+        tables = self.tables_of(ctx) if store is None else store.tables
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
                 taps[index] = x
             norm_in, norm_mixed, norm_mlp, norm_out = layer.norms
             h = x if norm_in is None else norm_in(x)
-            if isinstance(layer.mixer, DeltaRule):
+            if isinstance(layer.mixer, DeltaRule) and store is not None:
+                h = store.recur(index, layer, h)
+            elif isinstance(layer.mixer, DeltaRule):
                 h = cache.run_recurrent(index, h, ctx.mask.ancestors, layer.advance)
             else:
                 rotation = None if layer.rotation is None else tuple(tables[each] for each in layer.rotation)
                 q, k, v, gate = layer.mixer.project(layer.map("qkv", h), rotation)  # type: ignore[arg-type]
-                if attend is None:
+                if store is None:
                     term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
                     k, v = cache.append(index, k, v, MULTIPLE)
                 else:
-                    k, v, term = attend(index, k, v)
+                    k, v, term = store.attend(index, k, v)
                 h = layer.map("out", layer.mixer(q, k, v, term, gate))
             x = self._add(x, h, norm_mixed)
             h = x if norm_mlp is None else norm_mlp(x)
@@ -161,7 +172,9 @@ class Network:
                 h = layer.mlp(h)
             else:
                 routed = None if ctx.routed is None else ctx.routed[:, index]
-                h = layer.experts(h, routed, None if ctx.choose is None else partial(ctx.choose, index))
+                h = layer.experts(
+                    h, routed, None if ctx.choose is None else partial(ctx.choose, index), store is not None
+                )
             x = self._add(x, h, norm_out)
         if taps is not None and end in taps:
             taps[end] = x

@@ -100,10 +100,13 @@ class TorchTarget(Target):
         pairs = (pair for each in decoder_layer.modules(self.blocks[layer]).values() for pair in each)
         return {path: (module.in_features, module.out_features) for path, module in pairs}
 
+    def beside(self, model: NativeModel | PreTrainedModel) -> TorchTarget:
+        return TorchTarget(model)
+
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
-        """Return the layers [lo, hi) with ``adapters`` (None: without), whose present values each pass reads."""
+        """Return layers [lo, hi), changed by ``adapters``, whose present values each pass reads; None: unchanged."""
         if adapters is None:
             return self.network.layers[lo:hi]
         made = self._adapted.setdefault(adapters, {})
