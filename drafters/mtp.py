@@ -91,8 +91,9 @@ class MTPDrafter(PairDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.head.draft_target.readout(outputs)
 
-    def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
-        return self.head.draft_target.layers(self.head.inputs(embedded, states), 0, 1, Pass(positions, mask, cache))
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        x = self.head.inputs(self.target.embed(tokens, positions), states)
+        return self.head.draft_target.layers(x, 0, 1, Pass(positions, mask, cache))
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:

@@ -6,6 +6,7 @@ step, which runs the pairs of all new tokens of the text.
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.draft import Step, states_of
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Traits
 from specdec.speculation.state import State
@@ -46,23 +48,24 @@ class PairDrafter(ChainDrafter):
     layers: the model's layers whose input states, concatenated, are a pair's state; N: the final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
     cost_key: distinguishes drafters of the same name that need different times to draft.
+    target: the model.
     """
 
     shift: ClassVar[int]
     layers: tuple[int, ...]
     tokens: Tensor | None = None
     cost_key: str
+    target: Target
 
     @abstractmethod
     def new_cache(self) -> KVCache:
         """Return an empty cache of one row."""
 
     @abstractmethod
-    def run(self, embedded: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
         """Run T pairs of each row after the pairs in ``cache``; return the layers' output, [B, T, D'].
 
-        embedded, states: the pairs' embeddings and states, [B, T, D'] each.
-        positions: int64 [B, T].
+        tokens, positions: the pairs' tokens and positions, int64 [B, T] each. states: the pairs' states, [B, T, D'].
         mask: which entries of ``cache`` each pair sees.
         """
 
@@ -74,15 +77,12 @@ class PairDrafter(ChainDrafter):
         """Return the argument ``states`` of ``run`` for drafted tokens, by default its own outputs [B, T, D']."""
         return outputs
 
-    def embed(self, target: Target, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return embeddings [B, T, D'] of tokens at positions, int64 [B, T] each; by default the model's."""
-        return target.embed(tokens, positions)
-
     @abstractmethod
     def logits(self, outputs: Tensor) -> Tensor:
         """Return draft logits [B, T, V'] from outputs of ``run``, [B, T, D']."""
 
     def bind(self, target: Target) -> None:
+        self.target = target
         self.traits = Traits(
             (self.name,),
             taps=tuple(sorted(set(self.layers))),
@@ -102,18 +102,32 @@ class PairDrafter(ChainDrafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         cache = self.catch_up(state)
-        last, drafted = torch.cat([row.last for row in state.row_states]), False  # (B, 1, D')
+        step = functools.cache(lambda: self.levels(state, cache))  # not made if no token is drafted
 
-        def step(token: Tensor, positions: Tensor) -> Readout:
-            nonlocal last, drafted
-            if drafted:
-                own = positions - self.shift
-                embedded = self.embed(state.target, token, own)
-                last = self.run(embedded, self.fed(last), own, cache.register(0, own), cache)
-            drafted = True
-            return Readout(self.logits(last)[:, 0])
+        def read(token: Tensor, _: Tensor) -> Readout:
+            return Readout(step()(token, torch.zeros_like(token), None)[:, 0])
 
-        return self.chain(state, limit, step, self.tokens)
+        return self.chain(state, limit, read, self.tokens)
+
+    def levels(self, state: State, cache: KVCache) -> Step:
+        """Return the function that computes the draft logits of one level after the other, as ``grow`` calls it.
+
+        cache: of all rows, as ``catch_up`` returns it.
+        """
+        outputs, level = torch.cat([row.last for row in state.row_states]), 0  # (B, 1, D')
+        roots, last = state.positions, state.target.context - 1
+
+        def step(tokens: Tensor, parents: Tensor, paths: Tensor | None) -> Tensor:
+            nonlocal outputs, level
+            if level:
+                positions = ((roots + level).clamp_max(last) - self.shift).expand_as(tokens)  # other rows may go deeper
+                mask = cache.register(0, positions, None if paths is None else paths[..., 1:])
+                states = self.fed(states_of(outputs, parents))
+                outputs = self.run(tokens, states, positions, mask, cache)
+            level += 1
+            return self.logits(outputs)
+
+        return step
 
     def catch_up(self, state: State) -> KVCache:
         """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows."""
@@ -124,8 +138,8 @@ class PairDrafter(ChainDrafter):
             return cache
         new = [torch.cat([like, *row.states]) for row in rows]  # (n, ...) each
         for states, counts, tokens, positions in _chunks(state, new, self.shift):
-            embedded, mask = self.embed(state.target, tokens, positions), cache.register(0, positions)
-            out = self.run(embedded, self.inputs(states), positions, mask, cache)  # (B, T, D')
+            mask = cache.register(0, positions)
+            out = self.run(tokens, self.inputs(states), positions, mask, cache)  # (B, T, D')
             cache.commit([range(count) for count in counts])
             for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
                 if count:

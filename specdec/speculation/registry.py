@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
     "deed": "specdec.drafters.exits:DeedDrafter",
+    "dflash": "specdec.drafters.dspark:DFlashDrafter",
     "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
+    "dspark": "specdec.drafters.dspark:DSparkDrafter",
     "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
     "early-exit": "specdec.drafters.exits:EarlyExitDrafter",
     "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",

@@ -42,6 +42,8 @@ READS: dict[str, tuple[int, int]] = {
     "ngram+medusa (tree)": ONE,
     "eagle3": ONE,
     "eagle3 (tree)": ONE,
+    "dspark": ONE,
+    "dspark (tree)": ONE,
     "mtp": ONE,
     "draft-model": ONE,
     "early-exit": (2, 2),
