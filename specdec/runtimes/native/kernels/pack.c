@@ -146,11 +146,15 @@ static void read_row(const Table *table, int64_t index, bf16 *to) {
     for (int at = 0; weights && at < table->columns; at += weights, row += bytes) {
         Block b;
         read_block(table->type, row, &b);
+        for (int i = 0; kind == MX && i < 32; i++) b.code[i] = E2M1[b.code[i]];
         for (int part = 0; part < weights / 16; part++) {
             float scale = b.scale[kind == K6 ? part : part / 2], low = kind == K6 ? 0 : b.low[part / 2];
             int less = kind == K6 ? 32 : kind == Q8 ? 128 : kind == MX ? 12 : 0;
-            for (int i = 16 * part; i < 16 * part + 16; i++)
-                to[at + i] = narrow(((kind == MX ? E2M1[b.code[i]] : b.code[i]) - less) * scale + low);
+            const uint8_t *code = b.code + 16 * part;
+            bf16 all[16]; /* of their own, so that compilers make vectors of them */
+#pragma omp simd
+            for (int i = 0; i < 16; i++) all[i] = narrow((code[i] - less) * scale + low);
+            memcpy(to + at + 16 * part, all, sizeof all);
         }
     }
     for (int i = 0; table->scale != 1 && i < table->columns; i++) to[i] = narrow(widen(to[i]) * table->scale);
