@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -190,4 +191,5 @@ class Generation:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        if not sys.is_finalizing():  # modules are gone then, of a stream that the process left open
+            self.close()
