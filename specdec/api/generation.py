@@ -67,7 +67,7 @@ class RequestOptions(SamplingOptions, total=False):
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.
     constraint: what the new text must be (Json, Regex, Grammar or Choice); limit and stop strings may still cut it.
-    Tokens without an alternative are drafted without the drafter.
+    Tokens without an alternative are drafted without the drafter. One that cannot be compiled raises SpecDecError.
     logprobs: return the log-probability of each new token, and this many of the likeliest tokens at its position. These
     are the model's own, before processors, temperature and constraints.
     prompt_logprobs: return those of the prompt, too.
@@ -107,7 +107,9 @@ class GenerationOutput:
     text: the new text without special tokens, up to a stop string.
     token_ids: the new tokens, those of plain decoding, with the end token.
     finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
-    logprobs: of the new tokens, if requested. prompt_logprobs: of the prompt's tokens from the second on, if requested.
+    metrics: times, tokens and steps of the request.
+    logprobs: of the new tokens; None: not requested.
+    prompt_logprobs: of the prompt's tokens from the second on; None: not requested.
     """
 
     text: str
