@@ -19,11 +19,11 @@ from .vocabulary import Context, DraftVocabulary
 
 
 class Readout(NamedTuple):
-    """What a drafter reads of a token where the token leaves the model.
+    """The draft logits after one token of each row, where the token leaves the model.
 
-    logits: draft logits of the next token, [B, V'].
-    certainty: probability that the best token of ``logits`` is the model's, [B, 1]; None: their softmax says.
-    layers: number of layers that the token ran, int64 [B, 1]; None: not counted.
+    logits: draft logits of the next token over the V' draft tokens, [B, V'].
+    certainty: probability that the target chooses the best token of ``logits``, [B, 1]; None: its softmax is used.
+    layers: number of layers that the token has run, int64 [B, 1]; None: not counted.
     """
 
     logits: Tensor
@@ -32,14 +32,14 @@ class Readout(NamedTuple):
 
 
 class ChainRow:
-    """The state of a row. context: the tokens of its text that join the draft vocabulary."""
+    """What a ``ChainDrafter`` keeps of one row. context: tokens of the row's text that join the draft vocabulary."""
 
     def __init__(self) -> None:
         self.context = Context()
 
 
 class ChainDrafter(Drafter):
-    """Drafts a chain, token by token; the base of drafters that do so.
+    """Base class of drafters that draft a chain (a tree without branches) token by token.
 
     vocabulary: the tokens that the drafter drafts from; None: all of them.
     nodes: maximum number of tokens of a draft; None: as many as ``propose`` may draft.
@@ -54,16 +54,15 @@ class ChainDrafter(Drafter):
     def chain(
         self, state: State, limit: int, step: Callable[[Tensor, Tensor], Readout], vocab: Tensor | None = None
     ) -> Draft:
-        """Return a chain of at most ``limit`` tokens, and at most ``nodes``, after each row's root.
+        """Draft a chain of at most ``limit`` tokens, and at most ``nodes``, after the last token (root) of each row.
 
-        The chains end early when another level is not worth its price (``Prices.level``), except on devices for which
+        All chains end early when another token is not worth its cost (``Prices.level``), except on devices for which
         the host would have to wait. Where drafts are not verified, a row's chain ends before the first token that is
         less certain than ``state.threshold``. Under a constraint, a chain ends where no token of the vocabulary is
-        allowed, and probabilities are those of allowed tokens.
-
-        step: takes tokens and their positions, int64 [B, 1] each. It is called for the roots, then for each drafted
-            token but the last.
-        vocab: the token ids of the logits, int64 [V']; None: those of ``vocabulary``.
+        allowed, and probabilities are normalized over the allowed tokens.
+        step: runs tokens at positions, int64 [B, 1] each, and returns the logits after them. It is called for the
+            roots, then for each drafted token but the last.
+        vocab: the token ids of the logits, int64 [V']; None: the ids in ``vocabulary``.
         """
         if self.vocabulary is not None:
             self.vocabulary.follow(state, [row.context for row in state.row_states])
@@ -125,10 +124,10 @@ class ChainDrafter(Drafter):
 def _pick(
     state: State, logits: Tensor, prefixes: list[list[int]], vocab: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the next token of each chain, int64 [B, 1], from draft logits [B, V'], and append it to ``prefixes``.
+    """Choose the next token of each chain from draft logits [B, V'], with the noise that the target's choice will have.
 
-    Tokens are chosen with the noise with which the target will choose. -1: no token is allowed. The second value is the
-    probability [B, 1] of each token after all processing if a row has a constraint, else None.
+    Return the tokens, int64 [B, 1] (-1: none is allowed), and, if a row has a constraint, their probabilities [B, 1]
+    after all processing, else None. Each token is also appended to its row of ``prefixes``, the token ids so far.
     """
     sampler, size = state.sampler, state.target.vocab_size
     if sampler.plain_greedy:
@@ -151,9 +150,11 @@ def _pick(
 
 
 def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confidence: float) -> tuple[Tensor, ...]:
-    """Return the result of ``read`` of each row at the first of ``exits`` exits with enough confidence, or the last.
+    """Return what ``read`` returns for each row at the first exit with certainty >= ``confidence``, else at the last.
 
-    read: runs all rows to the exit of that index, and returns tensors [B, ...]; the second one is the certainty [B, 1].
+    read: takes an exit's index, runs all rows there, and returns tensors [B, ...], the second of them the certainty
+        [B, 1].
+    exits: number of exits.
     """
     found = read(0)
     for index in range(1, exits):
@@ -166,12 +167,12 @@ def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confi
 
 
 def best_probability(logits: Tensor) -> Tensor:
-    """Return the probability [B, 1] that draft logits [B, V'] give their best token."""
+    """Return the softmax probability [B, 1] of the best token of draft logits [B, V']."""
     x = logits.float()
     return torch.exp(x.amax(-1, keepdim=True) - x.logsumexp(-1, keepdim=True))
 
 
 def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:
-    """Return the probability [B, 1] that draft logits [B, V'] give ``token`` [B, 1]; 0 outside ``vocab``."""
+    """Return the softmax probability [B, 1] of ``token`` [B, 1]; 0: the ids ``vocab`` of ``logits`` lack the token."""
     p = logits.float().softmax(-1)
     return p.gather(1, token) if vocab is None else (p * (vocab == token)).sum(-1, keepdim=True)

@@ -28,10 +28,10 @@ BATCH = 64  # texts that are tokenised together
 
 
 def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
-    """Return the corpus in a tokenizer's tokens, int32 [n], at most ``MAX_TOKENS``, with a -1 before each text.
+    """Return the token ids of the package's texts, int32 [n], at most ``MAX_TOKENS``, with a -1 before each text.
 
-    A tokenizer that cannot read it (a vocabulary of words may lack an unknown token) gets a single -1. stop: ends the
-    work between two batches of texts, by Stopped.
+    Return a single -1 if the tokenizer fails on the texts (a vocabulary of words may lack an unknown token).
+    stop: raises Stopped between two batches of texts when the work is to end; None: it runs to the end.
     """
     found = np.array([-1], np.int32)
     packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
@@ -50,7 +50,10 @@ def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None = None) -> Ints:
-    """Return as many of ``texts`` as fit ``most`` tokens, int32 [n], with a -1 before each. Raises Stopped."""
+    """Return the token ids of ``texts``, at most ``most``, int32 [n], with a -1 before each text.
+
+    stop: raises Stopped between two batches of texts when the work is to end; None: it runs to the end.
+    """
     found, count, texts = list[Ints](), 0, iter(texts)
     while count < most and (batch := list(islice(texts, BATCH))):
         if stop is not None:
@@ -62,13 +65,13 @@ def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None
 
 
 def path_for(tokenizer: Any, packed: bytes) -> Path:
-    """Return the path of the file with the compressed texts ``packed`` in a tokenizer's tokens."""
+    """Return the path of the cached file with a tokenizer's token ids of the compressed texts ``packed``."""
     name = hashlib.sha256(packed + described(tokenizer).encode()).hexdigest()[:24]
     return files.cache_dir() / "ngram" / f"shipped-{name}.ids"
 
 
 def described(tokenizer: Any) -> str:
-    """Return text that identifies a tokenizer."""
+    """Return a string that two tokenizers share only if they have the same vocabulary and rules."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.digest
     backend = getattr(tokenizer, "backend_tokenizer", None)

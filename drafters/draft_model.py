@@ -27,7 +27,7 @@ from .chain import ChainDrafter, ChainRow, Readout
 
 
 class DraftModelRow(ChainRow):
-    """The state of a row. cache: the draft model's keys and values of the row."""
+    """What a ``DraftModelDrafter`` keeps of one row. cache: the draft model's keys and values of its text."""
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class DraftModelDrafter(ChainDrafter):
     Drafts nothing once the text is longer than the draft model's context. Raises SpecDecError, when bound, if the
     vocabularies differ.
 
-    draft_target: the draft model as a target of its own.
-    tokenizer: the draft model's tokenizer, which must be the target's; None: not known.
+    draft_target: the runtime of the draft model.
+    tokenizer: the draft model's tokenizer, which must equal the target's; None: not known, and not compared.
     vocab: the token ids that both models have, int64 [V']; None: all.
-    cache: the draft model's keys and values of the rows ``rows``.
-    fed: the last draft, and how many of its tokens are in the cache, not committed; None: there are none.
+    cache: the draft model's keys and values of ``rows``, the row states of the last step.
+    fed: the last draft, and how many of its tokens are in the cache uncommitted; None: no token is.
     """
 
     name: ClassVar[str] = "draft-model"
@@ -56,7 +56,7 @@ class DraftModelDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
-        """Load the draft model ``source``, or the option ``model``: a name that ``loading.load`` takes."""
+        """Load the draft model named ``source`` or, in ``kwargs``, ``model``; ``loading.load`` takes the same names."""
         options.check_names(cls.name, kwargs, ("model",))
         model = kwargs.get("model", source)
         if not isinstance(model, str) or not model:
@@ -109,7 +109,10 @@ class DraftModelDrafter(ChainDrafter):
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
-        """Keep accepted drafts, run the new tokens of the texts ``ids``; return the roots' final states [B, 1, D]."""
+        """Run the tokens of the texts ``ids`` that the draft model's cache lacks. Accepted drafts stay in the cache.
+
+        Return the final states of the last tokens, [B, 1, D].
+        """
         cache = self.cache
         fed = [[] for _ in ids] if self.fed is None else [row[: self.fed[1]] for row in self.fed[0].lists()]
         accepted = [common_prefix(own, row[n:-1]) for own, n, row in zip(fed, cache.rows, ids, strict=True)]
@@ -123,7 +126,7 @@ class DraftModelDrafter(ChainDrafter):
 
 
 def _difference(ours: Any, theirs: Any) -> str:
-    """Return the first difference of two tokenizers' vocabularies as a text; "": there is none."""
+    """Return a sentence about the first difference between two tokenizers' vocabularies; "" if they are equal."""
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):

@@ -25,9 +25,9 @@ UNKNOWN = 0.5  # raw probability of a token whose drafter has none, until calibr
 
 
 class JoinedDrafter(Drafter):
-    """Drafts one tree of the candidates of ``ngram`` and of ``other``.
+    """Drafts one tree from the candidate tokens of both drafters, ``ngram`` and ``other``.
 
-    Where n-grams alone are worth more than the price of a level, the other drafter does not draft.
+    ``other`` does not run in a step in which the n-grams alone are worth more than one more drafted level costs.
     """
 
     name: ClassVar[str] = "joined"
@@ -91,7 +91,7 @@ class JoinedDrafter(Drafter):
         return draft_best(self.ngram.candidates(of_ngram, limit, found), limit, nodes, state, levels, alone)
 
     def _proposed(self, state: State, limit: int) -> list[Candidates]:
-        """Return the nodes that the other drafter proposes, as candidates of each row."""
+        """Return the tree that ``other.propose`` drafts, as the candidates of each row."""
         draft = self.other.propose(state, limit)
         if draft.states is not None:  # of a tree of other nodes, scoring begins at layer 0
             state.cache.trim(draft.states.shape[1], 0, draft.exit_layer)

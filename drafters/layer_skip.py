@@ -24,19 +24,18 @@ from .chain import ChainDrafter, Readout
 
 
 def ranges_without(skipped: Collection[int], num_layers: int) -> list[tuple[int, int]]:
-    """Return the ranges [lo, hi) of the layers that are not ``skipped``."""
+    """Return the ranges [lo, hi) that cover all layers in [0, num_layers) but the ``skipped`` ones."""
     run = set(range(num_layers)).difference(skipped)
     begin, end = ([layer for layer in sorted(run) if layer + side not in run] for side in (-1, 1))
     return [(lo, last + 1) for lo, last in zip(begin, end, strict=True)]
 
 
 class LayerSkipDrafter(ChainDrafter):
-    """Drafts a chain through the layers that are not skipped, read out by the model's own norm and head.
+    """Drafts a chain through the layers that are not skipped, with draft logits from the model's own norm and head.
 
-    By default, the fifth of the layers around the middle is skipped, which costs least. Raises SpecDecError, when
-    bound, if everything, nothing, or a layer outside the model is skipped.
+    Raises SpecDecError, when bound, if ``skip`` names all layers, none, or a layer outside the model.
 
-    skip: layers to skip.
+    skip: indices of the layers to skip; None: the fifth of the layers around the middle, which costs least accuracy.
     """
 
     name: ClassVar[str] = "layer-skip"

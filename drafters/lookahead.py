@@ -25,12 +25,14 @@ from specdec.speculation.tree_builder import merge
 
 
 class _Row:
-    """The state of a row: its pool and its window.
+    """What a ``LookaheadDrafter`` keeps of one row.
 
-    pool: for each token, the rest of the n-grams that begin with it, latest first.
+    pool: for each token, the remaining tokens of the n-grams that begin with it, latest n-gram first.
     seen: number of tokens of the text whose n-grams are in the pool.
-    window: the trajectories; the first token of trajectory i is a guess for position root + 1 + i.
-    ends: block indices at which the trajectories end in this step's draft; [] after ``withdraw``.
+    window: the trajectories, each a list of guessed tokens that follow one another; the first token of trajectory i is
+        a guess for the i-th token after the next one.
+    ends: for each trajectory, the index of its last token in this step's scored block (0: the root); [] after
+        ``withdraw``.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class _Row:
 
 
 class LookaheadDrafter(Drafter):
-    """Drafts n-grams from a pool that a Jacobi window of guesses fills as the text is generated.
+    """Drafts n-grams from a pool, which fills as a window of guessed tokens is scored beside each draft (Jacobi).
 
     A step scores up to ``(window + guesses) * (ngram - 1)`` tokens and the root. Only trajectories that end within the
     draft's depth limit are run.

@@ -42,7 +42,10 @@ CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 
 
 def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
-    """Return the corpus in a tokenizer's tokens, as texts that are matched, and as a prior."""
+    """Read the package's corpus; return its texts, in which n-grams are looked up, and its token counts as a prior.
+
+    stop: raises Stopped when the work is to end.
+    """
     ids = shipped(tokenizer, vocab_size, stop)
     texts = Texts(len(ids))
     stop.check()
@@ -57,10 +60,12 @@ def _save(kept: dict[str | None, KeptTexts]) -> None:
 
 
 class NgramRow:
-    """The state of a row.
+    """What an ``NgramDrafter`` keeps of one row.
 
-    texts: its own text. seen: number of its tokens in ``texts``.
-    store: the earlier texts of its scope; None before its first draft. kept: the same in a file; None: not kept.
+    texts: the row's own text.
+    seen: number of the row's tokens in ``texts``.
+    store: the texts of earlier requests of the row's scope; None: before the row's first draft.
+    kept: the file of these earlier texts; None: they are not kept.
     """
 
     def __init__(self) -> None:
@@ -70,13 +75,14 @@ class NgramRow:
 
 
 class NgramDrafter(Drafter):
-    """Drafts the likeliest paths by n-grams: as many nodes as pay for their scoring, or ``nodes``.
+    """Drafts a tree of the likeliest continuations of the text's last tokens, by n-gram counts in earlier texts.
 
-    nodes: number of nodes of a tree; None: the nodes that are worth their price (``Prices``), or as many as the draft
-        may be deep.
-    store: number of tokens of earlier requests of this process, prompts and outputs, that are matched; 0, False: none.
+    nodes: number of nodes of a tree; None: as many as are worth their cost (``Prices``), or the maximum depth of a
+        draft if costs are not known.
+    store: number of tokens of earlier requests of this process, prompts and outputs, in which n-grams are looked up;
+        True: the default; 0 or False: none.
     prior: whether the package's corpus is used, which needs the model's tokenizer.
-    corpus: a text file, or a folder of them, that is read ahead and matched in all scopes; None: there is none.
+    corpus: a text file, or a folder of text files, that is read first and used in all scopes; None: there is none.
     keep: whether the tokens of earlier requests are kept in the data folder, for later processes.
     Raises SpecDecError where its compiled part is not built.
     """
@@ -128,7 +134,7 @@ class NgramDrafter(Drafter):
                 row_state.kept.add(ids[-self.size // 2 :])
 
     def _store(self, scope: str | None) -> Texts:
-        """Return the texts of earlier requests of a scope."""
+        """Return the texts of earlier requests of a scope (``Request.scope``)."""
         if scope not in self.stores:
             if len(self.stores) == MOST_SCOPES:
                 oldest = next(iter(self.stores))

@@ -32,14 +32,14 @@ HEADER, VERSION = 4, 1  # numbers: VERSION, tokens, files that were read, files 
 
 @dataclass
 class Reading:
-    """The files at a place, and the numbers of those that were read and skipped."""
+    """The text files at a path, and counts of the files that were read and skipped."""
 
-    stats: dict[Path, os.stat_result]
-    files: int = 0
-    skipped: int = 0
+    stats: dict[Path, os.stat_result]  # of all files
+    files: int = 0  # number of files that were read
+    skipped: int = 0  # number of files that were skipped
 
     def pieces(self, bar: terminal.Bar) -> Iterator[str]:
-        """Yield the texts in pieces, which end with a line. Skips files that are binary, too large or unreadable."""
+        """Yield the files' texts in parts of whole lines. Skips files that are binary, too large or unreadable."""
         done, whole = 0, sum(state.st_size for state in self.stats.values()) / 1e6
         for path, state in self.stats.items():
             text = "\0"
@@ -59,9 +59,10 @@ class Reading:
 
 
 def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
-    """Return the texts in a file, or in a folder and its folders, without hidden ones, and print how many there are.
+    """Read and index the texts of a user's corpus, and print the number of files.
 
-    place: UTF-8 text, or a folder. Raises SpecDecError if there is no text, or the tokenizer cannot read it.
+    Raises SpecDecError if there is no text, or the tokenizer fails on it.
+    place: a UTF-8 text file, or a folder, whose files are read recursively but for hidden ones.
     """
     if tokenizer is None:
         raise SpecDecError("a corpus of n-grams needs the model's tokenizer; give SpecDecoder one")
@@ -95,7 +96,7 @@ def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
 
 
 def _stats(place: Path) -> dict[Path, os.stat_result]:
-    """Return the file ``place``, or those in the folder, with size and time. Links in it are not followed."""
+    """Return ``os.stat`` of the file ``place``, or of all files in the folder ``place``; links are not followed."""
     found = {place: place.stat()}
     if place.is_dir():
         found = {}
@@ -108,7 +109,7 @@ def _stats(place: Path) -> dict[Path, os.stat_result]:
 
 
 def _names(place: Path, texts: Reading, tokenizer: str, vocab_size: int) -> tuple[str, str]:
-    """Return the parts of the file's name: of the place and the tokenizer, and of the texts as they are now."""
+    """Return two parts of the cached file's name: a hash of path and tokenizer, and a hash of the present files."""
     owner = hashlib.sha256(f"{place.resolve()}\n{vocab_size}\n{tokenizer}".encode(errors="surrogateescape"))
     content = hashlib.sha256(repr((VERSION, MOST_TOKENS)).encode())
     for path, state in texts.stats.items():
@@ -117,7 +118,7 @@ def _names(place: Path, texts: Reading, tokenizer: str, vocab_size: int) -> tupl
 
 
 def _mapped(path: Path, vocab_size: int) -> Ints | None:
-    """Return a file's numbers, mapped; None if there is no file, or a damaged one: no number leads outside."""
+    """Map a cached index file into memory, and check that all numbers are in range; None: missing or damaged."""
     try:
         found = np.memmap(path, np.int32, "r")
         version, count, *_ = found[:HEADER].tolist()

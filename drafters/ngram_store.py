@@ -26,10 +26,14 @@ KEEP_EVERY = 60.0  # least seconds between two writes of a file, but at the end
 
 
 class KeptTexts:
-    """The tokens of earlier requests of one scope, in a file. The first error is a warning.
+    """The tokens of earlier requests of one scope, in a file. The first error makes a warning; later ones are ignored.
 
-    Processes may share a file: each adds its own requests to what is there. tokenizer: text that identifies it.
-    scope: as in ``Request``. size: number of tokens that are kept. vocab_size: number of the tokenizer's tokens.
+    Processes may share a file: each adds its own requests to what is there.
+
+    tokenizer: text that identifies the tokenizer (``corpus.described``).
+    scope: as in ``Request``; None: requests without a scope.
+    size: maximum number of tokens in the file.
+    vocab_size: number of the tokenizer's tokens.
     """
 
     def __init__(self, tokenizer: str, scope: str | None, size: int, vocab_size: int) -> None:
@@ -40,7 +44,7 @@ class KeptTexts:
         self.warned, self.written = False, time.monotonic()
 
     def read(self) -> Ints:
-        """Return the tokens in the file, int32 [n]; none if there is no file or, with a warning, a damaged one."""
+        """Return the token ids in the file, int32 [n]; empty if there is no file, or, with a warning, a damaged one."""
         try:
             if self.path.stat().st_size > len(MAGIC) + 4 + 4 * MOST_TOKENS:
                 raise ValueError("it is too large")
@@ -56,7 +60,7 @@ class KeptTexts:
         return np.empty(0, np.int32)
 
     def add(self, ids: Sequence[int]) -> None:
-        """Keep the tokens of a request, which the file gets now or later."""
+        """Add the token ids of a request; they are written to the file now or by a later ``add`` or ``save``."""
         with self.lock:
             self.pending += [*ids, -1]
             del self.pending[: -self.size]
@@ -64,7 +68,7 @@ class KeptTexts:
             self.save()
 
     def save(self) -> None:
-        """Write what was added to the file."""
+        """Write the token ids that were added since the last writing to the file."""
         with self.lock:
             if not self.pending:
                 return
@@ -86,7 +90,7 @@ class KeptTexts:
 
 
 def forget() -> int:
-    """Delete all files; return how many there were. Raises SpecDecError if one cannot be deleted."""
+    """Delete the files of all scopes and tokenizers; return their number. Raises SpecDecError if one stays."""
     found = [*(files.data_dir() / "ngrams").glob("*.ids")]
     with errors_as(f"cannot delete what is kept in '{files.data_dir() / 'ngrams'}'"):
         for path in found:

@@ -19,10 +19,11 @@ Continuation = tuple[list[int], int]  # a text, and the index in it at which the
 
 
 class _Index:
-    """The continuations of each n-gram of a row's text, with different first tokens, latest first.
+    """Index of the n-grams in a row's text, with the places where they go on, in different ways, latest first.
 
-    sizes: the lengths of n-grams. most: maximum number of continuations of an n-gram.
-    found: the continuations by n-gram.
+    sizes: the lengths of n-grams.
+    most: maximum number of continuations of an n-gram.
+    found: the continuations, by n-gram.
     seen: number of tokens of the text that are in the index.
     """
 
@@ -32,7 +33,7 @@ class _Index:
         self.seen = 0
 
     def add(self, ids: list[int]) -> None:
-        """Enter the n-grams of a row's text whose continuations have become known."""
+        """Add the n-grams of a row's text ``ids`` that have a token after them and are not in the index yet."""
         for end in range(max(self.seen, 1), len(ids)):
             for n in self.sizes:
                 if n <= end:
@@ -43,10 +44,11 @@ class _Index:
 
 
 class PromptLookupDrafter(Drafter):
-    """Deterministic drafts by n-gram match, longest n-gram first, latest occurrence first.
+    """Drafts the tokens that followed an earlier occurrence of the text's last n-gram, as long an n-gram as occurs.
 
-    prompt_lookup_max, prompt_lookup_min: longest and shortest n-gram that is looked up, in tokens.
-    continuations: maximum number of continuations of a draft; they begin with different tokens and make a tree.
+    prompt_lookup_max, prompt_lookup_min: lengths of the longest and shortest n-gram that is looked up, in tokens.
+    continuations: maximum number of continuations in a draft, latest first; they begin with different tokens, so that
+        they form a tree.
     """
 
     name: ClassVar[str] = "prompt-lookup"

@@ -33,15 +33,17 @@ class Context:
 
 
 class DraftVocabulary:
-    """Computes draft logits of final states over the tokens that a drafter drafts from. ``follow`` begins each step.
+    """Computes draft logits over the tokens that a drafter drafts from: trained ones, and tokens of the rows' texts.
+
+    Call ``follow`` at the beginning of each step.
 
     target: the model.
     trained: the token ids that the drafter was trained on, int [V']; None: all.
-    head: the output head of ``trained``; None: the model's own, or made of it.
+    head: the output head for ``trained``; as an argument, None: it is made of the model's. None: the model's own.
     tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
-    added: tokens of the rows' texts that are not in ``trained``.
-    added_head: the output head of ``added``; None: there are none.
-    forbidden: the added tokens that a row has not seen, bool [B, added]; None: every row has seen all.
+    added: token ids of the rows' texts that are not in ``trained``.
+    added_head: the output head for ``added``; None: ``added`` is empty.
+    forbidden: whether a row has not seen an added token, bool [B, len(added)]; None: every row has seen all of them.
     """
 
     def __init__(self, target: Target, trained: Tensor | None, head: nn.Linear | None = None) -> None:
@@ -57,7 +59,10 @@ class DraftVocabulary:
         self.forbidden: Tensor | None = None
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
-        """Add the tokens of the texts of all rows, of which ``contexts`` are. No row drafts from another's text."""
+        """Add the new tokens of the texts of all rows; each row drafts only those of its own text.
+
+        contexts: one context for each row of ``state``.
+        """
         if self.trained is None:
             return
         for context, ids in zip(contexts, state.ids, strict=True):
@@ -82,7 +87,7 @@ class DraftVocabulary:
 
     @property
     def heads(self) -> list[nn.Linear | None]:
-        """The heads whose logits, one after another, are over ``tokens``; None: the model's own. None is forbidden."""
+        """The output heads whose concatenated logits are over ``tokens``, for one row; None: the model's own head."""
         return [self.head] if self.added_head is None else [self.head, self.added_head]
 
     def logits(self, final: Tensor) -> Tensor:

@@ -36,21 +36,21 @@ class Tree:
     parents: Sequence[int] = ()
 
     def path(self, node: int) -> list[int]:
-        """The nodes from the root to ``node``, both included."""
+        """Return the nodes from the root to ``node``, both included."""
         return [*self.path(self.parents[node - 1]), node] if node else [0]
 
     def text(self, path: Sequence[int]) -> list[int]:
-        """The tokens of the nodes of ``path``, without the root's."""
+        """Return the tokens of the nodes in ``path``, without the root's."""
         return [self.tokens[node - 1] for node in path[1:]]
 
     def child(self, parent: int, token: int) -> int | None:
-        """The first node after ``parent`` that has ``token``; None if there is none."""
+        """Return the first child of ``parent`` that has ``token``; None if there is none."""
         nodes = enumerate(zip(self.parents, self.tokens, strict=True), start=1)
         return next((node for node, own in nodes if own == (parent, token)), None)
 
 
 class Step(NamedTuple):
-    """A step of decoding."""
+    """The draft and the result of one step of decoding."""
 
     tree: Tree  # what was drafted
     path: list[int]  # the accepted nodes, the root first
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits."""
+    """The rule by which a token is chosen from logits."""
 
     seed: int | None = None  # of the noise; None: greedy
     stream: int = 0  # differs between texts with one seed
@@ -97,7 +97,7 @@ def decode(
 
 
 def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
-    """The logits [1 + M, V] after the root and after each drafted token, from one pass over the text and the tree."""
+    """Return logits [1 + M, V] after the root and after each drafted token, in one pass over text and tree."""
     before, count = len(text) - 1, 1 + len(tree.tokens)
     sees = torch.ones(before + count, before + count, dtype=torch.bool).tril()  # (S, S): row i sees column j
     sees[before:, before:] = False
@@ -112,12 +112,12 @@ def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
 
 
 def mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sees``, bool [S, S], as an attention mask [1, 1, S, S] that is added to attention scores."""
+    """Return ``sees``, bool [S, S], as an attention mask [1, 1, S, S] that is added to attention scores."""
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 
 
 def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
-    """The token after the tokens ``before``, from its logits [V].
+    """Return the token after the tokens ``before``, from its logits [V].
 
     The largest of logits plus Gumbel noise is an exact draw from their softmax.
     """
@@ -130,7 +130,7 @@ def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
 
 
 def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
-    """Standard Gumbel noise [V] for the token at ``position``. No draft changes it."""
+    """Return standard Gumbel noise [V], V = ``size``, for the token at ``position``. No draft changes it."""
     key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, position, 0], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw((size + 1) // 2)  # 64 random bits in each
     bits = torch.from_numpy((words.view(np.uint32)[:size] >> 1).astype(np.int32))
@@ -139,7 +139,7 @@ def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
 
 
 def verify(tree: Tree, chosen: Sequence[int]) -> list[int]:
-    """The path from the root along drafted tokens that the model chooses itself. chosen: its choice after each node."""
+    """Return the nodes of the accepted path. chosen: the model's choice after the root and after each node."""
     path = [0]
     while (node := tree.child(path[-1], chosen[path[-1]])) is not None:
         path.append(node)
@@ -150,7 +150,7 @@ DraftLogits = Callable[[list[int], list[int]], Tensor]  # text, drafted tokens a
 
 
 def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Sampling = Sampling()) -> Tree:
-    """A chain of tokens, chosen with the noise with which the model will choose."""
+    """Return a chain of ``depth`` tokens, chosen with the noise with which the model will choose."""
     tokens = list[int]()
     for _ in range(depth):
         tokens.append(choose(logits(text, tokens), [*text, *tokens], sampling))
@@ -158,7 +158,7 @@ def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Samp
 
 
 def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nodes: int) -> Tree:
-    """The likeliest ``nodes`` of a tree that is grown level by level (EAGLE-2, arXiv 2406.16858).
+    """Return the likeliest ``nodes`` of a tree that is grown level by level (EAGLE-2, arXiv 2406.16858).
 
     width: number of nodes of a level that get children, and number of their children.
     """
@@ -189,7 +189,7 @@ class M2R2:
     tensors: Mapping[str, Tensor]
 
     def logits(self, text: list[int], drafted: list[int]) -> Tensor:
-        """The draft logits [V] of the token after ``text`` and the tokens ``drafted`` after it."""
+        """Return the draft logits [V] of the token after ``text`` and the tokens ``drafted`` after it."""
         parts, segments, last = self.model.model, self.path["segments"], self.model.config.num_hidden_layers
         root, count = len(text) - 1, len(text) + len(drafted)
         causal, positions = torch.ones(count, count, dtype=torch.bool).tril(), torch.arange(count)
@@ -221,13 +221,13 @@ class M2R2:
         return torch.full_like(logits, float("-inf")).index_copy(0, known, logits[known])
 
     def project(self, number: int, *states: Tensor) -> Tensor:
-        """Projection ``number`` of states [1, 1, D], each of which is divided by its root mean square."""
+        """Apply projection ``number`` to states [1, 1, D], each of which is divided by its root mean square."""
         units = torch.cat([F.rms_norm(state, state.shape[-1:], eps=1e-6) for state in states], -1)  # (1, 1, 2 or 3 D)
         weight, bias = (self.tensors[f"projections.{number}.{name}"].to(units.dtype) for name in ("weight", "bias"))
         return F.linear(units, weight, bias)
 
     def run(self, x: Tensor, sees: Tensor, positions: Tensor, lo: int, hi: int, adapted: int = 0) -> list[Tensor]:
-        """The residuals before each of the layers [lo, hi) and after the last, from ``x`` [1, S, D].
+        """Return the residuals before each of the layers [lo, hi) and after the last, from ``x`` [1, S, D].
 
         Adapters act on the last ``adapted`` tokens.
         """

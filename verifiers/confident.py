@@ -15,11 +15,11 @@ from specdec.speculation.verifier import Verifier
 
 
 class ConfidentVerifier(Verifier):
-    """Accepts every drafted token of the chain (of a tree: the first child's path); the target chooses the next one.
+    """Accepts every drafted token of a chain, or the path of first children in a tree; the target chooses the next one.
 
     Raises SpecDecError for values out of range.
 
-    exit_threshold: minimum confidence, in [0, 1], with which a token may leave early.
+    exit_threshold: minimum probability, in [0, 1], of drafted tokens; drafters end a draft before a less likely one.
     """
 
     name: ClassVar[str] = "confident"
@@ -30,7 +30,7 @@ class ConfidentVerifier(Verifier):
 
     @property
     def label(self) -> str:
-        """The name in results."""
+        """The verifier's name and options, as shown in results."""
         return f"{self.name}, threshold {self.threshold:g}"
 
     def accepts(self, token: int, choice: int) -> bool:

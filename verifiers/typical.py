@@ -22,12 +22,13 @@ from specdec.speculation.verifier import Acceptance, Verifier
 
 
 class TypicalVerifier(Verifier):
-    """Accepts the longest path of plausible tokens; of several, the likeliest. Defaults are the paper's.
+    """Accepts the longest path of plausible tokens, the likeliest of several. The defaults are the Medusa paper's.
 
-    Raises SpecDecError for values out of range.
+    A token is plausible if the model gives it at least the probability min(epsilon, delta exp(-H)), where H is the
+    entropy of the model's distribution. Raises SpecDecError for values out of range.
 
-    epsilon: probability in (0, 1) that always suffices.
-    delta: share of exp(-H), > 0, that suffices where the model is unsure.
+    epsilon: probability in (0, 1).
+    delta: factor > 0.
     """
 
     name: ClassVar[str] = "typical"
@@ -44,7 +45,7 @@ class TypicalVerifier(Verifier):
 
     @property
     def label(self) -> str:
-        """The name in results."""
+        """The verifier's name and options, as shown in results."""
         return f"{self.name}, epsilon {self.epsilon:g}, delta {self.delta:g}"
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:

@@ -24,10 +24,11 @@ from .passes import PartialPass, RoutedPass
 
 
 class ExitDrafter(ChainDrafter):
-    """Drafts a chain of tokens that leave the model early. A subclass chooses the exit (``run_to_exit``).
+    """Base class of drafters whose tokens leave the model before its last layer, at an exit that a subclass chooses.
 
-    network: trained modules; None: the model's own norm and head read out.
-    level_shares, cost_key: as in ``Traits``.
+    network_class, network: the trained modules; None: the model's own norm and head compute draft logits.
+    level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
+    cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
     network_class: ClassVar[type[ExitHeads] | type[Routers]] = ExitHeads
@@ -38,9 +39,10 @@ class ExitDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """Load the network, if the drafter needs one, from the folder ``source``; None: the shipped one.
+        """Load the trained modules, if the drafter needs any, and make the drafter with the options ``kwargs``.
 
-        Raises SpecDecError if none is shipped, and for a folder of another drafter or model.
+        Raises SpecDecError if no folder is shipped, or ``source`` is of another drafter or model.
+        source: a drafter folder; None: the one shipped for the model.
         """
         if not cls.needs_training:
             return super().load(target, source, **kwargs)
@@ -62,15 +64,15 @@ class ExitDrafter(ChainDrafter):
         self.traits = Traits((self.name,), level_shares=self.level_shares, leaves_early=True, cost_key=self.cost_key)
 
     def begin_draft(self, state: State) -> Any:
-        """Return the pass that runs the draft's tokens, with the methods ``push`` and ``finish`` of ``PartialPass``."""
+        """Return an object that runs a draft's tokens, with the methods ``push`` and ``finish`` of ``PartialPass``."""
         return PartialPass(state.target, state.cache)
 
     @abstractmethod
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
-        """Run the last token of ``begin_draft``'s pass to its exit; return the fields of the ``Readout`` there."""
+        """Run the last token to its exit, and return the fields of its ``Readout``. tokens: made by ``begin_draft``."""
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
-        """Run the last token to ``layer``, the exit of that index; return the fields of the ``Readout`` there."""
+        """Run the last token to ``layer``, which is exit number ``index``, and return the fields of its ``Readout``."""
         h = tokens.to(layer)[:, -1:]
         logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]
         certainty = best_probability(logits)
@@ -89,7 +91,7 @@ class ExitDrafter(ChainDrafter):
 
 
 class EarlyExitDrafter(ExitDrafter):
-    """Drafts a chain through layers [0, E), read out by the model's own norm and head.
+    """Drafts a chain through layers [0, E), with draft logits from the model's own norm and output head.
 
     Models that were not trained to exit early rarely agree with their first layers. Raises SpecDecError, when bound, if
     the exit layer is outside the model.
@@ -116,10 +118,10 @@ class EarlyExitDrafter(ExitDrafter):
 
 
 class DeedDrafter(ExitDrafter):
-    """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last (``State.exit``).
+    """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last exit (``State.exit``).
 
-    Each exit has a trained module; all share one head. The paper trains a model together with its exits; here the base
-    stays frozen.
+    Each exit has a trained module; all share the model's output head. The paper trains a model together with its exits;
+    here the model stays frozen.
 
     exit_confidence: minimum probability of the best token, in [0, 1]; where drafts are not verified, the verifier's
         threshold takes its place.
@@ -146,7 +148,7 @@ class DeedDrafter(ExitDrafter):
 
 
 class SkipDecodeRow(ChainRow):
-    """The state of a row. prompt: number of prompt tokens; 0: not known yet."""
+    """What a ``SkipDecodeDrafter`` keeps of one row. prompt: number of prompt tokens; 0: not known yet."""
 
     prompt = 0
 
@@ -154,12 +156,12 @@ class SkipDecodeRow(ChainRow):
 class SkipDecodeDrafter(ExitDrafter):
     """Drafts a chain through a number of layers that falls from ``deepest`` to ``shallowest`` over ``horizon`` tokens.
 
-    No token needs keys and values above an earlier one's exit. The paper accepts every token (here: the confident
-    verifier with threshold 0) and never runs the skipped layers; here the next deep pass fills them in. Raises
-    SpecDecError, when bound, if the exits are outside the model or in the wrong order.
+    So no token needs keys and values of layers that an earlier token has skipped. The paper accepts every token (here:
+    the confident verifier with threshold 0) and never runs the skipped layers; here the next scoring pass runs them.
+    Raises SpecDecError, when bound, if the exits are outside the model or in the wrong order.
 
-    deepest, shallowest: exits of the first and of the last tokens, 1 <= shallowest <= deepest < N; None: four and two
-        fifths of the layers.
+    deepest, shallowest: number of layers of the first and of the last tokens, 1 <= shallowest <= deepest < N; None:
+        four fifths and two fifths of the model's layers.
     horizon: number of new tokens until the shallowest exit is reached.
     """
 
@@ -192,10 +194,11 @@ class SkipDecodeDrafter(ExitDrafter):
 
 
 class MixtureOfDepthsDrafter(ExitDrafter):
-    """Drafts a chain through the layers that trained routers choose for each token; a batch runs what any row needs.
+    """Drafts a chain through the layers that trained routers choose for each token.
 
-    The routers learn on a frozen base to run a share of the routed layers, their capacity. The paper picks the top
-    tokens of a sequence for each layer; that looks ahead, so here a token runs a layer where its score is positive.
+    In a batch, a layer runs if any row's router chooses it. The routers are trained, with the model frozen, to choose a
+    given share of the layers. The paper picks the top tokens of a sequence for each layer; that looks ahead, so here a
+    token runs a layer where its router's output is positive.
     """
 
     name: ClassVar[str] = "mixture-of-depths"

@@ -21,7 +21,8 @@ class ExitHeads(nn.Module):
 
     The estimate is map(u) + up(silu(down(u))) with u = h / rms(h). Untrained, map is the identity and up is zero.
 
-    exits: the layers E, rising. width: number of outputs of each ``down``.
+    exits: for each exit, E, the number of layers that run before it, rising.
+    width: number of outputs of each ``down``.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
@@ -39,24 +40,24 @@ class ExitHeads(nn.Module):
         self.draft_vocab: Tensor | None
 
     def forward(self, index: int, h: Tensor) -> Tensor:
-        """Return the estimate of h[N], [B, T, D], from the states h [B, T, D] at the exit of that index."""
+        """Return the estimate of the final state h[N], [B, T, D], from the states ``h`` [B, T, D] at exit ``index``."""
         unit = rms_unit(h)
         out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
         return out
 
     def config(self) -> dict[str, Any]:
-        """Return the entries of a drafter folder's config.json."""
+        """Return what ``from_config`` needs, as entries of a drafter folder's config.json."""
         return {"exits": list(self.exits), "width": self.width}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """Return the module of a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
+        """Make untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit."""
         width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
-    """Return ``exits`` as a tuple. Raises SpecDecError unless they are rising layers inside the model."""
+    """Return ``exits`` as a tuple. Raises SpecDecError unless it lists rising layer numbers inside the model."""
     layers = options.check_ints("exits", exits, 1)
     if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
         raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
@@ -85,5 +86,5 @@ class Routers(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """Return the module of a drafter folder's config.json. Raises SpecDecError for what does not fit the target."""
+        """Make untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit."""
         return cls(config.get("first", 0), target, draft_vocab)

@@ -12,9 +12,9 @@ from .networks import Routers
 
 
 class PartialPass:
-    """The tokens of a draft, each run through the first layers; an earlier token at least as far as a later one.
+    """Runs the tokens of a draft through the first layers, an earlier token at least as far as a later one.
 
-    groups: tokens that have reached the same layer, deepest first: the layer, states [B, n, D], positions [B, n].
+    groups: the tokens by the layer that they have reached, deepest first: layer, states [B, n, D], positions [B, n].
     count: number of tokens.
     """
 
@@ -24,16 +24,17 @@ class PartialPass:
         self.count = 0
 
     def push(self, token: Tensor, positions: Tensor) -> Tensor:
-        """Add a token of each row and its position, int64 [B, 1] each, at layer 0; return its embedding [B, 1, D]."""
+        """Add one token of each row and its position, int64 [B, 1] each, at layer 0; return its embedding [B, 1, D]."""
         x = self.target.embed(token, positions)
         self.count += 1
         self.groups.append((0, x, positions))
         return x
 
     def to(self, layer: int) -> Tensor:
-        """Run every token that is below ``layer`` up to it; return the states of the tokens there, [B, n, D].
+        """Run all tokens that have not reached ``layer`` through the layers below it.
 
-        The last of these tokens is the draft's last one.
+        Return the input states of ``layer`` of the n tokens that have reached just this layer, [B, n, D]; the last of
+        them is the draft's last token.
         """
         while (level := self.groups[-1][0]) < layer:
             _, x, positions = self.groups.pop()
@@ -47,7 +48,7 @@ class PartialPass:
         return self.groups[-1][1]
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """Return all tokens' states [B, n, D] at the deepest layer that a token has reached, and that layer."""
+        """Run all tokens to the deepest layer that any has reached; return their states [B, n, D] and that layer."""
         if not self.groups:
             return None, 0
         deepest = self.groups[0][0]
@@ -55,22 +56,25 @@ class PartialPass:
 
 
 class RoutedPass:
-    """The tokens of a draft, each run through the first layers, which are exact, and those that a router chooses.
+    """Runs the tokens of a draft through the first layers, and through the later layers that a router chooses.
 
-    A token that skips a layer leaves keys and values there as soon as a later token runs it.
+    A token that skips a layer gets keys and values there as soon as a later token runs the layer.
 
     states: the state of each token after the first layers, [B, 1, D] each.
     skipped: for each routed layer, the inputs of tokens that have skipped it so far, [B, 1, D] each.
-    last: final state of the last token, [B, 1, D]. layers_run: number of layers that it ran.
+    last: final state of the last token, [B, 1, D].
+    layers_run: number of layers that the last token has run.
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:
-        self.target, self.cache, self.routers = target, cache, routers
+        self.target = target
+        self.cache = cache
+        self.routers = routers
         self.states: list[Tensor] = []
         self.skipped: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Run a token of each row at its position, int64 [B, 1] each."""
+        """Run one token of each row at its position, int64 [B, 1] each, through the layers that are chosen for it."""
         target, cache, first = self.target, self.cache, self.routers.first
         ctx = Pass(positions, cache.register(0, positions), cache)
         x = target.layers(target.embed(token, positions), 0, first, ctx)
@@ -87,9 +91,9 @@ class RoutedPass:
         self.last = x
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """Return all tokens' states [B, n, D] after the first layers, and the number of these layers.
+        """Return all tokens' states [B, n, D] after the first layers, which are exact, and the number of these layers.
 
-        Provisional entries of later layers leave the cache.
+        The drafted tokens' keys and values of later layers, which are not exact, are removed from the cache.
         """
         if not self.states:
             return None, 0

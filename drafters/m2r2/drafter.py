@@ -29,10 +29,11 @@ from .path_pass import PathPass
 
 
 class M2R2Row(ChainRow):
-    """Where the states before a row's root are. Indices cost less between two passes than slices.
+    """What an ``M2R2Drafter`` keeps of one row: where the model's states of the token before the root are.
 
-    block: the tapped states of the last block with the row, [B, T, D] for each tap.
-    index: the row's index in the block. token: the index of the token before the root.
+    block: the states of the last scored pass with the row, [B, T, D] for each layer that the drafter reads.
+    index: the row's index in ``block``.
+    token: the index in ``block`` of the token before the root.
     """
 
     def __init__(self) -> None:
@@ -43,16 +44,17 @@ class M2R2Row(ChainRow):
 
 
 class M2R2Drafter(ChainDrafter):
-    """Drafts with an M2R2: a chain, or a tree that is grown level by level.
+    """Drafts with an M2R2 network: a chain, or a tree that is grown level by level.
 
-    Where no network is trained for the model, the drafter teaches itself (``M2R2Learner``) and drafts nothing at first.
-    A tree is grown for one greedy row if the path has one exit and shares no layer with scoring. It has ``nodes``
-    nodes, or the nodes that are worth their price (``Prices``); without prices it is a chain.
+    A tree is grown for one greedy row if the draft path has one exit and shares no layer with scoring.
 
-    nodes: number of nodes of a tree; None: as many as are worth their price.
-    width: number of nodes of a level that get children.
+    network: the trained network, or the one with which ``learner`` begins.
+    width: number of nodes of each level that get children.
     exit_confidence: minimum probability, in [0, 1], with which a token leaves before the last exit (``State.exit``);
         where drafts are not verified, the verifier's threshold takes its place.
+    learner: trains the network while requests run, so that nothing is drafted at first; None: the network is trained.
+    nodes: number of nodes of a tree; None: as many nodes as are worth their cost (``Prices``), or a chain if costs are
+        not known.
     """
 
     name: ClassVar[str] = "m2r2"
@@ -81,9 +83,9 @@ class M2R2Drafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
-        """Load from the drafter folder ``source``; None: the one shipped for the target's weights, or one that learns.
+        """Load the drafter folder ``source``; None: the one shipped for the target's weights, else one that learns.
 
-        Raises SpecDecError if none is shipped and none can teach itself.
+        Raises SpecDecError if no folder is shipped and a drafter cannot teach itself on this target.
         """
         options.check_names(cls.name, kwargs, cls.options)
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
@@ -128,7 +130,7 @@ class M2R2Drafter(ChainDrafter):
             self.learner.add(ids, start)
 
     def _ready(self) -> bool:
-        """Take the learner's latest network, and return whether there is a network to draft with."""
+        """Take over the learner's latest network, and return whether there is a network to draft with."""
         if self.learner is None:
             return True
         fits = self.learner.fits
@@ -156,17 +158,18 @@ class M2R2Drafter(ChainDrafter):
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = prices.tables if prices and prices.tables else None
         if len(rows) == 1:
-            token, masks = rows[0].token, state.masks(0)
+            token, masks = rows[0].token, None if choice is not None else state.masks(0)
             *inputs, final = (x if len(x) == 1 else x[rows[0].index :][:1] for x in rows[0].block)
         else:
             *inputs, final = self._states_before(rows)
-        forbidden = self.vocabulary.forbidden
-        roots = DraftRoots(tokens, cache.rows, final, inputs, token, forbidden, sampled, tables, given)
-        found = state.target.draft_rows(cache, roots, path, limits, masks, choice)
+
+        more = sampled, tables, given, masks, choice
+        roots = DraftRoots(tokens, cache.rows, final, inputs, token, self.vocabulary.forbidden, *more)
+        found = state.target.draft_rows(cache, roots, path, limits)
         return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]
 
     def _width(self, state: State, given: Sequence[Candidates] | None = None) -> int:
-        """Return the number of children of a node: siblings of several rows do not pay."""
+        """Return the number of children of each node: 1 in a batch of several rows, where siblings do not pay."""
         trees = bool(self.nodes) or (len(state.ids) == 1 and (bool(state.prices) or given is not None))
         return self.width if trees else 1
 
@@ -196,7 +199,7 @@ class M2R2Drafter(ChainDrafter):
         return draft
 
     def _run_to_exit(self, tokens: PathPass, state: State) -> Readout:
-        """Run the last of ``tokens`` to the first exit with enough confidence, and return what is read there."""
+        """Run the last of ``tokens`` to the first exit with enough confidence, and return its ``Readout`` there."""
         path, routers = self.network.path, self.network.routers
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
         last = self.num_exits if state.exit is None else state.exit + 1
@@ -215,10 +218,10 @@ class M2R2Drafter(ChainDrafter):
         return Readout(logits, None if routers is None and self.num_exits == 1 else certainty, layers)
 
     def _drafts_by_levels(self, state: State) -> bool:
-        """Return whether to draft level by level: a tree for one row, chains with siblings for several.
+        """Return whether to draft level by level: a tree for one row, chains with siblings for several rows.
 
-        Drafting must run no layer that scoring needs, and processors other than one row's constraint must not read
-        tokens.
+        This needs a draft path without layers that scoring reuses, and no logits processor that reads the tokens
+        before, other than the constraint of a single row.
         """
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None
@@ -226,7 +229,7 @@ class M2R2Drafter(ChainDrafter):
         return verified and plain and not path.exit_layer and not path.exits and bool(self.traits.taps)
 
     def _draft_path(self, state: State) -> DraftPath:
-        """Return the draft path, with output heads for the current draft vocabulary."""
+        """Return the runnable draft path, with output heads for the current draft vocabulary."""
         network, vocabulary = self.network, self.vocabulary
         vocabulary.follow(state, [row.context for row in state.row_states])
         if self.draft_path is None:
@@ -237,7 +240,7 @@ class M2R2Drafter(ChainDrafter):
         return self.draft_path
 
     def _states_before(self, row_states: list[M2R2Row]) -> list[Tensor]:
-        """Return the tapped states of the token before each root, [B, 1, D] for each tap."""
+        """Return the model's states of the token before each root, [B, 1, D] for each layer that the drafter reads."""
         parts = [
             [row.block[tap][row.index : row.index + 1, row.token : row.token + 1] for row in row_states]
             for tap in range(len(self.traits.taps))
@@ -254,7 +257,10 @@ class M2R2Drafter(ChainDrafter):
 
 
 class PaperM2R2Drafter(M2R2Drafter):
-    """The published form: early layers with adapters on shared keys and values, no projection; scoring resumes at E."""
+    """Drafts as the M2R2 abstract says: p runs the first E layers with adapters, without projections to later layers.
+
+    Scoring resumes at layer E from the states of these layers, which are exact.
+    """
 
     name: ClassVar[str] = "m2r2-paper"
     summary: ClassVar[str] = (

@@ -32,10 +32,10 @@ VOCABULARY = 8192  # tokens that are drafted
 
 
 def learned_path(target: Target) -> M2R2Path:
-    """Return the path of a drafter that teaches itself: one segment that ends a twelfth before the model's end.
+    """Return the draft path of a drafter that teaches itself: one range of layers, which ends before the last twelfth.
 
-    The segment is a quarter of the layers, or half of them if the output head has more weights than all layers: then
-    they cost little compared with the head.
+    The range is a quarter of the layers, or half of them if the output head has more weights than all layers, which
+    then cost little compared with the head.
     """
     n, blocks = target.num_layers, range(target.num_layers)
     own = sum(math.prod(each.shape) for layer in blocks for _, each in named_weights(target.block(layer)))
@@ -44,20 +44,24 @@ def learned_path(target: Target) -> M2R2Path:
 
 
 class Fits:
-    """Sums over the training data of texts (``Rows``), and networks with projections fitted to them.
+    """Sums over the training data of texts (``Rows``), and networks whose two projections are fitted to these sums.
 
-    network: the network that serves; before the first fit a network of zeros, which drafts nothing useful.
-    head: the output head of the vocabulary of ``network``; None: the model's own.
-    newest: the output head of the latest vocabulary.
-    basis: the network whose first projection makes the training data of the second one.
-    counts: how often each token was seen, int64 [V]. vocabulary: the likeliest tokens, int32 [V']; None: all.
-    progress: number of tokens, fits and more.
-    sums: for each of the two projections; empty before ``opening``.
-    store: the file. stamp: its stamp when it was last read or written.
-    kept: ``progress.texts`` when all was written. kept_at: the time then, of ``time.monotonic``.
-    start: of a model with a merged adapter, the file of the model without it, with which it begins; else None.
-    source: which of the two files was read last. read_at: its stamp then.
-    factor: what the sums of ``source`` are multiplied by.
+    network: the network that drafts; before the first fit a network of zeros, which drafts nothing useful.
+    head: the output head for the draft tokens of ``network``; None: the model's own head.
+    newest: the output head for the tokens in ``vocabulary``; None: the model's own head.
+    basis: the network whose first projection makes the training data of the second projection.
+    counts: number of times that each token was seen, int64 [V].
+    vocabulary: the most frequent tokens, int32 [V']; None: all tokens.
+    progress: numbers of tokens, texts and fits so far, as stored in the file.
+    sums: the sums of the two projections; empty before ``opening``.
+    store: the file in which all of this is kept.
+    stamp: ``store.stamp()`` when the file was last read or written.
+    kept: ``progress.texts`` when the file was last written.
+    kept_at: time of the last writing, in seconds of ``time.monotonic``.
+    start: the file of the base model, from which a model with a merged adapter begins; None: no adapter is merged.
+    source: the file that was read last, ``store`` or ``start``.
+    read_at: ``source.stamp()`` when it was read.
+    factor: factor by which the sums in ``source`` are multiplied when they are read.
     """
 
     def __init__(self, target: Target) -> None:
@@ -66,13 +70,15 @@ class Fits:
         self.adapter = "" if merged is None else whole_name(merged.name)
         self.progress = self._new_progress()
         self.sums: list[Sums] = []
-        self.store, self.kept, self.kept_at = Store(target.fingerprint, str(self.path)), 0, -math.inf
+        self.store = Store(target.fingerprint, str(self.path))
+        self.kept = 0
+        self.kept_at = -math.inf
         self.start = None if merged is None else Store(merged.base, str(self.path))
         self._restore()
 
     @property
     def version(self) -> int:
-        """The number of fits that have served."""
+        """The number of fitted networks that have been used to draft."""
         return self.progress.fits
 
     # -- what is kept -------------------------------------------------------------------------------------------------
@@ -81,8 +87,10 @@ class Fits:
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
-        """Return what the model has learned, else what it starts with; None: neither is there."""
-        self.source, self.read_at, self.factor = self.store, self.stamp, 1.0
+        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists."""
+        self.source = self.store
+        self.read_at = self.stamp
+        self.factor = 1.0
         found = read_progress(self.store.path)
         if found is None and self.start is not None:
             self.source, self.read_at = self.start, self.start.stamp()
@@ -94,7 +102,7 @@ class Fits:
         return [Sums(parts * self.target.hidden_size, self.target.hidden_size) for parts in (3, 2)]
 
     def _restore(self) -> None:
-        """Take what an earlier process has learned, or begin with zeros."""
+        """Load the networks and counts that an earlier process has written, or begin with projections of zeros."""
         target, store, size, d = self.target, self.store, self.target.vocab_size, self.target.hidden_size
         self.counts = torch.zeros(size, dtype=torch.long)
         self.stamp: Stamp = store.stamp()
@@ -122,7 +130,7 @@ class Fits:
         self.head = self.newest = None if self.vocabulary is None else target.reduced_head(self.vocabulary)
 
     def _kept(self, first: Tensor, second: Tensor, basis: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write, by name: projections, [F + 1, D] each, counts and vocabulary."""
+        """Return the tensors to write, by name: projections of F inputs, [F + 1, D] each, counts and vocabulary."""
         more = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         return {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int()} | more
 
@@ -130,7 +138,7 @@ class Fits:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Begin without the file, and warn. A damaged file is overwritten, one that cannot be read now is not."""
+        """Warn, and begin without the file. A damaged file will be overwritten; a file that cannot be read will not."""
         then = "learning starts anew"
         if not isinstance(error, UnusableError):
             self.source.leave(str(error))
@@ -141,16 +149,18 @@ class Fits:
 
     @property
     def forgotten(self) -> bool:
-        """Whether another process has deleted the file (``learned.forget``)."""
+        """Whether another process has deleted the file (``learned.forget``), so that learning must begin anew."""
         return self.store.writes and bool(self.sums) and self.store.stamp() != self.stamp
 
     def begin_anew(self) -> None:
-        """Forget all that was learned, with the network that serves."""
-        self.sums, self.kept, self.progress = [], 0, self._new_progress()
+        """Forget all that was learned, and draft with a network of zeros again."""
+        self.sums = []
+        self.kept = 0
+        self.progress = self._new_progress()
         self._restore()
 
     def opening(self) -> Generator[None]:
-        """Make the sums, or read the sums of earlier processes; yield after each tensor."""
+        """Read the sums that earlier processes have written, or make empty sums; yield after each tensor."""
         warned = self.store.why_not  # by ``_cannot_use``
         if not self.store.claim() and not warned:
             why = self.store.why_not or "another process learns for this model"
@@ -170,7 +180,7 @@ class Fits:
         self.sums = sums
 
     def keep(self) -> None:
-        """Write what was learned since the last time, if this process may write the file. Warns if that fails."""
+        """Write the file if there is something new and this process may write it. Warns if that fails."""
         if not self.store.writes or self.progress.texts <= self.kept:
             return
         try:
@@ -187,7 +197,10 @@ class Fits:
     # -- from sums to networks ----------------------------------------------------------------------------------------
 
     def basing(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Choose the vocabulary, and return a basis: its first projection is fitted to the sums and ``more`` data."""
+        """Choose the vocabulary, and return a network whose first projection is fitted, and whose second is zero.
+
+        more: weighted training data that are fitted in addition to the sums.
+        """
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
             self.newest = self.target.reduced_head(self.vocabulary)
@@ -195,25 +208,33 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return the basis with a second projection, which is fitted to the sums and to ``more`` data."""
+        """Return ``basis`` with its second projection fitted by ridge regression to the sums and to ``more``.
+
+        more: further training data with weights. Yields where other work may run in between.
+        """
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:
-        """Let a network of the latest vocabulary serve. share: of the hold-out tokens that it drafts rightly."""
+        """Draft with ``network`` from now on; it has the latest vocabulary.
+
+        share: share of the hold-out tokens that it drafts correctly, in [0, 1].
+        """
         self.network, self.head = network, self.newest
         self.progress.fits += 1
         self.progress.agreement.append((self.progress.fitted, share))
 
     def _likeliest(self) -> Tensor | None:
-        """Return the likeliest tokens, int32 [V'], rising; None: all."""
+        """Return the ids of the most frequent tokens, int32 [V'], sorted; None: all tokens."""
         if len(self.counts) <= VOCABULARY:
             return None
         return self.counts.topk(VOCABULARY).indices.sort().values.int()
 
     def _making(self, first: Tensor | M2R2, second: Tensor | None = None) -> Generator[None, None, M2R2]:
-        """Return a network with two projections, weight and bias in one matrix [D, F + 1].
+        """Return a network with two projections; yield between them.
 
-        first: a matrix, or the network whose first projection is used. second: None: a projection of zeros.
+        first: weight and bias of the first projection, with F inputs, in one matrix [D, F + 1], or a network whose
+            first projection is reused.
+        second: the same for the second projection; None: zeros.
         """
         target, tensors, maps = self.target, dict[str, Tensor](), list[UnitMap]()
         with without_memory():

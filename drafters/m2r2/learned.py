@@ -33,21 +33,22 @@ PATIENCE = 10.0  # seconds that a process waits for another one to change a file
 
 
 class UnusableError(SpecDecError):
-    """A file is damaged."""
+    """Raised for a file of learned sums that is damaged, and so may be overwritten."""
 
 
 @dataclass
 class Progress:
-    """How far a drafter has learned; stored in the file's metadata.
+    """How much a drafter has learned; stored in the file's metadata.
 
-    model: the latest name of the model; of a local model, its whole path.
-    path: the draft path, as text.
+    model: the latest name of the model; the absolute path of a local model.
+    path: the draft path, as ``str(M2R2Path)``.
     tokens: number of tokens learned from.
-    texts: number of texts, with those of the hold-out set.
-    fitted: ``tokens`` at the last fit of the second projection. based: the same of the first projection.
-    fits: number of trained versions that have served.
+    texts: number of texts, including the hold-out set.
+    fitted: ``tokens`` at the last fit of the second projection.
+    based: ``tokens`` at the last fit of the first projection.
+    fits: number of fitted networks that have been used to draft.
     since: the first day, YYYY-MM-DD.
-    agreement: for each version that served, ``tokens``, and the share of the hold-out tokens that it drafts rightly.
+    agreement: for each of these networks, ``tokens``, and the share of the hold-out tokens that it drafts correctly.
     version: the version of the file's format.
     adapter: the name of the adapter that is merged into the model; "": there is none.
     """
@@ -70,12 +71,12 @@ Stamp = tuple[tuple[int, int] | None, ...]
 
 
 def folder() -> Path:
-    """Return the folder of all files."""
+    """Return the folder in which the files of all models are."""
     return files.data_dir() / "learned"
 
 
 def first_use() -> None:
-    """Print what is kept and where, unless something was kept before."""
+    """Print what a drafter keeps and in which folder, unless this folder exists already."""
     if not os.path.exists(folder()):
         say(
             "while the machine is idle, a drafter learns from the texts that the model reads and writes; it keeps sums "
@@ -84,25 +85,33 @@ def first_use() -> None:
 
 
 def whole_name(model: str) -> str:
-    """Return the name of a model; of a local one the whole path, which is right in every working directory."""
+    """Return the absolute path of a local ``model``, which is valid in every working directory; other names as is."""
     return str(Path(model).resolve()) if model and os.path.exists(model) else model
 
 
 class Store:
     """The file of what was learned for one model's weights and one draft path.
 
-    fingerprint: of the weights. path (argument): the draft path, as text.
-    path: the file. lock: held by the process that writes it.
-    writes: whether this process may write the file (``claim``). why_not: why no process can; "": one can.
+    fingerprint (argument): fingerprint of the model's weights, in hexadecimal.
+    path (argument): the draft path, as ``str(M2R2Path)``.
+    path: path of the file.
+    lock: lock that the one process has which may write the file.
+    writes: whether this process may write the file (``claim``).
+    why_not: reason why the file cannot be written; "": it can.
     """
 
     def __init__(self, fingerprint: str, path: str) -> None:
         name = hashlib.sha256(f"{fingerprint} {path}".encode()).hexdigest()[:24]
         self.path = folder() / f"{name}.safetensors"
-        self.lock, self.writes, self.why_not = _lock_of(self.path), False, ""
+        self.lock = _lock_of(self.path)
+        self.writes = False
+        self.why_not = ""
 
     def claim(self) -> bool:
-        """Become the process that writes the file; return False if another process is, or no file can be written."""
+        """Become the process that writes the file; return False if another process does, or the file cannot be written.
+
+        ``why_not`` is set in the second case.
+        """
         if self.writes or self.why_not:
             return self.writes
         try:
@@ -119,18 +128,18 @@ class Store:
         return self.writes
 
     def take(self, model: str) -> None:
-        """Become the process that writes the file. Raises SpecDecError, with the ``model``'s name, if it cannot."""
+        """Become the process that writes the file. Raises SpecDecError if that fails. model: its name in the error."""
         if not self.claim():
             other = f"another process learns for '{model}', and only one keeps what it learns"
             raise SpecDecError(self.why_not or f"{other}; end it, or start it with --no-learn, and try again")
 
     def release(self) -> None:
-        """Let other processes write the file."""
+        """Stop being the process that writes the file, so that another one may."""
         self.lock.release()
         self.writes = False
 
     def leave(self, why: str) -> None:
-        """Write nothing from now on. why: the reason, for ``why_not``."""
+        """Never write the file from now on. why: the reason, a sentence for ``why_not``."""
         self.why_not = why
         self.release()
 
@@ -139,9 +148,10 @@ class Store:
         return tuple(map(_stamp, (self.path, _reset_mark(self.path))))
 
     def save(self, progress: Progress, tensors: dict[str, Tensor], since: Stamp | None = None) -> bool:
-        """Write the file as a whole. Raises an error of the system or of safetensors.
+        """Replace the file atomically; return whether it was written. Raises OSError, or an error of safetensors.
 
-        since: the file's last ``stamp``. Return False, without writing, if the stamp differs: the file was deleted.
+        since: the last ``stamp()``; if the present one differs, the file was deleted, and is not written. None: it is
+            written in any case.
         """
         temporary = _part(self.path)
         try:
@@ -160,7 +170,7 @@ class Store:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """Return the progress that the file ``path`` holds; None: there is no file.
+    """Return the progress that is stored in the file ``path``; None: there is no file.
 
     Raises UnusableError for a damaged file, SpecDecError if it cannot be read or was written by another version.
     """
@@ -174,10 +184,11 @@ def read_progress(path: Path) -> Progress | None:
 
 
 def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of the file ``path``. like: the names to read, with tensors of their shapes; None: all.
+    """Yield names and tensors of the file ``path``.
 
     Raises UnusableError for a tensor that is missing, not finite or of another shape, SpecDecError for a file that
     cannot be read.
+    like: tensors of the expected shapes, by the names to read; None: all tensors are read.
     """
     with _reading(path) as file:
         for name in file.keys() if like is None else like:
@@ -190,9 +201,9 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 
 
 def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
-    """Return the progress with which a fine-tune of a model begins, and the factor of the base model's sums.
+    """Return the progress with which a fine-tuned model begins, and the factor by which it multiplies the base's sums.
 
-    base: the progress of the base model. model, adapter: the fine-tune's, as in ``Progress``.
+    base: the progress of the base model. model, adapter: the names of the fine-tuned model, as in ``Progress``.
     """
     tokens = min(base.tokens, PRIOR)
     own = Progress(model, base.path, tokens, fitted=tokens, based=tokens, fits=base.fits, adapter=adapter)
@@ -200,10 +211,10 @@ def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, f
 
 
 def begin_from(store: Store, other: Path, model: str) -> None:
-    """Write what the file ``other`` holds, of a base model, to the empty ``store`` of its fine-tune ``model``.
+    """Let the fine-tuned model ``model`` begin with what its base model has learned: copy file ``other`` to ``store``.
 
-    The sums then count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or nothing can be
-    written.
+    The copied sums count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or ``store``
+    cannot be written.
     """
     progress = read_progress(other)
     assert progress is not None
@@ -222,7 +233,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:
-    """Return the file of each model and its progress (None: the file is unusable)."""
+    """Return the path of each model's file, and its progress (None: the file is unusable)."""
     found = list[tuple[Path, Progress | None]]()
     for path in _files():
         progress = None
@@ -233,10 +244,10 @@ def all_progress() -> list[tuple[Path, Progress | None]]:
 
 
 def forget(stems: set[str] | None = None) -> bool:
-    """Delete the files whose names without suffixes are in ``stems``; None: all files.
+    """Delete learned files. Return whether a running process learns for one of them; that process begins anew.
 
-    Return whether a process is learning for such a model; it begins anew. Raises SpecDecError if a file cannot be
-    deleted.
+    Raises SpecDecError if a file cannot be deleted.
+    stems: names of the files without suffixes; None: all files.
     """
     learning = False
     if not os.path.exists(folder()):
@@ -277,13 +288,13 @@ def _part(path: Path) -> Path:
 
 
 def _reset_mark(path: Path) -> Path:
-    """Return the file that ``forget`` touches where a process learns, which then begins anew."""
+    """Return the path of an empty file, which ``forget`` writes to tell a learning process to begin anew."""
     return Path(f"{path}.reset")
 
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[None]:
-    """Let one process at a time take or delete a file in a folder. Raises OSError if another one does not end."""
+    """Lock a folder, so that one process at a time claims or deletes its files. Raises OSError after ``PATIENCE`` s."""
     try:
         with FileLock(folder / ".lock", timeout=PATIENCE):
             yield
@@ -295,7 +306,7 @@ def _changing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """Open a file. Raises UnusableError if it is damaged, SpecDecError if it cannot be read."""
+    """Open a safetensors file. Raises UnusableError if it is damaged, SpecDecError if it cannot be read."""
     try:
         path.open("rb").close()  # what the system says, which safetensors does not tell from damage
         with safe_open(path, framework="pt") as file:
@@ -314,7 +325,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def _bound(newest: Path) -> None:
-    """Delete the oldest files, but not ``newest``, until the others fit ``MOST_BYTES``."""
+    """Delete the oldest files, but not ``newest``, until the sizes of the rest sum up to at most ``MOST_BYTES``."""
     with suppress(OSError):
         others = sorted(_files(), key=lambda path: -path.stat().st_mtime)
         total = 0

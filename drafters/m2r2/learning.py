@@ -54,10 +54,10 @@ def why_not(target: Target) -> str | None:
 
 
 class Latest(deque[Text]):
-    """The latest texts that were learned from, with the states and training data that are still needed."""
+    """A queue of the latest texts that were learned from, with states and training data while these are needed."""
 
     def bound(self) -> None:
-        """Drop texts, training data and states beyond the limits, the oldest first."""
+        """Remove the oldest texts, training data and states beyond the limits of this module."""
         tokens = size = 0
         rows = {True: 0, False: 0}
         for number, text in enumerate(reversed(self)):
@@ -80,36 +80,40 @@ class Latest(deque[Text]):
 
 
 class M2R2Learner(Learner):
-    """Learns from texts, for some milliseconds at a time, and has the network that serves.
+    """Trains an M2R2 network on the texts of finished requests, for some milliseconds at a time.
 
-    A fault ends the learning with a warning, never a request.
+    An error ends the learning with a warning, and no request fails.
 
-    fits: what was learned, and the networks.
-    replay: runs texts again.
-    judged: the network that serves, before it was fitted with the hold-out set.
-    queue: texts that wait. latest: texts that were learned from. read: number of texts learned from.
-    on: whether it learns; False after a fault. The network serves all the same.
+    fits: the sums that were learned, and the networks fitted to them.
+    replay: runs texts through the model again.
+    baseline: the network in use as it was before the hold-out set was added to its training data.
+    queue: texts still to learn from.
+    latest: texts that were learned from.
+    read: number of texts learned from.
+    on: whether learning goes on; False after an error, when the last network stays in use.
     """
 
     def __init__(self, target: Target) -> None:
         self.target, self.fits = target, Fits(target)
         self.replay = Replay(target, self.fits.path)
-        self.judged, self.on = self.fits.network, True
-        self.queue, self.latest, self.read = deque[Text](maxlen=WAITING), Latest(), 0
+        self.baseline, self.on = self.fits.network, True
+        self.queue = deque[Text](maxlen=WAITING)
+        self.latest = Latest()
+        self.read = 0
         self._work: Iterator[None] | None = None
 
     # -- called between steps -----------------------------------------------------------------------------------------
 
     @property
     def version(self) -> int:
-        """The number of fits that have served."""
+        """The number of fitted networks that have been used to draft."""
         return self.fits.version
 
     def claim(self) -> None:
         self.fits.store.take(self.fits.name)
 
     def add(self, ids: Sequence[int], start: int) -> None:
-        """Queue a text to learn from. ids: its tokens. start: number of prompt tokens."""
+        """Queue a text to learn from. ids: its token ids, prompt and output. start: number of prompt tokens."""
         if self.on and len(ids) > start + 1 >= 2:
             self.queue.append(Text.of(ids, start))
 
@@ -128,7 +132,7 @@ class M2R2Learner(Learner):
         return True
 
     def _next(self) -> Iterator[None] | None:
-        """Return the work to do next, a generator that yields after some milliseconds; None: there is none."""
+        """Return the next task, a generator that yields after every few milliseconds; None: there is nothing to do."""
         fits, progress = self.fits, self.fits.progress
         if fits.forgotten:
             return self._forget()
@@ -154,15 +158,15 @@ class M2R2Learner(Learner):
 
     def _open(self) -> Iterator[None]:
         yield from self.fits.opening()
-        self.judged = self.fits.network
+        self.baseline = self.fits.network
 
     def _forget(self) -> Iterator[None]:
-        """Begin anew, because a person has deleted what was learned."""
+        """Forget everything, because a person has deleted the file of what was learned."""
         warnings.warn("another process deleted what was learned; the drafter starts anew", SpecDecWarning, stacklevel=2)
         self.queue.clear()
         self.latest.clear()
         self.fits.begin_anew()
-        self.judged, self.read = self.fits.network, 0
+        self.baseline, self.read = self.fits.network, 0
         yield
 
     def _keep(self) -> Iterator[None]:
@@ -173,7 +177,7 @@ class M2R2Learner(Learner):
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Learn from a text, or put it into the hold-out set first."""
+        """Add a text to the regression's sums, or to the hold-out set; yield where other work may run."""
         fits, progress = self.fits, self.fits.progress
         text.held = self.read % HOLDOUT_EVERY == 0
         self.read += 1
@@ -187,7 +191,10 @@ class M2R2Learner(Learner):
         self.latest.bound()
 
     def _run(self, text: Text, basis: M2R2 | None, sums: dict[int, Sums]) -> Iterator[None]:
-        """Run a text with the network ``basis``, and add its training data to ``sums``, by index of the projection."""
+        """Run a text, and add its training data to ``sums``, which are by index of the projection.
+
+        basis: the network that runs the draft path, for the second projection's data; None: the path does not run.
+        """
         text.rows = []
         for rows in self.replay.rows(text, basis):
             yield
@@ -197,9 +204,11 @@ class M2R2Learner(Learner):
                 text.rows.append(rows)
 
     def _weighted(self, index: int, recent: float, held: float) -> Iterator[Weighted]:
-        """Yield training data of the latest texts for projection ``index``, and how often to count it beyond once.
+        """Yield training data of the latest texts for projection ``index``, each with the weight to add to the sums.
 
-        recent: how often a fit counts a text. held: the same of the hold-out set; 0: not at all.
+        The sums contain each text with weight 1 already.
+        recent: weight that a text is to have.
+        held: weight that a text of the hold-out set is to have; 0: none.
         """
         for text in self.latest:
             weight = (held if text.held else recent) - 1  # the sums have them once
@@ -223,12 +232,12 @@ class M2R2Learner(Learner):
         fits.basis, fits.sums[1], progress.based = basis, sums, progress.tokens
 
     def _fit(self) -> Iterator[None]:
-        """Fit the second projection with each weight of recent texts; serve the best fit if it beats the last one."""
+        """Fit the second projection with several weights of recent texts; use the best fit if it beats the last."""
         fits, progress = self.fits, self.fits.progress
         progress.fitted = progress.tokens
         if fits.newest is not None:
             yield from self.target.preparing(fits.newest)
-        best, found = 0.0, self.judged
+        best, found = 0.0, self.baseline
         most = (yield from self._hits(found, fits.head)) if progress.fits else -1
         for weight in RECENT_WEIGHTS if progress.tokens > 2 * RECENT_TOKENS else RECENT_WEIGHTS[:1]:
             network = yield from fits.fitting(self._weighted(1, weight, 0))
@@ -237,11 +246,11 @@ class M2R2Learner(Learner):
                 best, found, most = weight, network, hits
         if best:
             network = yield from fits.fitting(self._weighted(1, best, best))
-            self.judged = found
+            self.baseline = found
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """Return how many hold-out tokens a network drafts rightly. head: its output head, as ``Fits.head``."""
+        """Return the number of hold-out tokens that ``network`` drafts correctly. head: its head; None: the model's."""
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis
         for text in self.latest.held:

@@ -27,7 +27,7 @@ NEURONS = 32  # their number is a multiple of it, for the kernels
 
 @dataclass
 class Carry:
-    """Deep states g of a token, which the projections of the next token read: h if it is verified, else p.
+    """The deep states g of one token, which the projections of the next token read: h for a verified token, else p.
 
     final: g[N], [B, T, D].
     inputs: g[lo] of each segment that was run, [B, T, D] each.
@@ -77,11 +77,12 @@ class Router(nn.Module):
 
 
 class M2R2(nn.Module):
-    """The parameters of an accelerated residual, and its equations (see the package).
+    """The parameters of an accelerated residual p, and its equations (1) to (6), which docs/how-it-works.md lists.
 
-    path: the draft path. num_layers: N.
+    path: the layers that p runs.
+    num_layers: N, the model's number of layers.
     adapters: the low-rank adapters of the path's layers.
-    projections: A and b of (3) for each segment, then of (5) for each exit.
+    projections: the linear layers A, b of equation (3) for each segment, then of (5) for each exit.
     routers: a router for each exit, with latents of size ``router``; None (``router`` 0): there are none.
     inference_maps: the projections in their fastest format, made by ``freeze``; empty while they are trained.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
@@ -114,16 +115,16 @@ class M2R2(nn.Module):
         self.draft_vocab: Tensor | None
 
     def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
-        """Return the 2 or 3 inputs of projection ``index`` of ``x``, [B, T, D] each, not yet of unit RMS."""
+        """Return the 2 or 3 inputs, [B, T, D] each, that projection ``index`` reads for ``x``, before normalization."""
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
 
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Return the input of projection ``index`` of ``x`` [B, T, D], with unit RMS: [B, T, 2 D or 3 D]."""
+        """Return the normalized input of projection ``index`` for ``x`` [B, T, D]: [B, T, 2 D or 3 D]."""
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Return projection ``index`` of the residual ``x``, [B, T, D] each: (3) for a segment, (5) for an exit."""
+        """Apply projection ``index``, (3) for a segment or (5) for an exit, to the residual ``x``; both [B, T, D]."""
         if self.inference_maps:
             return self.inference_maps[index](self.projection_inputs(index, x, carry))
         layer = self.projections[index]
@@ -131,13 +132,13 @@ class M2R2(nn.Module):
         return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
-        """Return the estimate of h[N], [B, T, D], which the output head reads, from p at the exit of index ``exit``."""
+        """Return the estimate of the final state h[N], [B, T, D], from ``p`` [B, T, D] at exit number ``exit``."""
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
     def freeze(self, target: Target, maps: list[UnitMap] | None = None) -> None:
-        """Prepare for drafting: move parameters to the target's dtype and device, pack the projections.
+        """Prepare for drafting: move the parameters to the target's dtype and device, and pack the projections.
 
-        maps: the packed projections; None: they are made here.
+        maps: the packed projections, if they exist already; None: they are made here.
         """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = maps or [UnitMap(each.weight, each.bias) for each in self.projections]
@@ -152,7 +153,10 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run (4), segment ``index``, from ``x`` [B, T, D]; return p[hi] and, if ``watched``, what the router reads."""
+        """Run equation (4) from ``x`` [B, T, D] through the layers of segment ``index``, and return p[hi], [B, T, D].
+
+        The second value has the residuals that the router reads, [B, T, D] each; it is empty unless ``watched``.
+        """
         lo, hi = self.path.segments[index]
         taps = router_taps(lo, hi) if watched else None
         p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
@@ -161,10 +165,10 @@ class M2R2(nn.Module):
     def run_shared(
         self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run (2), layers [lo, hi), on p of the last n tokens of a chain, from ``x`` = h[lo], [B, n, D].
+        """Run equation (2), layers [lo, hi), for the last n tokens of a chain from ``x`` = h[lo], and return p[hi].
 
-        The cache has the keys and values of h of these tokens; those of p do not stay in it. Return p[hi] and, if
-        ``watched``, what the router reads.
+        Both are [B, n, D]. The cache must have the keys and values of h of these tokens; no entry is added. The second
+        value has the residuals that the router reads, [B, n, D] each; it is empty unless ``watched``.
         """
         n = x.shape[1]
         old = cache.lengths[lo] - cache.committed - n
@@ -178,7 +182,7 @@ class M2R2(nn.Module):
 
 
 def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
-    """Return the MLP of a layer. Raises SpecDecError if it cannot run with ``neurons`` of its neurons."""
+    """Return the MLP of layer ``layer``. Raises SpecDecError if it cannot run with only ``neurons`` of its neurons."""
     mlp = gated_mlp(target.block(layer))
     if mlp is None or not 0 < neurons <= mlp.size or neurons % NEURONS:
         size = "none" if mlp is None else mlp.size
@@ -190,7 +194,7 @@ def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
 
 
 def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
-    """Return empty taps for the inputs of layers [lo, hi) and for their result, which a router reads."""
+    """Return empty taps, by layer, which collect what a router reads: the inputs of layers [lo, hi), and the output."""
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
 
@@ -211,5 +215,5 @@ def load_network(target: Target, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def current_name(name: str) -> str:
-    """Return the current name of a tensor whose ``name`` may be that of an earlier version."""
+    """Return today's name of a stored tensor; ``name`` may be from a file of an earlier version."""
     return re.sub(r"^leaps\.", "projections.", name)

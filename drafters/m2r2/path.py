@@ -19,9 +19,10 @@ REQUIRED = {"exit_layer", "segments", "final_projection", "rank", "adapters"}  #
 class M2R2Path:
     """The layers that the accelerated residual p runs, and the exits on the way.
 
-    exit_layer: E. The slow residual h runs layers [0, E), too, and scoring resumes at E; 0: p begins with a projection.
-    segments: later ranges of layers [lo, hi), in order. A projection leads to each.
-    final_projection: whether a projection leads from each exit to the final state; else p is read out as it is.
+    exit_layer: E. The model's own residual h runs layers [0, E), too, and scoring resumes at E; 0: p begins with a
+        projection.
+    segments: later ranges of layers [lo, hi), in order; a projection makes the input of each.
+    final_projection: whether a projection estimates the final state at each exit; if not, the output head reads p.
     rank: rank of the adapters.
     adapters: for each layer, the paths of the linear layers in it that have a low-rank adapter.
     exits: rising numbers of layers after which a token may leave before the end: layers below E, after which p starts
@@ -39,22 +40,22 @@ class M2R2Path:
 
     @property
     def adapts_early(self) -> bool:
-        """Whether p differs from h below the exit layer."""
+        """Whether layers below the exit layer have adapters, so that p differs from h there."""
         return any(layer < self.exit_layer for layer in self.adapters)
 
     @property
     def end(self) -> int:
-        """The number of the layer after which the path ends."""
+        """The number of model layers up to the end of the path: E, or ``hi`` of the last segment."""
         return self.segments[-1][1] if self.segments else self.exit_layer
 
     @property
     def narrow_layers(self) -> list[int]:
-        """The layers whose MLPs drafts run with ``neurons`` of their neurons."""
+        """The indices of the layers whose MLPs run with only ``neurons`` of their neurons while drafting."""
         return [layer for lo, hi in self.segments for layer in range(lo, hi) if self.neurons]
 
     @property
     def shared(self) -> list[tuple[int, int]]:
-        """The ranges [lo, hi) between exits of layers that h runs, too; p starts each from h."""
+        """The ranges [lo, hi) between exits of the layers [0, E), which h runs, too; p starts each range from h."""
         stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
         return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
 
@@ -65,12 +66,12 @@ class M2R2Path:
 
     @property
     def stages_to_exit(self) -> list[int]:
-        """For each exit, the last one included, the number of stages that a token runs to get there."""
+        """For each exit, the last one included, the number of ``stages`` that a token runs to get there."""
         ends = [hi for _, hi in self.stages]
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 
     def num_layers_run(self, exit: int = -1) -> int:
-        """Return the number of layers that a token runs which leaves at the exit of index ``exit``."""
+        """Return the number of layers that a token runs if it leaves at the exit of index ``exit``."""
         return sum(hi - lo for lo, hi in self.stages[: self.stages_to_exit[exit]])
 
     def num_residuals(self, exit: int = -1) -> int:
@@ -80,7 +81,11 @@ class M2R2Path:
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
 
     def check(self, num_layers: int) -> None:
-        """Raise SpecDecError unless 0 <= E <= lo < hi <= ... <= N (``num_layers``), and all exits are on the path."""
+        """Raise SpecDecError unless the path fits a model of N = ``num_layers`` layers.
+
+        The exit layer E and the segments [lo, hi) must be in order, 0 <= E <= lo < hi <= ... <= N, and all exits on the
+        path.
+        """
         edge = self.exit_layer
         good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
         good = good and self.neurons >= 0
@@ -99,14 +104,14 @@ class M2R2Path:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry ``path`` of a drafter's config.json."""
+        """Return the path as the entry ``path`` of a drafter's config.json."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> M2R2Path:
-        """Return the path of an entry of config.json, also of earlier versions (there a projection is a leap).
+        """Return the path in the entry ``path`` of a config.json. Raises SpecDecError if the entry is no valid path.
 
-        Raises SpecDecError for data that is no path.
+        Entries of earlier versions, which call a projection a leap, are read, too.
         """
         if isinstance(data, dict):
             data = {"final_projection" if name == "final_leap" else name: each for name, each in data.items()}
@@ -115,6 +120,6 @@ class M2R2Path:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
         except ValidationError as error:
-            _, place, said = explain(error.errors(), data)
-            what = " ".join([".".join(map(str, place)), said]).strip()
+            _, place, message = explain(error.errors(), data)
+            what = " ".join([".".join(map(str, place)), message]).strip()
             raise SpecDecError(f"{INVALID}: {what}") from None

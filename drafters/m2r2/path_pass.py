@@ -20,13 +20,14 @@ from .network import M2R2, Carry
 
 @dataclass
 class _Token:
-    """A drafted token of each row.
+    """One drafted token of each row, on its way along the draft path.
 
-    positions: its positions, int64 [B, 1].
+    positions: the tokens' positions, int64 [B, 1].
     p: the accelerated residual after the last stage that was run, [B, 1, D].
-    previous_carry: the carry of the token before. carry: the token's own.
-    stages_run: number of stages that were run.
-    residuals: what the router reads, [B, 1, D] each.
+    previous_carry: the deep states of the token before.
+    carry: the deep states of this token.
+    stages_run: number of stages (``M2R2Path.stages``) that were run.
+    residuals: the residuals that the router reads, [B, 1, D] each.
     """
 
     positions: Tensor
@@ -38,25 +39,31 @@ class _Token:
 
 
 class PathPass:
-    """The tokens of a draft on the draft path; an earlier token has run at least the stages of a later one.
+    """Runs the tokens of a draft along the draft path, an earlier token at least as far as a later one.
 
-    carry: the carry of the token before each root.
-    slow: h of the tokens in the shared layers.
+    carry: the deep states of the token before each root.
+    slow: runs h of the tokens through the layers that scoring will not run again.
     """
 
     def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
-        self.network, self.target, self.cache, self.carry = network, target, cache, carry
+        self.network = network
+        self.target = target
+        self.cache = cache
+        self.carry = carry
         self.slow = PartialPass(target, cache)
         self.tokens: list[_Token] = []
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add a token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
+        """Add one token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
         before = self.tokens[-1].carry if self.tokens else self.carry
         x = self.slow.push(token, positions)
         self.tokens.append(_Token(positions, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
-        """Run the last token to an exit; return the estimate of h[N], [B, 1, D], and what the router reads."""
+        """Run the last token to the exit of index ``exit``; return the estimate of its final state h[N], [B, 1, D].
+
+        The second value has the residuals that the exit's router reads, [B, 1, D] each.
+        """
         network, token = self.network, self.tokens[-1]
         self._run(network.path.stages_to_exit[exit])
         final = network.estimate(exit, token.p, token.previous_carry)

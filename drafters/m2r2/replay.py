@@ -24,10 +24,11 @@ PART = 8, 128  # least and most tokens of a text that are run at once
 
 @dataclass
 class States:
-    """The exact states of a text of T tokens, so that only the draft path needs to run again.
+    """The model's states of a text of T tokens, so that only the draft path needs to run again.
 
-    keys: keys and values of each layer of the path, [1, H, T, d].
-    segment: h[lo], [T, D]. final: h[N], [T, D].
+    keys: for each layer of the path, keys and values, [1, H, T, d] each with head size d.
+    segment: h[lo], the model's input to the segment, [T, D].
+    final: h[N], the model's final state, [T, D].
     """
 
     keys: list[tuple[Tensor, Tensor]]
@@ -41,14 +42,14 @@ class States:
 
 @dataclass
 class Rows:
-    """Training data of n tokens: what drafting after each token starts from, and what it should find.
+    """Training data of n tokens: the inputs from which the token after each is drafted, and the goals of the fits.
 
-    following: the token after each, int64 [n].
-    embedded: the embedding of each, h[0], [n, D].
-    carry: h of the token before each, [n, D].
-    end: p at the end of the segment, [n, D]; None: no network ran.
-    segment: h[lo], the goal of the first projection, [n, D].
-    final: h[N], the goal of the second projection, [n, D].
+    following: the id of the token after each token, int64 [n].
+    embedded: the embedding h[0] of each token, [n, D].
+    carry: the model's states of the token before each token, [n, D] each.
+    end: the accelerated residual p at the end of the segment, [n, D]; None: no network ran.
+    segment: h[lo], which the first projection should return, [n, D].
+    final: h[N], which the second projection should return, [n, D].
     """
 
     following: Tensor
@@ -59,7 +60,7 @@ class Rows:
     final: Tensor
 
     def products(self, network: M2R2, index: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs and the goals of projection ``index`` (0 or 1): [n, F] and [n, D]."""
+        """Return the inputs [n, F] and the goals [n, D] to which projection ``index`` (0 or 1) is fitted."""
         x, goal = (self.end, self.final) if index else (self.embedded, self.segment)
         assert x is not None
         return network.features(index, x, self.carry), goal
@@ -67,11 +68,12 @@ class Rows:
 
 @dataclass
 class Text:
-    """The tokens of a finished request.
+    """The tokens of a finished request, prompt and output.
 
-    ids: the tokens. start: index of the first token that the model chose.
-    states: the exact states, once the text has run and while there is room; else None.
-    rows: the training data, while fits need it.
+    ids: the token ids.
+    start: index in ``ids`` of the first token that the model chose.
+    states: the model's states, once the text has run and while memory allows; else None.
+    rows: the training data, while fits need them.
     held: whether the text is in the hold-out set, on which fits are compared.
     """
 
@@ -83,7 +85,7 @@ class Text:
 
     @classmethod
     def of(cls, ids: Sequence[int], start: int) -> Text:
-        """Return the end of the prompt and the beginning of what follows, of a request of ``start`` prompt tokens."""
+        """Return a part of a request's tokens ``ids``: the end of the prompt, and the output from ``start`` on."""
         first = max(start - CONTEXT, 0)
         return cls(list(ids[first : first + LONGEST]), start - first)
 
@@ -94,21 +96,21 @@ class Text:
 
 
 class Replay:
-    """Runs texts again, for about ``PIECE`` seconds at a time.
+    """Runs texts through the model again to make training data, for about ``PIECE`` seconds at a time.
 
-    path: the draft path, of one segment.
-    pace: seconds that a token took in a layer, the last time.
+    path: the draft path, which has one segment.
+    pace: seconds per token and layer in the last run.
     """
 
     def __init__(self, target: Target, path: M2R2Path) -> None:
         self.target, [(self.lo, self.hi)], self.pace = target, path.segments, PIECE / PART[0]
 
     def rows(self, text: Text, network: M2R2 | None = None) -> Iterator[Rows | None]:
-        """Run a text; yield after each ``PIECE`` seconds: the rows of a part of it if they are complete, else None.
+        """Run a text; yield about every ``PIECE`` seconds, either the training data of its next part or None.
 
-        The states are kept in ``text.states``. If they are there already, the text runs only through the draft path.
-        network: runs the draft path, for ``Rows.end``; None: it does not run.
-        Raises SpecDecError if a state is not finite.
+        Stores the states in ``text.states``; if they are there already, only the draft path runs. Raises SpecDecError
+        if a state is not finite.
+        network: runs the draft path, for ``Rows.end``; None: the path does not run.
         """
         target, lo, hi, last = self.target, self.lo, self.hi, self.target.num_layers
         ids, cache = text.ids[:-1], target.new_cache()
@@ -153,7 +155,7 @@ class Replay:
             self._keep(text, cache, states)
 
     def _layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Generator[None, None, Tensor]:
-        """Run layers [lo, hi) on ``x`` [1, n, D], and yield after some of them; return the result [1, n, D]."""
+        """Run layers [lo, hi) on ``x`` [1, n, D], yield after every few layers, and return the output [1, n, D]."""
         while lo < hi:
             began, end = time.perf_counter(), min(lo + max(int(PIECE / (self.pace * x.shape[1])), 1), hi)
             x = self.target.layers(x, lo, end, given)
@@ -164,7 +166,7 @@ class Replay:
         return x
 
     def _keep(self, text: Text, cache: KVCache, states: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep the states of a text that has run, unless a layer has no keys and values."""
+        """Store the states of a text that has run in ``text.states``, unless a layer has no keys and values."""
         keys = list[tuple[Tensor, Tensor]]()
         for layer in range(self.lo, self.hi):
             found = cache.of_layer(layer, 0)  # (S, H, d); none in layers with states of other kinds

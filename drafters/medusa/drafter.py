@@ -32,7 +32,11 @@ RANKS = 8  # number of choices of a head that a tree may have
 
 
 class MedusaRow:
-    """The state of a row. context: as in ``ChainRow``. final: final state of the last verified token, [1, 1, D]."""
+    """What a ``MedusaDrafter`` keeps of one row.
+
+    context: tokens of the row's text that join the draft vocabulary.
+    final: final state of the last token before the root, [1, 1, D].
+    """
 
     def __init__(self) -> None:
         self.context = Context()
@@ -40,13 +44,12 @@ class MedusaRow:
 
 
 class MedusaDrafter(Drafter):
-    """Drafts the tree with the most expected accepted tokens for its number of nodes.
+    """Drafts with Medusa heads the tree with the most expected accepted tokens for its number of nodes.
 
-    Raises SpecDecError if no trained heads fit the target.
-
-    nodes: nodes of the tree; None: those that are worth their price (``Prices``), or as many as the draft may be deep.
-    output_heads: the output heads of a public checkpoint, [V, D] each, whose blocks read the normalized state; None:
-        the model's.
+    nodes: number of nodes of the tree; None: as many as are worth their cost (``Prices``), or the maximum depth of a
+        draft if costs are not known.
+    output_heads: the heads' own output matrices, [V, D] each, of a public checkpoint, whose blocks read the final state
+        after the norm; None: all heads use the model's output head.
     """
 
     name: ClassVar[str] = public.KIND
@@ -60,9 +63,10 @@ class MedusaDrafter(Drafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
-        """Load from a folder or public heads ORG/NAME[@revision] (``source``); None: the folder shipped for the model.
+        """Load trained heads. Raises SpecDecError if they are missing, damaged or made for another model.
 
-        Raises SpecDecError for anything missing, broken or made for another model.
+        source: a drafter folder, or public heads in a folder or a repository ORG/NAME[@revision]; None: the folder that
+            is shipped for the model.
         """
         options.check_names(cls.name, kwargs, ("nodes",))
         folder, nodes = (
@@ -126,20 +130,23 @@ class MedusaDrafter(Drafter):
         given: Sequence[Candidates] | None,
         choice: DeviceChoice,
     ) -> DeviceTree:
-        """Let the device take nodes from logits [B, K, V']: what a head says is the same after all paths."""
+        """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths.
+
+        tables: calibration tables of the rows; None: no calibration. given: candidates of n-grams; None: none.
+        """
         levels = iter(logits.split(1, 1))
         rules = Rules(self.vocabulary.tokens, tables, given=given_of(given, logits.device))
         limits = TreeLimits(logits.shape[1], RANKS)
         grown = grow(lambda *_: next(levels), state.roots, limits, rules, keep=choice.nodes, waits=False)
-        return choose(grown, choice.nodes, *limits_of(choice, logits.device))
+        return choose(grown, choice.nodes, *limits_of(choice, len(logits), logits.device))
 
     def _likeliest(
         self, state: State, row: int, logits: Tensor, table: Tensor | None, best: list[list[list[float]]]
     ) -> Candidates:
-        """Return the likeliest paths of a row, from its logits [K, V'], under the masks of its constraint.
+        """Return the likeliest paths of a row, at most ``nodes`` nodes, from the logits [K, V'] of K heads.
 
-        table: calibrates probabilities (``calibrated``), [1, 11]; None: they stay.
-        best: of the row, as ``_best`` returns it.
+        table: calibration table of probabilities (``calibrated``), [1, 11]; None: they are not calibrated.
+        best: what ``_best`` returns for the row.
         """
         constraint, vocab = state.sampler.rows[row].constraint, self.vocabulary.tokens
 
@@ -156,7 +163,7 @@ class MedusaDrafter(Drafter):
         return likeliest_paths(after, self.nodes or MOST_NODES)
 
     def _logits(self, state: State) -> Tensor:
-        """Return each head's logits [B, K, V'], over the vocabulary's tokens."""
+        """Return the logits of all K heads over the draft vocabulary, [B, K, V']."""
         finals = [row.final for row in state.row_states]  # (1, 1, D) each
         final = finals[0] if len(finals) == 1 else torch.cat(finals)
         target = state.target
@@ -175,14 +182,15 @@ class MedusaDrafter(Drafter):
 
 
 def final_norm(target: Target) -> nn.Linear:
-    """Return the identity as an output head: a readout with it is the model's final norm alone."""
+    """Return an identity layer as output head, with which ``target.readout`` computes the model's final norm alone."""
     return GivenLinear(torch.eye(target.hidden_size, device=target.device, dtype=target.dtype))
 
 
 def _best(logits: Tensor, vocab: Tensor | None, tables: Tensor | None) -> list[list[list[list[float]]]]:
-    """Return the likeliest tokens of logits [B, K, V'] as lists [B][K]: probabilities, calibrated ones, and token ids.
+    """Return, for each row and head of logits [B, K, V'], the best tokens' probabilities, calibrated ones, and ids.
 
-    vocab: the token id of each logit; None: its index. tables: calibrate each row's probabilities, [B, 11].
+    vocab: the token id of each logit, int64 [V']; None: its index.
+    tables: each row's calibration table (``calibrated``), [B, 11]; None: probabilities are not calibrated.
     """
     p, found = logits.softmax(-1).nan_to_num(0.0).topk(min(RANKS, logits.shape[-1]))  # NaN: nothing is allowed
     sure = calibrated(p, tables)

@@ -11,9 +11,11 @@ from specdec.runtimes.torch.linear import Linear, for_drafting
 
 
 class Medusa(nn.Module):
-    """The residual blocks of Medusa's heads. Blocks of zeros change nothing.
+    """The residual blocks of Medusa's heads; blocks with weights of zero return their input.
 
-    width: D, the size of a state. heads: K. layers: number of blocks of each head.
+    width: D, the size of a state.
+    heads: K, number of heads; head k drafts the token k + 1 positions after the root, k from 0.
+    layers: number of blocks of each head.
     rooted: whether the first block also reads the root's embedding.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     inference_maps: the first block's linear layer in its fastest format, made by ``freeze``; None while it is trained.
@@ -32,7 +34,10 @@ class Medusa(nn.Module):
         self.draft_vocab: Tensor | None
 
     def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
-        """Return inputs of the K output heads, [..., K, D], from states ``x`` and roots' embeddings, [..., D] each."""
+        """Return the inputs of the K output heads, [..., K, D], from states ``x`` [..., D].
+
+        root: embeddings of the roots, [..., D], which ``rooted`` blocks need; else None.
+        """
         seen = x if root is None else torch.cat((x, root), -1)
         y = x.unsqueeze(-2)
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -49,6 +54,6 @@ class Medusa(nn.Module):
         return y
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: move parameters to the target's dtype and device, pack the largest linear layer."""
+        """Prepare for drafting: move parameters to the target's dtype and device, and quantize the largest layer."""
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())

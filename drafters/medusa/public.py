@@ -23,13 +23,13 @@ VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # w
 
 
 def check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
-    """Return the numbers of heads and of blocks of each. Raises SpecDecError if they are out of range."""
+    """Return the numbers of heads and of blocks of each head. Raises SpecDecError unless both are integers in range."""
     what = "of the Medusa drafter"
     return options.check_int(f"heads {what}", heads, 1, HEADS), options.check_int(f"layers {what}", layers, 1, BLOCKS)
 
 
 def find_folder(source: str) -> Path:
-    """Return the folder ``source``, or download the repository ORG/NAME[@revision], without pickles."""
+    """Return the folder ``source``, or download the repository ORG/NAME[@revision], but no pickle files of it."""
     named = hub.parse_repo_id(source)
     if named is None or Path(source).is_dir():
         return Path(source)
@@ -38,7 +38,7 @@ def find_folder(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the config.json of a public checkpoint; None: the folder is none."""
+    """Return the config.json of a public Medusa checkpoint; None: the folder is not one."""
     if not (folder / drafter_folder.CONFIG).is_file():
         return None
     config = drafter_folder.read_json(folder / drafter_folder.CONFIG)
@@ -48,14 +48,14 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_checkpoint(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
-    """Return the blocks and the output heads of a public checkpoint.
+    """Return the blocks and the output heads, [V, D] or [V', D] each, of a public checkpoint.
 
     Raises SpecDecError if a tensor is missing or does not fit.
 
-    Its authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight`` [V, D].
-    vLLM's are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and
-    ``lm_heads.HEAD.weight``, the first alone with ``original_lm_head``. ``token_map`` [V'] names the tokens of a
-    reduced vocabulary (``truncated_vocab_size``).
+    The Medusa authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight``
+    [V, D]. vLLM's tensors are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and
+    ``lm_heads.HEAD.weight``, of which only the first exists with ``original_lm_head``. ``token_map`` [V'] has the ids
+    of the tokens of a reduced vocabulary (``truncated_vocab_size``).
     """
     d, v, vllm = target.hidden_size, target.vocab_size, config.get("model_type") == KIND
     path = folder / (drafter_folder.WEIGHTS if vllm else PUBLIC)

@@ -27,14 +27,14 @@ class SharedEngine:
         self.users, self.lock = 0, threading.Lock()
 
     def enter(self, start: Callable[[], Engine]) -> Engine:
-        """Return the engine for one more user; ``start`` starts it if there is none."""
+        """Return the engine, and count one more user; ``start`` makes the engine if there is none."""
         with self.lock:
             self.engine = self.engine or start()
             self.users += 1
             return self.engine
 
     def leave(self) -> None:
-        """End the use of one user."""
+        """Count one user less; the last one closes the engine."""
         with self.lock:
             self.users -= 1
             if not self.users and self.engine is not None:
@@ -49,7 +49,9 @@ class SharedRequest:
     """
 
     def __init__(self, shared: SharedEngine, start: Callable[[], Engine], make: Callable[[], Request]) -> None:
-        self.shared, self._start, self._make = shared, start, make
+        self.shared = shared
+        self._start = start  # makes the engine of the first user
+        self._make = make  # makes the request
         self._entered = False
 
     async def __aenter__(self) -> SharedRequest:

@@ -39,7 +39,7 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request, check_prompt
 from specdec.kvcache.disk import PrefixDisk
 from specdec.kvcache.prefix import PrefixStore
-from specdec.models import catalogue, identity, loading, packed, prepare
+from specdec.models import catalogue, identity, loading
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.select import make_target, needs_cpu
 from specdec.speculation import registry
@@ -60,7 +60,7 @@ KEEP_EVERY = 60.0  # least seconds between two writes of measured costs
 
 _shared = weakref.WeakKeyDictionary["SpecDecoder", SharedEngine]()  # engines of calls on event loops
 PREFIX_SHARE = 4  # the part of the free memory that texts of earlier calls may take: one in so many bytes
-LEARN = True  # whether a drafter that teaches itself learns where nothing is said
+LEARN = True  # whether a drafter that teaches itself learns by default
 
 
 class SpecDecoder:
@@ -74,8 +74,8 @@ class SpecDecoder:
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or "ngram+X" with one of these texts as X. NAME=SOURCE loads a drafter from SOURCE, such as
-    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, or with one that teaches itself; the
-    attribute ``drafter`` is the one in use.
+    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the mtp layer in its files,
+    else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
     drafter_options: options of the drafter; for joined drafters, a mapping per name.
     runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
@@ -144,7 +144,7 @@ class SpecDecoder:
 
     @property
     def adapter(self) -> str | None:
-        """The name of the adapter that is merged into the model; of a local one, that of its folder or file."""
+        """The name of the adapter that is merged into the model (a local one's folder or file name); None: none is."""
         merged = identity.merged_adapter(self.model)
         return None if merged is None else Path(merged.name).name if Path(merged.name).exists() else merged.name
 
@@ -181,18 +181,16 @@ class SpecDecoder:
         spec = DrafterSpec.parse(drafter).resolved() if isinstance(drafter, str) else None
         if spec is not None:
             spec.refuse_early(name)
-        with packed.reading():
-            prepare.read_ahead(name, {"dtype": dtype, "device": device, "adapter": adapter, **more})
-            model, tokenizer = loading.load(
-                name,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                adapter=adapter,
-                check=lambda config: None if spec is None else spec.refuse_early(name, config),
-            )
-            return cls(model, tokenizer, drafter if spec is None else spec, **more)
+        model, tokenizer = loading.load(
+            name,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            check=lambda config: None if spec is None else spec.refuse_early(name, config),
+        )
+        return cls(model, tokenizer, drafter if spec is None else spec, **more)
 
     @checked
     def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
@@ -207,11 +205,11 @@ class SpecDecoder:
         return other
 
     def _new_prefixes(self) -> PrefixStore | None:
-        """Return an empty store for texts of this decoder; None if it keeps none."""
+        """Return an empty store for cached texts of this decoder; None: it does not reuse prefixes."""
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
-        """Load a named drafter, and bind it to the target."""
+        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target."""
         if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
             drafter = DrafterSpec.parse(drafter if isinstance(drafter, str) else str(drafter.absolute()))
         if isinstance(drafter, DrafterSpec):
@@ -239,9 +237,9 @@ class SpecDecoder:
     ) -> Request:
         """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
 
-        stream: the number of the answer, of several to one prompt with one seed.
-        num_speculative_tokens: as in ``Request``; 0 decodes plainly.
-        scope: as in ``Request``.
+        stream: number of this answer among several to one prompt with one seed.
+        num_speculative_tokens: maximum draft depth; 0: no drafts; None: as deep as pays.
+        scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
         sampler: chooses the tokens instead of the sampling options, the processors and the config.
         shown: special tokens that stay in the text.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
@@ -260,7 +258,7 @@ class SpecDecoder:
         sampler: RowSampler | None = None,
         shown: Sequence[str] = (),
     ) -> Request:
-        """Make a request of an encoded prompt."""
+        """Make a request for the encoded prompt ``ids`` with the options ``given``; the rest as in ``request``."""
         check_prompt(ids, self.target)
         ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), self.target.context - len(ids))
@@ -298,7 +296,10 @@ class SpecDecoder:
         )
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Return which tokens may come after a prompt of ``start`` tokens. Raises SpecDecError."""
+        """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
+
+        start: number of prompt tokens.
+        """
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
             if least > (most := given.get("max_new_tokens", MAX_NEW_TOKENS)):
@@ -397,7 +398,7 @@ class SpecDecoder:
         n: Count | None = None,
         **given: Unpack[GenerationOptions],
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Answer chat messages (``[{"role", "content"}, ...]``), as ``generate`` does with them."""
+        """Answer chat messages (``[{"role", "content"}, ...]``); options and result are those of ``generate``."""
         if isinstance(messages, str) or not all(isinstance(each, Mapping) for each in messages):
             raise SpecDecError(
                 f"messages must be a list of mappings with 'role' and 'content'; got {short_repr(messages)}"
@@ -437,7 +438,7 @@ class SpecDecoder:
     ) -> GenerationOutput:
         """Generate as ``generate`` does, on an event loop. Calls that overlap are decoded together.
 
-        num_speculative_tokens: as in ``Request``. Raises SpecDecError as ``generate`` does.
+        num_speculative_tokens: maximum draft depth; None: as deep as pays. Raises SpecDecError as ``generate`` does.
         """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
             async for _ in running:
@@ -456,7 +457,7 @@ class SpecDecoder:
                 yield piece
 
     def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
-        """Return a request in the engine that calls on event loops share."""
+        """Return a request in the engine that ``agenerate`` and ``astream`` share. depth: its draft length, or None."""
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
         return SharedRequest(shared, self.engine, make)
@@ -475,13 +476,13 @@ class SpecDecoder:
     ) -> Engine:
         """Start an engine, to which requests can be submitted at any time. It uses the drafter until it is closed.
 
-        max_rows: most requests that are decoded together.
-        max_waiting: most requests in the queue; one more raises QueueFullError.
-        kv_memory: bytes of the KV cache, cached prefixes included; None is half of the free memory.
-        prefill_chunk: most tokens of new prompts in a step; None depends on the device.
-        num_speculative_tokens: as in ``GenerationOptions``.
+        max_rows: maximum number of requests that are decoded together.
+        max_waiting: maximum number of requests in the queue; one more raises QueueFullError.
+        kv_memory: bytes of the KV cache, cached prefixes included; None: half of the free memory.
+        prefill_chunk: maximum number of prompt tokens in a step; None: it depends on the device.
+        num_speculative_tokens: depth of each draft; "auto": chosen from measured costs and the acceptance so far.
         prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too.
-        prefix_cache_size: its largest size in bytes.
+        prefix_cache_size: maximum size of this folder in bytes.
         """
         disk = None
         if prefix_cache is not None:
@@ -506,9 +507,9 @@ class SpecDecoder:
         return engine.start()
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
-        """Return an engine whose steps the caller runs, and which has the drafter until it is closed.
+        """Return an engine without a thread, whose steps the caller runs; it uses the drafter until it is closed.
 
-        how: options of ``Engine``.
+        how: keyword arguments of ``Engine``.
         """
         claimed = drafter_use.claim(self.drafter)
         try:
@@ -533,7 +534,7 @@ class SpecDecoder:
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _check_scores(self, otherwise: str) -> None:
-        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what is then impossible."""
+        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what needs scores, as text."""
         if self.verifier.threshold is not None:
             why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
             raise SpecDecError(f"{why}; use the verifier 'exact'")
@@ -552,7 +553,7 @@ class SpecDecoder:
         return self._auto
 
     def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
-        """Save the costs that an engine measured, and release the drafter."""
+        """Save the costs that an engine's ``policy`` has measured, and call ``release``, which frees the drafter."""
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
                 cost_cache.store(self.target, self.drafter, policy.costs())

@@ -20,9 +20,10 @@ _learners = weakref.WeakKeyDictionary[Drafter, Work[None]]()  # the work of draf
 
 
 def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
-    """Let a drafter learn now, for at most about ``seconds`` or until an engine takes it, and keep what it has learned.
+    """Let a drafter learn now, for at most about ``seconds``, and save what it has learned.
 
-    Returns whether it has more to learn from. Raises SpecDecError if an engine has it.
+    Ends early if an engine begins to use the drafter. Returns whether there is more to learn from. Raises SpecDecError
+    if an engine uses the drafter already.
     """
     check_free(drafter)
     if (learner := drafter.learner) is None:
@@ -40,7 +41,7 @@ def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
 
 
 def learn_when_idle(drafter: Drafter) -> None:
-    """Start a thread that lets a drafter learn, piece by piece, while no engine has it, until no decoder has it."""
+    """Start a thread that lets a drafter learn while no engine uses it; it ends when the drafter is deleted."""
     with _starting:
         if drafter not in _learners:
             _learners[drafter] = Work(functools.partial(_work, weakref.ref(drafter)), "specdec learning")

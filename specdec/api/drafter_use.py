@@ -27,12 +27,12 @@ def release(claimed: int) -> None:
 
 
 def in_use(drafter: Drafter) -> bool:
-    """Return whether an engine has the drafter."""
+    """Return whether an engine uses the drafter (``claim``)."""
     return id(drafter) in _busy
 
 
 def check_free(drafter: Drafter) -> None:
-    """Raise SpecDecError if an engine has the drafter."""
+    """Raise SpecDecError if an engine uses the drafter (``claim``)."""
     if in_use(drafter):
         raise SpecDecError(
             "a generation of this SpecDecoder is still open; finish or close it first, or make a second decoder with "

@@ -34,7 +34,7 @@ Options = Mapping[str, Any] | None
 
 
 class DecoderOptions(TypedDict, total=False):
-    """The options of ``SpecDecoder`` beside the model and the drafter, as it describes them."""
+    """The keyword arguments of ``SpecDecoder`` besides the model and the drafter, which its documentation explains."""
 
     drafter_options: Options
     runtime: str
@@ -52,8 +52,8 @@ class DecoderOptions(TypedDict, total=False):
 class RequestOptions(SamplingOptions, total=False):
     """The options of a request.
 
-    max_new_tokens: most new tokens, 128 by default; the model's context bounds them, too.
-    min_new_tokens: before so many, no end token, no token of ``stop_token_ids`` and no stop string ends the text.
+    max_new_tokens: maximum number of new tokens, 128 by default; the model's context bounds them, too.
+    min_new_tokens: number of tokens before which no end token, stop token or stop string ends the text.
     temperature to logit_bias: as in ``SamplingParams``. Without a seed, each call draws a new one.
     use_model_defaults: sampling options that are not given are those of the model's ``generation_config``, as in
     ``model.generate``; else they are those of ``SamplingParams``.
@@ -66,7 +66,7 @@ class RequestOptions(SamplingOptions, total=False):
     system: a system message before the prompt.
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.
-    constraint: what the new text must be (Json, Regex, Grammar or Choice); limit and stop strings may still cut it.
+    constraint: a Json, Regex, Grammar or Choice that the new text must follow; limit and stop strings may still cut it.
     Tokens without an alternative are drafted without the drafter. One that cannot be compiled raises SpecDecError.
     logprobs: return the log-probability of each new token, and this many of the likeliest tokens at its position. These
     are the model's own, before processors, temperature and constraints.
@@ -93,7 +93,7 @@ class GenerationOptions(RequestOptions, total=False):
 
     num_speculative_tokens: depth of each draft. "auto", the default, chooses it from measured costs and the acceptance
     so far, down to plain decoding.
-    max_rows: most rows that are decoded together; the next starts when one has ended. None is all.
+    max_rows: maximum number of rows that are decoded together; the next starts when one has ended. None is all.
     """
 
     num_speculative_tokens: Depth
@@ -108,8 +108,8 @@ class GenerationOutput:
     token_ids: the new tokens, those of plain decoding, with the end token.
     finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
     metrics: times, tokens and steps of the request.
-    logprobs: of the new tokens; None: not requested.
-    prompt_logprobs: of the prompt's tokens from the second on; None: not requested.
+    logprobs: log-probabilities of the new tokens; None: not requested.
+    prompt_logprobs: log-probabilities of the prompt's tokens from the second on; None: not requested.
     """
 
     text: str
@@ -121,7 +121,7 @@ class GenerationOutput:
 
     @classmethod
     def of(cls, request: Request) -> GenerationOutput:
-        """Return the output of a request so far."""
+        """Return what ``request`` has generated so far, as its output."""
         text = text_of(request)
         text.finish()
         reason = request.finish_reason if request.error is None else None
@@ -131,7 +131,7 @@ class GenerationOutput:
         return cls(text.text, request.ids[len(request.prompt) :], reason, request.metrics, own, before)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the output as JSON values, by field name."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         for name in ("logprobs", "prompt_logprobs"):
             if name in found:
@@ -164,7 +164,7 @@ class Generation:
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the steps; yield for each the rows with new tokens, and these. Raises the SpecDecError of a row."""
+        """Run the steps; yield for each the (row index, new tokens) pairs. Raises the SpecDecError of a row."""
         row = {request: number for number, request in enumerate(self.requests)}
         for events in self.engine.steps():
             if self.loads is None and (experts := self.engine.target.experts) is not None:
@@ -184,7 +184,7 @@ class Generation:
         return [GenerationOutput.of(request) for request in self.requests]
 
     def close(self) -> None:
-        """End the generation after the step under way and free its cache; ``outputs`` stays available."""
+        """End the generation after the current step, and free its cache; ``outputs`` stays available."""
         self.engine.close()
 
     def __enter__(self) -> Generation:

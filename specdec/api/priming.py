@@ -22,7 +22,7 @@ HOLDOUT_TOKENS = 64  # tokens of each of their answers that are measured
 
 @dataclass
 class Primed:
-    """What ``prime`` has achieved.
+    """The result of ``prime``.
 
     tokens: number of new tokens that the drafter learned from.
     before, after: mean acceptance length on questions that are not learned from, before and after learning.
@@ -90,8 +90,8 @@ def _generate(
 ) -> list[list[int]]:
     """Decode all prompts (token ids) together, without drafts; return the new tokens of each.
 
-    limit: most new tokens of each. learn: whether drafters may learn from these texts. sampling: options of
-    ``SpecDecoder.open``; without any, decoding is greedy.
+    limit: maximum number of new tokens of each. learn: whether drafters may learn from these texts.
+    sampling: options of ``SpecDecoder.open``; without any, decoding is greedy.
     """
     with decoder.open(prompts, num_speculative_tokens=0, max_new_tokens=limit, **sampling) as generation:
         for request in generation.requests:

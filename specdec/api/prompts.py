@@ -43,10 +43,11 @@ def encode(
     prompt: text, token ids (a list or a tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
     chat: wrap text in the tokenizer's chat template; None does so if there is one.
     system: a system message before the prompt.
-    name: of the prompt, for messages.
+    name: what error messages call the prompt.
     context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
-    tools: for the chat template, in OpenAI's format. template: its other arguments.
-    continue_last: the answer goes on with the last message instead of a new one.
+    tools: tools for the chat template, in OpenAI's format; None: there are none.
+    template: other arguments of the chat template; None: there are none.
+    continue_last: whether the answer continues the last message instead of beginning a new one.
     Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
     """
     if (ids := _given_ids(prompt, name)) is not None:
@@ -97,7 +98,7 @@ def _encode_chat(
     template: Mapping[str, Any],
     continue_last: bool,
 ) -> list[int]:
-    """Return token ids of chat messages, rendered by the tokenizer's template."""
+    """Return token ids of chat messages, rendered by the tokenizer's template. ``encode`` explains the arguments."""
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
     special = _SpelledTokens(tokenizer, [messages, tools, template])
@@ -146,7 +147,7 @@ class _SpelledTokens:
         return self.stand_ins[found[0]]
 
     def encode(self, text: str) -> list[int]:
-        """Return the rendered chat as token ids."""
+        """Return the token ids of ``text``, a chat rendered from ``hidden`` messages."""
         if not self.stand_ins:
             return self._ids(text)
         back = {stand_in: token for token, stand_in in self.stand_ins.items()}
@@ -190,7 +191,7 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in chat messages."""
+    """Yield all strings in ``value``, which consists of nested lists and mappings, such as chat messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):

@@ -20,12 +20,12 @@ _copying = threading.Lock()
 
 
 def token_ids(tokenizer: Any, text: str, add_special: bool = True, split_special: bool = False) -> list[int]:
-    """Return the token ids of a text. Threads may share a tokenizer of transformers this way.
+    """Return the token ids of a text; threads may share a tokenizer. Raises SpecDecError if the tokenizer fails.
 
-    That special tokens in a text are split is a state of a fast tokenizer, which a call sets for all threads. So a copy
-    splits them, made at first use, and neither ever changes its state.
-    add_special: put tokens around the text, as the tokenizer does by default. split_special: special tokens in the text
-    are tokenised as text. Raises SpecDecError if the tokenizer fails, as one without an unknown token does.
+    Whether special tokens are split is a state of fast tokenizers, which a call would set for all threads; so a copy,
+    made at first use, splits them.
+    add_special: whether to add the tokens that the tokenizer puts around a text by default.
+    split_special: whether special tokens in the text are tokenised like other text.
     """
     how = {"split_special_tokens": True} if split_special else {}
     if split_special:
@@ -41,7 +41,7 @@ def token_ids(tokenizer: Any, text: str, add_special: bool = True, split_special
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    """Return the text of token ids. special: with special tokens."""
+    """Return the text of token ids. special: whether to include special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
@@ -56,10 +56,10 @@ REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish
 
 @dataclass(frozen=True)
 class Piece:
-    """New text.
+    """A piece of new text of a request.
 
-    depth: of its last token in a draft; 0 if the model chose that token.
-    finish: the finish reason, in the last piece.
+    depth: depth in the draft of the piece's last token; 0: the model chose it itself.
+    finish: OpenAI's finish reason, in the last piece; None: more text follows.
     """
 
     text: str
@@ -111,7 +111,7 @@ class Detokenizer:
         self.stopped: str | None = None
 
     def push(self, token: int) -> str | None:
-        """Add a token; return "stop" if a stop string ends the text with it."""
+        """Add a token id; return "stop" if a stop string ends the text with it, else None."""
         self.ids.append(token)
         if not self.stop:
             return None
@@ -154,7 +154,7 @@ class Detokenizer:
         return self._send(len(self.text))
 
     def _add(self, count: int) -> None:
-        """Put tokens into the window, up to number ``count``."""
+        """Decode tokens up to number ``count`` of the output, and keep their text."""
         for token in self.ids[self.num_added : count]:
             if token in self.hidden:
                 continue
@@ -181,7 +181,7 @@ class Detokenizer:
             self.old = len(self.window)
 
     def _cut(self, text: str) -> None:
-        """Add the text of the window without its last few tokens, which have a text of their own."""
+        """Move decoded ``text`` to the output, but for that of the last few tokens, which later tokens may change."""
         for end in range(len(self.window) - 4, len(self.window) - 8, -1):  # a character has up to four bytes
             first = self._decode(self.window[:end])
             if first + self._decode(self.window[end:]) == text:
@@ -207,7 +207,7 @@ class Detokenizer:
             self.text = self.text[: self._place(at)]
 
     def _place(self, place: int) -> int:
-        """Return the position in the text of a position in ``whole``."""
+        """Convert an index in ``whole``, the text with hidden special tokens, to an index in the text without them."""
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:
@@ -217,11 +217,11 @@ class Detokenizer:
 
 
 def num_held(text: str, marks: Iterable[str]) -> int:
-    """Return how many characters at the end of ``text`` may be the beginning of one of ``marks``."""
+    """Return the number of characters at the end of ``text`` that may be the beginning of one of ``marks``."""
     return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 def text_of(request: Request) -> Detokenizer:
-    """Return the text of a request that ``SpecDecoder.request`` has made."""
+    """Return the ``Detokenizer`` of a request that ``SpecDecoder.request`` has made."""
     assert isinstance(request.text, Detokenizer)
     return request.text

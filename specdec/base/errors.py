@@ -18,27 +18,27 @@ class SpecDecError(Exception):
 
 
 class SettingError(SpecDecError):
-    """An environment variable has an invalid value."""
+    """Raised if an environment variable has an invalid value."""
 
 
 class NotFiniteError(SpecDecError):
-    """The model's own logits are NaN or infinite, so no runtime can serve it."""
+    """Raised if the model's own logits are NaN or infinite, so that no runtime can run it."""
 
 
 class MemoryFullError(SpecDecError):
-    """A device, or the machine, has no memory left; another runtime needs no less."""
+    """Raised if a device, or the machine, has no memory left; another runtime would need no less."""
 
 
 class QueueFullError(SpecDecError):
-    """The engine refuses a request because its queue is full. The server then answers with an error status."""
+    """Raised if an engine refuses a request because its queue is full. A server then answers with an error status."""
 
 
 class ConstraintError(SpecDecError):
-    """A constraint is invalid, or a text cannot satisfy it."""
+    """Raised if a constraint is invalid, or a text cannot satisfy it."""
 
 
 class PromptTooLongError(SpecDecError):
-    """A prompt does not fit the model's context."""
+    """Raised if a prompt does not fit the model's context."""
 
 
 class SpecDecWarning(UserWarning):
@@ -60,7 +60,7 @@ def how_to_install(extra: str) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, PyTorch or a kernel says that memory is full."""
+    """Return whether an error of Python, PyTorch or a kernel says that memory is full."""
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return kind or "can't allocate memory" in str(error)
 

@@ -51,7 +51,7 @@ def trim_heap() -> None:
 
 
 def _unchanged(first: int, count: int) -> bool:
-    """Return whether no page of ``count`` from number ``first`` on was written to; False if this is unknown."""
+    """Return whether none of ``count`` memory pages from page number ``first`` on was written to; False if unknown."""
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as file:
             file.seek(8 * first)

@@ -159,7 +159,7 @@ def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), s
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """Return ``value`` if it is a whole number in low .. high (None: no upper bound), else raise SpecDecError.
 
-    name: of the option, for the message.
+    name: the option's name in the message.
     """
     return validate(name, value, Annotated[Whole, Field(ge=low, le=high)])
 
@@ -167,7 +167,7 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 def check_ints(name: str, values: Any, low: int) -> tuple[int, ...]:
     """Return ``values`` as a tuple if they are a sequence of whole numbers >= low, else raise SpecDecError.
 
-    name: of the option, for the message.
+    name: the option's name in the message.
     """
     return tuple(validate(name, values, Sequence[Annotated[Whole, Field(ge=low)]]))
 

@@ -139,7 +139,7 @@ def in_chunks(parts: Iterable[float]) -> Generator[None]:
 
 
 def result(work: Generator[None, None, T]) -> T:
-    """Run a generator to its end, without pauses, and return what it returns."""
+    """Run a generator of work to its end, without pauses, and return its return value."""
     while True:
         try:
             next(work)

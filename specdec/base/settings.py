@@ -73,14 +73,14 @@ def explain(errors: Sequence[Any], given: Any) -> tuple[Any, Place, str]:
 
 
 def _wording(error: Any) -> str:
-    said = str(error["msg"]).removeprefix("Value error, ")
-    return PLAIN_WORDS.get(error["type"]) or COUNTED.sub(r" and has \1", SUBJECT.sub("must ", said)).replace(*A_LIST)
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return PLAIN_WORDS.get(error["type"]) or COUNTED.sub(r" and has \1", SUBJECT.sub("must ", message)).replace(*A_LIST)
 
 
 def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
-    """Return the indices of the parts of pydantic's ``location`` that are keys or indices in ``given``.
-    The other parts are names of a union's types. Among several interpretations, it is one with most keys, and among
-    these one that reaches the end. kind: type of the error. begin: index of the first part to use."""
+    """Return which parts of a pydantic error's ``location`` are keys or indices in ``given``, as indices of parts.
+    Other parts name types of a union. If several readings are possible, the one with most keys is returned, preferably
+    one that includes the last part. kind: the error's type. begin: index of the first part to use."""
     if begin == len(location):
         return ()
     part, ways = location[begin], [_steps(given, location, kind, begin + 1)]
@@ -92,10 +92,10 @@ def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int,
     return max(ways, key=lambda way: (len(way), way[-1:]))
 
 
-def _refusal(place: Place, said: str, value: Any, near: str = "") -> SpecDecError:
-    """Return the error for a wrong ``value`` at ``place``. said: why it is wrong. near: a suggestion, or ""."""
+def _refusal(place: Place, message: str, value: Any, near: str = "") -> SpecDecError:
+    """Return the error for a wrong ``value`` at ``place``. message: why it is wrong. near: a suggestion, or ""."""
     name = ".".join(map(str, place))
-    return SpecDecError(f"{name}{' ' if said.startswith('must ') else ': '}{said}{near}; got {short_repr(value)}")
+    return SpecDecError(f"{name}{' ' if message.startswith('must ') else ': '}{message}{near}; got {short_repr(value)}")
 
 
 def short_repr(value: Any) -> str:
@@ -110,13 +110,13 @@ def short_repr(value: Any) -> str:
 def validate(name: str, value: Any, kind: Any) -> Any:
     """Return ``value``, validated and converted by pydantic as the annotated type ``kind``.
 
-    name: of the value, for messages. Raises SpecDecError if the value is not of this type.
+    name: the value's name in messages. Raises SpecDecError if the value is not of this type.
     """
     try:
         return TypeAdapter(kind, config=STRICT).validate_python(value)
     except ValidationError as error:
-        found, place, said = explain(error.errors(), value)
-        raise _refusal((name, *place), said, found["input"]) from None
+        found, place, message = explain(error.errors(), value)
+        raise _refusal((name, *place), message, found["input"]) from None
 
 
 @functools.cache
@@ -164,9 +164,9 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
             args, given = taken(*args, **given)
         except ValidationError as error:
             every: dict[Any, Any] = dict(enumerate(args)) | dict(given)
-            found, (wrong, *rest), said = explain(error.errors(), every)
+            found, (wrong, *rest), message = explain(error.errors(), every)
             name_of_it = list(signature.parameters)[wrong] if isinstance(wrong, int) else wrong
-            raise _refusal((name_of_it, *rest), said, found["input"]) from None
+            raise _refusal((name_of_it, *rest), message, found["input"]) from None
         return method(*args, **given)
 
     return call
@@ -193,13 +193,13 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            found, place, said = explain(error.errors(), values)
+            found, place, message = explain(error.errors(), values)
             if not place:
-                raise SpecDecError(said) from None
+                raise SpecDecError(message) from None
             if found["type"] == UNKNOWN:
                 known = list(type(self).model_fields)
                 hint = did_you_mean(str(place[0]), known)
                 raise SpecDecError(f"unknown setting '{place[0]}'{hint}; known: {', '.join(known)}") from None
             choices = found.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
             near = did_you_mean(str(found["input"]), filter(None, choices))
-            raise _refusal(place, said, found["input"], near) from None
+            raise _refusal(place, message, found["input"], near) from None

@@ -135,7 +135,7 @@ class Cell(Settings):
     turns: largest number of turns of a conversation; None: all.
     max_new_tokens: largest number of new tokens per turn.
     batch_size: conversations decoded together.
-    repetitions: how often everything is decoded.
+    repetitions: number of times that everything is decoded.
     against: names of baselines, interleaved with the method.
     """
 

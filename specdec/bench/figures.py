@@ -90,7 +90,7 @@ class BenchRequest:
 def summarize(
     name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method
 ) -> dict[str, Any]:
-    """Return the FIGURES (see ``specdec.bench.cell``) of the method ``name``.
+    """Return the figures of the method ``name`` as JSON values; the docstring of ``specdec.bench.cell`` lists them.
 
     mine: the method's requests. baselines: label -> requests of that baseline for the same prompts.
     """

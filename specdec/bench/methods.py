@@ -57,7 +57,7 @@ class Reply:
 
     @property
     def first_seconds(self) -> float:
-        """Seconds until the first token."""
+        """Seconds from the start until the first token."""
         return self.arrivals[0]
 
     @property
@@ -172,7 +172,9 @@ class _Clock(BaseStreamer):
     """
 
     def __init__(self) -> None:
-        self.calls, self.arrivals, self.tokens = 0, list[float](), 0
+        self.calls = 0  # of ``put``
+        self.arrivals = list[float]()
+        self.tokens = 0
 
     def put(self, value: torch.Tensor) -> None:
         self.calls += 1

@@ -41,7 +41,7 @@ KEYS = ("name", "description", "exclude", "resources", *SETTINGS, *GROUPS)
 
 
 class Resources(Settings):
-    """What one task (a group of cells) needs of a machine of a Ray cluster."""
+    """The CPUs, GPUs and GB of memory that one task (a group of cells) reserves on a machine of a Ray cluster."""
 
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
@@ -52,7 +52,7 @@ class Resources(Settings):
 class Plan:
     """A checked benchmark: the cells to measure, without duplicates.
 
-    name: of the benchmark, and the default name of its folder. description: a line for the report; may be empty.
+    name: name of the benchmark, and default name of its folder. description: a line for the report; may be empty.
     resources: what one task on a Ray cluster needs. settings: the plan as a YAML file that gives it again.
     """
 

@@ -36,9 +36,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one file or named set."""
+    """The conversations of one file or named set of prompts."""
 
-    name: str
+    name: str  # of the file or set
     conversations: tuple[Conversation, ...]
     sha256: str  # of the file
     licence: str = ""  # licence and web page of a public set; "" for files and the sets in the package

@@ -57,9 +57,9 @@ class Picture:
     subject: what the figure is about, such as a model. alt: text that replaces it where it cannot be seen.
     """
 
-    title: str
+    title: str  # heading of the page's section
     subject: str
-    caption: str
+    caption: str  # text below the figure
     alt: str
     figure: Figure
 
@@ -72,12 +72,12 @@ class Picture:
 
     @property
     def pixels(self) -> int:
-        """The width at which its letters have their size."""
+        """The width in CSS pixels at which the letters have their intended size."""
         return round(96 * self.figure.get_figwidth())
 
     @property
     def url(self) -> str:
-        """The SVG file as the address of an image."""
+        """The SVG file as a ``data:`` URL, for an image in HTML."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
@@ -119,7 +119,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
 
 
 def _speed(model: str, records: Sequence[Record]) -> Picture | None:
-    """Draw the speed of each cell and baseline of ``model`` over its first baseline, the fastest first.
+    """Draw the speed of each cell and baseline of ``model`` over its first baseline; None: there are no figures.
 
     Each setting in which the cells differ has a column of text beside the bars.
     """
@@ -173,7 +173,7 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
-    """Draw speed against draft length, a line for cells that differ in nothing else; automatic lengths at the right."""
+    """Draw speed against draft length, a line for cells that differ in nothing else; None: only one length."""
     lines = dict[str, dict[Any, Estimate]]()
     names = labels([record["cell"] | {DRAFT_LENGTH: "auto"} for record in records])
     for name, record in zip(names, records, strict=True):
@@ -205,7 +205,7 @@ def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
 
 
 def _acceptance(model: str, records: Sequence[Record]) -> Picture | None:
-    """Draw, as a line per cell, the share of accepted tokens by position in the draft, where enough drafts reach."""
+    """Draw the share of accepted tokens by position in the draft, a line per cell; None: too few drafts."""
     names = labels([record["cell"] for record in records])
     found = {name: acceptance(record["method"]) for name, record in zip(names, records, strict=True)}
     drafted = {name: positions for name, positions in found.items() if positions}

@@ -78,9 +78,10 @@ def make_table(title: str, rows: Sequence[Mapping[str, str]]) -> ResultTable:
 class Results:
     """The results of one benchmark.
 
-    name, description: of the plan. commands: the command lines that measured it.
+    name, description: those of the plan. commands: the command lines that measured it.
     records: one per cell that has run, in the order of the plan. missing: number of cells that have not run.
-    settings: of the plan, as YAML. prompts: name of each prompt set -> its conversations, {"id", "category", "turns"}.
+    settings: the plan's settings as YAML.
+    prompts: name of each prompt set -> its conversations, {"id", "category", "turns"}.
     """
 
     name: str
@@ -100,7 +101,7 @@ class Results:
         return [record for record in self.records if "error" in record]
 
     def labels(self) -> list[str]:
-        """Return a label for the cell of each record."""
+        """Return a label for the cell of each record, as ``labels`` makes it."""
         return labels([record["cell"] for record in self.records])
 
     def table(self) -> ResultTable:
@@ -173,7 +174,7 @@ def _settings(record: Record) -> list[str]:
 
 
 def _figures(method: Mapping[str, Any]) -> dict[str, str]:
-    """Return {column: text} of the main table for the FIGURES of a method."""
+    """Return a row {column: text} of the main table. method: the figures of a method, as ``summarize`` returns them."""
     rate, first, quality = method["acceptance_rate"], method["first_token_ms"], method["quality"] or {}
     return {
         "tok/s": interval(method["tokens_per_second"], ".1f"),
@@ -219,7 +220,7 @@ def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
 def acceptance(method: Mapping[str, Any]) -> list[tuple[float, int]]:
     """Return (share of accepted tokens, number of drafts) by position in the draft, as far as ``LEAST`` drafts reach.
 
-    method: the FIGURES of a method; older ones have no numbers, and all positions count.
+    method: the figures of a method; older ones lack the numbers of drafts, and all positions are returned.
     """
     shares = method["acceptance_per_position"]
     counts = method.get("drafts_per_position") or [LEAST] * len(shares)
@@ -283,7 +284,7 @@ def interval(estimate: Estimate | None, form: str = ".2f") -> str:
 def equality(method: Mapping[str, Any]) -> str:
     """Return how many outputs equal plain decoding as text, such as ``11 of 12 (1 near-tie)``.
 
-    method: the FIGURES of a method.
+    method: the figures of a method, as ``figures.summarize`` returns them.
     """
     found = method["equal_to_plain"]
     if not found:

@@ -229,8 +229,8 @@ class BenchRun:
     def _turn(self, turn_key: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]], number: int) -> int:
         """Let every method answer one turn of a group of chats; return the number of new tokens.
 
-        turn_key: (repetition, group, turn). prompts: token ids of each chat. number: of earlier turns of the run; it
-        sets the order of the methods and the seed.
+        turn_key: (repetition, group, turn). prompts: token ids of each chat.
+        number: number of earlier turns of the run; it sets the order of the methods and the seed.
         """
         count = min(self.first.max_new_tokens, *(self.base.target.context - len(ids) for ids in prompts))
         names, shift = list(self.methods), number % len(self.methods)
@@ -257,7 +257,7 @@ class BenchRun:
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
     def _compare(self, request: BenchRequest, plain: BenchRequest, count: int, seed: int) -> None:
-        """Set the equality and the qualities of ``request``. count, seed: with which both were decoded."""
+        """Set the equality and the qualities of ``request``. count, seed: token limit and seed of both requests."""
         cell, method, target = self.first, self.methods[request.method], self.base.target
         comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
         for b, (prompt, ours) in enumerate(zip(request.prompts, request.reply.tokens, strict=True)):

@@ -36,7 +36,9 @@ class Store:
     """The output folder of one benchmark, which need not exist yet. Only ``opened`` and ``append`` write into it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest, self.path = folder, folder / MANIFEST, folder / RECORDS
+        self.folder = folder
+        self.manifest = folder / MANIFEST  # the plan
+        self.path = folder / RECORDS  # the results
 
     @contextmanager
     def opened(
@@ -44,8 +46,7 @@ class Store:
     ) -> Iterator[None]:
         """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
 
-        command: the command line, for the report.
-        resume: whether the folder may hold finished cells of this plan.
+        command: the command line, for the report. resume: whether the folder may hold finished cells of this plan.
         prompts: name of each prompt set -> its conversations as JSON values, for the report.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
@@ -106,7 +107,7 @@ class Store:
         )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line, except an unfinished last."""
+        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line that is not the last line."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):

@@ -38,7 +38,7 @@ DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
 
 
 class Commands(TyperGroup):
-    """The root command."""
+    """The root command ``specdec``: explains errors in one line, and lists plug-ins in the help."""
 
     def main(
         self,
@@ -74,7 +74,7 @@ class Commands(TyperGroup):
 
 
 def _explain(error: Exception, debug: bool) -> int:
-    """Print one line about ``error``; return the exit code."""
+    """Print one line about ``error``, or with ``debug`` its traceback; return the exit code."""
     kind, text = type(error).__name__, str(error)
     if isinstance(error, SpecDecError):
         terminal.error(text)

@@ -60,7 +60,8 @@ def chat(
 class ChatSession:
     """A chat in the terminal: its messages, and the commands of the user.
 
-    params, max_new_tokens: for each answer. system: the system message; None: no message.
+    params, max_new_tokens: sampling parameters and token limit of each answer.
+    system: the system message; None: no message.
     quiet: whether to print no figures and no colors.
     draft: whether answers are decoded with drafts.
     """

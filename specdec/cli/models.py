@@ -20,7 +20,7 @@ app = typer.Typer(invoke_without_command=True)
 def models(
     context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 ) -> None:
-    """List the embedded models and those in the cache: licence, sizes, shipped drafters, location."""
+    """List the embedded models and those in the cache: licence, sizes, drafters for them, location."""
     if context.invoked_subcommand is not None:
         return
     rows = [model_row(name, entry) for name, entry in EMBEDDED.items()]
@@ -32,11 +32,10 @@ def models(
     for row in rows:
         keys = "download_bytes", "cached_bytes", "packed_bytes"
         sizes = [terminal.megabytes(row[key]) if row[key] else "-" for key in keys]
-        shipped, cached = ", ".join(row["drafters"]) or "-", "yes" if row["cached"] else "no"
-        cells.append((row["name"], row["licence"] or "-", *sizes, cached, shipped, row["where"]))
-    terminal.print_table(
-        ("name", "licence", "download", "on disk", "packed", "cached", "shipped drafters", "where"), cells
-    )
+        drafters, cached = ", ".join(row["drafters"]) or "-", "yes" if row["cached"] else "no"
+        cells.append((row["name"], row["licence"] or "-", *sizes, cached, drafters, row["where"]))
+    header = "name", "licence", "download", "on disk", "packed", "cached", "drafters", "where"
+    terminal.print_table(header, cells)
 
 
 @app.command(epilog="Example: specdec models pull qwen2.5-coder-0.5b-instruct")
@@ -67,7 +66,7 @@ def model_row(name: str, entry: Embedded) -> dict[str, Any]:
     download_bytes, cached_bytes: sizes of the download and of the folder in the cache after it.
     packed_bytes: size of the packed weights in the cache; 0 if there are none.
     where: the folder in the cache; before the download, the packages that will be downloaded.
-    drafters: names of the drafters shipped for the model.
+    drafters: names of the drafters shipped for the model, or in its files ("mtp").
     """
     folder, last = embedded_folder(name), f" ... {entry.package.format(n=entry.pieces)}" * (entry.pieces > 1)
     return {
@@ -92,5 +91,5 @@ def cached_row(model: CachedModel) -> dict[str, Any]:
         "packed_bytes": packed,
         "where": str(model.paths[0]),
         "cached": True,
-        "drafters": [],
+        "drafters": ["mtp"] if model.predicts else [],
     }

@@ -139,7 +139,7 @@ def serve(
     engines = ExitStack()
 
     def load() -> tuple[Any, str]:
-        """The application with its model, made while the server says that it is loading, and where it is served."""
+        """Load the model; return the application, and a line that says where it is served."""
         with terminal.status(f"preparing {model}"):
             from specdec.api.decoder import SpecDecoder
 
@@ -172,7 +172,7 @@ def _not_installed(error: ModuleNotFoundError) -> SpecDecError:
 
 
 def _listed(flag: str, text: str) -> list[str]:
-    """The parts of a JSON list of texts; other text is the only part."""
+    """Return the texts of a JSON list; other ``text`` is the only entry. Raises SpecDecError, which names ``flag``."""
     if not text.startswith("["):
         return [text]
     try:
@@ -185,7 +185,10 @@ def _listed(flag: str, text: str) -> list[str]:
 
 
 def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
-    """The drafter and the draft length that vLLM's ``--speculative-config`` names. Raises SpecDecError."""
+    """Return the drafter and the draft length that vLLM's ``--speculative-config`` names. Raises SpecDecError.
+
+    drafter, depth: the values of this program's own options, which apply where the config says nothing.
+    """
     if drafter != "auto" or depth != "auto":
         what = "takes the place of --drafter and --num-speculative-tokens"
         raise SpecDecError(f"--speculative-config {what}; give one or the other")
@@ -205,7 +208,7 @@ def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
 
 
 def _bytes(flag: str, text: str) -> int:
-    """A size of at least ``MIN_CACHE`` bytes."""
+    """Parse a size of at least ``MIN_CACHE`` bytes. Raises SpecDecError, which names ``flag``, for other texts."""
     size = options.parse_size(flag, text)
     if isinstance(size, float):
         raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")

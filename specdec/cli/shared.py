@@ -20,7 +20,6 @@ from specdec.base import files, options
 from specdec.base.errors import SpecDecError
 from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.models.names import adapter_place, check_model, dtype_name
-from specdec.models.prepare import read_ahead
 from specdec.speculation import registry
 from specdec.speculation.drafter_spec import DrafterSpec
 
@@ -80,7 +79,10 @@ def _prompt_sets() -> Iterable[str]:
 
 
 def complete_config(kind: str) -> Callable[[str], list[str]]:
-    """Return the completion of a YAML file: a shipped one of ``kind`` ("sweeps" or "train"), or a path."""
+    """Return a shell-completion function for an argument that is a shipped YAML file of ``kind``, or a path.
+
+    kind: "sweeps" or "train".
+    """
     return completing(functools.partial(files.shipped_configs, kind), paths=True)
 
 
@@ -121,7 +123,7 @@ Drafter = Annotated[
     str,
     _model(
         "Name (see 'specdec drafters'), NAME=SOURCE, folder, ORG/NAME or ORG/NAME@REVISION on Hugging Face, or ngram+X "
-        "with X one of these; auto: ngram+m2r2.",
+        "with X one of these; auto: ngram+m2r2, or ngram+mtp if the model has such a layer.",
         "NAME",
         autocompletion=completing(_drafters, "+"),
     ),
@@ -209,13 +211,13 @@ class LoadingFlags:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """All options but the model's name, as keyword arguments of ``SpecDecoder.from_pretrained``."""
+        """Return all options but the model's name, as keyword arguments of ``SpecDecoder.from_pretrained``."""
         return {name: value for name, value in vars(self).items() if name != "model"}
 
 
 @dataclass(frozen=True)
 class DrafterFlags:
-    """The options of a command that choose its drafter."""
+    """The command-line options that choose a drafter."""
 
     drafter: Drafter = "auto"
     drafter_option: DrafterOption = None
@@ -226,7 +228,7 @@ class DrafterFlags:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the drafter, parsed. Raises SpecDecError for texts that are not KEY=VALUE."""
+        """Return the drafter's options as {name: value}. Raises SpecDecError for texts that are not KEY=VALUE."""
         return options.parse_assignments("--drafter-option", self.drafter_option or [])
 
 
@@ -242,16 +244,15 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
     keep_ngrams: KeepNgrams = False
 
     def check(self) -> None:
-        """Check the model and the drafter, then start reading the weights in the background. Raises SpecDecError."""
+        """Check the model and the drafter. Raises SpecDecError."""
         super().check()
         DrafterFlags.check(self)
         if self.ngram_corpus is not None and not os.path.exists(self.ngram_corpus):
             raise SpecDecError(f"--ngram-corpus: '{self.ngram_corpus}' does not exist; name a text file or a folder")
-        read_ahead(self.model, self.keywords)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the drafter, with those of n-grams. Raises SpecDecError where it has no n-grams."""
+        """Return the drafter's options, with those for n-grams. Raises SpecDecError if the drafter has no n-grams."""
         given, own = super().options, dict[str, Any]()
         if self.ngram_corpus is not None:
             own["corpus"] = str(self.ngram_corpus)
@@ -268,7 +269,7 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """All options but the names of model and drafter, as keyword arguments of ``SpecDecoder.from_pretrained``."""
+        """Return all options but model and drafter, as keyword arguments of ``SpecDecoder.from_pretrained``."""
         drafting = {"drafter", "drafter_option", "ngram_corpus", "keep_ngrams"}
         own = {name: value for name, value in super().keywords.items() if name not in drafting}
         return own | {"drafter_options": self.options}
@@ -285,7 +286,7 @@ class SamplingFlags:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """The options as keyword arguments of ``SamplingParams``. Without a seed, one is drawn if it has an effect."""
+        """Return the options as keyword arguments of ``SamplingParams``. Draws a missing seed if it has an effect."""
         drawn = options.new_seed() if self.temperature else 0
         return vars(self) | {"seed": drawn if self.seed is None else self.seed}
 

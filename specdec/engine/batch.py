@@ -34,14 +34,18 @@ FORCED = 16  # maximum number of tokens that are drafted where a constraint leav
 
 
 class Batch:
-    """Rows that decode together; they come and go between steps. While the drafter is off, they are decoded plainly.
+    """The rows that decode together, one per running request; rows join and leave between steps.
 
-    chosen: whether the policy has chosen the depths of this step.
-    drafter_behind: whether the drafter, started again, has seen nothing of the rows until the next step.
+    While the drafter is off after a failure, rows are decoded without drafts.
+
+    chosen: whether the depth policy has chosen the draft depths of this step.
+    drafter_behind: whether the drafter was restarted and gets its first states of the rows in the next step.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
-        self.target, self.verifier, self.policy = target, verifier, policy
+        self.target = target
+        self.verifier = verifier
+        self.policy = policy
         self.guard, self.drafter_behind = DrafterGuard(drafter, target), False
         self.rows: list[Request] = []
         self.chosen = True
@@ -53,17 +57,16 @@ class Batch:
 
     @property
     def drafter(self) -> Drafter | None:
-        """None while it is off."""
+        """The drafter; None while it is off after a failure."""
         return self.guard.drafter
 
     @property
     def drafting(self) -> str:
-        """ "on", "off" (the drafter has failed) or "none" (it never drafts)."""
+        """The drafter's status: "on", "off" (it has failed) or "none" (it never drafts)."""
         return "none" if not self.guard.configured.traits.drafts else "off" if self.drafter is None else "on"
 
     def recover(self, rows: Sequence[Request]) -> None:
-        """Start a drafter that has failed again if it is time. ``rows``: all that have begun; it has seen nothing of
-        them."""
+        """Restart a drafter that has failed if its pause is over. rows: all running rows, of which it knows nothing."""
 
         def begin(drafter: Drafter) -> None:
             for row in rows:
@@ -74,16 +77,16 @@ class Batch:
             self._update_state()
 
     def begin(self, row: Request) -> None:
-        """Set up an admitted row's state of the drafter and of the depth policy."""
+        """Set the drafter's and the depth policy's state of a row that begins."""
         row.metrics.num_layers = self.target.num_layers
         row.depth_history = row.depth_history or self.policy.begin()
         row.drafter_state = self.guard.call(lambda drafter: drafter.begin())
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
-        """Run the next ``counts`` tokens of each row of ``cache``; return the rows whose whole text has been run.
+        """Run the next ``counts[b]`` tokens of each prompt; return the rows whose prompts are complete.
 
-        Each of these has its next token then.
+        Each of the returned rows has got its first new token. cache: the keys and values of ``rows``.
         """
         starts = list(cache.rows)
         parts = [row.ids[n : n + count] for row, n, count in zip(rows, starts, counts, strict=True)]
@@ -103,7 +106,10 @@ class Batch:
         return joined
 
     def _add_prompt_logprobs(self, row: Request, start: int, states: Tensor) -> None:
-        """Score the prompt tokens after ``states`` [n, D], those of the tokens from number ``start`` on."""
+        """Add the log-probabilities of prompt tokens, from the final states [n, D] of the tokens before them.
+
+        start: index in the prompt of the first of these n tokens.
+        """
         done = len(row.prompt_token_logprobs)  # some may be there from before a preemption
         if row.needs_prompt_logprobs and done < start + len(states):
             following = row.prompt[done + 1 : start + 1 + len(states)]
@@ -111,7 +117,7 @@ class Batch:
             row.prompt_token_logprobs += scored
 
     def _choose_first(self, rows: Sequence[Request], last: Tensor) -> None:
-        """Append the token after the prefill to each row, from the final states of its last token [B, 1, D]."""
+        """Choose and append the first new token of each row, from the final states of its last token, [B, 1, D]."""
         sampler = Sampler([row.sampler for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
             [chosen] = self.target.greedy_tokens(last)
@@ -127,7 +133,7 @@ class Batch:
         self.timer.mark("detokenise")
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
-        """Add rows whose prompts have been run, with their cache."""
+        """Add rows whose prompts have run. cache: the keys and values of these rows, which join those of the batch."""
         if self.rows:
             self.cache.join(cache)
         else:
@@ -136,8 +142,8 @@ class Batch:
         self._update_state()
 
     def keep(self, rows: Sequence[Request]) -> None:
-        """Remove all other rows."""
-        alive = compact_order([b for b, row in enumerate(self.rows) if row in rows])
+        """Remove all rows but ``rows``."""
+        alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
         if alive:
@@ -164,9 +170,9 @@ class Batch:
 
     @torch.inference_mode()
     def step(self, on_score: Callable[[], object] = lambda: None) -> None:
-        """Draft, score, verify, append what is accepted to each row, and commit it.
+        """Run one step: draft, score, verify, append the accepted tokens to each row, and commit them to the cache.
 
-        A row may end inside its draft. Tokens behind its end are not committed: the cache holds only the row's text.
+        A row may end inside its draft. Tokens after its end are not committed: the cache holds only the row's text.
         on_score: called just before the model scores.
         """
         # Draft
@@ -201,7 +207,7 @@ class Batch:
             row.token_logprobs += token_logprobs(logits[slots[b]], row.new_tokens, row.logprobs or 0)
 
     def _choose_depths(self, forced: Sequence[Sequence[int]]) -> None:
-        """Set how deep each row drafts in this step. Rows with ``forced`` tokens do not."""
+        """Set the draft depth of each row for this step; 0 for rows that have ``forced`` tokens."""
         state, rows = self.state, self.rows
         if self.drafter is not None and self.drafter.learner is not None:
             self.policy.follow(self.drafter.learner.version)
@@ -216,7 +222,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """Return how deep a draft of row ``b`` may be."""
+        """Return the maximum draft depth of row ``b``: its own limit, and the tokens that may still come."""
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)
@@ -224,7 +230,7 @@ class Batch:
         return max(min(depth, row.remaining - 1) if self.verifier.lossless else depth, 0)
 
     def _forced_tokens(self) -> list[list[int]]:
-        """Return the tokens that each row's constraint leaves no choice about. They take the place of the drafter's."""
+        """Return, for each row, the next tokens that its constraint determines; they replace the drafter's tokens."""
         if self.drafter is None or self.drafter_behind or not self.drafter.traits.drafts:
             return [[] for _ in self.rows]
         found = []
@@ -234,7 +240,7 @@ class Batch:
         return found
 
     def _draft(self) -> Draft:
-        """Return the drafter's proposal, as deep as the rows' ``State.depths``, if it can be scored; else nothing."""
+        """Return the drafter's draft, cut to ``State.depths``; an empty draft if the drafter fails."""
         state, limit = self.state, max(self.state.depths)
 
         def propose(drafter: Drafter) -> Draft | None:
@@ -253,7 +259,7 @@ class Batch:
         return Draft.empty(len(self.rows), self.cache.device)
 
     def _append(self, draft: Draft, accepted: Acceptance) -> list[list[int]]:
-        """Append the new tokens to each row; return its path as far as the row's text goes: a node for each token."""
+        """Append the accepted tokens to each row up to the row's end; return the block indices to commit."""
         tokens, depths, paths = draft.lists(), draft.depths(), []
         for b, (row, path, token) in enumerate(zip(self.rows, accepted.paths, accepted.next_tokens, strict=True)):
             row.append([*(tokens[b][node - 1] for node in path[1:]), token], [*(depths[node] for node in path[1:]), 0])
@@ -261,7 +267,10 @@ class Batch:
         return paths
 
     def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: Sequence[Sequence[int]]) -> None:
-        """Update each row's metrics and the depth policy, which learns nothing from a step with forced tokens."""
+        """Update each row's metrics and the depth policy; the policy ignores steps with forced tokens.
+
+        scored: number of tokens that were scored. forced: the tokens of each row that its constraint determined.
+        """
         tokens, depths, deepest, counts = draft.lists(), draft.depths(), list[int](), list[int]()
         seconds = self.timer.step
         other, drafting = (sum(seconds[phase] for phase in phases) for phases in (SCORING, DRAFTING))
@@ -288,7 +297,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _sources(self, draft: Draft, b: int, tokens: list[int]) -> list[str]:
-        """Return what proposed each of the accepted ``tokens`` of row ``b``."""
+        """Return the name of the candidate source that proposed each of the accepted ``tokens`` of row ``b``."""
         if draft.found is None:
             return [self.guard.configured.traits.label] * len(tokens)
         found, names = draft.found.rows[b], self.guard.configured.traits.sources
@@ -303,7 +312,7 @@ class Batch:
         self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def learn(self) -> bool:
-        """Do a piece of the drafter's work; False if there is none."""
+        """Let the drafter learn for about 50 ms; return False if there is nothing to learn from."""
         return bool(self.guard.call(lambda drafter: drafter.learner is not None and drafter.learner.work()))
 
     def end(self, row: Request) -> None:
@@ -312,14 +321,7 @@ class Batch:
 
 
 def not_finite(target: Target, row: Request, number: int | None) -> NotFiniteError:
-    """Return the error of a row whose next token cannot be chosen. number: of the row, if there are several."""
+    """Return the error for a row whose logits are not finite. number: the row's number in a batch; None: one row."""
     where = f"position {len(row.ids)}" + (f" of row {number}" if number is not None else "")
     remedy = "use --dtype float32" if target.dtype == torch.float16 else "the checkpoint may be damaged; get it again"
     return NotFiniteError(f"the model's logits are not finite at {where} ({target.dtype}); {remedy}")
-
-
-def compact_order(alive: list[int]) -> list[int]:
-    """Return the rows ``alive`` in an order that moves few rows: the last rows fill the gaps."""
-    count = len(alive)
-    stay, last = {b for b in alive if b < count}, iter([b for b in alive if b >= count])
-    return [b if b in stay else next(last) for b in range(count)]

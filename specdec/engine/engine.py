@@ -36,28 +36,28 @@ Events = list[tuple[Request, list[int]]]
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Totals are those of all requests so far.
+    """Figures of an engine; totals are over all requests so far.
 
-    kv_bytes: size of the keys and values held; kv_budget: its maximum (None: no limit).
-    prefix_queries, prefix_hits: prompt tokens looked up among cached prefixes, and found there.
-    disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and their size.
-    prefix_bytes, saved_seconds: size of cached prefixes in memory, and about what the tokens found would have taken.
+    kv_bytes: bytes of the keys and values in memory.
+    kv_budget: maximum of ``kv_bytes``; None: no limit.
+    prefix_queries, prefix_hits: numbers of prompt tokens looked up among cached prefixes, and found there.
+    disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and bytes of these.
+    prefix_bytes: bytes of cached prefixes in memory.
+    saved_seconds: estimated time that the found tokens would have taken.
     preemptions: number of times that a request gave up its keys and values, to compute them again later.
-    drafter: "on", "off" (it has failed: requests are decoded plainly for a while) or "none". outage: why it is off.
+    drafter: "on", "off" (it has failed: nothing is drafted for a while) or "none" (it never drafts).
+    outage: why the drafter is off; None: it is not.
     """
 
-    running: int
-    waiting: int
+    running: int  # requests that run
+    waiting: int  # requests in the queue
     kv_bytes: int
     kv_budget: int | None
     prefix_queries: int
     prefix_hits: int
     preemptions: int
-    steps: int
-    drafted: int
-    accepted: int
     drafter: str = "none"
-    drafter_failures: int = 0
+    drafter_failures: int = 0  # number of times that the drafter failed
     outage: Outage | None = None
     disk_queries: int = 0
     disk_hits: int = 0
@@ -67,20 +67,22 @@ class EngineStats:
 
     @property
     def kv_usage(self) -> float:
-        """The share of the budget that is held."""
+        """``kv_bytes`` as a share of ``kv_budget``; 0 without a limit."""
         return self.kv_bytes / self.kv_budget if self.kv_budget else 0.0
 
 
 class Engine:
     """Decodes requests with one target and one drafter, at most ``max_rows`` at once.
 
+    max_waiting: maximum number of requests in the queue.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
-    prefill_chunk: maximum prompt tokens that run between two steps of the running rows.
-    prefixes: the keys and values of earlier texts, which prompts that begin alike go on with. Texts of this engine are
-        added, and the caller may hand them to a later engine of the target. None: none are kept. disk: keeps them for
-        later processes, too; it is closed with the engine.
-    learn: whether the engine's thread does the drafter's work (``Learner.work``) when there is nothing else to do.
+    prefill_chunk: maximum number of prompt tokens that run between two steps of the running rows.
+    prefixes: the keys and values of earlier texts, with which prompts that begin alike start. Texts of this engine are
+        added, and the caller may pass the store to a later engine of the target. None: none are kept.
+    disk: stores prefixes for later processes, too; it is closed with the engine. None: nothing is stored.
+    learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do.
+    on_close: called when the engine has ended.
     """
 
     def __init__(
@@ -99,19 +101,22 @@ class Engine:
         learn: bool = False,
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
-        self.target, self.max_waiting, self.on_close = target, max_waiting, on_close
+        self.target = target
+        self.max_waiting = max_waiting
+        self.on_close = on_close
         self.learns = learn and drafter.learner is not None
         self._saved = 0.0  # seconds that the drafter's work may take
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, prefixes, disk)
         self.timer = self.batch.timer
-        self.steps_done = self.drafted = self.accepted = 0
         self.requests = dict[Request, None]()  # accepted, and not ended for their readers: wherever they are in a step
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
         self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
         self._stepping = threading.RLock()  # held during a step
         self._work: Work[None] | None = None  # of its thread
-        self._closing = self._draining = self._closed = False
+        self._closing = False  # whether ``close`` was called
+        self._draining = False  # whether accepted requests are still served then
+        self._closed = False  # whether everything is released
         if disk is not None:
             weakref.finalize(self, disk.close)  # also of an engine that nobody closes
 
@@ -140,17 +145,17 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether it accepts no more requests: ``close`` was called, or its thread has failed."""
+        """Whether the engine accepts no more requests: ``close`` was called, or its thread has failed."""
         return self._closing or (self._work is not None and not self._work.running)
 
     @property
     def drafting(self) -> str:
-        """``EngineStats.drafter``."""
+        """The drafter's status: "on", "off" (it has failed) or "none" (it never drafts)."""
         return self.batch.drafting
 
     @property
     def outage(self) -> Outage | None:
-        """``EngineStats.outage``."""
+        """Why the drafter is off; None: it is not."""
         return self.batch.guard.outage
 
     @property
@@ -187,7 +192,7 @@ class Engine:
             yield events
 
     def _try_step(self) -> tuple[Events, Exception | None]:
-        """Return a step's events, or the error by which it has failed."""
+        """Run a step; return its events, and the error by which it has failed (None: it has not)."""
         with self._stepping:
             try:
                 return self._step(), None
@@ -214,9 +219,6 @@ class Engine:
             events += self._deliver(scheduler.prefill())
         if decoding and batch.rows:
             batch.step(self._notify)
-            self.steps_done += len(batch.rows)
-            self.drafted += sum(row.metrics.per_step_drafted[-1] for row in batch.rows)
-            self.accepted += sum(row.metrics.per_step_accepted[-1] for row in batch.rows)
             events += self._deliver(batch.rows)
         if not (decoding and batch.rows):
             self._notify()
@@ -226,8 +228,8 @@ class Engine:
         return list(new.items())
 
     def _recover(self) -> None:
-        """Start a drafter that has failed again if it is time."""
-        if self.outage is not None:  # a preempted request may still be cancelled, which the drafter is told
+        """Restart a drafter that has failed if its pause is over."""
+        if self.outage is not None:  # ``Drafter.end`` may be called for a preempted request
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
     def _deliver(self, rows: Sequence[Request]) -> Events:
@@ -252,7 +254,7 @@ class Engine:
         return [(row, row.new_tokens) for row in rows]
 
     def _put_event(self, row: Request, tokens: list[int], depths: list[int]) -> None:
-        """Add tokens to the event of a request; ``_notify`` tells its reader."""
+        """Add new tokens to the pending event of a request; ``_notify`` wakes its reader later."""
         if row.handle is not None:
             row.handle.put(tokens, depths)
             self._unread.append(row.handle)
@@ -264,7 +266,7 @@ class Engine:
             handle.notify()
 
     def _end(self, rows: Sequence[Request]) -> None:
-        """Remove rows that have ended."""
+        """Remove rows that have ended from batch and memory; their keys and values may be cached as prefixes."""
         self.scheduler.remove(rows)
         for row in rows:
             if row.phases_at_start is not None:
@@ -276,13 +278,13 @@ class Engine:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Forget requests whose last event is there."""
+        """Drop the references to requests that have got their last event."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
 
     def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
-        """End requests that are in no queue and no batch, or leave it."""
+        """End requests, which the caller removes from the queue or the batch. reason: their ``Event.finish_reason``."""
         for row in rows:
             row.finish(reason, error)
             row.close_phases(self.timer.seconds)
@@ -313,7 +315,7 @@ class Engine:
         return self
 
     def _step_or_wait(self) -> bool:
-        """Run a step, do a piece of the drafter's work, or wait; False at the end."""
+        """Run a step, let the drafter learn, or wait for requests; return False when the engine has ended."""
         if not self.busy and not self._closing and self._learn():
             return True
         with self._queue:
@@ -332,13 +334,13 @@ class Engine:
         return True
 
     def _learn(self) -> bool:
-        """Do a piece of the drafter's work; False if there is none."""
+        """Let the drafter learn for about 50 ms; return False if there is nothing to learn from."""
         with self._stepping:
             self._recover()
             return self.learns and self.batch.learn()
 
     def close(self, drain: bool = False) -> None:
-        """Accept no more requests, and end: at once, or when all accepted ones have ended (``drain``)."""
+        """End the engine. drain: whether to wait until all accepted requests have ended; if not, they are cancelled."""
         with self._queue:
             self._closing, self._draining = True, drain
             self._queue.notify_all()
@@ -380,9 +382,6 @@ class Engine:
             prefix_bytes=scheduler.memory.prefix_bytes(),
             saved_seconds=scheduler.saved_seconds,
             preemptions=scheduler.preemptions,
-            steps=self.steps_done,
-            drafted=self.drafted,
-            accepted=self.accepted,
             drafter=self.drafting,
             drafter_failures=self.batch.guard.failures,
             outage=self.outage,

@@ -12,13 +12,13 @@ Client = tuple[str | None, str | None]  # ``Request.client``
 
 
 class Fairness:
-    """The order in which waiting requests of several clients begin. A scheduler has one."""
+    """Chooses the order in which waiting requests of several clients begin."""
 
     def __init__(self) -> None:
         self._turns = dict[Client, int]()  # the number of each client's last admission, the earliest first
 
     def count_turn(self, client: Client) -> None:
-        """Note that a request of a client has begun."""
+        """Record that a request of a client has begun, so that other clients are next."""
         number = next(reversed(self._turns.values()), 0) + 1
         self._turns.pop(client, None)
         self._turns[client] = number

@@ -21,7 +21,11 @@ log.addHandler(logging.NullHandler())  # a program without a log has the warning
 
 @dataclass(frozen=True)
 class Outage:
-    """Why a drafter is off. since: Unix time of its error. until: ``time.monotonic`` when it starts again."""
+    """Why a drafter is off.
+
+    since: Unix time of its error, in seconds.
+    until: time of its restart, in seconds of ``time.monotonic``.
+    """
 
     error: str
     since: float
@@ -29,24 +33,26 @@ class Outage:
 
     @property
     def seconds_left(self) -> float:
-        """Seconds until it starts again: with the next step if they are over."""
+        """Seconds until the drafter restarts; 0: it restarts with the next step."""
         return max(self.until - time.monotonic(), 0.0)
 
 
 class DrafterGuard:
-    """A drafter, and whether it is on.
+    """Calls a drafter, and turns it off for a while when it fails, so that requests go on without drafts.
 
-    A drafter that raises, or whose draft cannot be scored, is off: ``call`` does nothing. After a pause it starts
-    again, as often as it fails. The pause doubles, up to ``LONGEST_PAUSE``; after so long without an error it is the
-    first one again. Each failure is logged, with a DrafterWarning, and so is each return.
+    While the drafter is off, ``call`` does nothing. After a pause it is restarted. The pause doubles with each failure,
+    up to ``LONGEST_PAUSE`` seconds, and is short again after as long a time without one. Failures and restarts are
+    logged, failures also as DrafterWarning.
 
-    configured: the drafter of this configuration.
-    drafter: the same, or None while it is off.
+    configured: the drafter, on or off.
+    drafter: the same drafter; None while it is off.
     outage: why it is off; None while it is on.
     """
 
     def __init__(self, drafter: Drafter, target: Target) -> None:
-        self.configured, self.target, self.failures = drafter, target, 0
+        self.configured = drafter
+        self.target = target
+        self.failures = 0  # so far
         self.drafter: Drafter | None = drafter
         self.outage: Outage | None = None
         self._pause, self._started = 0.0, time.monotonic()
@@ -64,21 +70,25 @@ class DrafterGuard:
             return None
 
     def fail(self, why: str) -> None:
-        """Go on without the drafter, until a pause is over."""
+        """Turn the drafter off until a pause is over. why: the reason, for messages."""
         now = time.monotonic()
         lasted = now - self._started >= LONGEST_PAUSE
         self._pause = FIRST_PAUSE if lasted or not self._pause else min(2 * self._pause, LONGEST_PAUSE)
-        self.drafter, self.failures, self.outage = None, self.failures + 1, Outage(why, time.time(), now + self._pause)
+        self.drafter = None
+        self.failures += 1
+        self.outage = Outage(why, time.time(), now + self._pause)
         what = f"drafter '{self.configured.traits.label}' {why}; decoding goes on without it"
         log.warning(message := f"{what}, and it starts again in {self._pause:g} s")
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
     def restart(self, begin: Callable[[Drafter], object]) -> bool:
-        """Start the drafter again if its pause is over; return whether it has been tried. begin: begins its rows."""
+        """Restart the drafter if its pause is over; return whether that was tried. begin: begins the rows with it."""
         outage = self.outage
         if outage is None or outage.seconds_left:
             return False
-        self.drafter, self.outage, self._started = self.configured, None, time.monotonic()
+        self.drafter = self.configured
+        self.outage = None
+        self._started = time.monotonic()
         self.call(lambda drafter: drafter.bind(self.target))
         self.call(begin)
         if self.drafter is not None:

@@ -14,7 +14,7 @@ LOGIT_ROWS = 64  # prompt positions whose logits are computed at once
 
 
 class TokenLogprob(NamedTuple):
-    """A token with its log-probability. top: (token, log-probability) of the likeliest at its position, best first."""
+    """A token id and its log-probability. top: the likeliest (id, log-probability) at its position, best first."""
 
     token_id: int
     logprob: float
@@ -25,7 +25,7 @@ class TokenLogprob(NamedTuple):
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Return log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens."""
+    """Return the log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens."""
     if not tokens:
         return []
     logs = logits.float().log_softmax(-1)
@@ -37,7 +37,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def prompt_logprobs(target: Target, states: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of at most n ``tokens``, each of which follows one of the final states [n, D]."""
+    """Return the log-probabilities of ``tokens``, at most n, token i after the i-th of the final states [n, D]."""
     found = list[TokenLogprob]()
     for start in range(0, len(tokens), LOGIT_ROWS):
         part = tokens[start : start + LOGIT_ROWS]

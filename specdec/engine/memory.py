@@ -20,7 +20,7 @@ NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at fi
 
 
 class PrefillBatch:
-    """Requests whose prompts are being run, and their cache."""
+    """The requests whose prompts are being run, and one KV cache with a row for each."""
 
     def __init__(self) -> None:
         self.rows: list[Request] = []
@@ -34,7 +34,7 @@ class PrefillBatch:
         self.rows += rows
 
     def remove(self, rows: Sequence[Request]) -> KVCache | None:
-        """Remove rows; return their cache."""
+        """Remove ``rows``; return a cache of them in this order; None: there are none."""
         index = [b for b, row in enumerate(self.rows) if row in rows]
         stay = [b for b in range(len(self.rows)) if b not in index]
         cache, self.rows = self.cache, [self.rows[b] for b in stay]
@@ -51,13 +51,13 @@ class PrefillBatch:
 
 
 class Memory:
-    """The memory of an engine's caches. A scheduler asks it before rows begin and grow.
+    """Keeps the KV caches of an engine within a limit of bytes.
 
-    limit: most bytes, cached prefixes included; None: no limit.
-    batch, prefilling: the rows that decode, and those whose prompts are being run.
+    limit: maximum number of bytes, cached prefixes included; None: no limit.
+    batch, prefilling: the rows that decode, and the rows whose prompts are being run.
     prefixes: cached prefixes, which are dropped where rows need the memory; None: there are none.
-    token_bytes: size of a token's keys and values. state_bytes: size of a row's recurrent states, or of a checkpoint.
-        Both are 0 without a limit.
+    token_bytes: bytes of a token's keys and values; 0 without a limit.
+    state_bytes: bytes of a row's recurrent states, or of a checkpoint of them; 0 without a limit.
     """
 
     def __init__(self, limit: int | None, batch: Batch, prefilling: PrefillBatch, prefixes: PrefixStore | None) -> None:
@@ -76,14 +76,14 @@ class Memory:
         return 0 if self.prefixes is None else self.prefixes.nbytes
 
     def room(self, tokens: int, new: Sequence[int] = ()) -> float:
-        """Return the bytes left for cached prefixes if each row grows by ``tokens`` and ``new`` rows begin.
+        """Return the bytes left for cached prefixes if each row grows by ``tokens`` and new rows begin.
 
-        new: the number of slots of each new row. Below 0, there is no memory for these.
+        A negative result means that there is not enough memory. new: number of cache slots (tokens) of each new row.
         """
         return math.inf if self.limit is None else self.limit - self._running_bytes() - self._growth(tokens, new)
 
     def make_room(self, tokens: int, new: Sequence[int] = ()) -> bool:
-        """Drop cached prefixes until they fit into ``room``, and return whether there is any."""
+        """Drop cached prefixes until the rest fits ``room(tokens, new)``; return whether rows have enough memory."""
         room = self.room(tokens, new)
         if (prefixes := self.prefixes) is not None:
             while prefixes.nbytes > min(room, prefixes.max_bytes) and prefixes.drop():
@@ -91,7 +91,7 @@ class Memory:
         return room >= 0
 
     def expected_slots(self, row: Request, max_rows: int) -> int:
-        """Return how many slots a row's cache is allocated for at first: of limited memory, at most its share."""
+        """Return the number of slots to allocate for a new row, at most the share of one of ``max_rows`` rows."""
         new = min(row.remaining, NEW_SLOTS) if self.prefixes is not None else row.remaining
         if self.limit is not None:
             share = self.limit // max(self.token_bytes * max_rows, 1)
@@ -104,7 +104,7 @@ class Memory:
         return rows + self.batch.target.spare_bytes
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
-        """Return the bytes that buffers and states grow by."""
+        """Return the bytes by which buffers and states grow if each row gets ``tokens``, and ``new`` rows begin."""
         batch, prefilling, now = self.batch.cache, self.prefilling, 0
         then = [blocks(slots, batch.block) for slots in new]
         for cache, ends in ((batch, batch.rows), (prefilling.cache, [len(row.ids) for row in prefilling.rows])):

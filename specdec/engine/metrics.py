@@ -22,24 +22,25 @@ class RequestMetrics:
     per_step_drafted, per_step_accepted: draft depth and number of accepted drafted tokens, per step after the prefill.
     phases: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
         (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps.
-    num_layers: N of the model.
+    num_layers: N, the model's number of layers.
     exit_layers: number of layers run, for each token that was accepted without scoring.
-    experts: what reading experts from the disk cost while decoding, for all rows together (``MappedExperts.figures``).
-    queue_seconds: from the submission until the request was admitted.
-    first_token_seconds: from the submission to the first token; 0.0 before there is one.
-    last_token_seconds: from the submission to the last token so far.
-    accepted_by_source: accepted drafted tokens by what proposed them.
-    draft_saved_seconds: about what plain decoding would have taken longer; 0 where the depth is fixed.
-    drafting_off: why nothing is drafted, if the drafter has failed.
+    experts: figures of reading experts from the disk while decoding, of all rows (``MappedExperts.figures``).
+    queue_seconds: time from the submission until the request began.
+    first_token_seconds: time from the submission to the first token; 0.0 before there is one.
+    last_token_seconds: time from the submission to the last token so far.
+    accepted_by_source: number of accepted drafted tokens by the name of the source that proposed them.
+    draft_saved_seconds: estimated time that drafting has saved; 0 where the depth is fixed.
+    drafting_off: why nothing is drafted, if the drafter has failed; else None.
     rows: sum of the numbers of rows of its steps.
-    num_cached_tokens: prompt tokens whose keys and values were cached. saved_seconds: about what they would have taken.
+    num_cached_tokens: number of prompt tokens whose keys and values were cached.
+    saved_seconds: estimated time that the cached tokens would have taken.
     """
 
     num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
+    num_new_tokens: int = 0  # generated tokens, the end token included
     per_step_drafted: list[int] = field(default_factory=list)
     per_step_accepted: list[int] = field(default_factory=list)
-    num_draft_tokens: int = 0
+    num_draft_tokens: int = 0  # drafted tokens that were scored, all branches of trees included
     num_layers: int = 0
     exit_layers: list[int] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
@@ -56,12 +57,12 @@ class RequestMetrics:
 
     @property
     def num_drafted_steps(self) -> int:
-        """Steps that scored drafted tokens; the others are plain."""
+        """Number of steps that scored drafted tokens."""
         return sum(drafted > 0 for drafted in self.per_step_drafted)
 
     @property
     def draft_note(self) -> str | None:
-        """Why little was drafted, or to no gain, in a few words; None: drafting paid, or was not wanted."""
+        """The reason, in a few words, why drafting did not make decoding faster; None: it did, or was turned off."""
         steps = self.num_spec_steps
         if self.drafting_off is not None:
             return self.drafting_off
@@ -90,28 +91,28 @@ class RequestMetrics:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens per step: 1 + accepted / steps (the bonus token counts)."""
+        """Average number of tokens per step: 1 (the bonus token) + accepted / steps."""
         return 1 + self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Accepted over drafted tokens; 0 when nothing was drafted."""
+        """Number of accepted tokens over the sum of draft depths; 0 when nothing was drafted."""
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
     def acceptance_histogram(self) -> list[int]:
-        """Entry n counts the steps that accepted n drafted tokens."""
+        """For n = 0, 1, .., the number of steps that accepted n drafted tokens."""
         counts = Counter(self.per_step_accepted)
         return [counts[n] for n in range(max(counts, default=-1) + 1)]
 
     @property
     def drafts_per_position(self) -> list[int]:
-        """Entry i: the number of steps that drafted deeper than i."""
+        """For i = 0, 1, .., the number of steps that drafted deeper than i."""
         return [sum(d > i for d in self.per_step_drafted) for i in range(max(self.per_step_drafted, default=0))]
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """Entry i: the share of steps that accepted drafted token i, of those that drafted deeper than i."""
+        """For i = 0, 1, .., the share of steps that accepted token i among the steps that drafted deeper than i."""
         accepted = [sum(a > i for a in self.per_step_accepted) for i in range(max(self.per_step_drafted, default=0))]
         return [some / count for some, count in zip(accepted, self.drafts_per_position, strict=True)]
 
@@ -130,7 +131,7 @@ class RequestMetrics:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens after the first, which the prefill yields, per decode second."""
+        """Number of new tokens after the first one (which the prefill yields) per second of decoding."""
         return (self.num_new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     def step(self, drafted: int, nodes: int, accepted: int, rows: int = 1) -> None:
@@ -140,12 +141,12 @@ class RequestMetrics:
         self.num_draft_tokens += nodes
 
     def add_sources(self, names: Sequence[str]) -> None:
-        """Count accepted tokens by what proposed them."""
+        """Count accepted tokens in ``accepted_by_source``. names: for each token, the name of its source."""
         for name in names:
             self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything above as plain numbers and lists, for JSON."""
+        """Return all fields and properties as plain numbers and lists, for JSON."""
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
@@ -156,31 +157,36 @@ class RequestMetrics:
 
 
 class PhaseTimer:
-    """Wall seconds by phase: ``mark(phase)`` books the time since the previous mark.
+    """Measures wall seconds by phase: ``mark(phase)`` adds the time since the previous mark to a phase.
 
-    A device may run behind the host, which then only sees how long launching took. So drafting is also timed on the
-    device's clock, and the time that it took there is moved from the phase that waits for it.
+    An asynchronous device may run behind the host, which then sees only the time of launching. So drafting is also
+    timed on the device, and this time is moved from the phase that waits for the device.
 
-    seconds: by phase, over all steps.
-    step: by phase, since ``restart``.
+    device: the device to time drafting on; None: only the host is timed.
+    seconds: seconds by phase, over all steps.
+    step: seconds by phase, since ``restart``.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.device, self.seconds, self.step = device, dict[str, float](), dict[str, float]()
+        self.device = device
+        self.seconds = dict[str, float]()
+        self.step = dict[str, float]()
         self._last = time.perf_counter()
         self._begin: torch.cuda.Event | None = None
         self._behind: tuple[str, float, torch.cuda.Event, torch.cuda.Event] | None = None
 
     def restart(self) -> None:
         """Restart the clock; the time since the last mark belongs to no phase."""
-        self._last, self.step, self._behind = time.perf_counter(), {}, None
+        self._last = time.perf_counter()
+        self.step = {}
+        self._behind = None
 
     def begin(self) -> None:
-        """Time the phase that begins now on the device, too."""
+        """Begin to time the present phase on the device, too; ``mark`` ends it."""
         self._begin = record_event(self.device)
 
     def mark(self, phase: str) -> None:
-        """Book the time since the previous mark under ``phase``."""
+        """Add the time since the previous mark to ``phase``."""
         now = time.perf_counter()
         spent, self._last = now - self._last, now
         if self._behind is not None:  # this phase has waited for the device

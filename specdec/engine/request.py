@@ -24,7 +24,7 @@ Ids = Sequence[Whole]
 
 
 class Status(StrEnum):
-    """Where a request is: in the queue, with its prompt under way, in the batch, or at its end."""
+    """The status of a request: waiting in the queue, running its prompt, decoding in the batch, or finished."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -41,28 +41,30 @@ ALLOWED_CHANGES = {  # a preempted request waits again
 
 
 class TextSink(Protocol):
-    """The text of a request, as the engine sees it."""
+    """Interface of an object that receives a request's new tokens, and may end the request, as at a stop string."""
 
     def push(self, token: int) -> str | None:
-        """Read the next token; return a finish reason if the text ends with it, else None."""
+        """Receive the next token id; return a finish reason if the text ends with it, else None."""
 
 
 @checked_class
 @dataclass(eq=False)
 class Request:
-    """A row of the engine's batch. Raises SpecDecError for a value of the wrong type.
+    """A request, which becomes one row of the engine's batch. Raises SpecDecError for a value of the wrong type.
 
-    sampler: how tokens are chosen; by default greedily.
-    eos: tokens that end it. stop_token_ids: others that do; the finish reason is then "stop".
-    text: reads each new token in order, and may end the request; None: nothing does.
-    num_speculative_tokens: most drafted tokens in depth; 0: none; None: as many as pay. Where all rows have a number,
-        they are drafted as deep.
-    logprobs: number of top tokens that go with the log-probability of each new token; None: no log-probabilities.
+    sampler: chooses tokens from logits; by default greedily.
+    eos: ids of the model's end tokens, which end the request.
+    stop_token_ids: ids of other tokens that end it, with the finish reason "stop".
+    text: receives each new token in order, and may end the request; None: nothing does.
+    num_speculative_tokens: maximum draft depth in tokens; 0: no drafts; None: as deep as pays. If all rows have a
+        number, each drafts just as deep.
+    logprobs: number of top tokens to report with the log-probability of each new token; None: no log-probabilities.
     prompt_logprobs: whether the prompt's tokens, from the second on, get log-probabilities, too.
-    scope: cached prefixes are shared only between requests of one scope.
-    sender: who sent it, where several share a scope. Rows and the queue are fair between the senders of all scopes.
-    priority: waiting requests of a higher one begin first. scope_rows: requests of its scope that may run at once.
-    background: its prompt is run while there are no other requests, for the first seconds of its wait.
+    scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
+    sender: name of the client within the scope; rows and the queue are shared fairly between clients. None: unnamed.
+    priority: waiting requests with a higher number begin first.
+    scope_rows: maximum number of requests of the scope that run at once.
+    background: whether the prompt runs only while there are no other requests, for the first seconds of its wait.
     learn: whether drafters may learn from its text.
     """
 
@@ -109,12 +111,12 @@ class Request:
 
     @property
     def client(self) -> tuple[str | None, str | None]:
-        """Whose request it is: rows and the queue are fair between clients."""
+        """The client (scope, sender), between which rows and the queue are shared fairly."""
         return self.scope, self.sender
 
     @property
     def remaining(self) -> int:
-        """Number of tokens that may still come."""
+        """Maximum number of tokens that may still be generated."""
         return self.max_new_tokens - self.metrics.num_new_tokens
 
     @property
@@ -123,18 +125,21 @@ class Request:
         return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
     def set_status(self, status: Status) -> None:
-        """Change the status. Nothing else changes it."""
+        """Change the status; no other code does."""
         if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
-        """End the request. reason: as in ``Event.finish_reason``."""
+        """End the request. reason: "eos", "stop", "length", "cancelled", "error", or one that ``text`` has given."""
         self.set_status(Status.FINISHED)
         self.finish_reason, self.error = reason, error
 
     def append(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
-        """Add ``tokens`` up to where plain decoding would end. The others must not enter the text or the cache."""
+        """Append ``tokens`` up to where plain decoding would end; the rest must not enter the text or the cache.
+
+        depths: for each token, its depth in the draft; 0: the model chose it itself.
+        """
         self.new_tokens = []
         if not self.remaining:  # only the prompt is of interest
             self.finish("length")
@@ -157,7 +162,7 @@ class Request:
         self.sampler.noise.forget(len(self.ids))
 
     def close_phases(self, seconds_by_phase: dict[str, float]) -> None:
-        """Set the metrics' phases to the seconds that the engine's gained since admission."""
+        """Set the metrics' phases to the increase of the engine's ``seconds_by_phase`` since the request began."""
         start = seconds_by_phase if self.phases_at_start is None else self.phases_at_start
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
@@ -171,7 +176,7 @@ class Request:
 
 
 def check_prompt(prompt: Sequence[int], target: Target) -> None:
-    """Raise SpecDecError for token ids that ``target`` cannot go on from."""
+    """Raise SpecDecError if ``prompt`` is empty, too long, or has ids that are not in the target's vocabulary."""
     if not prompt:
         raise SpecDecError("the prompt is empty; give some token ids")
     if len(prompt) >= target.context:
@@ -184,7 +189,7 @@ def check_prompt(prompt: Sequence[int], target: Target) -> None:
 
 
 def failure(error: BaseException) -> SpecDecError:
-    """Return the error that a request ends with."""
+    """Return ``error`` as the SpecDecError with which a request ends."""
     if isinstance(error, SpecDecError):
         return error
     return SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
@@ -192,9 +197,9 @@ def failure(error: BaseException) -> SpecDecError:
 
 @dataclass
 class Event:
-    """What has happened to a request since its last event.
-
-    finish_reason: "eos", "stop" (or what its text returns), "length", "cancelled" or "error"; None: it goes on.
+    """The new token ids of a request since its last event.
+    finish_reason: "eos", "stop" (or the reason that ``Request.text`` returns), "length", "cancelled" or "error"; None:
+        the request goes on.
     depths: for each token, its depth in the draft that it was accepted from; 0: the model chose it itself.
     """
 
@@ -213,11 +218,11 @@ POLL = 1.0  # seconds after which a reader checks that the engine is still there
 
 
 class Handle:
-    """The events of a request, to be iterated in a thread or on an event loop, by one reader.
+    """Iterator over the events of a request, for one reader, with ``for`` in a thread or ``async for``.
 
     At most one event waits for a slow reader; new tokens are added to it.
 
-    check: ends the request if its engine serves it no longer.
+    check: function that ends the request if its engine has ended.
     """
 
     def __init__(self, request: Request, check: Callable[[Request], None]) -> None:
@@ -232,7 +237,7 @@ class Handle:
         return self.request.metrics
 
     def cancel(self) -> None:
-        """Cancel the request after the step under way. A request that has ended stays as it is."""
+        """Cancel the request after the current step; does nothing if the request has ended."""
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
@@ -244,7 +249,7 @@ class Handle:
             event.finish_reason, event.error = self.request.finish_reason, self.request.error
 
     def notify(self) -> None:
-        """Wake the reader."""
+        """Wake the reader of this handle, who then gets the pending event."""
         with self._change:
             self._change.notify_all()
             waker = self._waker

@@ -23,9 +23,10 @@ CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent s
 
 
 class Scheduler:
-    """The queue of an engine and the rows whose prompts are being run.
+    """Chooses which waiting requests begin and which prompt tokens run in each step.
 
-    max_rows, kv_memory, chunk (``prefill_chunk``), prefixes, disk: as in ``Engine``.
+    max_rows: maximum number of requests that run at once. kv_memory: maximum bytes of keys and values; None: no limit.
+    chunk: maximum number of prompt tokens in a step. prefixes, disk: cached prefixes in memory and on disk; None: none.
 
     A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
     and one every ``CHECKPOINT`` tokens.
@@ -48,8 +49,9 @@ class Scheduler:
         self.fairness = Fairness()
         self.prefilling = PrefillBatch()
         self.memory = Memory(kv_memory, batch, self.prefilling, prefixes)
-        self.awaited: tuple[Request, Request, int, int] | None = None  # as ``_should_wait`` found
-        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.preemptions = 0  # rows that waited again
+        self.prefix_queries = 0  # prompt tokens that were looked up among cached prefixes
+        self.prefix_hits = 0  # those that were found
         self.timed, self.saved_seconds = (0, 0.0), 0.0  # tokens of prompts that were timed, and their seconds
 
     @property
@@ -64,7 +66,7 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def preempt(self) -> bool:
-        """Let the youngest rows wait until the others have memory to grow; return whether any row does."""
+        """Move the youngest rows back to the queue until the others have memory to grow; return whether any moved."""
         before = self.preemptions
         while not self.memory.make_room(DRAFTED) and self.running > 1:
             youngest = max(self.rows, key=lambda row: row.submit_time)
@@ -91,9 +93,12 @@ class Scheduler:
             self.prefilling.add(fresh, cache)
 
     def _admit(self, row: Request, fresh: list[Request]) -> bool:
-        """Let a request begin, with the longest cached prefix of its text, or among ``fresh`` ones; False: it waits."""
+        """Let a request begin with the longest cached prefix of its text; return False if it has to wait.
+
+        fresh: the requests that begin in this step, to which ``row`` is added if no prefix is cached.
+        """
         others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
-        if (self.memory.room(DRAFTED + HEADROOM, need) < 0 and others) or self._still_waits(row):
+        if self.memory.room(DRAFTED + HEADROOM, need) < 0 and others:
             return False
         # The last token is run, as its successor is sought; so are those whose successors need log-probabilities.
         ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
@@ -136,14 +141,14 @@ class Scheduler:
             self._defer(row)
 
     def _defer(self, row: Request, keep: bool = True) -> None:
-        """Let a row wait again, first in the queue. keep: cache its text."""
+        """Move a running row back to the front of the queue. keep: whether to cache its keys and values."""
         self.remove([row], keep)
         row.set_status(Status.WAITING)
         self.waiting.appendleft(row)
         self.preemptions += 1
 
     def _defer_background(self) -> None:
-        """Let requests in the background wait while there are others, which can begin with what these have run."""
+        """Move background requests back to the queue while there are others. What has run of them is cached."""
         waiting = tuple(self.waiting)  # others add to it
         for row in (*waiting, *self.prefilling.rows):
             row.background = row.background and time.perf_counter() - row.submit_time < PATIENCE
@@ -166,9 +171,10 @@ class Scheduler:
     def _longest_prefix(
         self, ids: Sequence[int], scope: str | None
     ) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
-        """Return the longest prefix of ``ids`` that is cached.
+        """Find the longest cached prefix of ``ids``.
 
-        Returns a function that makes a cache of it, its length, and the number of tokens shared with any text.
+        Return a function that makes a KV cache of it (None: there is none), its number of tokens, and the number of
+        tokens that ``ids`` shares with any cached text.
         """
         if (prefixes := self.memory.prefixes) is None:
             return None, 0, 0
@@ -191,35 +197,25 @@ class Scheduler:
         return source, most, shared
 
     def _fork(self, row: Request, count: int) -> None:
-        """Note that texts branch off after ``count`` tokens of a row; on disk, they do at the end of a chunk."""
+        """Record that other texts branch off after ``count`` tokens of a row, where a checkpoint helps.
+
+        With a disk cache, the last end of a chunk before is recorded.
+        """
         row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens."""
-        self.awaited = None
         if self.memory.prefixes is None:
             return False
-        prefilling = self.prefilling
+        prefilling, waits = self.prefilling, False
         for b, other in enumerate((*prefilling.rows, *fresh)):
             if other.scope != row.scope or (shared := common_prefix(other.ids, ids)) <= found + SHARED:
                 continue
             cache = prefilling.cache if b < len(prefilling.rows) else None
-            if self._will_help(cache, b, shared, found):
+            if cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED:
                 self._fork(other, shared)
-                self.awaited = row, other, shared, found
-        return self.awaited is not None
-
-    def _still_waits(self, row: Request) -> bool:
-        """Return whether a request waits for the same prompt as before, so that nothing else need be looked up."""
-        prefilling = self.prefilling
-        if self.awaited is None or self.awaited[0] is not row or self.awaited[1] not in prefilling.rows:
-            return False
-        _, other, shared, found = self.awaited
-        return self._will_help(prefilling.cache, prefilling.rows.index(other), shared, found)
-
-    def _will_help(self, cache: KVCache | None, b: int, shared: int, found: int) -> bool:
-        """Return whether row ``b`` of ``cache`` will give others more than ``found`` of the ``shared`` tokens."""
-        return cache is None or cache.rows[b] < shared or cache.resumable(b, shared) > found + SHARED
+                waits = True
+        return waits
 
     def _count_hits(self, row: Request, found: int) -> None:
         if self.memory.prefixes is not None and not row.deferred:
@@ -261,7 +257,10 @@ class Scheduler:
         return complete
 
     def _count_saved(self, complete: Sequence[Request], count: int, seconds: float) -> None:
-        """Note what cached tokens of ``complete`` rows would have taken. count, seconds: of the last pass."""
+        """Add the time that cached tokens have saved to the metrics of the ``complete`` rows.
+
+        count, seconds: number of tokens and time of the last pass.
+        """
         if count >= TIMED:
             self.timed = self.timed[0] + count, self.timed[1] + seconds
         for row in complete:
@@ -270,7 +269,7 @@ class Scheduler:
                 self.saved_seconds += row.metrics.saved_seconds
 
     def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
-        """Remove rows that have ended or are preempted. keep: cache their texts for others to begin with."""
+        """Remove rows that have ended or are preempted. keep: whether to cache their keys and values as prefixes."""
         batch = self.batch
         if keep and self.memory.prefixes is not None:
             for b, row in enumerate(batch.rows):
@@ -283,7 +282,6 @@ class Scheduler:
         self.memory.make_room(0)
 
     def clear(self) -> None:
-        """Drop all rows."""
+        """Remove all running rows, without caching their texts."""
         self.batch.keep([])
         self.prefilling.rows, self.prefilling.cache = [], None
-        self.awaited = None

@@ -20,15 +20,15 @@ from specdec.speculation.verifier import Verifier
 
 @dataclass
 class Scores:
-    """What a scoring pass says of a block.
+    """The result of scoring a block: the root and the drafted tokens of each row.
 
-    chosen: [B][1 + M], the target's choice after each block token (-1: its logits are not finite).
-    p: the target's distributions [B, 1 + M, V], where the verifier reads them.
-    taps: tapped states, by layer.
+    chosen: token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite).
+    p: the target's distributions after each block token, [B, 1 + M, V]; None: the verifier does not read them.
+    taps: states [B, T, D] by the layer that they are the input of, for the drafter.
     count: number of tokens that were run.
-    nodes: the block tokens of each row, if the others were not run.
-    logits: raw logits [n, V] of each row that wants them, one for each of its tokens that were run.
-    fault: why the drafted tokens cannot be scored.
+    nodes: the block indices of each row that were run; None: all were.
+    logits: by row, raw logits [n, V] after each of its tokens that were run, for the rows that were asked for.
+    fault: why the drafted tokens cannot be scored; None: they were.
     """
 
     chosen: list[list[int]]
@@ -40,7 +40,7 @@ class Scores:
     fault: str | None = None
 
     def slots(self, paths: list[list[int]]) -> list[list[int]]:
-        """Return the indices of ``paths``' tokens among the uncommitted slots of their rows."""
+        """Return where the tokens of each row's path of block indices are among the row's uncommitted cache slots."""
         if self.nodes is None:
             return paths
         return [[own.index(node) for node in path] for own, path in zip(self.nodes, paths, strict=True)]
@@ -49,9 +49,10 @@ class Scores:
 def score(
     state: State, draft: Draft, taps: dict[int, Tensor], verifier: Verifier, logit_rows: Collection[int] = ()
 ) -> Scores:
-    """Run the block through the target; choose a token after each block token.
+    """Run each row's root and drafted tokens through the target in one pass, and choose a token after each of them.
 
-    logit_rows: rows whose logits are returned.
+    taps: filled with the states of the layers that are its keys.
+    logit_rows: indices of the rows whose logits are returned, too.
     """
     scorer = _Scorer(state, draft, taps, verifier, logit_rows)
     ragged = len(state.ids) > 1 and state.target.ragged and draft.states is None
@@ -60,7 +61,7 @@ def score(
 
 @dataclass
 class _Scorer:
-    """The arguments of ``score``, and the two ways to run them."""
+    """The arguments of ``score``, with one method for each of the two ways to run them."""
 
     state: State
     draft: Draft
@@ -69,7 +70,7 @@ class _Scorer:
     logit_rows: Collection[int]
 
     def block(self) -> Scores:
-        """Score all rows in one shape, from where the draft's states end."""
+        """Score all rows as one [B, 1 + M] block, from the draft's exit layer on if it has states there."""
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, sampler, readout = state.target, state.cache, state.sampler, state.target.num_layers + 1
         # Run
@@ -97,29 +98,32 @@ class _Scorer:
             else:
                 every = range(1 + len(draft.parents))
                 scores = sampler.scores(logits, lambda: [self._prefixes(b, every) for b in range(len(state.ids))])
-                after = [[len(ids) + depth for depth in draft.depths()] for ids in state.ids]
-                tokens = sampler.choose(scores, after)
+                held, deepest = draft.held, max(state.depths)
+                depths = draft.depths() if held is None else range(1 + min(held.tokens.shape[1], deepest))
+                after = [[len(ids) + depth for depth in depths] for ids in state.ids]
+                tokens = sampler.choose(scores, after, None if held is None else held.depths)
                 if verifier.needs_probabilities and not sampler.greedy:
                     p, certain = scores.softmax(-1), [b for b, row in enumerate(sampler.rows) if row.greedy]
                     p[certain] = _point_masses(tokens[certain], target.vocab_size)
             *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
         if read:
             order = draft.receive(read[0])
-            chosen = [[int(token) for token in row] for row in chosen]  # trees come in float64
+
             if fault := check_tokens(draft.lists(), cache.batch, len(draft.parents), target.vocab_size):
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
         if order is not None and len(order) > 1:
-            self._reorder(order, chosen)
+            p = self._reorder(order, chosen, p)
         for b, row in enumerate(sampler.rows):
             if along and not row.plain_greedy:
                 best = chosen[b] if row.masked_greedy else None
-                chosen[b] = self._choose_along(b, range(len(chosen[b])), logits[b], best)
+                chosen[b] = self._choose_along(b, range(1 + len(draft.parents)), logits[b], best)
         return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
 
-    def _reorder(self, order: list[list[int]], chosen: list[list[int]]) -> None:
-        """Bring choices and tapped states of trees that the device made into the order of the block's tokens.
+    def _reorder(self, order: list[list[int]], chosen: list[list[int]], p: Tensor | None) -> Tensor | None:
+        """Sort ``chosen`` and the collected states, in place, by block index, for trees that the device has built.
 
-        order: which block index each token of a row that was run has; -1: none.
+        order: for each row, the block index of each token that was run; -1: none.
+        p: the target's distributions [B, T, V] in the order of the run; None: they are not needed. Returns them sorted.
         """
         count = 1 + len(self.draft.parents)
         where = [[own.index(node) if node in own else 0 for node in range(count)] for own in order]
@@ -128,9 +132,10 @@ class _Scorer:
         for layer, states in self.taps.items():
             if states.dim() > 1:
                 self.taps[layer] = states.gather(1, index.expand(-1, -1, states.shape[2]))
+        return None if p is None else p.gather(1, index.expand(-1, -1, p.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the block's states [B, 1 + M, D] at the draft's exit layer, and run those that the draft lacks."""
+        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it."""
         draft, target, cache, exit_layer = self.draft, self.state.target, self.state.cache, self.draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]
         if draft.states is not None and done == tokens.shape[1]:
@@ -143,7 +148,7 @@ class _Scorer:
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def rows(self) -> Scores:
-        """Score only each row's own tokens, one row behind the other."""
+        """Score only the nodes that each row has, with the rows concatenated without padding."""
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
         # Run
@@ -190,7 +195,10 @@ class _Scorer:
         return Scores(chosen, torch.cat(p) if p else None, taps, sum(counts), nodes, row_logits)
 
     def _read_out(self, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:
-        """Return logits [1, n, V] of each of ``rows``, whose tokens are among those of all rows in ``x`` [1, T, D]."""
+        """Return logits [1, n, V] for each of ``rows``, from final states ``x`` [1, T, D] of all rows, concatenated.
+
+        counts: number of tokens of each row in ``x``.
+        """
         if not rows:
             return ()
         parts = x.split(list(counts), 1)
@@ -198,20 +206,18 @@ class _Scorer:
         return self.state.target.readout(some).split([counts[b] for b in rows], 1)
 
     def _make_masks(self) -> None:
-        """Make the masks of drafted tokens while the device scores them, for tokens that the host has.
-
-        Other tokens were drafted under masks, which are still there.
-        """
+        """Compute the constraints' masks after drafted tokens while the device scores; they are cached."""
         for b, row in enumerate(self.state.sampler.rows):
             if row.constraint is not None and self.draft.listed is not None:
                 for path in ([], *self.draft.paths(b)):
                     row.constraint.mask([*self.state.ids[b][row.constraint.start :], *path])
 
     def _choose_along(self, b: int, nodes: Sequence[int], logits: Tensor, best: list[int] | None) -> list[int]:
-        """Return the target's choices after the block tokens ``nodes`` of row ``b`` [T].
+        """Return the target's choice after each of the T block tokens ``nodes`` of row ``b``.
 
-        logits: [T, V], raw. best: [T], the largest, of a row that takes the best one that its constraint allows. Logits
-        are processed only along accepted tokens: choices after other tokens do not count.
+        Logits are processed only along accepted tokens, since choices after other tokens do not count.
+        logits: raw logits after the tokens, [T, V].
+        best: argmax of each of them, [T], if the row takes the best token that its constraint allows; else None.
         """
         row, chosen = self.state.sampler.rows[b], [0] * len(nodes)
         texts = {0: self.state.ids[b]}  # of the accepted tokens
@@ -232,7 +238,7 @@ class _Scorer:
         return chosen
 
     def _prefixes(self, b: int, nodes: Sequence[int]) -> Sequence[Sequence[int]]:
-        """Return the text up to and including each of the block tokens ``nodes`` of row ``b``, for processors."""
+        """Return, for each of the block tokens ``nodes``, the ids of row ``b``'s text up to and including the token."""
         block = [self.state.ids[b]]
         for token, parent in zip(self.draft.lists()[b], self.draft.parents, strict=True):
             block.append([*block[parent], max(token, 0)])
@@ -242,7 +248,7 @@ class _Scorer:
 def _best_allowed(row: RowSampler, text: Sequence[int], logits: Tensor, best: int) -> int:
     """Return the best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
 
-    best: the best of all.
+    best: the argmax of ``logits``.
     """
     constraint = row.constraint
     assert constraint is not None
@@ -260,7 +266,7 @@ def _point_masses(chosen: Tensor, size: int) -> Tensor:
 
 
 def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
-    """Return the block tokens that a row has: the root, and the nodes with a token whose parents are there."""
+    """Return the block indices that a row has: 0 (the root), and nodes with a token whose parent the row has, too."""
     own, there = [0], {0}
     for node, (token, parent) in enumerate(zip(row, parents, strict=True), start=1):
         if token >= 0 and parent in there:
@@ -270,13 +276,16 @@ def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
 
 
 def _tree(parents: tuple[int, ...], own: list[int]) -> Tensor | None:
-    """Return which of a row's block tokens are ancestors of each other, bool [n, n]; None for a chain."""
+    """Return the mask bool [n, n] of the block indices ``own``: row i marks the ancestors of i and i; None: a chain."""
     place = {node: at for at, node in enumerate(own)}
     return ancestors(tuple(place[parents[node - 1]] for node in own[1:]))
 
 
 def _padded(x: Tensor, nodes: Sequence[Sequence[int]], count: int) -> Tensor:
-    """Return ``x`` [1, T, D], the rows' tokens one behind the other -> [B, count, D]."""
+    """Return ``x`` [1, T, D], which has the rows' tokens concatenated, as [B, count, D] by block index.
+
+    nodes: for each row, the block index of each of its tokens.
+    """
     out = x.new_zeros(len(nodes), count, x.shape[2])
     rows = [b for b, own in enumerate(nodes) for _ in own]
     out[rows, [node for own in nodes for node in own]] = x[0]
@@ -284,5 +293,5 @@ def _padded(x: Tensor, nodes: Sequence[Sequence[int]], count: int) -> Tensor:
 
 
 def _after(count: int, x: Tensor) -> Tensor:
-    """Return ``x`` [B, T, ...] without the first ``count`` tokens. A slice costs as much if it takes everything."""
+    """Return ``x`` [B, T, ...] without the first ``count`` tokens."""
     return x[:, count:] if count else x

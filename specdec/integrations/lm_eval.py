@@ -25,7 +25,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
     """The model ``specdec`` of lm-eval: scores and generates text with a ``SpecDecoder``.
 
     pretrained: a ``SpecDecoder``, or a model's name to load one from.
-    drafter, device, dtype, more: for loading, as in ``SpecDecoder.from_pretrained``.
+    drafter, device, dtype, more: arguments for loading, as in ``SpecDecoder.from_pretrained``.
     batch_size: number of prompts that run together; "auto": 8. max_batch_size: ignored; lm-eval passes it.
     max_length: largest number of tokens of a text, without its last token; None: the model's context.
     max_gen_toks: largest number of new tokens if a task sets no limit.

@@ -47,7 +47,7 @@ class SpecGenerate:
     """A value for ``model.generate(custom_generate=...)`` that decodes with drafts. An object runs one call at a time.
 
     The first call creates a decoder, which later calls with the same model use; the model's weights must not change.
-    drafter, more: as in ``SpecDecoder``.
+    drafter, more: the arguments of ``SpecDecoder`` with these names.
     tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to ``custom_generate``.
     num_speculative_tokens: draft length, or "auto".
     metrics: the metrics of each row of the last call.
@@ -242,7 +242,7 @@ def _samplers(
 
 
 class _GenerateCall:
-    """The running state of one call: the sequences, to which a token of every row is added position by position.
+    """The state of one ``generate`` call, which adds one token of every row to the sequences, position by position.
 
     sequences: [B, T + count]. ends: token ids that end a row.
     pads: whether rows that have ended are padded until all have; if not, they go on.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Self
+import mmap
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,17 +23,22 @@ from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
 
 GROUP = 32  # 8-bit codes that share a scale
-BLOCK = 256  # slots that a buffer grows by
-PAGE = 16  # the buffer of a copy has a multiple of this many slots
-MAX_EXPECTED = 1 << 30  # maximum bytes that buffers allocate for expected slots
+BLOCK = 256  # slots that a row grows by
+PAGE = 16  # a copy has a multiple of this many slots
+MAX_RESERVED = 1 << 36  # maximum bytes of addresses that a row reserves: a process has 47 bits of them
 WHOLE = "kv"  # the name of the buffer that holds all layers
+PRIVATE: dict[str, Any] = {}  # how memory is mapped: without a file, and without a promise of the system to have it
+if hasattr(mmap, "MAP_PRIVATE"):
+    PRIVATE["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
 class RowEntries:
     """One row of a ``KVCache``: keys and values of its tokens, and its recurrent states.
 
     count: number of committed tokens.
-    expected: number of slots that the row will need; 0: unknown. On a CPU, new buffers have this capacity.
+    expected: number of slots that the row will need; 0: unknown. On a CPU, it holds them from the next growth on.
+    held: number of slots that count as memory. On a CPU, buffers have more slots, which take no memory until they are
+        written; elsewhere, this is their capacity.
     buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, or one for each layer,
         such as "3", with N' = 1. If keys and values differ in size, d is the larger one.
     pointers: capacity in slots of "kv", and the addresses of its keys and of its values.
@@ -43,6 +49,7 @@ class RowEntries:
     def __init__(self, states: RowStates | None = None) -> None:
         self.count = 0
         self.expected = 0
+        self.held = 0
         self.buffers = dict[str, Tensor]()
         self.pointers = (0, 0, 0)
         self.states = states
@@ -59,9 +66,13 @@ class RowEntries:
         made.buffers = dict(self.buffers)
         return made
 
-    def put(self, name: str, buffer: Tensor, lent: bool = False) -> None:
-        """Set the buffer ``name``. lent: as the attribute."""
+    def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
+        """Set the buffer ``name``. held: as the attribute; None: all slots of the buffer.
+
+        lent: whether it is a graph buffer of the runtime, which caches must copy.
+        """
         self.buffers[name] = buffer
+        self.held = buffer.shape[-2] if held is None else held
         self.lent = lent
         if name == WHOLE:
             begin = buffer.data_ptr()
@@ -78,6 +89,8 @@ class KVCache:
     recurrent: numbers of the recurrent layers.
     shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
+    limit: maximum number of tokens of a row; 0: unknown. On a CPU, a row reserves addresses for so many, so that it
+        grows without a copy.
     entries: the rows.
     lengths: number of filled slots of each layer, in the row with most committed tokens.
     draft_positions: positions of the uncommitted slots, int64 [B, U].
@@ -92,6 +105,7 @@ class KVCache:
         layers: Sequence[int] | None = None,
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
+        limit: int = 0,
     ) -> None:
         self.block = BLOCK
         self.device = torch.device(device)
@@ -99,6 +113,7 @@ class KVCache:
         self.layers = layers
         self.recurrent = list(recurrent)
         self.shape = shape
+        self.limit = limit
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
         self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -141,8 +156,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all buffers of keys and values, without recurrent states."""
-        return sum(buffer.nbytes for row in self.entries for buffer in row.buffers.values())
+        """Return the bytes of the slots that all rows hold, without recurrent states."""
+        held = [(x, min(row.held, x.shape[-2])) for row in self.entries for x in row.buffers.values()]
+        return sum(buffer.nbytes // buffer.shape[-2] * slots for buffer, slots in held)
 
     @property
     def num_states(self) -> int:
@@ -155,24 +171,19 @@ class KVCache:
         return max((states.nbytes for states in self.states), default=0)
 
     def expect(self, slots: Sequence[int]) -> None:
-        """Tell the cache the number of slots that each row will need, so that buffers need not grow."""
+        """Tell the cache the number of slots that each row will need, so that they count as memory early."""
         for row, count in zip(self.entries, slots, strict=True):
             row.expected = count
 
     def capacities(self, ends: Sequence[int]) -> list[int]:
-        """Return the capacity in slots that each row's buffers would have after growing to ``ends`` tokens."""
-        pairs = list(zip(self.entries, ends, strict=True))
-        return [
-            row.slots if end <= row.slots else self._slots(row, end, row.slots, self.token_bytes) for row, end in pairs
-        ]
+        """Return the number of slots that each row would hold after growing to ``ends`` tokens."""
+        pairs = zip(self.entries, ends, strict=True)
+        return [row.held if end <= row.held else self._slots(row, end, row.slots) for row, end in pairs]
 
-    def _slots(self, row: RowEntries, end: int, have: int, size: int) -> int:
-        """Return the capacity that a row's buffers grow to.
-        end, have: slots that are needed, and those that there are. size: bytes of one token in all layers."""
-        # A text may end early, so the memory of expected slots is bounded.
-        expected = min(row.expected, MAX_EXPECTED // max(self.batch * size, 1)) if self.device.type == "cpu" else 0
-        # Grow by at least a quarter, so that long generations copy each entry a bounded number of times.
-        return -(-max(end, have + have // 4, expected) // self.block) * self.block
+    def _slots(self, row: RowEntries, end: int, have: int) -> int:
+        """Return the number of slots that a row holds after it has grown to ``end`` tokens. have: capacity before."""
+        more = row.expected if self.device.type == "cpu" else grown(have)
+        return -(-max(end, more) // self.block) * self.block
 
     # -- a pass -------------------------------------------------------------------------------------------------------
 
@@ -187,7 +198,6 @@ class KVCache:
         """Return the mask of the next T tokens of each row, whose pass begins in ``layer``.
 
         A token attends to all committed tokens of its row, and to the uncommitted tokens that its tree marks.
-
         positions: int64 [B, T].
         tree: bool [T, U] for all rows or [B, T, U], where U counts the uncommitted slots, the T new ones included;
             None: a chain, in which each token attends to all earlier ones and to itself.
@@ -208,11 +218,11 @@ class KVCache:
     def claim(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
 
-        counts: number of slots of each row. heads, head_dim, dtype: those of the keys.
+        counts: number of slots of each row. heads, head_dim, dtype: number of key heads, size of a head, and dtype.
         """
         ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):
-            if (end := max(row.count + ahead + count, 1)) > row.pointers[0]:  # a row without tokens also has a buffer
+            if (end := max(row.count + ahead + count, 1)) > row.held:  # a row without tokens also has a buffer
                 self._grow(row, WHOLE, heads, end, head_dim, dtype)
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
@@ -227,7 +237,7 @@ class KVCache:
         ahead, (_, heads, t, size) = self.lengths[layer] - self.committed, k.shape
         for row, *parts in zip(self.entries, k, v, strict=True):
             start = row.count + ahead
-            if name not in row.buffers or row.buffers[name].shape[3] < start + t:
+            if start + t > (min(row.held, row.buffers[name].shape[3]) if name in row.buffers else 0):
                 self._grow(row, name, heads, start + t, max(size, v.shape[3]), k.dtype)
             for part, own in enumerate(parts):  # (H, T, d)
                 row.buffers[name][part, index, :, start : start + t, : own.shape[2]] = own
@@ -245,22 +255,36 @@ class KVCache:
         return (str(layer), 0) if self.layers is None else (WHOLE, self.layers.index(layer))
 
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Grow the buffer ``name`` of a row to at least ``end`` slots."""
+        """Let a row hold at least ``end`` slots, and the buffer ``name`` have them."""
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
         old = row.buffers.get(name)
         have = 0 if old is None else old.shape[3]
-        layers = len(self.lengths if self.layers is None else self.layers)
-        slots = self._slots(row, end, have, 2 * layers * heads * head_dim * dtype.itemsize)
-        grown = zeros((2, 1 if self.layers is None else layers, heads, slots, head_dim), dtype, self.device)
-        if old is not None:
-            grown[:, :, :, :have] = old
-        row.put(name, grown)
+        held = max(row.held, self._slots(row, end, have))
+        if old is None or have < held:
+            layers = 1 if self.layers is None else len(self.layers)
+            # Grow by at least a quarter: without a known limit, each entry is copied a bounded number of times.
+            made = self._buffer((2, layers, heads, max(held, grown(have)), head_dim), dtype)
+            if old is not None:
+                filled = min(have, row.held)
+                made[:, :, :, :filled] = old[:, :, :, :filled]
+            row.put(name, made, held if self.device.type == "cpu" else None)
+        row.held = max(row.held, held)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a buffer [..., slots, d] of zeros. On a CPU, it has slots up to ``limit`` if there are addresses."""
+        *outer, slots, size = shape
+        if self.device.type == "cpu":
+            most = MAX_RESERVED // max(math.prod(outer) * size * dtype.itemsize, 1)
+            with suppress(OSError):  # such as a limit of addresses (ulimit -v)
+                return zeros((*outer, max(slots, min(self.limit + self.block, most)), size), dtype, self.device)
+        return zeros(shape, dtype, self.device)
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
         """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D]; return its outputs [B, T, D].
 
-        tree: as in ``register``. advance: runs the layer's mixer. Stores what roll-back needs.
+        Stores what roll-back needs. tree: the mask [T, U] (``register``). advance: runs the mixer on inputs [B, T, D]
+        and states, and returns its outputs and the new states.
         """
         held = self.lengths[layer] - self.committed
         rows = [states for states in self.states if isinstance(states, LayerStates)]
@@ -354,18 +378,11 @@ class KVCache:
         if own.states is not None and count:
             made.states = own.states.copy() if whole else own.states.restored(count)
         for name, buffer in own.buffers.items() if count else ():
-            self._fill(made, name, [buffer[..., :count, :]], capacity)
+            held = -(-max(count, capacity) // PAGE) * PAGE
+            made.put(name, self._buffer((*buffer.shape[:-2], held, buffer.shape[-1]), buffer.dtype), held)
+            made.buffers[name][..., :count, :] = buffer[..., :count, :]
         made.count = count
         return self.of([made])
-
-    def _fill(self, row: RowEntries, name: str, parts: Sequence[Tensor], capacity: int) -> None:
-        """Set the buffer ``name`` of a row to ``parts`` [..., slots, d], joined, with room for ``capacity`` slots."""
-        counts, first = [part.shape[-2] for part in parts], parts[0]
-        slots = -(-max(sum(counts), capacity) // PAGE) * PAGE
-        made = zeros((*first.shape[:-2], slots, first.shape[-1]), first.dtype, self.device)
-        for part, view in zip(parts, made[..., : sum(counts), :].split(counts, -2), strict=True):
-            view.copy_(part)
-        row.put(name, made)
 
     def take(self, row: int) -> Self:
         """Return a cache of one row that shares the buffers of ``row``, or has a copy of a graph buffer."""
@@ -373,10 +390,17 @@ class KVCache:
         return self.copy(row, own.count) if own.lent else self.of([own.shared()])
 
     def take_compact(self, row: int) -> Self:
-        """Return a cache of one row like ``take``; a copy if over a fifth of the buffers' capacity is unused."""
-        count = self.entries[row].count
-        spare = self.entries[row].slots > count + count // 4 + PAGE
-        return self.copy(row, count) if spare else self.take(row)
+        """Return a cache of one row like ``take`` that holds little more than its tokens.
+
+        That is a copy if over a fifth of the buffers would be unused memory.
+        """
+        own = self.entries[row]
+        if self.device.type == "cpu" and not own.lent:
+            made = own.shared()
+            made.held = min(own.held, -(-own.count // PAGE) * PAGE)
+            return self.of([made])
+        spare = own.slots > own.count + own.count // 4 + PAGE
+        return self.copy(row, own.count) if spare else self.take(row)
 
     def reference(self) -> Self:
         """Return this cache as it is now, for another thread to read. It shares the committed entries."""
@@ -400,15 +424,34 @@ class KVCache:
         found = {} if states is None else states.checkpoints.get(count, {})
         return {" ".join(map(str, key)): state.cpu().contiguous() for key, state in found.items()}
 
-    def restore(self, parts: Sequence[dict[str, Tensor]], count: int, states: dict[str, Tensor], capacity: int) -> None:
-        """Fill this empty cache of one row with a text of ``count`` tokens.
+    def restore(self, parts: Iterable[dict[str, Tensor]], capacity: int) -> int:
+        """Write consecutive parts of a text into the buffers of this empty cache of one row.
 
-        parts: the text's consecutive parts, each as ``read`` returns it. states: the recurrent states after the text,
-        as ``read_states`` returns them. capacity: minimum number of slots of the buffers.
+        parts: each as ``read`` returns it, on the CPU. A part is written before the next one is taken.
+        capacity: number of slots that the row then holds, at least those of all parts.
+        Returns the number of tokens in the parts. ``resume`` commits them.
+        """
+        [row], count = self.entries, 0
+        for part in parts:
+            for name, values in part.items():
+                *outer, slots, size = values.shape
+                if name not in row.buffers:
+                    held = -(-capacity // PAGE) * PAGE
+                    row.put(name, self._buffer((*outer, held, size), values.dtype), held)
+                view = row.buffers[name][..., count : count + slots, :]
+                if self.device.type == "cpu":  # PyTorch's threads would wait for each other at the end of each part
+                    view.view(torch.uint8).numpy()[...] = values.view(torch.uint8).numpy()
+                else:
+                    view.copy_(values)
+            count += slots
+        return count
+
+    def resume(self, count: int, states: dict[str, Tensor]) -> None:
+        """Commit the first ``count`` tokens that ``restore`` has written.
+
+        states: the recurrent states after them, as ``read_states`` returns them; {} without recurrent layers.
         """
         [row] = self.entries
-        for name in parts[0]:
-            self._fill(row, name, [part[name] for part in parts], capacity)
         if row.states is not None:
             keys = {name: tuple(int(x) if x.isdigit() else x for x in name.split(" ")) for name in states}
             row.states.begin(count, {keys[name]: state.to(self.device) for name, state in states.items()})
@@ -444,10 +487,18 @@ def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return (parts * scales[..., None].float()).flatten(-2).to(dtype)
 
 
+def grown(slots: int) -> int:
+    """Return the capacity after growing from ``slots``."""
+    return slots + slots // 4
+
+
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return ``torch.zeros``; on a CPU, its pages take memory only when they are written."""
+    """Return ``torch.zeros``; on a CPU, its pages take memory only when they are written. OSError without addresses."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = torch.from_numpy(np.zeros(size + 64, np.uint8))
-    return memory[-memory.data_ptr() % 64 :][:size].view(dtype).view(shape)
+    memory = mmap.mmap(-1, size, **PRIVATE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a page of 2 MiB for each head's first token would be hundreds of MiB
+        with suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +39,7 @@ from specdec.kvcache.cache import KVCache
 CHUNK = 64  # tokens of a chunk; a prompt computes fewer than that many again
 LAYOUT = 2  # of the tensors in a file; files of another layout are not found
 READERS = 4  # threads
+AHEAD = 16  # chunks that are read together: bounds the memory of those that are not in their place yet
 MAX_PENDING = 1 << 30  # bytes of caches that wait to be written; one text may be larger
 BUSY = errno.EMFILE, errno.ENFILE, errno.ENOMEM  # temporary errors
 SUFFIX = ".safetensors"
@@ -123,21 +124,23 @@ class PrefixDisk:
         """
         names, states = self._there(ids, scope), dict[str, Tensor]()
         with ThreadPoolExecutor(READERS) as pool:
-            parts = [part for part in takewhile(bool, pool.map(self._read, names)) if part]
-        del names[len(parts) :]
+            groups = (pool.map(self._read, names[n : n + AHEAD]) for n in range(0, len(names), AHEAD))
+            parts = (part or {} for part in takewhile(bool, chain.from_iterable(groups)))
+            count = cache.restore(parts, max(capacity, CHUNK * len(names)))
+        del names[count // CHUNK :]
         while self.recurrent and names and not states:
             name = _states(names[-1])
             if not (states := (self._read(name) if name in self.sizes else None) or {}):
                 names.pop()
         if names:
-            cache.restore(parts[: len(names)], CHUNK * len(names), states, capacity)
+            cache.resume(CHUNK * len(names), states)
             self.hits += CHUNK * len(names)
             files = [*names, _states(names[-1])] if self.recurrent else names
             self.jobs.put(partial(self._note, files))
         return cache
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Let the thread write the chunks of the text ``ids`` that are not stored yet. Returns at once.
+        """Let the thread write the chunks of the text ``ids`` of tenant ``scope`` that are not stored yet.
 
         cache: one row with the text. Its buffers stay shared until they are written. A text is skipped if more than
         ``MAX_PENDING`` bytes would wait.

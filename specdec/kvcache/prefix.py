@@ -126,7 +126,7 @@ class PrefixStore:
                 del self._holders[point], self._points[bisect_left(self._points, point)]
 
     def _beginnings(self, key: bytes) -> Iterator[bytes]:
-        """Yield the points that are beginnings of ``key``, the longest first."""
+        """Yield the keys of the resumable beginnings (``Prefix.points``) with which ``key`` begins, longest first."""
         index = bisect_right(self._points, key)
         while index:
             index -= 1

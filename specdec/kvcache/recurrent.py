@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from specdec.base.devices import upload
 from specdec.base.errors import SpecDecError
 
 BRANCH_TOKENS = 1024  # maximum tokens of a tree's branches that run at once: bounds memory
@@ -73,14 +74,14 @@ class RowStates(ABC):
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
-        """Make the states in ``ahead`` the row's if they are those after the tokens of ``path``; return whether."""
+        """Use the states in ``ahead`` if they are the states after the tokens ``path``; return whether they are."""
 
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
     def make_room(self, tokens: int, like: Tensor | None = None) -> None:
-        """Let ``inputs`` have room for ``tokens`` tokens. like: a tensor [..., width] with the width and dtype."""
+        """Enlarge ``inputs`` to hold ``tokens`` tokens. like: a tensor [..., width] of the new width and dtype."""
         have, like = self.inputs.shape[1], self.inputs if like is None else like
         if tokens > have:
             grown = like.new_zeros(self.layers, -(-tokens // INPUT_MULTIPLE) * INPUT_MULTIPLE, like.shape[-1])
@@ -97,7 +98,7 @@ class RowStates(ABC):
             if was_pending:
                 raise ValueError("cannot commit tokens that did not run through all layers")
             if path[-1] != count - 1:  # else they are in place
-                self.inputs[:, :count] = self.inputs[:, list(path)]
+                self.inputs[:, :count] = self.inputs[:, upload([*path], self.inputs.device)]
             self.pending = type(self.pending)(*[count] * self.layers)
         self.ahead = {}
 
@@ -128,13 +129,40 @@ class RowStates(ABC):
 
 
 class LayerStates(RowStates):
-    """The states of layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number), which never change."""
+    """The states of layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number), which never change.
+
+    home: states at fixed addresses that captured passes change in place, as in ``states``; {}: there are none.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.home: StatesByKey = {}
 
     def empty(self) -> LayerStates:
         return LayerStates(self.layers)
 
     def snapshot(self) -> StatesByKey:
-        return dict(self.states)
+        return {key: state.clone() if state is self.home.get(key) else state for key, state in self.states.items()}
+
+    def move(self, home: StatesByKey, inputs: Tensor) -> None:
+        """Keep the states in ``home``, and the inputs in ``inputs`` [layers, capacity, D], at fixed addresses."""
+        for key, place in home.items():
+            if (state := self.states.get(key)) is not place:
+                place.copy_(torch.zeros_like(place) if state is None else state)
+                self.states[key] = place
+        count = max(self.pending, default=0)
+        if self.inputs is not inputs and count <= inputs.shape[1]:
+            if count:
+                inputs[:, :count] = self.inputs[:, :count]
+            self.inputs = inputs
+        self.home = home
+
+    def ran(self, layers: Sequence[int]) -> None:
+        """Note that a captured pass has run ``layers``, numbers among the recurrent ones: none of their tokens is
+        pending."""
+        for layer in layers:
+            self.pending[layer] = 0
+            self.ahead.pop(layer, None)
 
     def of_layer(self, layer: int) -> States:
         """Return the states of one layer, without the layer number in the keys."""
@@ -169,7 +197,6 @@ class KernelStates(RowStates):
 
         uncommitted: number of uncommitted tokens before them.
         whole: whether the tokens are committed together. The kernels then write the states after them, and no inputs.
-
         Returns the fields ``held`` ... ``pending`` of ``SequenceArgs``: numbers and pointers.
         """
         if not (whole and count > RERUN_TOKENS and not uncommitted):
@@ -198,9 +225,9 @@ def run_rows(
 ) -> Tensor:
     """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U. tree: bool
-    [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer. Stores the
-    inputs of ``x`` for roll-back. Raises SpecDecError for a tree for each row.
+    Stores the inputs of ``x`` for roll-back. Raises SpecDecError if each row has a tree of its own.
+    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U.
+    tree: bool [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer.
     """
     if tree is not None and tree.dim() == 3:
         raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
@@ -235,7 +262,7 @@ def _together(rows: Sequence[States]) -> States:
 
 
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
-    """Run the pending inputs of each row; rows with the same number of pending tokens run as one batch."""
+    """Run ``layer`` on each row's accepted tokens that are not in its states yet, in batches of equal length."""
     groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
         if row.pending[layer]:
@@ -249,7 +276,11 @@ def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
 
 
 def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) -> Tensor:
-    """Run each branch of ``tree`` [T, U] as a batch row; return the outputs of the last T of ``inputs`` [B, U, D]."""
+    """Run a recurrent layer on draft trees, each branch as a row; return outputs [B, T, D] of the last T tokens.
+
+    inputs: inputs of all U uncommitted tokens, [B, U, D]. states: the states before them.
+    tree: whether a token is on the path to one of the last T tokens, bool [T, U].
+    """
     (batch, _, width), (t, u) = inputs.shape, tree.shape
     paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]
     for node, path in enumerate(paths, start=u - t):

@@ -184,7 +184,7 @@ def fingerprint(maps: Mapping[str, LowRank]) -> str:
 def read(name: str, path: Path, model: Any, file: GGUFFile | None) -> Adapter:
     """Read the adapter in the folder or GGUF file ``path``.
 
-    name: of the adapter, for messages. model: the base model, with transformers' module names. file: the model's GGUF
+    name: the adapter's name in messages. model: the base model, with transformers' module names. file: the model's GGUF
     file; None: it has none. Raises SpecDecError for an adapter that is broken or of an unsupported kind.
     """
     if path.is_dir():

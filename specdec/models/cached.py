@@ -15,16 +15,25 @@ from pathlib import Path
 from specdec.base.errors import SpecDecError, did_you_mean, errors_as
 from specdec.base.files import cache_dir, size_of
 from specdec.models.catalogue import EMBEDDED
+from specdec.models.config import read_config
 from specdec.models.names import display_name, hub_folder
 from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in the cache. name: for ``--model``. paths: folders, files and links that belong only to the model."""
+    """A model in the cache. name: its name for ``--model``. paths: folders, files and links that only it needs."""
 
     name: str
     paths: tuple[Path, ...]
+
+    @property
+    def predicts(self) -> bool:
+        """Return whether the model's config, where it is known, says that it has a multi-token prediction layer."""
+        try:
+            return bool(getattr(read_config(self.paths[0]), "mtp_num_hidden_layers", 0))
+        except (OSError, ValueError, TypeError):  # incomplete, or made again at its next use
+            return False
 
     @property
     def bytes(self) -> int:

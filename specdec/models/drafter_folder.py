@@ -243,7 +243,7 @@ def _kind(tensor: Tensor) -> str:
 def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
     """Return ``value`` if it is an int from 1 to ``WIDEST`` hidden sizes, else raise SpecDecError.
 
-    name: of the field in the drafter's config.
+    name: the field's name in the drafter's config.
     """
     return options.check_int(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
@@ -273,7 +273,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
 
 
 def describe_base(base: Identified, name: str) -> dict[str, Any]:
-    """Return the entry ``base`` of a drafter's config for a model. name: of the model, for messages."""
+    """Return the entry ``base`` of a drafter's config for a model. name: the model's name in messages."""
     return {
         "fingerprint": base.fingerprint,
         "name": name,

@@ -85,7 +85,6 @@ def numbers(target: Any, *more: object) -> str:
 
     SHA-256 of the fingerprint of the weights, the text config, the model's buffers (such as rotary frequencies), the
     formats, and the kernels with their versions.
-
     target: a ``runtimes.target.Target``. more: further values that are hashed.
     """
     model = target.model
@@ -201,7 +200,7 @@ def _beyond(found: Tensor, given: Tensor) -> int:
 
 
 def _step(values: Tensor) -> float:
-    """Return the step of the grid on which a few values of one block lie; 0: there is none, or it is too fine."""
+    """Return the quantization step of a few values of one block: all are multiples of it; 0: there is none."""
     largest = float(values.abs().max())
     gaps = values.unique().diff()
     if not len(gaps) or float(gaps.min()) <= largest / FINE:

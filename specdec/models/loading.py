@@ -43,7 +43,6 @@ def load(
 
     Weights are read from safetensors or GGUF, never from pickles. Weights of a GGUF file stay in its blocks if the
     dtype is bfloat16, the device is the CPU and ``gguf.model`` supports the architecture.
-
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
     ``ORG/REPO:file.gguf``. dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device. revision: of a
@@ -123,15 +122,18 @@ def _native(
     """Return the ``NativeModel`` whose config is in ``entry``; None: the safetensors files have other tensors."""
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
-        file: TensorFile
+        file: TensorFile = source.file or safetensors_file.read_header(source.weight_files())
+        if source.file is None and found.num_hidden_layers > len(file.tensors):
+            return None
+        model, made, keep = NativeModel(found, dtype), list[torch.Tensor](), True
         if source.file is not None:
-            file, keep, made = source.file, place.type == "cpu" and dtype == torch.bfloat16, list[torch.Tensor]()
-            model = gguf_model.build(source.name, source.file, found, dtype, keep)
+            keep = place.type == "cpu" and dtype == torch.bfloat16
+            gguf_model.build(source.name, source.file, model, keep)
+        elif (built := safetensors_model.build(source.name, file, model)) is None:
+            return None
         else:
-            file, keep = safetensors_file.read_header(source.weight_files()), True
-            if (built := safetensors_model.build(source.name, file, found)) is None:
-                return None
-            model, made = built
+            made = built
+        model.file = file if source.file is None else source.file.without_tokenizer()
         model.config._name_or_path = source.name  # for messages, instead of the cache folder
         merged = _merge(model, change, source.file)
         if keep:

@@ -10,6 +10,8 @@ from specdec.models.catalogue import EMBEDDED
 
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w./-]+)")  # ORG/REPO:NAME
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # a part of a split file, as llama.cpp names it
+COMPANION = "mtp-"  # how names of companion files begin
+WEIGHT_TYPE = re.compile(r"[-.](ud-)?(i?q\d\w*|b?f\d\d|mxfp4\w*)$")  # how names of GGUF files end, in lower case
 KNOWN = f"give an embedded model ({', '.join(EMBEDDED)}), a model folder, a .gguf file, ORG/REPO or ORG/REPO:NAME"
 DTYPES = "float32", "bfloat16", "float16"
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -18,7 +20,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def check_model(name: str, revision: str | None = None) -> None:
     """Raise SpecDecError if ``name`` cannot be a model, or names a file or folder that is no model.
 
-    revision: of a Hugging Face id; an error with other names. Does not ask whether a repository exists.
+    revision: of a Hugging Face id only; other names with one are an error. Does not ask whether a repository exists.
     """
     path = Path(name).expanduser()
     if revision is not None and (name in EMBEDDED or path.exists()):
@@ -78,7 +80,7 @@ def gguf_in(folder: Path) -> Path:
     Raises SpecDecError if there is none or several.
     """
     found = dict[str, Path]()
-    for path in sorted(folder.glob("*.gguf")):
+    for path in sorted(path for path in folder.glob("*.gguf") if not is_companion(path.name)):
         found.setdefault(whole_name(path.name), path)
     if not found:
         raise SpecDecError(f"'{folder}' is no model folder: config.json is missing, and there is no GGUF file")
@@ -86,6 +88,24 @@ def gguf_in(folder: Path) -> Path:
         names = ", ".join(str(path) for path in found.values())
         raise SpecDecError(f"'{folder}' holds {len(found)} GGUF models; give one of them: {names}")
     return next(iter(found.values()))
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a GGUF file of this name has the prediction layer of another one, as llama.cpp names it."""
+    return name.lower().startswith(COMPANION)
+
+
+def companions(path: Path) -> list[Path]:
+    """Return the companion files beside the GGUF file ``path`` that may be its, by their names.
+
+    A companion is called "mtp-" and the model's name or its beginning; types of weights, such as Q4_K_M, may differ.
+    """
+    found = list[Path]()
+    for each in sorted(path.parent.glob("*.gguf")):
+        of = WEIGHT_TYPE.sub("", whole_name(each.name).removesuffix(".gguf").lower().removeprefix(COMPANION))
+        if is_companion(each.name) and of and path.name.lower().startswith(of) and part_paths(each)[0] == each:
+            found.append(each)
+    return found
 
 
 def whole_name(name: str) -> str:

@@ -20,6 +20,7 @@ from specdec.models.families import FAMILIES, Family, activation, mixture_of
 from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, dense_weights
 from specdec.models.packed import Origin
 from specdec.models.rotary import Rotary
+from specdec.models.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +30,12 @@ _making = threading.Lock()
 
 
 class NativeModel(nn.Module):
-    """A decoder-only model of a family in ``families.FAMILIES``. ``forward`` and ``generate`` call transformers.
+    """A decoder-only model of a family in ``families.FAMILIES``. ``forward`` and ``generate`` delegate to a
+    transformers model that shares the weights.
 
     config, generation_config: the fields of the model's config files.
     model: the ``Decoder``. lm_head: the output head.
+    file: the header of the file that the weights are from; None: they are from no file.
     origin: the file that the matrices are mapped from; None: the weights are in memory.
     merged_adapter: the ``adapter.Merged`` of the adapter that is merged into the weights; None: none is merged.
     dtype: dtype of the weights; for weights in blocks, of the dequantized values.
@@ -41,6 +44,7 @@ class NativeModel(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype, generation_config: GenerationSettings | None = None) -> None:
         super().__init__()
         self.config, self.generation_config = config, generation_config or GenerationSettings()
+        self.file: TensorFile | None = None
         self.origin: Origin | None = None
         self.merged_adapter: Any = None
         self._made: list[PreTrainedModel] = []  # in a list: no part of this module

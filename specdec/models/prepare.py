@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from specdec.base.files import cache_dir
 from specdec.base.machine import check_memory
 from specdec.models import packed, wheels
 from specdec.models.catalogue import EMBEDDED
-from specdec.models.names import dtype_name, part_paths
 
 if TYPE_CHECKING:
     from specdec.models.gguf.file import GGUFFile
@@ -36,15 +35,6 @@ GGUF, MANIFEST = "model.gguf", "specdec.json"
 LAYOUT = 4  # version of a folder's content; folders of another version are made again
 WORK, MARKER = "specdec-work", "specdec.txt"
 VOCABULARY_BYTES = 64_000_000  # no tokenizer.json is larger
-NVIDIA = Path("/proc/driver/nvidia")  # exists if there is a CUDA device, which is known before PyTorch is imported
-# Values of settings with which a load reads packed weights; the default comes first.
-PACKED_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "runtime": ("auto", "native"),
-    "weights": ("auto",),
-    "packed": (True,),
-    "adapter": (None,),
-    "expert_cache": (None,),
-}
 # Files of a model folder that are no weights.
 PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
@@ -81,7 +71,7 @@ def prepare_embedded(name: str) -> Path:
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """Return the cache's folder with config and tokenizer of a GGUF file, made if need be.
 
-    name: of the model, for messages. Raises SpecDecError if that fails.
+    name: the model's name in messages. Raises SpecDecError if that fails.
     """
     path, *others = [path.resolve() for path in file.paths]
     key = {"gguf": str(path), "stamp": [*packed.stamp([path])], "layout": LAYOUT}
@@ -93,8 +83,8 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
 def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Path | None:
     """Return the cache's folder with config and tokenizer of a model folder, made by ``write`` if need be.
 
-    name: of the model, for messages. write: writes the files into the folder that it gets.
-    None: ``write`` raises an error that is no OSError, or the cache cannot hold the folder (a note says so).
+    name: the model's name in messages. write: writes the files into the folder that it gets.
+    Return None if ``write`` raises an error other than OSError, or, with a printed note, if the cache cannot hold it.
     """
     path, refused = folder.resolve(), list[Exception]()
     files = sorted({file for pattern in PARTS for file in path.glob(pattern)})
@@ -118,22 +108,6 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
 def _folder(path: Path) -> Path:
     mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     return cache_dir() / "models" / f"{path.name.removesuffix('.gguf')[:48]}-{mark}"
-
-
-def read_ahead(name: str, settings: Mapping[str, Any]) -> None:
-    """Begin to read the packed weights of the model ``name``, if there are any and a load with ``settings`` uses them.
-
-    settings: keyword arguments of ``SpecDecoder.from_pretrained``.
-    """
-    device, dtype = (str(settings.get(key, "auto")).removeprefix("torch.") for key in ("device", "dtype"))
-    taken = device == "cpu" or (device == "auto" and not NVIDIA.exists())
-    taken = taken and dtype_name(dtype) in ("auto", "bfloat16")
-    if not taken or any(settings.get(key, values[0]) not in values for key, values in PACKED_SETTINGS.items()):
-        return
-    if name in EMBEDDED:
-        packed.begin(cache_dir() / "models" / name)
-    elif (path := part_paths(Path(name).expanduser())[0]).exists():
-        packed.begin(_folder(path.resolve()))
 
 
 @contextlib.contextmanager
@@ -202,7 +176,7 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
 def work_folder(root: Path) -> Path:
     """Return the folder for work in progress in the cache ``root``, made if need be.
 
-    Raises SpecDecError if a folder of that name lacks our marker.
+    Raises SpecDecError if a folder of that name exists and lacks the marker file of this package.
     """
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +237,7 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` in the ``with`` block; says so if another process holds it, and waits."""
+    """Lock the file ``path`` during the ``with`` block; waits, with a message, while another process has the lock."""
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)

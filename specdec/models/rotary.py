@@ -70,7 +70,7 @@ def _frequencies(config: Any, rope: dict[str, Any], kind: str) -> tuple[Tensor, 
 
 
 def _llama3(rope: dict[str, Any], frequencies: Tensor) -> Tensor:
-    """Divide low frequencies by the factor, keep high ones, and interpolate between them (Llama 3.1)."""
+    """Scale rotary ``frequencies`` as Llama 3.1: low ones are divided by the factor in ``rope``, high ones stay."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     context, waves = rope["original_max_position_embeddings"], 2 * math.pi / frequencies
     found = torch.where(waves > context / low, frequencies / factor, frequencies)

@@ -88,18 +88,16 @@ def _read_back(tokenizer: Any, text: str) -> Any:
         return None
 
 
-def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, list[Tensor]] | None:
-    """Return the model of ``config`` with the weights of ``file`` in bfloat16, and the weights that are not mapped.
+def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | None:
+    """Set the weights of ``model`` that have no values yet to those of ``file``; return those that are not mapped.
 
-    name: of the model, for messages. Experts stay in the file, in the file's type.
+    name: the model's name in messages. Experts stay in the file, in the file's type.
     None: the names or shapes of the tensors are not those of the model. Raises SpecDecError if the weights that are not
     mapped need more memory than is free.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
-    if config.num_hidden_layers > len(tensors):
-        return None
-    model, found = NativeModel(config, torch.bfloat16), dict[str, list[TensorInfo]]()
-    for parameter, values in model.named_parameters():
+    config, found = model.config, dict[str, list[TensorInfo]]()
+    for parameter, values in weights.unfilled(model):
         if (infos := _tensors_of(parameter, tuple(values.shape), model, tensors)) is None:
             return None
         found[parameter] = infos
@@ -107,7 +105,7 @@ def build(name: str, file: TensorFile, config: Config) -> tuple[NativeModel, lis
         if not torch.equal(file.data(head), file.data(tensors[EMBEDDING])):
             return None  # transformers does not tie them
         memory.release(file.data(head), file.data(tensors[EMBEDDING]))
-    return model, weights.fill(name, file, model, found, keep=True)
+    return weights.fill(name, file, model, found, keep=True)
 
 
 def _tensors_of(

@@ -82,17 +82,18 @@ def find_source(name: str, revision: str | None = None) -> Source:
             )
         entry = prepare_gguf(name, file)
         return Source(name, entry, entry, file)
-    if file_in_repository := names.HUB_FILE.fullmatch(name):
-        repository, member = file_in_repository.groups()
-        return replace(find_source(str(_file_in_repository(repository, member, revision))), name=name)
+    if of_hub := names.HUB_FILE.fullmatch(name):
+        repository, member = of_hub.groups()
+        return replace(find_source(str(file_in_repository(repository, member, revision))), name=name)
     folder = hub.fetch("model", name, revision, PARTS, f"{names.guess_model(name)}; {names.KNOWN}")
     if not (folder / "config.json").is_file():
         raise SpecDecError(f"'{name}' has no config.json; if it holds GGUF files, name one of them: '{name}:NAME'")
     return Source(name, folder, remote=True)
 
 
-def _file_in_repository(repository: str, member: str, revision: str | None) -> Path:
+def file_in_repository(repository: str, member: str, revision: str | None) -> Path:
     """Download a GGUF file of a repository with all its parts; return the path of ``member``, or of its first part.
+
     member: path in the repository, or a name for ``_named``."""
     if not member.endswith(".gguf"):
         files, revision = hub.list_files("model", repository, revision)
@@ -107,7 +108,10 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
     wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". The first part stands for a split file.
     Raises SpecDecError unless exactly one file fits."""
     every = dict[str, str]()
+    beside = names.is_companion(wanted)
     for file in sorted(file for file in files if file.endswith(".gguf")):
+        if names.is_companion(Path(file).name) != beside:
+            continue
         every.setdefault(names.whole_name(file).removesuffix(".gguf").lower(), file)
     name = wanted.lower()
     found = [file for whole, file in every.items() if name in (whole, whole.rpartition("/")[2])]
@@ -119,14 +123,6 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
         raise SpecDecError(f"'{repository}' has several GGUF files '{wanted}'; give one of them: {', '.join(found)}")
     has = f"it has {', '.join(every.values())}" if every else "it has no GGUF files at all"
     raise SpecDecError(f"'{repository}' has no GGUF file '{wanted}' on Hugging Face; {has}")
-
-
-def weight_files(name: str, revision: str | None = None) -> list[Path]:
-    """Return the safetensors files of a model, downloaded if ``name`` is a Hugging Face id; [] for other formats."""
-    local = name in EMBEDDED or Path(name).expanduser().exists()
-    source = find_source(name, None if local else revision)
-    source.fetch_weights()
-    return source.weight_files()
 
 
 def public_name(name: str, adapter: str | None = None) -> str:

@@ -17,7 +17,7 @@ class TensorInfo:
     """The description of a tensor in a ``TensorFile``.
 
     kind: name of the type: one of ``PLAIN``, another type of safetensors, or a ``gguf.GGMLQuantizationType``.
-    shape: in PyTorch's order.
+    shape: sizes in PyTorch's order.
     offset: position of the first byte in its part of the file.
     nbytes: size in bytes.
     part: index of the part of a split file that holds the tensor.

@@ -95,7 +95,7 @@ class Tokenizer:
     def __call__(self, text: Any = None, *args: Any, **how: Any) -> Any:
         """Return the token ids of ``text``, a string or a list of strings, as an ``Encoding``.
 
-        how: as in transformers. With other arguments than ``ARGUMENTS``, the result is that of transformers.
+        how: arguments of transformers' tokenizers; with others than ``ARGUMENTS``, transformers makes the result.
         """
         several = isinstance(text, list | tuple)
         plain = isinstance(text, str) or (several and all(isinstance(each, str) for each in text))

@@ -7,7 +7,7 @@ other weights of the model's dtype are mapped from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ def fill(
 ) -> list[Tensor]:
     """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of its parameters.
 
-    name: of the model, for messages.
+    name: the model's name in messages.
     found: tensors of each parameter. Several tensors of a matrix are joined by rows. Experts have gates and ups (or
         both in one tensor) and downs, each [E, out, in] or a matrix for each expert.
     keep: whether matrices in blocks, and experts, stay in the file.
@@ -52,9 +52,9 @@ def fill(
         path, _, leaf = parameter.rpartition(".")
         if path in experts and leaf in EXPERTS:
             continue
-        module, parts = model.get_submodule(path), [_stored(file, info) for info in infos]
+        module, parts = model.get_submodule(path), [stored(file, info) for info in infos]
         if path in experts:  # biases of gates and ups alternate
-            each = torch.cat([_values(part, dtype) for part in parts], 1)
+            each = torch.cat([dense(part, dtype) for part in parts], 1)
             matrix: Matrix = torch.stack(each.chunk(len(EXPERTS[leaf.removesuffix("_bias")]), 1), -1).flatten(1)
         else:
             matrix = _joined(parts, dtype)
@@ -62,7 +62,7 @@ def fill(
         if keep and isinstance(matrix, Blocks) and stays(module, infos):
             model.set_submodule(path, _in_blocks(module, matrix, dtype))
             continue
-        values = _values(matrix, dtype)
+        values = dense(matrix, dtype)
         if not any(values.untyped_storage().data_ptr() == part.data_ptr() for part in file.maps):
             made.append(values)
             memory.release(matrix.data)
@@ -76,10 +76,15 @@ def fill(
     return made
 
 
-def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """Return the tensors of a parameter of ``module``; for a matrix of experts, all tensors of the experts.
+def unfilled(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of ``model`` that have no values yet, by name: not those of modules that it shares."""
+    return ((name, values) for name, values in model.named_parameters() if values.is_meta)
 
-    The experts of a layer stay in the file together, or not at all.
+
+def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
+    """Return the file's tensors of a parameter of ``module``. found: all tensors, by parameter.
+
+    For a matrix of experts, these are all tensors of the layer's experts, which stay in the file together or not.
     """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:
@@ -103,7 +108,7 @@ def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -
     """Return the bytes of memory that the weights need. Experts that stay in the file need none.
     mapped: whether other weights of the model's dtype stay in the file, too."""
     need, dtype = 0, model.dtype
-    for parameter, values in model.named_parameters():
+    for parameter, values in unfilled(model):
         path, _, leaf = parameter.rpartition(".")
         module = model.get_submodule(path)
         apart = mapped and isinstance(module, Experts) and module.is_transposed  # ordinary parameters
@@ -129,7 +134,8 @@ def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype:
     return BlockExperts(own, [list(each) for each in zip(*parts, strict=True)], down, dtype)
 
 
-def _stored(file: TensorFile, info: TensorInfo) -> Matrix:
+def stored(file: TensorFile, info: TensorInfo) -> Matrix:
+    """Return a tensor of ``file``: mapped in its own type, or in its blocks."""
     part = file.data(info)
     if info.kind in PLAIN:
         return (part if is_aligned(info) else part.clone()).view(PLAIN[info.kind]).view(info.shape)
@@ -144,12 +150,13 @@ def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
     if len(packed) == len(parts):
         found: Matrix = replace(packed[0], data=torch.cat([part.data for part in packed]))
     else:
-        found = torch.cat([_values(part, dtype) for part in parts])
+        found = torch.cat([dense(part, dtype) for part in parts])
     memory.release(*(part.data for part in parts))
     return found
 
 
-def _values(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """Return a matrix in ``dtype``, dequantized if needed."""
     return blocks.dequantize(matrix, None, dtype) if isinstance(matrix, Blocks) else matrix.to(dtype)
 
 

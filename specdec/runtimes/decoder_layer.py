@@ -29,7 +29,11 @@ class Adapters(nn.Module):
     def __init__(
         self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
     ) -> None:
-        """shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change."""
+        """Make untrained adapters.
+
+        shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change.
+        rank: inner size of the low-rank factors. neurons: number of neurons that run, by layer; None: all.
+        """
         super().__init__()
         self.neurons = dict(neurons or {})
         for layer, count in self.neurons.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ Nodes = tuple[list[float], list[int], list[int], list[list[float]]]
 
 @dataclass(eq=False)
 class DraftPath:
-    """How a draft's residual gets from the embedding of a token to the logits of the next token (M2R2).
+    """The layers and projections that a draft runs from a token's embedding to the logits of the next token (M2R2).
 
     projections: linear layers. Number s maps [residual; previous final state; previous input of segment s], each
         divided by its RMS, to the input of segment s. The last one maps [residual; previous final state] to the final
@@ -34,7 +35,7 @@ class DraftPath:
     adapters: changes of these layers.
     heads: output heads for the final state, whose outputs are joined; None: the model's own. The last one may grow.
     tokens: token id of each output, int64 [V']; None: the outputs are the token ids. It is replaced if heads change.
-    made: cache of objects that runtimes derive from the path.
+    made: cache of objects that runtimes make of the path.
     """
 
     projections: Sequence[UnitMap]
@@ -96,10 +97,13 @@ class DraftRoots:
     carried: for each segment of the path, its input states of these tokens [B, T, D].
     place: index of the token before the root among the T tokens.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
-    sampled: how each row is sampled; None: all rows are greedy.
-    tables: for each row, three calibration tables (calibrate.h): for the raw probabilities of the path's heads, of the
-        other source where the heads have no candidates, and of the other source elsewhere. None: no calibration.
-    given: for each row, the tree of another source, whose nodes the runtime may also extend. None: there is none.
+    sampled: seed, position and filters of each row's sampling; None: all rows are greedy.
+    tables: for each row, three calibration tables (``calibrated``): for probabilities by the path's heads, by the other
+        source where the heads have no candidates, and by the other source elsewhere. None: no calibration.
+    given: for each row, the tree of another source, such as n-grams, which the draft extends; None: there is none.
+    masks: the tokens that a single row may draft; None: all.
+    choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then all
+        levels are drafted. None: the host reads the candidates.
     """
 
     tokens: Sequence[int]
@@ -111,10 +115,12 @@ class DraftRoots:
     sampled: Sequence[Sampled] | None = None
     tables: Sequence[Sequence[Sequence[float]]] | None = None
     given: Sequence[Nodes] | None = None
+    masks: Masks | None = None
+    choice: DeviceChoice | None = None
 
 
 class LevelNodes(NamedTuple):
-    """The C candidates of each of B rows as tensors of the target's device, parents before children.
+    """The C candidate tokens of each of B rows, as tensors on the target's device, parents before children.
 
     scores: float32 [B, C], as in ``speculation.candidates.Candidates``; -inf: there is no such node.
     tokens: token ids, int64 [B, C]. parents: 0: the root, i + 1: node i, int64 [B, C].
@@ -130,51 +136,58 @@ class LevelNodes(NamedTuple):
     depths: Tensor
 
     def packed(self) -> Tensor:
-        """Return all but the depths as one tensor, float64 [B, C (3 + S)], in which whole numbers are themselves."""
-        parts = self.scores, self.tokens, self.parents, self.raw.flatten(1)
-        return torch.cat([part.double() for part in parts], 1)
+        """Return all fields but ``depths`` as one tensor, int64 [B, C (3 + S)], so that one read gets all of them.
+
+        Of floating-point numbers it has the 32 bits.
+        """
+        scores, raw = (part.contiguous().view(torch.int32).long() for part in (self.scores, self.raw.flatten(1)))
+        return torch.cat((scores, self.tokens, self.parents, raw), 1)
 
     def lists(self) -> list[Nodes]:
         """Return the nodes of each row as lists, with one read of the device."""
         return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
 
     @staticmethod
-    def unpacked(row: Sequence[float], count: int) -> Nodes:
-        """Return the nodes of a row of ``packed`` as lists. count: C."""
-        scores, tokens, parents, *raw = (list(row[at : at + count]) for at in range(0, len(row), count))
+    def unpacked(row: Sequence[int], count: int) -> Nodes:
+        """Convert a row of ``packed``, as a list, to lists of scores, tokens, parents and raw. count: C."""
+        whole = np.array(row, np.int32)
+        scores, _, _, *raw = whole.view(np.float32).reshape(-1, count).tolist()
+        tokens, parents = list(row[count : 2 * count]), list(row[2 * count : 3 * count])
         there = [node for node, score in enumerate(scores) if score > -math.inf]
         index = {0: 0} | {node + 1: new for new, node in enumerate(there, start=1)}
         return (
             [scores[node] for node in there],
-            [int(tokens[node]) for node in there],
-            [index[int(parents[node])] for node in there],
+            [tokens[node] for node in there],
+            [index[parents[node]] for node in there],
             [[own[node] for node in there] for own in raw],
         )
 
 
 class DeviceChoice(NamedTuple):
-    """How many nodes of each row's candidates a device takes, the likeliest first.
+    """The rule by which a device selects nodes from each row's candidates, the likeliest first.
 
     nodes: maximum number for a row, M.
     depths: for each row, the maximum depth of its nodes; 0: none.
     prices: the price of scoring n = 0, 1, .. nodes of all rows, in tokens: nodes that are not worth it are not taken;
         (): all are worth it.
-    allowance: tokens that nodes may be expected to lose.
+    allowance: expected loss, in tokens, that is still accepted, to explore.
+    beyond: what a node of each row costs beyond ``prices``; (): nothing.
     """
 
     nodes: int
     depths: Sequence[int]
     prices: Sequence[float] = ()
     allowance: float = 0.0
+    beyond: Sequence[float] = ()
 
 
 class DeviceTree(NamedTuple):
-    """The nodes that are taken for each of B rows, of which the host knows nothing until it reads ``packed``.
+    """The M selected nodes of each of B rows on a device; the host knows them after it has read ``packed``.
 
     tokens: int64 [B, M], parents before children; -1: there is no node.
-    depths: of the root and of each node, int64 [B, 1 + M].
+    depths: depth of the root (0) and of each node, int64 [B, 1 + M].
     ancestors: which of the root and the nodes are on a node's path, bool [B, 1 + M, 1 + M].
-    packed: float64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
+    packed: int64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
         ``LevelNodes.packed``.
     sources: S.
     """
@@ -187,7 +200,7 @@ class DeviceTree(NamedTuple):
 
 
 def calibrated(p: Tensor, tables: Tensor | None) -> Tensor:
-    """Return calibrated probabilities of raw probabilities ``p`` [B, ...], interpolated in ``tables`` (calibrate.h).
+    """Return calibrated probabilities of raw probabilities ``p`` [B, ...], interpolated in each row's table.
 
     tables: for each row, the calibrated probability at each of the log-odds ``KNOTS``, [B, 11]; None: ``p`` is
         returned.

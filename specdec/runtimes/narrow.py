@@ -79,7 +79,6 @@ def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     """Return how much each neuron of a decoder layer's MLP adds to the residual, float32 [I].
 
     For neuron i, it is the sum of |down[:, i] a_i|^2 over the rows of ``h``, where a_i is the neuron's activation.
-
     h: inputs of the layer [n, D]. The MLP runs on them without attention, which changes the order of neurons little.
     model_type: the model's type, which gives the name of the norm before the MLP.
     """

@@ -42,9 +42,8 @@ def run_tokens(
     """Run the tokens of each row (some rows may have none) in one pass, and commit them to ``cache``.
 
     Returns the final states [B, 1, D] of each row's last token.
-
-    taps: by layer (as in ``Pass``), set to the states [B, 1, D] of the last tokens or, if ``whole``, to those of all
-        tokens [B, T, D], padded on the right; None: no states.
+    taps: for each layer that is a key, the value is set to the layer's input states [B, 1, D] of the last tokens or, if
+        ``whole``, of all tokens [B, T, D], padded on the right; None: no states.
     every: a list that gets, for each row, the final states [n, D] of its n tokens; None: no states.
     """
     counts, device = list(map(len, rows)), cache.device

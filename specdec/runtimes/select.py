@@ -30,7 +30,7 @@ ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache",
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
-    """Return whether these settings, as in ``make_target``, run only on the CPU."""
+    """Return whether these settings (values as in ``make_target``) need the native runtime, and so the CPU."""
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 
@@ -54,7 +54,7 @@ def make_target(
     """Return ``model`` in a runtime, and a one-line note on why a faster runtime is not used, or "".
 
     runtime: "native", "torch", "transformers", or "auto": native (CPUs) if it supports the model on this machine, else
-        torch (not on mps), else transformers.
+        torch, else transformers.
     weights: "auto": as loaded; GGUF blocks stay, and the native runtime multiplies them with activations in 8 bits.
         "dense": dequantized to 16 or 32 bits. "int8", "int4" (native runtime): layers are quantized, also in ``model``.
     kv_cache: "auto": in the model's dtype. "int8" (native runtime): 8 bits.
@@ -62,7 +62,6 @@ def make_target(
         experts, or as many as there is memory for.
     expert_prefetch: whether experts are read ahead by forecasts.
     packed: whether the native runtime stores packed weights in the model's cache entry and reads stored ones.
-
     Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if it does not fit.
     """
     check_names(runtime, weights, kv_cache)

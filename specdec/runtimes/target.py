@@ -21,7 +21,7 @@ from specdec.models import identity
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
 from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
@@ -106,8 +106,16 @@ class Target(ABC):
         self.windows = _windows(config)
         self.device, self.dtype = model.device, model.dtype
 
+    def beside(self, model: AnyModel) -> Target:
+        """Return ``model``, whose embedding and output head are this target's, as a target in the same runtime.
+
+        Raises SpecDecError if the runtime does not support it.
+        """
+        return type(self)(model)
+
     def new_cache(self, batch: int = 1) -> KVCache:
-        return KVCache(self.num_layers, batch, self.device, recurrent=sorted(self.recurrent_layers))
+        recurrent = sorted(self.recurrent_layers)
+        return KVCache(self.num_layers, batch, self.device, recurrent=recurrent, limit=self.context)
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
@@ -117,23 +125,17 @@ class Target(ABC):
         return download(*also, largest(self.readout(x)))
 
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
 
-        roots: last tokens and states of the rows. limits: how far to grow. masks: the tokens that a single row may
-        draft; None: all. Rows that are sampled draft with their noise. The cache is unchanged afterwards.
-        choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then
-        all levels are drafted. None: the host reads the candidates.
-        Returns the candidates of each row, or what the device takes.
+        Returns the candidates of each row, or the tree that the device selects by the roots' ``choice``. Rows that are
+        sampled draft with their noise. The cache is unchanged afterwards.
+        roots: last tokens and states of the rows. limits: limits of the tree's growth.
         """
-        rules, before = rules_of(roots, path.tokens, self.vocab_size, masks), upload([*roots.positions], self.device)
+        choice = roots.choice
+        waits, before = self.device.type == "cpu", upload([*roots.positions], self.device)
+        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)
         final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
 
         def positions(x: Tensor, level: int) -> Tensor:
@@ -145,10 +147,10 @@ class Target(ABC):
 
         heads = [lambda x, head=head: self.readout(x, head) for head in path.heads]
         embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
-        step = PathStep(path, final, carried, embed, run, heads, roots.forbidden)
+        step = PathStep(path, final, carried, embed, run, heads, rules.forbidden)
         try:
-            waits = choice is None and self.device.type == "cpu"
-            grown = grow(step, upload([[token] for token in roots.tokens], self.device), limits, rules, waits=waits)
+            tokens = upload([[token] for token in roots.tokens], self.device)
+            grown = grow(step, tokens, limits, rules, waits=waits and choice is None)
         finally:
             for lo, hi in path.segments:
                 cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
@@ -166,12 +168,12 @@ class Target(ABC):
 
     @property
     def token_costs(self) -> TokenCosts:
-        """Return what a token is expected to cost in a pass."""
+        """Return the expected times of a token in a pass, relative to reading the weights."""
         return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes for keys and values that no row has."""
+        """Bytes that are allocated for keys and values and not used by any row."""
         return 0
 
     def block(self, layer: int) -> nn.Module:
@@ -203,7 +205,8 @@ class Pass:
     positions: int64 [B, T].
     mask: the result of ``cache.register(lo, positions, ...)``.
     cache: the KV cache that the pass appends keys and values to.
-    taps: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (l = hi: the result).
+    taps: states to collect: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (for
+        l = hi, the output).
     adapters: changes of the layers for all tokens; None: none.
     routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
     choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
@@ -222,9 +225,9 @@ class Pass:
 class TokenCosts(NamedTuple):
     """Estimated times of one token in a pass, over the time of reading the weights.
 
-    multiply: of multiplying a token by the weights.
-    read: of reading the keys and values of a cached token; 0: unknown.
-    attend: of multiplying a token by those of a cached one; 0: unknown.
+    multiply: time of multiplying a token by the weights.
+    read: time of reading the keys and values of a cached token; 0: unknown.
+    attend: time of multiplying a token by the keys and values of a cached token; 0: unknown.
     """
 
     multiply: float
@@ -245,12 +248,12 @@ class GivenLinear(nn.Linear):
 class RowMemory:
     """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
 
-    values: [capacity, in]. used: number of rows that are set; these never change.
-    packed: what a runtime derives from the rows; None: nothing yet.
+    values: [capacity, in]. used: number of rows that are set; these never change, and the others are 0.
+    packed: the rows in a runtime's own format; None: not made yet.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
-        self.values = rows.new_empty(capacity, rows.shape[1])
+        self.values = rows.new_zeros(capacity, rows.shape[1])
         self.values[: len(rows)] = rows
         self.used = len(rows)
         self.packed: Any = None
@@ -309,7 +312,7 @@ def lock_of(model: nn.Module) -> Any:
 
 
 def largest(logits: Tensor) -> Tensor:
-    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1 if it is not finite."""
+    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1: the best is not finite."""
     best = logits.argmax(-1)
     finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
     return best.masked_fill(~finite, -1)

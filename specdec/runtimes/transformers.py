@@ -23,7 +23,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.kvcache.recurrent import Advance, States
-from specdec.models.native_model import as_transformers
+from specdec.models.native_model import AnyModel, as_transformers
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import narrow_maps
@@ -36,7 +36,7 @@ class _Bridge(Cache):
     """A ``KVCache`` with the interface of transformers' ``Cache``, for attention layers and recurrent mixers.
 
     states: states of the recurrent layer that runs.
-    adapted: whether adapters act.
+    adapted: whether adapters are applied in this call.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -220,6 +220,9 @@ class TransformersTarget(Target):
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         with self.lock, nullcontext() if head is None else _replaced(*self.head, head):
             return self._run(_Call(x), self.model, ids, ids).logits
+
+    def beside(self, model: AnyModel) -> TransformersTarget:
+        return TransformersTarget(as_transformers(model))
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         found = {}

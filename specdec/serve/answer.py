@@ -25,13 +25,13 @@ Events = Iterator[dict[str, Any]]
 
 
 class Answer(ABC):
-    """The answer to a request.
+    """Base class of the answer to a client's request, in one of the protocols.
 
     asked: the client's request.
-    handles: of the engine's requests, one for each choice, in the order of their numbers.
-    counters: of the server, which count tokens as they are read.
-    texts: the texts of the choices, as far as they have been read.
-    parsers: what splits the texts into parts.
+    handles: the handles of the engine's requests, one for each choice, by the choice's number.
+    counters: the server's metrics, which count tokens as they are read.
+    texts: the text of each choice, as far as it has been read.
+    parsers: for each choice, the parser that splits its text into parts.
     """
 
     def __init__(self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics) -> None:
@@ -50,9 +50,10 @@ class Answer(ABC):
         """Return the answer as a stream of server-sent events, of which the last one may be an error."""
 
     async def _pieces(self, number: int = 0, per_token: bool = False) -> AsyncIterator[Piece]:
-        """Yield the text of a choice, a piece per step or ``per_token``. The last piece has a finish reason.
+        """Yield the text of choice ``number``, in pieces. The last piece has a finish reason.
 
         Raises ApiError if the engine fails. Leaving the loop early cancels the choice.
+        per_token: whether there is a piece for each token instead of each step.
         """
         handle, latest = self.handles[number], 0.0
         try:
@@ -98,7 +99,7 @@ class Answer(ABC):
                 task.cancel()
 
     async def _finished(self) -> None:
-        """Read all choices to their ends. Raises ApiError."""
+        """Read all choices to their ends. Raises ApiError if the engine fails."""
         async for _ in self._all_pieces():
             pass
 
@@ -112,11 +113,11 @@ class Answer(ABC):
         return sum(metrics.num_prompt_tokens for metrics in prompts), cached, sum(text.num_read for text in self.texts)
 
     def time_saved(self) -> dict[str, int]:
-        """Return about how many milliseconds the cached tokens would have taken, as a member of ``usage``."""
+        """Return the milliseconds that cached tokens have saved (an estimate), as members of ``usage``."""
         return {"time_saved_ms": round(1e3 * sum(handle.metrics.saved_seconds for handle in self.handles))}
 
     def summary(self) -> str:
-        """Return the end of the request's line in the log."""
+        """Return the end of the request's line in the log: numbers of tokens, tokens per step, finish reasons."""
         (before, _, new), figures = self.counts(), [handle.metrics for handle in self.handles]
         steps = sum(metrics.num_spec_steps for metrics in figures)
         accepted = sum(metrics.num_accepted_draft_tokens for metrics in figures)
@@ -125,10 +126,7 @@ class Answer(ABC):
         return f"{before} prompt + {new} new tokens, {length:.2f} per step, {reasons}"
 
     def metrics(self) -> dict[str, Any]:
-        """Return the member ``metrics`` of a response with one choice, unless the client wants none.
-
-        As in vLLM there are no figures for several choices.
-        """
+        """Return {"metrics": figures} for the response; {} for several choices (as in vLLM), or if not asked for."""
         if not self.asked.include_metrics:
             return {}
         if len(self.handles) > 1:
@@ -159,7 +157,7 @@ class Answer(ABC):
 
 
 def _failure(event: Event) -> ApiError:
-    """Return the error for an event that ends a request otherwise than an answer ends."""
+    """Return the error that tells a client about ``event``, which ends a request with an error or a cancellation."""
     if event.finish_reason == "cancelled":
         return ApiError(503, "the server is shutting down; try again later")
     if isinstance(event.error, ConstraintError):
@@ -168,10 +166,10 @@ def _failure(event: Event) -> ApiError:
 
 
 class BlockAnswer(Answer):
-    """An answer with one choice, written block by block.
+    """Base class of an answer with one choice, which is streamed as blocks of reasoning, text and calls.
 
-    A subclass returns the events of each; their ``type`` is their name.
-    text: of the choice.
+    A subclass returns the events for each block, as JSON objects whose ``type`` is the event's name.
+    text: the text of the choice so far.
     blocks: the blocks so far.
     """
 
@@ -202,7 +200,7 @@ class BlockAnswer(Answer):
             yield self._written(self.failure(error))
 
     def _read(self, text: str, last: bool) -> Events:
-        """Yield the events of more text. last: the text is complete."""
+        """Yield the events for more text of the answer. last: whether the text is complete."""
         for part in self.parsers[0].push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
                 if self.blocks:
@@ -222,28 +220,28 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """Return the whole answer."""
+        """Return the whole answer as a JSON object."""
 
     @abstractmethod
     def begin(self) -> Events:
-        """Return events before the first block."""
+        """Return the events before the first block."""
 
     @abstractmethod
     def begin_block(self, block: Part) -> Events:
-        """Return events of a new block, which is empty."""
+        """Return the events for the start of ``block``, which is still empty."""
 
     @abstractmethod
     def delta(self, block: Part, text: str) -> Events:
-        """Return events of new text at the end of a block."""
+        """Return the events for new ``text`` at the end of ``block``."""
 
     @abstractmethod
     def end_block(self, block: Part, last: bool = False) -> Events:
-        """Return events of a block that is complete, or that was cut, if it is the last one."""
+        """Return the events for the end of ``block``. last: whether it is the last one, which may have been cut."""
 
     @abstractmethod
     def end(self) -> Events:
-        """Return events after the last block."""
+        """Return the events after the last block."""
 
     @abstractmethod
     def failure(self, error: ApiError) -> dict[str, Any]:
-        """Return the event of an error."""
+        """Return the event that reports ``error``, as a JSON object."""

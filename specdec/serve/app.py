@@ -71,7 +71,7 @@ def make_app(
 
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
     async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
-        """Run a request until it ends or the client disconnects."""
+        """Run a request until it ends or the client disconnects. translate: parses its body. make: makes its answer."""
         client: Client = request.state.client
         asked, handles = await run_sync(service.start, translate, client)
         answer = make(asked, handles, service.metrics)

@@ -23,7 +23,7 @@ from specdec.serve.request import GenerationRequest
 
 
 class OpenAIAnswer(Answer):
-    """An answer in the shape of chats, or in that of completions if the request has no chat.
+    """An answer in the format of ``/v1/chat/completions``, or of ``/v1/completions`` if the request has no chat.
 
     scored: for each choice, the number of tokens whose log-probabilities have been sent.
     offsets: for each choice, the number of characters in these tokens.
@@ -49,7 +49,7 @@ class OpenAIAnswer(Answer):
         return to_json(self.head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + rest[1:]
 
     def _written(self, number: int) -> bytes:
-        """Return a choice of a whole response as JSON."""
+        """Return choice ``number`` of a complete response as JSON."""
         text = self.texts[number].text
         if self.chat:
             parts = self.parsers[number].push(text, last=True)
@@ -83,7 +83,7 @@ class OpenAIAnswer(Answer):
         yield DONE
 
     def usage(self) -> dict[str, Any]:
-        """Return the member ``usage``."""
+        """Return the member ``usage`` of the response: numbers of prompt tokens, new tokens and cached tokens."""
         before, cached, new = self.counts()
         return {
             "prompt_tokens": before,
@@ -93,11 +93,11 @@ class OpenAIAnswer(Answer):
         }
 
     def _echo(self, number: int) -> str:
-        """Return the text before the answer of a choice."""
+        """Return the prompt's text if it comes before the answer of choice ``number``, else ""."""
         return self.asked.echoes[number // self.asked.n] if self.asked.echo else ""
 
     def _contents(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the contents of the chunks for new text of a choice."""
+        """Return the members of each chunk that streams the new text ``piece`` of choice ``number``."""
         if not self.chat:
             return [{"text": piece.text}] if piece.text else []
         parser = self.parsers[number]
@@ -114,7 +114,7 @@ class OpenAIAnswer(Answer):
         return {"index": number, **content, "logprobs": self._logprobs(number), "finish_reason": finish}
 
     def _logprobs(self, number: int) -> dict[str, Any] | None:
-        """Return log-probabilities of a choice's tokens since the last call; those of an echoed prompt come first."""
+        """Return the log-probabilities of new tokens of choice ``number``, an echoed prompt first; None: not wanted."""
         text, request, start = self.texts[number], self.handles[number].request, self.scored[number]
         end = self.scored[number] = text.num_read
         if self.asked.num_logprobs is None or (start == end and (start or text.finish_reason is None)):
@@ -130,7 +130,7 @@ class OpenAIAnswer(Answer):
 
 
 def _delta(part: Part, calls: Sequence[str]) -> dict[str, Any]:
-    """Return a part as a delta. calls: ids of the calls in the order in which they have begun."""
+    """Return a part as the member ``delta`` of a chunk. calls: ids of all calls so far, in order, for their indices."""
     if part.kind != "call":
         return {"content" if part.kind == "text" else "reasoning_content": part.text}
     call = _call(part) if part.begins else {"function": {"arguments": part.text}}
@@ -142,7 +142,7 @@ def _call(part: Part) -> dict[str, Any]:
 
 
 def message(parts: Iterable[Part]) -> dict[str, Any]:
-    """Return the content of the message that consists of ``parts``."""
+    """Return the members ``content``, ``reasoning_content`` and ``tool_calls`` of the message that ``parts`` make."""
     blocks = merged(parts)
     text, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
     calls = [_call(block) for block in blocks if block.kind == "call"]

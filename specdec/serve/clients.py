@@ -21,11 +21,11 @@ ASCII = Field(pattern=f"^{KEY.pattern}$")
 
 
 class Key(BaseModel):
-    """A key, and what the scheduler does for who has it.
+    """An API key with the settings of its owner's requests.
 
-    name: in the log and the metrics, which never have the key.
-    priority: requests of a higher one are started first.
-    max_rows: requests that are decoded at once; None: no limit of its own.
+    name: name of the owner in the log and the metrics, which never show the key.
+    priority: requests with a higher number begin first.
+    max_rows: maximum number of the owner's requests that are decoded at once; None: no limit of its own.
     learn: whether a drafter that teaches itself may learn from its texts.
     """
 
@@ -39,7 +39,7 @@ class Key(BaseModel):
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Return the keys in a YAML file, a list of mappings. Raises SpecDecError for anything else."""
+    """Read a YAML file with a list of keys, each a mapping of the fields of ``Key``. Raises SpecDecError for others."""
     try:
         if path.stat().st_size > MAX_FILE:
             raise SpecDecError(f"'{path}' is larger than {MAX_FILE} bytes; a file of keys is small")
@@ -61,19 +61,23 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 @dataclass(frozen=True)
 class Client:
-    """Who sends a request. sender: the address where there are no keys; rows are then fair among addresses."""
+    """The sender of a request.
+
+    key: the key that the sender has given; None: the server has no keys.
+    sender: network address, if the server has no keys; rows are then shared fairly among addresses.
+    """
 
     key: Key | None = None
     sender: str | None = None
 
     @property
     def scope(self) -> str | None:
-        """Keeps apart what is stored; None without keys."""
+        """The scope of the client's requests (``Request.scope``), a hash of the key; None without keys."""
         return None if self.key is None else hashlib.sha256(self.key.key.encode()).hexdigest()
 
 
 def find_client(keys: Sequence[Key], given: str, address: str | None = None) -> Client | None:
-    """Return the client with the key ``given``, in a time that does not depend on it; None if no client has it.
+    """Return the client with the key ``given``; None: it is no known key. Takes the same time for all keys.
 
     address: the sender's address, which identifies the client if the server has no keys.
     """

@@ -26,7 +26,7 @@ RETRY = 1.0  # seconds until a client is accepted again after the system has ref
 
 
 def raise_descriptors(wanted: int) -> int | None:
-    """Raise the process's limit of descriptors to ``wanted``, as far as it may; return it. None: there is none."""
+    """Raise the process's limit of file descriptors to ``wanted`` if possible; return the limit (None: unlimited)."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -43,10 +43,11 @@ def raise_descriptors(wanted: int) -> int | None:
 
 
 class Connection(H11Protocol):
-    """A connection over which requests come.
+    """An HTTP connection, which is closed when no request arrives for ``timeout`` seconds.
 
-    expiry: when it is closed, unless the head of a request arrives; None while a request is answered.
-    changed: called when it becomes idle and when it is closed. unsent: bytes of the last answer, when last looked at.
+    expiry: timer that closes the connection unless the head of a request arrives; None: a request is being answered.
+    changed: called when the connection becomes idle, and when it is closed.
+    unsent: number of bytes of the last answer that had not been sent at the last check.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Connection(H11Protocol):
         self.changed()
 
     def close(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
         self._end_idle()
         self.transport.abort()
 
@@ -102,7 +103,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves ``app``. room: most connections for which there are descriptors; None: any number."""
+    """An HTTP server of ``app``. room: number of connections that file descriptors allow; None: any number."""
 
     room: int | None = None
 
@@ -123,7 +124,7 @@ class Server(uvicorn.Server):
         self.settings, self.accepting = settings, list[asyncio.Task[None]]()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen at ``sockets``, which are bound."""
+        """Begin to listen at ``sockets``, which are bound already."""
         most = self.settings.max_connections
         if (found := raise_descriptors(most + DESCRIPTORS)) is not None:
             self.room = found - min(DESCRIPTORS, found // 2)
@@ -143,7 +144,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Accept clients for ever. ``asyncio`` would do so without a limit, and log each failure."""
+        """Accept connections for ever, within the limits. ``asyncio`` itself has no limit, and logs each failure."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -176,14 +177,14 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0)
 
     def _close_idle(self) -> bool:
-        """Close the connection that has been idle longest, those with unread answers last. Returns whether it did."""
+        """Close the longest idle connection, preferably one without an unread answer; return False if none is idle."""
         idle: list[Any] = [c for c in self.server_state.connections if isinstance(c, Connection) and c.expiry]
         if idle:
             min(idle, key=lambda c: (c.transport.get_write_buffer_size() > 0, c.expiry.when())).close()
         return bool(idle)
 
     async def _until_change(self, seconds: float | None = None) -> None:
-        """Wait until a connection becomes idle or is closed, at most so many seconds."""
+        """Wait until a connection becomes idle or is closed, at most ``seconds``; None: no limit."""
         self.changed.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

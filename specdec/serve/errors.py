@@ -119,7 +119,7 @@ class ApiError(HTTPException):
         return JSONResponse(body, self.status, self.headers)
 
     def as_sent(self, path: str) -> ApiError:
-        """Return the error with the name that the protocol of ``path`` has for the parameter, also in the message."""
+        """Return this error with the parameter's name in the protocol of ``path``, also in the message."""
         param = self.param or ""
         if not (name := _names(path).get(param.partition(".")[0])):
             return self
@@ -127,12 +127,12 @@ class ApiError(HTTPException):
 
 
 def invalid(param: str, message: str) -> ApiError:
-    """Return the error for a parameter ``param`` that is there and has a value that cannot be used."""
+    """Return the error, with status 400, for a parameter ``param`` with an unusable value."""
     return ApiError(400, message, param, "invalid_value")
 
 
 def _names(path: str) -> dict[str, str]:
-    """Return what the protocol of a path calls parameters of chats: an entry of ``NAMES``, or {}."""
+    """Return {OpenAI's parameter name: name in the protocol of ``path``}; {} if the names are the same."""
     return next((names for start, names in NAMES.items() if path.startswith(start)), {})
 
 
@@ -170,12 +170,12 @@ def _invalid(error: RequestValidationError, path: str) -> ApiError:
     """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter."""
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")
-    found, place, said = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)
+    found, place, text = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)
     param = ".".join(map(str, place))[:200] or None
     if found["type"] == UNKNOWN:
         same = INSTEAD.get(param or "", param)
         name = _names(path).get(same or "", same)
         advice = f"use '{name}'" if name and name != param else "leave it out"
         return ApiError(400, f"parameter '{param}' is not supported; {advice}", param, "unsupported_parameter")
-    what = f"it {said}"[:LONGEST] if said.startswith(("must ", "is ")) else said[:LONGEST]
+    what = f"it {text}"[:LONGEST] if text.startswith(("must ", "is ")) else text[:LONGEST]
     return ApiError(400, f"'{param}': {what}" if param else f"the body: {what}", param, "invalid_value")

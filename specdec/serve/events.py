@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def sse(value: dict[str, Any]) -> bytes:
-    """Return a server-sent event."""
+    """Return a JSON object as the bytes of a server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 

@@ -14,7 +14,7 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def chat_logprobs(tokenizer: Any, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Return the ``logprobs`` of a choice of ``/v1/chat/completions``."""
+    """Return the member ``logprobs`` of a choice of ``/v1/chat/completions``, for the tokens ``scored``."""
     content = []
     for token_id, logprob, top in scored:
         likely = [_entry(tokenizer, *each) for each in top]
@@ -30,10 +30,11 @@ def _entry(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
 def completion_logprobs(
     tokenizer: Any, scored: Sequence[TokenLogprob], first: int | None = None, offset: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """Return the ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after them.
+    """Return the member ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after the tokens.
 
-    first: the first token of a prompt, which has no log-probability; None if the prompt is not included.
-    offset: characters of text before these tokens.
+    scored: the tokens with their log-probabilities.
+    first: id of the first token of a prompt, which has no log-probability; None: the prompt is not included.
+    offset: number of characters of text before these tokens.
     """
     found: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     rows: list[tuple[int, float | None, list[tuple[int, float]]]] = [] if first is None else [(first, None, [])]
@@ -60,7 +61,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 @functools.lru_cache(1 << 16)  # an answer has thousands of tokens, few of them different
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """Return the bytes of a token."""
+    """Return the bytes of a token, which may be a part of a UTF-8 character."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # the output head is wider than the vocabulary
         return b""
@@ -77,7 +78,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte of each character of byte-level vocabularies."""
+    """Return {character: byte} of the alphabet in which byte-level BPE vocabularies are written."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

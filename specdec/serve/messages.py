@@ -96,7 +96,7 @@ class Turn(Strict):
         return self
 
     def messages(self) -> list[dict[str, Any]]:
-        """Return the messages that a chat template needs for this one: tool results come first, then the text."""
+        """Return this message as messages for a chat template: tool results come first, then the text."""
         text = joined(self.of(TextBlock), "\n")
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
@@ -176,7 +176,7 @@ class CountBody(Options):
         return self
 
     def chat(self) -> ChatPrompt:
-        """Return the chat in this body. Raises ApiError if its parts do not fit together."""
+        """Return the chat in this body. Raises ApiError if its parts contradict each other."""
         head = [{"role": "system", "content": joined(self.system, "\n")}] if self.system else []
         effort = EFFORTS.get(self.thinking.type) if self.thinking else None
         if self.output_config is not None:
@@ -195,7 +195,7 @@ class CountBody(Options):
 
 
 class MessagesBody(CountBody):
-    """The body of ``/v1/messages``. max_tokens: most new tokens. stop_sequences: texts that end the answer."""
+    """The body of ``/v1/messages``. max_tokens: maximum number of new tokens. stop_sequences: texts that end it."""
 
     unused = UNUSED | PROMPT
 
@@ -203,7 +203,7 @@ class MessagesBody(CountBody):
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         form = self.output_config.format if self.output_config else None
         limits = {"max_new_tokens": self.max_tokens, "stop": self.stop_sequences}
         return self.generation(Json(form.schema_) if form else None, limits, model=self.model, chat=self.chat())
@@ -272,7 +272,7 @@ SIGNATURE = "c3BlY2RlYw=="  # of all reasoning: clients send back only reasoning
 
 
 def _content(block: Part, whole: bool) -> dict[str, Any]:
-    """Return a part of an answer as a block of content. whole: with its text or arguments; else it is empty."""
+    """Return a part of an answer as a content block. whole: whether to include its text or arguments."""
     if block.kind == "text":
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":

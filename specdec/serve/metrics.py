@@ -18,7 +18,7 @@ E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 
 
 class Metrics:
-    """Counters and histograms of one server. stats: returns the engine's current figures."""
+    """The Prometheus counters and histograms of one server. stats: returns the engine's current figures."""
 
     def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -63,12 +63,15 @@ class Metrics:
         self.registry.register(_EngineCollector(label, stats))
 
     def record_tokens(self, tokens: int, seconds: float, first: bool) -> None:
-        """Count new tokens of a request. seconds: since its last tokens, or since its start if these are the first."""
+        """Count new tokens of a request. first: whether they are its first ones.
+
+        seconds: time since the request's last tokens, or since its start if these are the first.
+        """
         self.generation_tokens.inc(tokens)
         (self.ttft if first else self.itl).observe(seconds)
 
     def record_finished(self, metrics: RequestMetrics, reason: str, seconds: float) -> None:
-        """Count a finished request. reason: OpenAI's finish reason, or "abort". seconds: since its start."""
+        """Count a finished request. reason: OpenAI's finish reason, or "abort". seconds: time since its start."""
         self.prompt_tokens.inc(metrics.num_prompt_tokens)
         self.drafts.inc(metrics.num_spec_steps)
         self.drafted.inc(metrics.num_draft_tokens)
@@ -87,13 +90,13 @@ class Metrics:
         self.queue_time.observe(metrics.queue_seconds)
 
     def record_key(self, name: str, choices: int, tokens: int) -> None:
-        """Count what the holder of a key has used."""
+        """Count answers and new tokens for the API key called ``name``."""
         self.key_requests.labels(self.model, name).inc(choices)
         self.key_tokens.labels(self.model, name).inc(tokens)
 
 
 class _EngineCollector(Collector):
-    """The engine's figures, read for each scrape."""
+    """Prometheus collector that reads the engine's figures at each scrape. stats: returns them. label: their labels."""
 
     def __init__(self, label: dict[str, str], stats: Callable[[], EngineStats]) -> None:
         self.label, self.stats = label, stats

@@ -90,7 +90,7 @@ class AllowedHosts:
 
 
 class ApiKey:
-    """Refuses requests without a key. Puts who sends one into the state as ``client``, and the name into the log."""
+    """Refuses requests without a known key. Puts the ``Client`` into ``scope["state"]``, and its name into the log."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
         self.app, self.keys = app, keys

@@ -31,11 +31,11 @@ NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
 @dataclass
 class Part:
-    """A part of an answer: new output of one kind, or all of it.
+    """A part of an answer: some output of one kind.
 
-    kind: "reasoning", "text" or "call".
-    text: of a call, its arguments as JSON, or new text of these.
-    name, id: of a call; "" for the other kinds.
+    kind: "reasoning", "text" or "call" (of a tool).
+    text: the text; for a call, its arguments as JSON text, or a piece of them.
+    name, id: the tool's name and the call's id; "" for the other kinds.
     begins: whether it is the first part of its call.
     """
 
@@ -46,7 +46,7 @@ class Part:
     begins: bool = False
 
     def takes(self, part: Part) -> bool:
-        """Return whether ``part`` goes on with this one."""
+        """Return whether ``part`` continues this one: it has the same kind, and begins no new call."""
         return (self.kind, self.id) == (part.kind, part.id)
 
 
@@ -56,7 +56,7 @@ TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """Return the whole parts that consist of ``parts``."""
+    """Join each part with the parts that continue it, and return the results."""
     blocks = list[Part]()
     for part in parts:
         if not blocks or not blocks[-1].takes(part):
@@ -66,12 +66,12 @@ def merged(parts: Iterable[Part]) -> list[Part]:
 
 
 def new_id() -> str:
-    """Return nine letters and digits, as Mistral's templates require."""
+    """Return a random id of a call: nine letters and digits, as Mistral's templates require."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 class Source:
-    """Text that has arrived and is not read yet."""
+    """The text of an answer that has arrived and is not parsed yet. Its generators yield None to wait for more text."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -79,7 +79,7 @@ class Source:
         self.space = ""  # white space before the last mark
 
     def skip(self, characters: str | None = None) -> Parts[None]:
-        """Drop leading white space, or ``characters``; wait for what follows."""
+        """Drop leading ``characters`` (None: white space), and wait until some other text has arrived."""
         while not (rest := self.text.lstrip(characters)) and not self.last:
             yield None
         self.text = rest
@@ -95,22 +95,22 @@ class Source:
             yield None
 
     def upto(self, mark: str) -> Parts[str]:
-        """Take and return the text before ``mark``, and drop the mark. All text, if the mark never comes."""
+        """Take and return the text before ``mark``, and drop the mark; all text if the mark never comes."""
         while mark not in self.text and not self.last:
             yield None
         before, _, self.text = self.text.partition(mark)
         return before
 
     def quote(self, make: Make, *marks: str) -> Parts[None]:
-        """Turn text up to the first of ``marks``, which is taken, into parts that are a JSON string."""
+        """Yield the text before the first of ``marks`` as parts (by ``make``) of one JSON string; take the mark."""
         yield make('"')
         yield from self.pass_on(lambda text: make(json.dumps(text, ensure_ascii=False)[1:-1]), *marks, strip=False)
         yield make('"')
 
     def pass_on(self, make: Make, *marks: str, strip: bool = True) -> Parts[str]:
-        """Turn text into parts up to the first of ``marks``, which is taken and returned; "" at the end.
+        """Yield parts that ``make`` makes of the text before the first of ``marks``; take and return the mark.
 
-        strip: white space before the mark belongs to no part.
+        Return "" if no mark comes before the end. strip: whether to drop white space before the mark.
         """
         while True:
             at, mark = min(((n, mark) for mark in marks if (n := self.text.find(mark)) >= 0), default=(0, ""))
@@ -131,32 +131,33 @@ class Source:
 
 
 class Format:
-    """How a family of models writes an answer: text, with calls after marks in it.
+    """Base class of the formats in which families of models write tool calls within the text of an answer.
 
-    marks: texts that begin calls. special: special tokens that have to be in the text.
+    marks: texts that begin calls.
+    special: special tokens that have to stay in the text.
     """
 
     marks: tuple[str, ...] = ()
     special: tuple[str, ...] = ()
 
     def read(self, answer: AnswerParser) -> Parts[None]:
-        """Read an answer after its reasoning."""
+        """Parse an answer after its reasoning; yield its parts, or None to wait for more text."""
         yield from answer.text()
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
-        """Read the calls that begin with ``mark``, which has been taken."""
+        """Parse the calls after ``mark``, which has been taken; yield their parts, or None to wait for more text."""
         raise NotImplementedError
 
 
 class AnswerParser:
     """Splits the text of an answer, as it arrives, into parts.
 
-    form: how the model writes calls.
+    form: the format in which the model writes calls.
     tools: the tools that may be called; a call of another name is text. None: there are no tools.
-    single: drop calls after the first.
+    single: whether to drop calls after the first.
     reasoning: the marks around reasoning, with which the answer may begin; None: the model does not reason.
-    inside: the answer begins inside reasoning, after its first mark.
-    source: the text that is not read yet.
+    inside: whether the answer begins inside reasoning, after its first mark.
+    source: the text that is not parsed yet.
     called: the ids of the calls so far, in the order in which they have begun.
     """
 
@@ -176,7 +177,7 @@ class AnswerParser:
         self.reader = self._read(reasoning, inside)
 
     def push(self, text: str, last: bool = False) -> list[Part]:
-        """Read more text; return its parts. last: the text is complete."""
+        """Parse more text; return its parts. last: whether the text is complete."""
         self.source.text += text
         self.source.last = last
         found = list[Part]()
@@ -204,7 +205,7 @@ class AnswerParser:
         yield from self.form.read(self)
 
     def text(self) -> Parts[None]:
-        """Read text with the calls in it."""
+        """Parse text with calls in it, up to the end of the answer."""
         source = self.source
         marks = (*self.form.marks, FENCE) if self.tools else ()
         if self.tools:
@@ -216,7 +217,7 @@ class AnswerParser:
                 yield from self.form.calls(self, mark)
 
     def _bare(self) -> Parts[None]:
-        """Read an answer that is only calls without marks: as they are, in backticks, or in doubled braces."""
+        """Parse an answer that consists of calls without marks: plain JSON, in backticks, or in doubled braces."""
         source = self.source
         while not source.last and self._may_be_bare(source.text.lstrip()):
             yield None
@@ -234,7 +235,10 @@ class AnswerParser:
         return bare and len(text) <= LONGEST_FENCE
 
     def _fence(self, begun: str) -> Parts[None]:
-        """Read what follows a fence: calls if it is JSON objects that call tools, else text."""
+        """Parse a fenced block: calls if it has only JSON objects that call tools, else text.
+
+        begun: the text of the fence so far, which has been taken.
+        """
         source = self.source
         while True:
             kind, line, body = source.text.partition("\n")
@@ -256,14 +260,14 @@ class AnswerParser:
             yield TEXT(mark)
 
     def _may_be_calls(self, kind: str, body: str) -> bool:
-        """Return whether what a fence of a ``kind`` begins with may become calls."""
+        """Return whether a fenced block of language ``kind`` that begins with ``body`` may consist of calls."""
         if kind not in FENCED or body.lstrip()[:1] not in ("", "{", "["):
             return False
         name = NAME.search(body)
         return name[1] in self.tools if name and name[2] else len(body) < LONGEST_HEAD
 
     def _fenced_calls(self, text: str) -> list[Part]:
-        """Return the calls, whole; none if anything else is there."""
+        """Return the calls in the ``text`` of a fenced block, one part each; [] if there is anything else in it."""
         found, decoder, text = list[Any](), json.JSONDecoder(), text.strip()
         try:
             while text:
@@ -276,14 +280,20 @@ class AnswerParser:
         return [_whole_call(*call) for call in calls] if len(calls) == len(found) else []
 
     def begin_call(self, name: str, written: str) -> Parts[Make | None]:
-        """Begin a call of the tool ``name``: return what makes its parts. If there is none, ``written`` is text."""
+        """Begin a call of the tool ``name``; return the function that makes its parts from text.
+
+        Return None if there is no such tool; then ``written``, the call's text so far, is yielded as text.
+        """
         if name in self.tools:
             return partial(Part, "call", name=name, id=new_id())
         yield TEXT(written)
         return None
 
     def json_call(self, name: str = "") -> Parts[None]:
-        """Read a call that is a JSON object; text if it is no call of a tool. name: if it came before the object."""
+        """Parse a call that is a JSON object; an object that calls no tool is text.
+
+        name: the tool's name, if it came before the object; else "".
+        """
         call = _JsonCall(self.tools, name)
         while True:
             taken = call.take(self.source.text)
@@ -297,16 +307,18 @@ class AnswerParser:
 
 
 class _JsonCall:
-    """A call as a JSON object with a name and arguments, read as it arrives.
+    """Parser of a call that is a JSON object with a name and arguments, as its text arrives.
 
     named: the name, if it came before the object, which then holds only the arguments; else "".
     raw: the text so far.
-    read: number of its characters that have been looked at.
-    depth: number of brackets that are open there. quoted: whether a string is.
-    head: the text up to the arguments, once it is there.
-    end: where the arguments end; 0 before that.
-    sent: where the arguments end that ``parts`` has returned.
-    begun: whether ``parts`` has returned any. complete: whether the object has ended.
+    read: number of characters of ``raw`` that have been parsed.
+    depth: number of brackets that are open at ``read``.
+    quoted: whether ``read`` is inside a string.
+    head: the text up to the arguments; None: it has not arrived.
+    end: index in ``raw`` at which the arguments end; 0: not known yet.
+    sent: index in ``raw`` up to which ``parts`` has returned the arguments.
+    begun: whether ``parts`` has returned anything.
+    complete: whether the object has ended.
     """
 
     def __init__(self, tools: Schemas, named: str) -> None:
@@ -314,14 +326,19 @@ class _JsonCall:
         self.id = new_id()
         self.named = bool(named)
         self.raw = ""
-        self.read = self.depth = self.sent = self.end = 0
-        self.quoted = self.complete = self.begun = False
+        self.read = 0
+        self.depth = 0
+        self.sent = 0
+        self.end = 0
+        self.quoted = False
+        self.complete = False
+        self.begun = False
         self.head: re.Match[str] | None = None
         if named:
             self.take(f'{{"name": "{named}", "arguments": ')
 
     def take(self, text: str) -> int:
-        """Read more text; return how many of its characters belong to the call."""
+        """Parse more text; return the number of its characters that belong to the call."""
         before = len(self.raw)
         self.raw += text
         for sign in _SIGN.finditer(self.raw, self.read):
@@ -350,7 +367,7 @@ class _JsonCall:
             self.head, self.sent = head, head.end()
 
     def parts(self) -> Iterator[Part]:
-        """Yield the new parts of the call since the last time."""
+        """Yield the parts of the call that have arrived since the last call of this method."""
         if self.head is not None:
             end = self.end or len(self.raw)
             if end > self.sent or not self.begun:
@@ -362,7 +379,7 @@ class _JsonCall:
             yield _whole_call(*found, self.id)
 
     def _whole(self) -> tuple[str, dict[str, Any]] | None:
-        """Return name and arguments of a call that has them in another order."""
+        """Return name and arguments of a complete object in which the name comes last; None: it calls no tool."""
         try:
             return call_of(json.loads(self.raw), self.tools)
         except (ValueError, RecursionError):
@@ -370,7 +387,7 @@ class _JsonCall:
 
 
 def call_of(value: Any, tools: Schemas) -> tuple[str, dict[str, Any]] | None:
-    """Return name and arguments of a JSON value that calls a tool."""
+    """Return (tool name, arguments) of a JSON value that calls one of ``tools``; None: it calls none."""
     if not isinstance(value, dict):
         return None
     name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
@@ -382,7 +399,7 @@ def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
 
 
 def begun_object(text: str) -> dict[str, Any]:
-    """Return the arguments of a call that may have been cut: what is there of them."""
+    """Parse the JSON object of a call's arguments that may have been cut; return the members that are complete."""
     try:
         found = from_json(text or "{}", allow_partial="trailing-strings")
     except ValueError:

@@ -20,7 +20,7 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class Options(ServerSettings):
-    """The options of ``serve run`` (KEY=VALUE), for each of the ``replicas``."""
+    """The options of Ray's ``serve run`` (KEY=VALUE), as in ``specdec serve``; ``cpus``, ``gpus``: per replica."""
 
     model: str = DEFAULT_MODEL
     drafter: str = "auto"
@@ -46,7 +46,7 @@ class Options(ServerSettings):
 
 @serve.ingress()
 class Replica:
-    """A decoder with its engine and its HTTP server."""
+    """A Ray Serve replica: a decoder with its engine and its HTTP application."""
 
     def __init__(self, options: Options) -> None:
         from specdec.api.decoder import SpecDecoder
@@ -76,7 +76,7 @@ class Replica:
 
 
 def app(options: Options) -> Application:
-    """Return the application that ``serve run`` builds."""
+    """Return the Ray Serve application of ``serve run specdec.serve.ray:app`` with these options."""
     router: Any = ROUTER  # Ray imports a class by its name
     deployment: Any = serve.deployment(
         Replica,

@@ -14,30 +14,32 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 
 
 def thought(text: str) -> dict[str, Any]:
-    """Return the reasoning of a message as chat templates expect it; the second name is gpt-oss's."""
+    """Return the reasoning ``text`` as members of a chat template's message; the second name is that of gpt-oss."""
     return dict.fromkeys(("reasoning_content", "thinking"), text)
 
 
 def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
-    """Return the text of a message's content: text, or parts with a ``text`` each, with ``between`` between them."""
+    """Return the text of a message's content, which is text or parts with a ``text``, joined by ``between``."""
     parts: Iterable[Any] = () if isinstance(content, str) else content or ()
     return content if isinstance(content, str) else between.join(part.text for part in parts)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a call of a message as chat templates expect it."""
+    """Return a tool call as chat templates expect it in a message."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPrompt:
-    """A chat to be answered. Raises ApiError if its parts do not fit together.
+    """A chat to be answered. Raises ApiError if its parts contradict each other.
 
-    messages, functions: as chat templates expect them.
+    messages, functions: messages and functions (tools) as chat templates expect them.
     choice: whether functions may be called ("auto"), must be ("required") or must not be ("none").
-    named: the function that must be called. parallel: whether there may be several calls.
-    template: the client's arguments of the chat template. effort: how much to reason.
-    continue_last: the answer goes on with the last message.
+    named: name of the function that must be called; None: no particular one.
+    parallel: whether there may be several calls.
+    template: the client's arguments for the chat template.
+    effort: amount of reasoning, such as "low"; None: the template's default.
+    continue_last: whether the answer continues the last message.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -74,7 +76,7 @@ class ChatPrompt:
 
     @property
     def forced(self) -> Schemas:
-        """Those of the tools of which one must be called. Empty if no call is forced."""
+        """The schemas of the tools of which one must be called, by name; empty if no call is forced."""
         if self.named is not None:
             return {self.named: self.schemas[self.named]}
         return self.schemas if self.choice == "required" else {}
@@ -87,17 +89,19 @@ class ChatPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What a client wants. Raises ApiError if its parts do not fit together.
+    """A client's request, whatever its protocol. Raises ApiError if its parts contradict each other.
 
-    chat, prompts: one of them; prompts are texts or token ids.
-    options: of ``SpecDecoder.request``, those that are given. max_new_tokens: 0 only runs the prompt.
-    n: choices for each prompt. echo: put the prompt before the answer.
-    include_usage, include_draft_depth: what a stream has beside the text.
-    include_metrics, per_step_metrics: figures of the request and of each step in the answer.
-
-    The service adds what the answers need:
-    ids: token ids of each prompt. echoes: the texts of the prompts, if they come before the answers.
-    new_parser: makes the reader of an answer. shown: special tokens that stay in its text.
+    chat, prompts: either a chat or prompts, which are texts or token ids.
+    options: the options of ``SpecDecoder.request`` that are given.
+    max_new_tokens: maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
+    n: number of answers (choices) to each prompt.
+    echo: whether the prompt comes before the answer.
+    include_usage, include_draft_depth: whether a stream has numbers of tokens, and each token's depth in the draft.
+    include_metrics, per_step_metrics: whether the answer has figures of the request, and of each step.
+    ids: token ids of each prompt, which the service adds, like the following fields.
+    echoes: the texts of the prompts, if they come before the answers.
+    new_parser: function that makes the parser of an answer.
+    shown: special tokens that stay in the text.
     """
 
     model: str
@@ -135,5 +139,5 @@ class GenerationRequest:
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to return with each log-probability; None without log-probabilities."""
+        """Number of likeliest tokens to return with each log-probability; None: no log-probabilities."""
         return self.options.get("logprobs")

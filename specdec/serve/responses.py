@@ -73,7 +73,7 @@ Input = str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=Tru
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return the messages for a template that items stand for: reasoning, text and calls in a row are one message."""
+    """Return input items as messages for a chat template; successive reasoning, text and calls become one message."""
     found = list[dict[str, Any]]()
     for item in items:
         last = found[-1] if found and found[-1]["role"] == "assistant" else {}
@@ -97,7 +97,7 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 class FunctionTool(Function, OfFunction):  # type: ignore[misc]  # the plugin's model_construct
-    """A tool with the members of its function."""
+    """A function tool, which has the members of the function itself ("flat"), not in a member ``function``."""
 
 
 class NamedFunction(OfFunction):
@@ -105,7 +105,7 @@ class NamedFunction(OfFunction):
 
 
 class Format(JsonSchema):
-    """The form of the text, flat."""
+    """The format of the text, which has the members of the JSON schema itself ("flat")."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] = "answer"
@@ -143,7 +143,7 @@ class ResponsesBody(Options):
     metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatPrompt:
-        """Return the chat in this body. Raises ApiError."""
+        """Return the chat in this body. Raises ApiError if its parts contradict each other."""
         text = self.input
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else messages_of(text)
         if self.instructions:
@@ -159,7 +159,7 @@ class ResponsesBody(Options):
         )
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         form = self.text.format if self.text else None
         rule = json_of(form.type, form) if form else None
         return self.generation(rule, {"max_new_tokens": self.max_output_tokens}, model=self.model, chat=self.chat())
@@ -168,9 +168,9 @@ class ResponsesBody(Options):
 class ResponsesAnswer(BlockAnswer):
     """The answer to a request of ``/v1/responses``.
 
-    body: the request's body, some members of which the answer repeats.
-    created: Unix time in seconds.
-    key: a part of all ids in the answer.
+    body: the request's body; the answer repeats some of its members.
+    created: Unix time of the request, in seconds.
+    key: text that is part of all ids in the answer.
     number: number of events so far.
     """
 
@@ -184,7 +184,7 @@ class ResponsesAnswer(BlockAnswer):
         self.number = 0
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        """Return the members that OpenAI's schema requires, and those of ``more``."""
+        """Return the response object with the given ``status``, and with further members ``more``."""
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
         found |= {"status": status, "error": None, "incomplete_details": None, "model": self.asked.model, "output": []}
         return found | {name: getattr(self.body, name) for name in ECHOED} | {
@@ -217,7 +217,7 @@ class ResponsesAnswer(BlockAnswer):
         )
 
     def _status(self, last: bool) -> str:
-        """Return the status of an item that has ended. last: it is the last one."""
+        """Return the status of an item that has ended. last: whether it is the last item, which may have been cut."""
         return "incomplete" if last and self.text.finish_reason == "length" else "completed"
 
     def _item(self, index: int, block: Part, status: str) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class ResponsesAnswer(BlockAnswer):
         return super()._written(event)
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        """Return an event of the last item."""
+        """Return an event of type ``kind`` about the last item, with further members ``more``."""
         block = self.blocks[-1]
         place = {"item_id": self._item(self._index, block, "")["id"], "output_index": self._index}
         return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more
@@ -279,7 +279,7 @@ NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function
 
 
 def _part(block: Part) -> dict[str, Any]:
-    """Return the part of a message or of reasoning that holds its text."""
+    """Return the content part with the text of a block, which is a message or reasoning."""
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}
     return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

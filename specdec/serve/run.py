@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """Return the URL of a server at a socket that is bound."""
+    """Return the URL of a server at the bound socket ``listener``."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -75,7 +75,7 @@ def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, lis
 
 
 class Starting:
-    """An application that hands requests on to another one, and answers with status 503 while that is not there.
+    """An application that passes requests on to another one, and answers with status 503 until that one exists.
 
     app: the other application; None while the model is loading.
     """
@@ -94,8 +94,8 @@ class _Server(connections.Server):
     """A server that loads its model after it has begun to listen.
 
     starting: the application.
-    make: as in ``serve``.
-    error: what ``make`` has raised; None: nothing.
+    make: loads the model, in a thread, and returns the application and a line for the log.
+    error: exception that ``make`` has raised; None: it has raised none.
     """
 
     error: BaseException | None = None

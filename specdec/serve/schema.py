@@ -64,16 +64,16 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 
 
 def _check_count(given: Any) -> Any:
-    """Limit an object before its members are validated, since pydantic reports every wrong one."""
+    """Return a JSON object unchanged, or raise ValueError if it has too many members to validate."""
     if isinstance(given, dict) and len(given) > MAX_BIASES:
         raise ValueError(f"an object has {len(given)} members; at most {MAX_BIASES} are allowed")
     return given
 
 
 class Strict(BaseModel):
-    """A JSON object in a body. Members that are neither declared nor in ``unused`` are ignored, and so are null ones.
+    """Base class of JSON objects in request bodies. Members that are null or not declared are ignored.
 
-    unused: members that are refused, with the values that they may have nevertheless, as these mean "not used".
+    unused: names of members that are refused, each with the values that are accepted, since they mean "not used".
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -98,7 +98,7 @@ class Strict(BaseModel):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's ways to constrain the text, of which a request gives one.
+    """vLLM's constraints on the text; a request gives one of the fields.
 
     json_: a JSON schema, as an object or as text.
     regex: a regular expression that the whole text matches.
@@ -117,7 +117,7 @@ class StructuredOutputs(Strict):
 
     @property
     def rules(self) -> list[Constraint]:
-        """Return the constraints that are given."""
+        """Return the constraints that the client has given, as a list."""
         given = self.json_, self.regex, self.choice, self.grammar, {"type": "object"} if self.json_object else None
         makes: tuple[Callable[[Any], Constraint], ...] = (Json, Regex, Choice, Grammar, Json)
         return [make(value) for make, value in zip(makes, given, strict=True) if value is not None]
@@ -126,13 +126,14 @@ class StructuredOutputs(Strict):
 class Options(Strict):
     """The parameters that have the same name in all protocols. None: not given.
 
-    stream: send the answer as server-sent events.
+    stream: whether to send the answer as server-sent events.
     temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed: as in
     ``SamplingParams``; a top_k of -1 is 0.
-    ignore_eos, stop_token_ids, bad_words: as in ``RequestOptions``. min_tokens: its ``min_new_tokens``.
-    structured_outputs: what the text must be.
-    num_speculative_tokens: most tokens that are drafted in a step; 0 decodes plainly.
-    include_metrics: add metrics of the request to the response.
+    ignore_eos: whether to continue after end tokens. min_tokens: tokens before which nothing ends the text.
+    stop_token_ids: ids of further tokens that end the text. bad_words: texts that must not come.
+    structured_outputs: constraint on the text.
+    num_speculative_tokens: maximum number of tokens that are drafted in a step; 0: no drafts.
+    include_metrics: whether to add metrics of the request to the response.
     chat_template_kwargs: arguments of the model's template, such as ``enable_thinking``.
     """
 
@@ -156,9 +157,9 @@ class Options(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def generation(self, form: Constraint | None, limits: Mapping[str, Any], **more: Any) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together.
+        """Return the request in this body. Raises ApiError if its parts contradict each other.
 
-        form: the constraint that a parameter of the protocol's own asks for; None: none does.
+        form: the constraint from a parameter that only this protocol has; None: there is none.
         limits: options of ``GenerationOptions`` that the protocol gives by names of its own; None: not given.
         more: further fields of ``GenerationRequest``.
         """
@@ -177,10 +178,10 @@ class Options(Strict):
 
 
 class StreamOptions(Strict):
-    """What a stream has beside the text.
+    """What a stream has besides the text.
 
-    include_usage: a last chunk with the numbers of tokens.
-    include_draft_depth: a chunk per token, with its depth in the draft (0: the model chose it).
+    include_usage: whether a last chunk has the numbers of tokens.
+    include_draft_depth: whether each token has a chunk, with its depth in the draft (0: the model chose it).
     """
 
     include_usage: bool = False
@@ -224,10 +225,11 @@ class GenerationBody(Options):
     """The parameters that ``/v1/chat/completions`` and ``/v1/completions`` share.
 
     model: the name of the model.
-    max_tokens: most new tokens; 0 only runs the prompt, in the background, for later requests that begin with it.
-    n: answers to each prompt.
+    max_tokens: maximum number of new tokens; 0: only the prompt runs, in the background, for later requests that begin
+        with it.
+    n: number of answers to each prompt.
     stop: texts that end the answer.
-    per_step_metrics: add metrics of each step to the response.
+    per_step_metrics: whether to add metrics of each step to the response.
     """
 
     unused = UNUSED
@@ -248,10 +250,11 @@ class GenerationBody(Options):
         return self
 
     def asked(self, most: int | None, logprobs: int | None, **more: Any) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together.
+        """Return the request in this body. Raises ApiError if its parts contradict each other.
 
-        most: most new tokens; None: as many as fit. logprobs: number of the likeliest tokens with each log-probability;
-        None: no log-probabilities. more: further fields of ``GenerationRequest``.
+        most: maximum number of new tokens; None: as many as fit.
+        logprobs: number of the likeliest tokens to return with each log-probability; None: no log-probabilities.
+        more: further fields of ``GenerationRequest``.
         """
         streamed = self.stream_options or StreamOptions()
         return self.generation(
@@ -272,7 +275,7 @@ class TextPart(Strict):
 
 
 class CalledFunction(Strict):
-    """A call of a tool in a message of the assistant. arguments: a JSON object as text; "" is an empty one."""
+    """A tool call in a message of the assistant. arguments: a JSON object as text; "" is an empty object."""
 
     name: Annotated[str, Field(max_length=128)]
     arguments: Annotated[pydantic.Json[dict[str, Any]], BeforeValidator(lambda given: given or "{}")]
@@ -348,10 +351,11 @@ class ChatBody(GenerationBody):
     """The body of ``/v1/chat/completions``.
 
     max_completion_tokens: another name of ``max_tokens``, which it overrides.
-    logprobs: return log-probabilities. top_logprobs: number of the likeliest tokens with each.
+    logprobs: whether to return log-probabilities.
+    top_logprobs: number of the likeliest tokens to return with each log-probability.
     tool_choice: whether tools may be called ("auto"), must be ("required") or must not be ("none"), or which one must.
-    reasoning_effort: how much to reason, for chat templates that know it.
-    continue_final_message: the answer goes on with the last message, which is the assistant's.
+    reasoning_effort: amount of reasoning, such as "low", for chat templates that support it.
+    continue_final_message: whether the answer continues the last message, which must be the assistant's.
     """
 
     messages: Messages
@@ -374,7 +378,7 @@ class ChatBody(GenerationBody):
         return self
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         chat = ChatPrompt(
             messages=[message.for_template() for message in self.messages],
@@ -394,8 +398,8 @@ class CompletionBody(GenerationBody):
     """The body of ``/v1/completions``.
 
     prompt: a text, token ids, or a list of one of these.
-    echo: put the prompt before the answer.
-    logprobs: number of the likeliest tokens with each log-probability; None: no log-probabilities.
+    echo: whether the prompt comes before the answer.
+    logprobs: number of the likeliest tokens to return with each log-probability; None: no log-probabilities.
     """
 
     prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
@@ -403,7 +407,7 @@ class CompletionBody(GenerationBody):
     logprobs: Top | None = None
 
     def request(self) -> GenerationRequest:
-        """Return the request in this body. Raises ApiError if its parts do not fit together."""
+        """Return the request in this body. Raises ApiError if its parts contradict each other."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         most = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
         return self.asked(most, self.logprobs, prompts=[self.prompt] if alone else self.prompt, echo=self.echo)

@@ -42,10 +42,10 @@ MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 
 class Service:
     """Turns clients' requests into requests of one engine.
 
-    context: most tokens of a prompt and its answer.
-    metrics: what ``/metrics`` shows.
-    started: Unix time in seconds.
-    templates: what is known of each chat template, by its text.
+    context: maximum number of tokens of a prompt and its answer.
+    metrics: the counters that ``/metrics`` shows.
+    started: Unix time of the start, in seconds.
+    templates: the analysed chat templates, by their text.
     """
 
     def __init__(self, decoder: SpecDecoder, engine: Engine, settings: ServerSettings) -> None:
@@ -70,7 +70,10 @@ class Service:
     def start(
         self, translate: Callable[[], GenerationRequest], client: Client
     ) -> tuple[GenerationRequest, list[Handle]]:
-        """Translate a body to a request, and submit it; return it and a handle for each choice. Raises ApiError."""
+        """Check, encode and submit a client's request; return it and a handle for each choice. Raises ApiError.
+
+        translate: makes the request from the body. client: the sender.
+        """
         asked = translate()
         self.check_limits(asked)
         asked = self.prepare(asked) if asked.chat is None else self.prepare_chat(asked, asked.chat)
@@ -90,7 +93,7 @@ class Service:
         self.check_token_ids("logit_bias", list(asked.options.get("logit_bias") or ()))
 
     def _check_least(self, asked: GenerationRequest) -> None:
-        """Raise ApiError if more tokens are asked for at least than there may be."""
+        """Raise ApiError if the minimum number of new tokens exceeds the maximum."""
         least, most = asked.options.get("min_new_tokens", 0), self._max_new_tokens(asked)
         if least <= most:
             return
@@ -101,13 +104,13 @@ class Service:
         raise invalid("max_tokens", message)
 
     def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
-        """Raise ApiError if ``tokens``, of all choices, would have too many log-probabilities."""
+        """Raise ApiError if the log-probabilities of ``tokens`` tokens, of all choices together, are too many."""
         if asked.num_logprobs is not None and choices > 1 and tokens * (1 + asked.num_logprobs) > MAX_LOGPROBS:
             message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
             raise invalid("logprobs", f"{message}; set max_tokens, or ask for fewer")
 
     def _max_new_tokens(self, asked: GenerationRequest) -> int:
-        """The smallest limit on new tokens: the client's, the server's and the model's."""
+        """Return the smallest limit on new tokens among the client's, the server's and the model's."""
         limits = asked.max_new_tokens, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
@@ -122,7 +125,7 @@ class Service:
         return replace(asked, ids=prompts, constraint=constraint, echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> GenerationRequest:
-        """Return the request of a chat with its prompt encoded, and with what reads its answers. Raises ApiError."""
+        """Return the request with the chat encoded, and with a parser for its answers. Raises ApiError."""
         template, tools, forced = self.template(chat), chat.schemas, chat.forced
         form, thoughts = template.form, template.thoughts
         if tools and form is PLAIN:
@@ -151,13 +154,13 @@ class Service:
         return self._encode("messages", [message.for_template() for message in body.messages])
 
     def encode_chat(self, chat: ChatPrompt, template: ChatTemplate | None = None) -> list[int]:
-        """Token ids of a chat. template: its own, if it has been looked up."""
+        """Return the token ids of a chat. template: its chat template; None: it is looked up."""
         arguments = self.template_arguments(chat, template or self.template(chat))
         how = {"tools": chat.tools, "template": arguments, "continue_last": chat.continue_last}
         return self._encode("messages", chat.messages, **how)
 
     def template(self, chat: ChatPrompt) -> ChatTemplate:
-        """The chat template for ``chat``: there may be one of its own for tools."""
+        """Return the chat template for ``chat``; a tokenizer may have another template for chats with tools."""
         text = ""
         if getattr(self.tokenizer, "chat_template", None):
             text = str(self.tokenizer.get_chat_template(tools=chat.tools or None))
@@ -169,7 +172,7 @@ class Service:
         return self.templates[text]
 
     def template_arguments(self, chat: ChatPrompt, template: ChatTemplate) -> dict[str, Any]:
-        """The client's arguments for the chat template. Raises ApiError for one that it does not have."""
+        """Return the client's arguments for the chat template. Raises ApiError for one that the template ignores."""
         given, known, effort = dict(chat.template), template.arguments, chat.effort
         for name in given:
             if name not in known:
@@ -188,7 +191,7 @@ class Service:
         return self._encode("prompt", prompt, chat=False)
 
     def _encode(self, name: str, prompt: Any, **options: Any) -> list[int]:
-        """Token ids of the parameter ``name``. Raises ApiError if it cannot be encoded or is too long."""
+        """Return the token ids of ``prompt``, the parameter ``name``. Raises ApiError if it is unusable or too long."""
         try:
             ids = encode(self.tokenizer, prompt, context=self.context, **options)
         except SpecDecError as error:
@@ -199,7 +202,7 @@ class Service:
         return ids
 
     def check_length(self, name: str, tokens: int, most: int) -> None:
-        """Raise ApiError for more than ``most`` tokens."""
+        """Raise ApiError if the parameter ``name`` has more than ``most`` tokens."""
         if tokens > most:
             message = f"'{name}' has {tokens} tokens, more than the limit of {most}; shorten it"
             raise ApiError(400, message, name, TOO_LONG)
@@ -210,13 +213,16 @@ class Service:
             raise invalid(name, message)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        """The text of ``ids``. special: keep special tokens."""
+        """Return the text of the token ids ``ids``. special: whether to keep special tokens."""
         return decode_ids(self.tokenizer, ids, special)
 
     def compile(
         self, asked: GenerationRequest, rule: Constraint | CompiledConstraint | None, name: str
     ) -> CompiledConstraint | None:
-        """``rule``, compiled, which may take a second. name: the parameter it comes from."""
+        """Compile the constraint ``rule`` (None: none), which may take a second. Raises ApiError if it is invalid.
+
+        name: the parameter that ``rule`` comes from, for errors.
+        """
         try:
             ignore_eos = asked.options.get("ignore_eos", False)
             return None if rule is None else self.decoder.compile_constraint(rule, ignore_eos)
@@ -239,12 +245,12 @@ class Service:
         return handles
 
     def drafter_label(self, asked: GenerationRequest) -> str:
-        """The drafter of a request, for a header; "none" while the drafter is off."""
+        """Return the name of the drafter of a request, for a header; "none" while the drafter is off."""
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 
     def finish(self, handles: Sequence[Handle], client: Client) -> None:
-        """Cancel the choices of a request that still run, as their client has disconnected, and count them all."""
+        """Cancel the choices of a request that still run, since the client has left, and count all in the metrics."""
         now, tokens = time.perf_counter(), 0
         for handle in handles:
             handle.cancel()

@@ -10,19 +10,20 @@ from specdec.serve.clients import ASCII, Key
 
 
 def _split(given: Any) -> Any:
-    """Return the parts of a comma-separated list."""
+    """Split a string at its commas; return other values unchanged."""
     return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else given
 
 
 class ServerSettings(BaseModel):
-    """What the server is called, who may use it, and limits for one client.
+    """The server's name, its keys, and its limits for clients.
 
-    api_key, keys: one without a name, and those with names and limits; without any, everybody is served.
-    log_requests: write prompts and answers into the log.
+    api_key: a key without a name and limits; None: there is none.
+    keys: keys with names and limits. Without any key, everybody is served.
+    log_requests: whether to write prompts and answers into the log.
     cors: origins that CORS allows.
-    allowed_hosts: Host headers beside localhost, this machine's name and IP addresses; "*" allows all.
-    max_tokens: most new tokens of a choice; None: what the model's context holds.
-    client_timeout: seconds for a client to send the body of a request, and to read what is streamed to it.
+    allowed_hosts: Host headers besides localhost, this machine's name and IP addresses; "*" allows all.
+    max_tokens: maximum number of new tokens of a choice; None: as many as the model's context holds.
+    client_timeout: seconds that a client has to send the body of a request, and to read what is streamed to it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -18,7 +18,7 @@ BARE = re.compile(r".[^{}\[\],:]*(?=[{}\[\],:])", re.DOTALL)  # a key, or a valu
 
 
 class JsonCalls(Format):
-    """Each call is a JSON object. end: text after the calls of a mark."""
+    """Base class of formats in which each call is a JSON object. end: text after the calls of a mark; "": none."""
 
     end = ""
 
@@ -34,7 +34,7 @@ class JsonCalls(Format):
 
 
 class Hermes(JsonCalls):
-    """Qwen's, too."""
+    """The format of Hermes and Qwen: JSON objects between ``<tool_call>`` and ``</tool_call>``."""
 
     marks, end = ("<tool_call>",), "</tool_call>"
     special = "<tool_call>", "</tool_call>"
@@ -45,7 +45,7 @@ class Mistral(JsonCalls):
 
 
 class Llama(JsonCalls):
-    """An answer that is a JSON object is a call. So are forced calls of all models."""
+    """The format of Llama 3, in which an answer that is a JSON object is a call. Forced calls of all models use it."""
 
     marks = special = ("<|python_tag|>",)
 
@@ -59,7 +59,7 @@ class Llama(JsonCalls):
 
 
 class MistralNamed(Format):
-    """Since Mistral Small 3.1: the name comes before the arguments."""
+    """The format since Mistral Small 3.1, in which the tool's name comes before the JSON object of arguments."""
 
     marks, separator = ("[TOOL_CALLS]",), "[ARGS]"
     special = "[TOOL_CALLS]", "[ARGS]"
@@ -78,7 +78,7 @@ class MistralNamed(Format):
 
 
 class QwenXml(Format):
-    """Qwen3-Coder's: each argument is an element. One of a schema of the type string is text as it is, others JSON."""
+    """The format of Qwen3-Coder: an XML element for each argument, with plain text for strings, and JSON for others."""
 
     marks = "<tool_call>", "<function="
     special = "<tool_call>", "</tool_call>"
@@ -118,10 +118,16 @@ class QwenXml(Format):
 
 
 class Gemma(Format):
-    """Names and keys are bare, and texts between quotes of their own."""
+    """The format of Gemma, in which names and keys have no quotes, and strings have special ones.
+
+    begin, end: marks around a call. quote: mark before and after a string.
+    """
 
     def __init__(self, begin: str, end: str, quote: str) -> None:
-        self.marks, self.end, self.quote, self.special = (begin,), end, quote, (begin, end, quote)
+        self.marks = (begin,)
+        self.end = end
+        self.quote = quote
+        self.special = (begin, end, quote)
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
         source = answer.source
@@ -152,7 +158,7 @@ class Gemma(Format):
 
 
 class Harmony(Format):
-    """gpt-oss: the whole answer is messages in channels, reasoning in ``analysis``, calls where they name a tool."""
+    """The format of gpt-oss: messages in channels; ``analysis`` is reasoning, and messages to a tool are calls."""
 
     begins, ends = ("<|channel|>", "<|start|>"), ("<|end|>", "<|call|>", "<|return|>")
     special = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", *ends
@@ -181,10 +187,10 @@ FUNCTION_GEMMA = Gemma("<start_function_call>", "<end_function_call>", "<escape>
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What is read from a chat template. arguments: words in it by which a client may set variables."""
+    """What a chat template supports. arguments: names of the variables in it that a client may set."""
 
-    form: Format
-    thoughts: tuple[str, str] | None
+    form: Format  # of tool calls
+    thoughts: tuple[str, str] | None  # marks before and after reasoning; None: it has no reasoning
     arguments: frozenset[str]
 
 
@@ -205,7 +211,7 @@ def find_format(template: str) -> Format:
 
 
 def find_thoughts(template: str) -> tuple[str, str] | None:
-    """Return the marks around reasoning in a chat template; None without reasoning."""
+    """Return the marks before and after reasoning in a chat template; None: it has no reasoning."""
     return next((marks for marks in THOUGHTS if marks[1] in template), None)
 
 

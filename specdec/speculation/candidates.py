@@ -26,34 +26,34 @@ class Candidates(NamedTuple):
 
     @classmethod
     def none(cls, sources: int = 1) -> Candidates:
-        """Return no candidates. sources: the number of sources."""
+        """Return an empty tree. sources: number of sources."""
         return cls([], [], [], [[] for _ in range(sources)])
 
     @classmethod
     def chain(cls, rates: Sequence[float]) -> Candidates:
-        """Return a chain of unknown tokens (-1). rates: how likely each is accepted if the tokens before it are."""
+        """Return a chain of unknown tokens (-1). rates: probability of each to be accepted if the ones before are."""
         scores = itertools.accumulate(math.log(rate) for rate in rates)
         return cls([*scores], [-1] * len(rates), [*range(len(rates))], [])
 
     def levels(self) -> int:
-        """Return the number of levels that were drafted, at least 1."""
+        """Return the depth of the tree, at least 1."""
         return max(self.depths(), default=1)
 
     def depths(self) -> list[int]:
-        """Return the level of each node; the root's children have 1."""
+        """Return the level of each node; children of the root are at level 1."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
         return depths[1:]
 
     def within(self, most: int) -> Candidates:
-        """Return the nodes of the first ``most`` levels."""
+        """Return the tree cut to its first ``most`` levels."""
         depths = self.depths()
         deep = max(depths, default=0) > most
         return self.only([node for node, depth in enumerate(depths) if depth <= most]) if deep else self
 
     def path(self, tokens: Sequence[int]) -> list[int]:
-        """Return the nodes along ``tokens`` from the root, as far as the tree has them."""
+        """Return the indices of the nodes along ``tokens`` from the root, up to the first token that the tree lacks."""
         nodes = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
         found = list[int]()
         for token in tokens:
@@ -68,7 +68,7 @@ class Candidates(NamedTuple):
         return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Return the expected number of accepted tokens of each level."""
+        """Return, for each level, the expected number of accepted tokens: the sum of its nodes' probabilities."""
         depths = self.depths()
         found = [0.0] * max(depths, default=0)
         for depth, score in zip(depths, self.scores, strict=True):
@@ -76,13 +76,13 @@ class Candidates(NamedTuple):
         return found
 
     def best(self, count: int) -> Candidates:
-        """Return the ``count`` nodes with the best scores. A parent's score is at least that of its children."""
+        """Return the tree of the ``count`` nodes with the best scores; a parent never scores less than its children."""
         if len(self.tokens) <= count:
             return self
         return self.only(sorted(sorted(range(len(self.tokens)), key=lambda i: (-self.scores[i], i))[:count]))
 
     def only(self, indices: Sequence[int]) -> Candidates:
-        """Return the nodes with the rising ``indices``, which include the parent of each."""
+        """Return the tree of the nodes with the sorted ``indices``, which must include the parent of each node."""
         index = {0: 0} | {node + 1: new for new, node in enumerate(indices, start=1)}
         scores, tokens = [self.scores[node] for node in indices], [self.tokens[node] for node in indices]
         raw = [[own[node] for node in indices] for own in self.raw]

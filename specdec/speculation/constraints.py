@@ -38,29 +38,29 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = We
 
 
 class Constraint:
-    """What the new text must be: a text in llguidance's variant of Lark, or what a subclass makes of its own.
+    """A rule that the new text must follow: base class of ``Json``, ``Regex``, ``Grammar`` and ``Choice``.
 
-    kind: the name of the constraint in messages.
+    kind: name of the constraint in messages.
     """
 
     kind: str
 
     @property
     def source(self) -> str:
-        """The text of the constraint, whose length is bounded."""
+        """The constraint as text; a text that is too long is refused."""
         source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return source
 
     def grammar(self, matcher: Any) -> str:
-        """Return the constraint as llguidance reads it. matcher: llguidance's class ``LLMatcher``."""
+        """Return the constraint as llguidance's grammar. matcher: llguidance's class ``LLMatcher``."""
         return str(matcher.grammar_from_lark(self.source))
 
 
 @dataclass(frozen=True)
 class Json(Constraint):
-    """JSON that a schema allows, in one form: ``{"a": 1, "b": [2, 3]}`` on one line.
+    """Allows JSON of a schema, with the spaces of ``{"a": 1, "b": [2, 3]}`` and on one line.
 
-    schema: a mapping, its text, or a pydantic model.
+    schema: the JSON schema as a mapping or as text, or a pydantic model.
     """
 
     schema: Any
@@ -87,13 +87,13 @@ class Json(Constraint):
 
 
 def _refuse_constant(name: str) -> None:
-    """Refuse NaN and Infinity, which Python's parser takes."""
+    """Raise an error for the constant ``name`` (NaN or Infinity), which Python's JSON parser would accept."""
     raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """Text that matches a regular expression from its beginning to its end."""
+    """Allows text that matches a regular expression from its beginning to its end."""
 
     pattern: str
     kind = "regular expression"
@@ -104,7 +104,7 @@ class Regex(Constraint):
 
 @dataclass(frozen=True)
 class Grammar(Constraint):
-    """Text of a grammar in llguidance's variant of Lark."""
+    """Allows text of a grammar. lark: the grammar in llguidance's variant of Lark."""
 
     lark: str
     kind = "grammar"
@@ -112,7 +112,7 @@ class Grammar(Constraint):
 
 @dataclass(frozen=True)
 class Choice(Constraint):
-    """One of several texts."""
+    """Allows one of several texts."""
 
     texts: Sequence[str]
     kind = "choice"
@@ -125,9 +125,10 @@ class Choice(Constraint):
 
 
 def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tensor:
-    """Return ``scores`` [..., V'] of the tokens ``vocab`` (None: all), with -inf where ``allowed`` [V] is False.
+    """Return ``scores`` [..., V'] with -inf for tokens that are not allowed.
 
-    allowed: None: no token is.
+    allowed: whether a token is allowed, bool [V]; None: no token is.
+    vocab: the token ids of ``scores``, int64 [V']; None: all.
     """
     if allowed is None:
         return torch.full_like(scores, float("-inf"))
@@ -139,19 +140,21 @@ class CompiledConstraint:
     """A constraint that is compiled for one model. ``state`` makes the processor of one row.
 
     matcher: llguidance's matcher at the beginning of the text.
-    ends: the end tokens.
-    block: the tokens that begin and end a reasoning block; None: the model does not reason.
+    ends: ids of the end tokens.
+    block: ids of the tokens that begin and end a reasoning block; None: the model does not reason.
     reasoning: the tokens that are allowed in a reasoning block, bool [V].
     """
 
     def __init__(self, matcher: Any, vocab_size: int, ends: frozenset[int]) -> None:
-        self.matcher, self.vocab_size, self.ends = matcher, vocab_size, ends
+        self.matcher = matcher
+        self.vocab_size = vocab_size  # V
+        self.ends = ends
         self.block: tuple[int, int] | None = None
         self.reasoning = torch.ones(vocab_size, dtype=torch.bool)
         self.reasoning[[end for end in ends if end < vocab_size]] = False
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
-        """Return the processor of a row with this prompt, which may open a reasoning block or close an empty one."""
+        """Return the logits processor of one row. prompt: its token ids, which may end within a reasoning block."""
         return ConstraintState(self, prompt)
 
 
@@ -198,7 +201,7 @@ def _invalid(constraint: Constraint, why: str) -> SpecDecError:
 
 
 def _sentence(why: str) -> str:
-    """Return the matcher's message ``why`` as a sentence, without the matcher's state."""
+    """Return llguidance's error message ``why`` as one sentence, without the dump of its state."""
     if NO_TEXT in why:
         return "it allows no text"
     if NO_END in why:
@@ -208,7 +211,7 @@ def _sentence(why: str) -> str:
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """Return the tokenizer as llguidance reads it. It takes a second, once for each tokenizer."""
+    """Return llguidance's form of the tokenizer. Takes about a second, once for each tokenizer."""
     from llguidance import LLTokenizer
 
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
@@ -228,7 +231,7 @@ def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
 
 
 def _block(tokenizer: Any) -> tuple[int, int] | None:
-    """Return the tokens around a reasoning block; None: the chat template has none, or they are several tokens."""
+    """Return the ids of the tokens that begin and end a reasoning block; None: they are not single tokens."""
     if REASONING[1] not in str(getattr(tokenizer, "chat_template", None)):
         return None
     begin, end = tokenizer.convert_tokens_to_ids(list(REASONING))
@@ -246,7 +249,7 @@ class ConstraintState:
     may_reason: whether the answer may begin with a reasoning block.
     matcher, consumed: llguidance's matcher, and the new tokens that it has consumed.
     masks: the allowed tokens after new tokens, for the last few calls of ``mask``.
-    error_text: why the matcher failed; "": it did not.
+    error_text: reason why the matcher failed; "": it did not.
     """
 
     def __init__(self, compiled: CompiledConstraint, prompt: Sequence[int]) -> None:
@@ -261,7 +264,7 @@ class ConstraintState:
         self.error_text = ""
 
     def error(self, ids: Sequence[int]) -> SpecDecError | None:
-        """Return the error if the constraint cannot be kept after the text ``ids``, else None."""
+        """Return an error if no token can follow the text ``ids`` under the constraint, else None."""
         why = self.error_text
         if not why and self.mask(ids[self.start :]) is None:
             why = "the tokenizer and the grammar disagree on what is allowed"
@@ -279,7 +282,7 @@ class ConstraintState:
         return masked(scores, self.mask(ids[self.start :]), vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
-        """Return the tokens allowed after the new tokens ``new``, bool [V]; None: none, or ``new`` is forbidden."""
+        """Return which tokens may follow the new tokens ``new``, bool [V]; None: no token, or ``new`` is forbidden."""
         key = tuple(new)
         if key not in self.masks:
             if len(self.masks) >= MASKS:
@@ -299,12 +302,12 @@ class ConstraintState:
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """Return how many of ``tokens``, from the first on, may follow the text ``ids``."""
+        """Return the number of ``tokens``, counted from the first, that may follow the text ``ids``."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
     def _begin(self, new: Sequence[int]) -> int | None:
-        """Return the index in the new tokens at which the constraint begins; None: they end in a reasoning block."""
+        """Return the index in ``new`` from which the constraint applies; None: ``new`` ends in a reasoning block."""
         block = self.compiled.block
         if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
             return 0
@@ -334,7 +337,7 @@ class ConstraintState:
         return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
     def _allows(self, text: Sequence[int], before: int) -> int:
-        """Return ``allows`` of the new tokens ``text`` from index ``before`` on."""
+        """Return how many of the new tokens ``text[before:]``, counted from the first, are allowed."""
         begin, ends = self._begin(text), self.compiled.ends
         free = text[before:begin]  # in a reasoning block
         count = next((n for n, token in enumerate(free) if token in ends), len(free))

@@ -14,13 +14,20 @@ from specdec.speculation.trees import MOST_NODES
 
 
 def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
-    """Return which nodes a device takes itself; None: the host had better choose.
+    """Return the rule by which the device selects a tree's nodes while the host goes on; None: the host selects them.
 
-    levels: number of levels that are drafted. nodes: number of nodes of a row; None: those that are worth their price.
-    width: number of children of a node. 1: drafts are chains.
+    levels: number of levels that are drafted.
+    nodes: number of nodes of each row; None: as many as are worth their cost (``Prices``).
+    width: number of children of each node; 1: drafts are chains.
     """
-    fixed = state.sampler.plain_greedy or (width == 1 and not state.sampler.needs_prefixes)  # noise is of known depths
-    if not is_asynchronous(state.cache.device) or state.constrained or not fixed or state.threshold is not None:
+    # Verification alone obeys a constraint: masks along a draft would be of tokens that the host has not read
+    free = not state.constrained or (state.sampler.best_allowed and len(state.ids) == 1)
+    if (
+        not is_asynchronous(state.cache.device)
+        or state.sampler.needs_prefixes
+        or not free
+        or state.threshold is not None
+    ):
         return None
     prices, rows = None if nodes else state.prices, len(state.ids)
     most = levels if width == 1 else MOST_NODES
@@ -32,12 +39,13 @@ def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Devic
         price = prices.nodes
         worth = (n for n in range(1, len(price)) if n * (price[n] - price[n - 1]) > levels * rows)
         most = min(-(-max(next(worth, len(price)) - 1, 1) // rows), most)
-    own = () if prices is None else tuple(prices.nodes)
-    return DeviceChoice(most, list(state.depths), own, 0.0 if prices is None else prices.allowance)
+    if prices is None:
+        return DeviceChoice(most, list(state.depths))
+    return DeviceChoice(most, list(state.depths), prices.nodes, prices.allowance, prices.beyond)
 
 
 class DeviceDraft(Draft):
-    """A tree for each row, of which the host knows nothing before ``receive``, but for chains.
+    """A draft whose tokens and tree are on the device; the host knows them only after ``receive``.
 
     held: the nodes on the device; None: the host has read them.
     """
@@ -53,13 +61,13 @@ class DeviceDraft(Draft):
         super().__init__(held.tokens, tuple(range(held.tokens.shape[1])) if chain else ())
         self.held, self._levels, self._most, self._without = held, levels, list(state.depths), without_levels
 
-    def receive(self, rows: Sequence[Sequence[float]]) -> list[list[int]] | None:
+    def receive(self, rows: Sequence[Sequence[int]]) -> list[list[int]] | None:
         assert self.held is not None
         count, trees, found = self.held.tokens.shape[1], list[Candidates](), list[Candidates]()
         width = (len(rows[0]) - count) // (3 + self.held.sources) if rows else 0
         for row, most in zip(rows, self._most, strict=True):
             every = Candidates(*LevelNodes.unpacked(row[count:], width))
-            trees.append(every.only([int(node) for node in row[:count] if node >= 0]))
+            trees.append(every.only([node for node in row[:count] if node >= 0]))
             found.append(every.within(most))
         shape, order = in_one_shape([(tree.tokens, tree.parents) for tree in trees], self.device)
         self.listed, self.parents, self._tokens, self._depths, self.held = shape.listed, shape.parents, None, None, None

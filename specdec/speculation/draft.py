@@ -24,7 +24,7 @@ class Draft:
     tokens: int64 [B, M], or lists [B][M], of which the tensor is made when it is first read. -1: the row does not have
         the node.
     parents: the block index of each node's parent (0: the root). A chain is (0, 1, 2, ...).
-    device: where the tensor is made.
+    device: the device of the tensor that is made from lists.
     listed: the tokens as lists; None while only the device has them.
     held: the nodes while the host does not know the tree either (``DeviceDraft``); None: it knows ``parents``.
     states: hidden states [B, S, D] at layer ``exit_layer`` of the first S block tokens. The cache has their keys and
@@ -56,7 +56,7 @@ class Draft:
         return self._tokens
 
     def depths(self) -> list[int]:
-        """Return the distance of each block token from the root, [1 + M]; the root has 0."""
+        """Return the distance from the root of the root (0) and each node, [1 + M]."""
         if self._depths is None:
             self._depths = [0]
             for parent in self.parents:
@@ -71,13 +71,13 @@ class Draft:
 
     @property
     def unread(self) -> list[Tensor]:
-        """What the host has to read of the draft, [B, n]; []: nothing."""
+        """The device tensors, [B, n] each, that the host must read to know the draft; []: it knows the draft."""
         return [] if self.listed is not None else [self.tokens if self.held is None else self.held.packed]
 
     def receive(self, rows: Any) -> list[list[int]] | None:
-        """Take what the host has read of ``unread``, [B][n].
+        """Set the draft's tokens and tree from ``rows``, the values of ``unread`` [B][n] that the host has read.
 
-        Returns for each row which block index each of the tokens that were scored has now, -1: none; None: its own.
+        Return, for each row, the new block index of each token that was scored (-1: none); None: indices are the same.
         """
         self.listed = [[int(token) for token in row] for row in rows]
         return None
@@ -91,14 +91,15 @@ class Draft:
         return [path for path in paths[1:] if path]
 
     def ancestors(self) -> Tensor | None:
-        """Return bool [1 + M, 1 + M]: row i marks the block tokens on the path from the root to i. None: a chain.
+        """Return the attention mask of the root and the nodes, bool [1 + M, 1 + M]; None: the draft is a chain.
 
-        For a tree that the host has not read yet: one mask per row, [B, 1 + M, 1 + M].
+        Row i marks the tokens on the path from the root to i. A tree that the host has not read yet has one mask for
+        each row, [B, 1 + M, 1 + M].
         """
         return ancestors(self.parents) if self.held is None else self.held.ancestors
 
     def within(self, depths: list[int]) -> list[int]:
-        """Remove the nodes of each row b that are deeper than ``depths[b]``; return the rows that lost some."""
+        """Remove the nodes of each row b that are deeper than ``depths[b]``; return the rows that lost nodes."""
         deep = self.depths()[1:]
         deepest = max(deep, default=0)
         cut = [b for b, most in enumerate(depths) if most < deepest]
@@ -116,9 +117,9 @@ class Draft:
         return cut
 
     def with_chains(self, chains: Sequence[Sequence[int]]) -> Draft:
-        """Return this draft with a further chain of tokens after the root of each row; []: the row keeps its nodes.
+        """Return this draft with the chain ``chains[b]`` of tokens in place of the nodes of row b; []: they stay.
 
-        A chain takes the place of the row's nodes. The nodes of the draft keep their indices and their states.
+        The chains are new nodes after the root; all other nodes keep their indices and their states.
         """
         count, deepest = len(self.parents), max(map(len, chains))
         tokens = [
@@ -138,7 +139,7 @@ class Draft:
 
 @functools.lru_cache(256)
 def ancestors(parents: tuple[int, ...]) -> Tensor | None:
-    """Return ``Draft.ancestors`` of a draft with these parents."""
+    """Return what ``Draft.ancestors`` returns for a draft with these ``parents``."""
     if parents == tuple(range(len(parents))):
         return None
     paths = [1]  # a bit for each block token on the path
@@ -148,7 +149,7 @@ def ancestors(parents: tuple[int, ...]) -> Tensor | None:
 
 
 def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | None:
-    """Return why ``draft`` cannot be scored for ``batch`` rows, at most ``limit`` deep; None: it can be scored.
+    """Return why ``draft`` cannot be scored for ``batch`` rows at a maximum depth of ``limit``; None: it can be scored.
 
     Tokens that only an asynchronous device has are checked later, when the host reads them.
     """
@@ -174,7 +175,7 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
 
 
 def check_tokens(rows: list[list[int]], batch: int, count: int, vocab_size: int) -> str | None:
-    """Return why drafted tokens [``batch``][``count``] cannot be scored; None: they can."""
+    """Return why drafted tokens ``rows`` are not [batch][count] ids below ``vocab_size`` (or -1); None: they are."""
     if len(rows) != batch or any(len(row) != count for row in rows):
         return f"its tokens are not {batch} rows of {count}"
     for row in rows:

@@ -27,15 +27,15 @@ class Traits:
 
     sources: the name of each source of its candidates; probabilities are calibrated for each source. A drafter by
         itself has one source, its name.
-    drafts: False: it never proposes a token.
+    drafts: whether it ever proposes a token.
     taps: the layers whose input states ``observe`` receives. N stands for the final state, N + 1 for the logits of a
         step, [B, 1 + M, V] (an empty tensor for a prompt).
     whole_prompts: whether ``observe`` receives the states of all prompt tokens, or of the last one of each part.
     has_probabilities: whether it knows probabilities of its tokens, and chooses its nodes by ``State.prices``.
-    level_shares: for each exit, about the share of a pass's bytes that drafting one level reads; 0: it has no levels.
-        A drafter with more than one exit obeys ``State.exit``.
+    level_shares: for each exit, the bytes that drafting one level reads, as an approximate share of the bytes of a pass
+        of the model; 0: it has no levels. A drafter with more than one exit obeys ``State.exit``.
     leaves_early: whether its tokens leave the model early, with a confidence (``State.threshold``).
-    cost_key: tells drafters of one name apart whose drafts cost different times.
+    cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
     sources: tuple[str, ...]
@@ -49,17 +49,17 @@ class Traits:
 
     @property
     def label(self) -> str:
-        """The name for people; of joined drafters, the names of both."""
+        """The drafter's name in output; joined drafters have both names, with a + between them."""
         return "+".join(dict.fromkeys(self.sources))
 
 
 class Learner(ABC):
-    """What a drafter that teaches itself learns from rows that have ended."""
+    """Base class of the part of a drafter that trains it on rows that have ended."""
 
     @property
     @abstractmethod
     def version(self) -> int:
-        """A number that changes when the drafter begins to draft differently: earlier figures then count little."""
+        """A number that changes when the drafter is replaced by a better one, so that earlier statistics count less."""
 
     @abstractmethod
     def work(self) -> bool:
@@ -67,11 +67,11 @@ class Learner(ABC):
 
     @abstractmethod
     def claim(self) -> None:
-        """Become the process that writes what is learned. Raises SpecDecError if another process does, or none can."""
+        """Become the process that writes what is learned. Raises SpecDecError if another does, or writing fails."""
 
     @abstractmethod
     def save(self) -> None:
-        """Write what was learned for later processes, if this process may."""
+        """Write what was learned to the disk for later processes, if this process has claimed the file."""
 
 
 class Drafter(ABC):
@@ -79,11 +79,11 @@ class Drafter(ABC):
 
     Rows come and go between two steps. What belongs to a row is in the row's own state (``begin``).
 
-    name: as in the registry. summary: one line for ``specdec drafters``.
+    name: name in the registry, such as "m2r2". summary: one line for ``specdec drafters``.
     training: the command that trains one, such as "specdec train m2r2"; None: there is none.
     needs_training: whether it drafts only with trained parameters.
     traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the target.
-    learner: what teaches it while the process runs; None: it does not learn.
+    learner: the object that trains it while the process runs; None: it does not learn.
     """
 
     name: ClassVar[str]
@@ -99,7 +99,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
-        """Draft at most ``limit`` >= 1 tokens deep after each row's root; ``limit`` is the largest of ``state.depths``.
+        """Draft tokens after each row's root, to a depth of at most ``limit`` >= 1, the largest of ``state.depths``.
 
         The engine removes a row's nodes that are deeper than the row's own entry.
         """
@@ -120,7 +120,7 @@ class Drafter(ABC):
         """
 
     def begin(self) -> Any:
-        """Return the state of a new row, whose prompt has not been run."""
+        """Return an object with what the drafter keeps of a new row, whose prompt has not run yet."""
         return None
 
     def candidates(
@@ -130,33 +130,36 @@ class Drafter(ABC):
         given: Sequence[Candidates] | None = None,
         choice: DeviceChoice | None = None,
     ) -> list[Candidates] | DeviceTree | None:
-        """Return what may follow each row's root, at most ``limit`` deep, with probabilities.
+        """Return each row's tree of candidate tokens after its root, at most ``limit`` deep, with probabilities.
 
-        given: the candidates of each row that n-grams have; a drafter may draft levels after them, too.
-        choice: which nodes the device may take itself of what both have; None: the host takes them.
-        The result is None if this drafter has no candidates in this step; what it proposes is merged instead.
+        Return None if this drafter has no candidates in this step; then the draft of ``propose`` is used.
+
+        given: the candidates of each row that n-grams have; a drafter may draft levels after them, too. None: none.
+        choice: rule by which the device selects nodes from both drafters' candidates; None: the host selects.
         """
         return None
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
-        """Receive the states at the tapped layers of a block that was run, and the accepted paths.
+        """Receive the states of a block of tokens that was run, at the layers ``Traits.taps``, and the accepted paths.
 
-        row_states: of the block's rows.
+        row_states: what ``begin`` returned for each row of the block.
         paths: the accepted block indices of each row; empty for a row that was not run. A part of a prompt is a block
             of its last token alone, unless the drafter reads ``Traits.whole_prompts``.
         taps: by layer, [B, T, D]. Layers below ``Draft.exit_layer`` are not run again, and have empty tensors.
         """
 
     def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
-        """Forget the row's proposal, because it is scored only in part or not at all."""
+        """Forget the row's last draft, because it is scored only in part or not at all."""
 
     def end(self, row_state: Any, ids: list[int], start: int, learn: bool = True) -> None:  # noqa: B027 (optional)
-        """End a row.
+        """Forget a row that has ended.
 
-        ids: its prompt and output. start: the number of prompt tokens.
+        row_state: what ``begin`` returned for it.
+        ids: its prompt and output.
+        start: number of prompt tokens.
         learn: whether later requests may be drafted differently because of this row.
         """
 
 
 class DrafterWarning(SpecDecWarning):
-    """A drafter failed or proposed what cannot be scored; decoding goes on without it."""
+    """Warning that a drafter failed, or drafted what cannot be scored; decoding goes on without it."""

@@ -21,9 +21,10 @@ FIRST, NEVER_SECOND = "ngram", ("none", "ngram")  # of joined drafters
 
 
 class Part(NamedTuple):
-    """One drafter. name: as in the registry; "": that in the config.json of ``source``, a folder or a hub repository.
+    """One named drafter.
 
-    source: what the drafter is loaded from; None: nothing, or what is shipped for the model.
+    name: name in the registry; "": the name in the config.json of ``source``.
+    source: a folder or a hub repository to load from; None: nothing to load, or what is shipped for the model.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return the part with its name; downloads a hub repository. Raises SpecDecError if it holds no drafter."""
+        """Return this part with its name; downloads a hub repository. Raises SpecDecError if it has no drafter."""
         if self.name:
             return self
         from specdec.models import drafter_folder, hub  # heavy
@@ -56,15 +57,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """The drafters that a text names. parts: one, or n-grams and the drafter joined with them; none: "auto"."""
+    """The drafters of a string like "ngram+m2r2". parts: one, or n-grams and a drafter joined with them; (): "auto"."""
 
     parts: tuple[Part, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
-        """Read the text of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
+        """Parse the name of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
 
-        X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for a text that names nothing.
+        X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for other strings.
         """
         if text == "auto":
             return cls()
@@ -81,15 +82,14 @@ class DrafterSpec:
         return cls(tuple(parts))
 
     def resolved(self) -> DrafterSpec:
-        """Return the spec with the names of all parts (``Part.resolved``)."""
+        """Return the spec with the names of all parts filled in (``Part.resolved``)."""
         return DrafterSpec(tuple(part.resolved() for part in self.parts))
 
     def load(self, target: Any, options: Mapping[str, Any]) -> Drafter:
-        """Load the drafter for ``target``. options: of the drafter; of joined ones, a mapping for each by its name.
-
-        "auto" takes a mapping by name also where it chooses one drafter.
+        """Load the drafter for ``target``.
 
         Raises SpecDecError for an option that the drafter does not have, and for a drafter that does not fit.
+        options: the drafter's options; for joined drafters and "auto", a mapping of options by drafter name.
         """
         if not self.parts:
             chosen: DrafterSpec = registry.load_object(AUTO)(target)
@@ -110,9 +110,9 @@ class DrafterSpec:
         return joined
 
     def refuse_early(self, model: str, config: Any = None) -> None:
-        """Raise SpecDecError for a trained drafter without a source, if none is shipped for ``model``.
+        """Raise SpecDecError, before weights are loaded, if a drafter needs training and none is shipped for ``model``.
 
-        config: of the model, before its weights are loaded; None: before it is downloaded, if it is an embedded one.
+        config: the model's config; None: not downloaded yet, so only models of the package's catalogue are checked.
         """
         from specdec.models import drafter_folder  # heavy
 

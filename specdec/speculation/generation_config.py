@@ -32,7 +32,7 @@ STATEFUL = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWaterma
 
 
 def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end a generation."""
+    """Return the ids of the tokens that end a generation."""
     eos: Any = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -40,7 +40,7 @@ def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> froze
 
 
 def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
-    """The sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
+    """Return the sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
     config: Any = model.generation_config
     given = {} if config is None else config.to_diff_dict()
     if not given.get("do_sample"):
@@ -56,10 +56,10 @@ def logits_processors(
     repetition_penalty: float | None = None,
     others: Sequence[Callable[..., Any]] = (),
 ) -> list[Processor]:
-    """The logits processors of a request; transformers makes them if the config asks for more than a penalty.
+    """Return the logits processors of a request; transformers makes them if the config asks for more than a penalty.
 
-    repetition_penalty: replaces the config's.
-    others: the caller's; one of the same class as one of the config replaces it.
+    prompt: its token ids. repetition_penalty: replaces the config's penalty; None: the config's is used.
+    others: the caller's processors; each replaces a processor of the same class that the config asks for.
     Raises SpecDecError for a config that cannot be used.
     """
     config: Any = model.generation_config
@@ -94,7 +94,10 @@ def logits_processors(
 
 
 def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if one of ``processors`` remembers what it has seen."""
+    """Raise SpecDecError if a processor keeps state between calls, which rejected drafts would spoil.
+
+    remedy: end of the error message, what the user can do.
+    """
     for processor in processors:
         if (name := type(processor).__name__) in STATEFUL:
             raise SpecDecError(f"{name} has a state that cannot be rolled back after a rejected draft; {remedy}")

@@ -13,7 +13,7 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def load() -> Any | None:
-    """Return the compiled library; None where it is not built."""
+    """Load the library compiled from ``ngram.c`` and ``sampling.c``; None: it is not installed. Cached."""
     try:
         found: Any = ctypes.CDLL(str(LIBRARY))
     except OSError:

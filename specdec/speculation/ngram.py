@@ -55,12 +55,12 @@ class _Growth(ctypes.Structure):
 
 
 def built() -> bool:
-    """Return whether the compiled part is there."""
+    """Return whether the compiled n-gram library is installed."""
     return library.load() is not None
 
 
 def load() -> Any:
-    """Return the compiled part. Raises SpecDecError where it is not built."""
+    """Return the compiled n-gram library. Raises SpecDecError if it is not installed."""
     if (found := library.load()) is None:
         raise SpecDecError(
             "the n-gram drafter is not built; install specdec where there is a C compiler, or draft with prompt-lookup"
@@ -69,9 +69,10 @@ def load() -> Any:
 
 
 class Texts:
-    """Texts that are searched for the end of another text: the last tokens of what was added.
+    """Searchable token ids: the n-grams at the end of another text are looked up in them.
 
-    most: number of tokens that are kept, rounded up to a power of two. size: number of tokens to allocate at first.
+    most: number of the latest tokens that are kept, rounded up to a power of two.
+    size: number of tokens to allocate at first.
     """
 
     def __init__(self, most: int, size: int = 1024) -> None:
@@ -85,7 +86,7 @@ class Texts:
         self._add = lib.specdec_texts_add
 
     def add(self, ids: Sequence[int] | Ints) -> None:
-        """Append token ids to the text; -1 ends a text, and the next token begins another."""
+        """Append token ids; -1 ends a text, and the next token begins another text."""
         if isinstance(ids, np.ndarray):
             self._add(self.pointer, ids.ctypes.data, len(ids))
         else:
@@ -93,9 +94,10 @@ class Texts:
 
 
 class SortedTexts:
-    """Texts that never change, searched like ``Texts``, of 8 bytes a token: the longest matches, of two tokens or more.
+    """Texts that never change, in 8 bytes per token; lookups find only the longest matches, of two tokens or more.
 
-    ids: int32 [n], contiguous; -1 is between two texts. order: uint32 [n], as ``sort`` returns it. Both may be mapped.
+    ids: token ids, int32 [n], contiguous, with -1 between two texts; may be memory-mapped.
+    order: what ``sort`` returns for ``ids``, uint32 [n]; may be memory-mapped.
     """
 
     def __init__(self, ids: Ints, order: npt.NDArray[np.uint32]) -> None:
@@ -107,7 +109,7 @@ class SortedTexts:
 
     @staticmethod
     def sort(ids: Ints) -> npt.NDArray[np.uint32]:
-        """Return the places of texts, uint32 [n], sorted by up to ``MATCH_TOKENS`` tokens before each, the last first.
+        """Return all indices of ``ids``, uint32 [n], sorted by the ``MATCH_TOKENS`` tokens before each, read backwards.
 
         ids: int32 [n], contiguous; -1 is between two texts.
         """
@@ -117,19 +119,22 @@ class SortedTexts:
 
 
 class Prior:
-    """The likeliest tokens after each token of the vocabulary, as ``count`` finds them.
+    """The likeliest successors of each token of the vocabulary; ``count`` makes it.
 
-    begin: int32 [V + 1]: the successors of token t are the entries begin[t] .. begin[t + 1] of ``after`` and ``p``.
-    after: int32 [n], the token ids of the successors. p: float32 [n], their probabilities.
+    begin: int32 [V + 1]; the successors of token t are the entries begin[t]:begin[t + 1] of ``after`` and ``p``.
+    after: token ids of the successors, int32 [n].
+    p: probabilities of the successors, float32 [n].
     """
 
     def __init__(self, begin: Ints, after: Ints, p: npt.NDArray[np.float32]) -> None:
-        self.begin, self.after, self.p = begin, after, p
+        self.begin = begin
+        self.after = after
+        self.p = p
         self.struct = _Prior(len(begin) - 1, *(part.ctypes.data for part in (begin, after, p)))
 
     @classmethod
     def count(cls, ids: Ints, vocab_size: int) -> Prior:
-        """Return the prior of texts: token ids ``ids``, with a -1 between two texts."""
+        """Count the successors in texts. ids: token ids, int32 [n], with a -1 between two texts."""
         pairs = ids[:-1].astype(np.int64) * vocab_size + ids[1:]
         keys, counts = np.unique(pairs[(ids[:-1] >= 0) & (ids[1:] >= 0)], return_counts=True)
         before = keys // vocab_size
@@ -223,7 +228,7 @@ class Grower:
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
 
     def _allowed(self, masks: Callable[[Sequence[int]], Tensor | None], error: list[BaseException]) -> Any:
-        """Return ``masks`` as the kernel calls it. Its first error is added to ``error``; then nothing is allowed."""
+        """Wrap ``masks`` as a C callback. Its first exception is appended to ``error``; then no token is allowed."""
         alive = list[Tensor]()
 
         def allowed(node: int) -> int | None:

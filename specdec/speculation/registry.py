@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 DRAFTERS: dict[str, str] = {
     "none": "specdec.drafters.none:NoDrafter",
     "deed": "specdec.drafters.exits:DeedDrafter",
+    "dflash": "specdec.drafters.dspark:DFlashDrafter",
     "draft-model": "specdec.drafters.draft_model:DraftModelDrafter",
+    "dspark": "specdec.drafters.dspark:DSparkDrafter",
     "eagle3": "specdec.drafters.eagle3:Eagle3Drafter",
     "early-exit": "specdec.drafters.exits:EarlyExitDrafter",
     "layer-skip": "specdec.drafters.layer_skip:LayerSkipDrafter",
@@ -49,7 +51,7 @@ def names(kind: str) -> dict[str, str]:
 
 @functools.cache  # it reads the metadata of all installed packages
 def outside(kind: str) -> dict[str, str]:
-    """Return the names that installed packages register for ``kind``, as in ``names``."""
+    """Return ``{name: "module:Class"}`` of what other installed packages register for ``kind``."""
     return {each.name: each.value for each in entry_points(group=f"specdec.{kind}")}
 
 
@@ -66,7 +68,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def load_object(place: str) -> Any:
-    """Import and return the object at ``place``, "module:name"."""
+    """Import and return the object at ``place``, a string "module:name"."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

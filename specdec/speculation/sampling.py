@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.base.devices import upload
 from specdec.base.options import SamplingParams
 from specdec.runtimes.draft_path import Sampled
 from specdec.runtimes.target import largest
@@ -52,9 +53,9 @@ class Noise:
         return noise
 
     def choose(self, lib: Any, scores: Tensor, position: int) -> int:
-        """Return the token that is drawn at ``position`` from processed logits ``scores`` (float32 [V], on the CPU).
+        """Draw the token at ``position`` from processed logits ``scores``, float32 [V] on the CPU; -1: not finite.
 
-        -1: the logits are not finite. lib: ``library.load()``. It makes noise only for tokens that can win.
+        The compiled library ``lib`` (``library.load()``) makes noise only for tokens that can win.
         """
         scores = scores.contiguous()
         chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
@@ -67,13 +68,14 @@ class Noise:
 
 
 class RowSampler:
-    """How the tokens of one row are chosen from logits, by sampling parameters and processors, as ``generate`` does.
+    """How the tokens of one row are chosen from logits, by sampling parameters and processors, as in transformers.
 
-    params: the sampling parameters. start: number of prompt tokens, which penalties do not count.
-    stream: rows with one seed draw the same at one position unless their streams differ.
-    processors: the processors that read the tokens before a position.
-    warpers: temperature, top-k, top-p and min-p, which read logits alone; None: those of ``params``.
-    sampling: temperature, top-k (0: all), top-p and min-p. Rows with equal ones have equal warpers.
+    params: the sampling parameters.
+    start: number of prompt tokens, which penalties do not count.
+    stream: number of the noise stream; rows with equal seeds and streams draw alike at a position.
+    processors: the logits processors that read the tokens before a position.
+    warpers: the logits processors for temperature, top-k, top-p and min-p; None: made from ``params``.
+    sampling: the tuple of temperature, top-k (0: all), top-p and min-p; rows with equal tuples have equal warpers.
     noise: the noise of the row's seed and stream.
     greedy: whether the temperature is 0.
     constraint: the constraint on the row's text; None: there is none.
@@ -114,9 +116,9 @@ class RowSampler:
         self.masked_greedy = self.greedy and self.constraint is not None and len(self.processors) == 1
 
     def process(self, scores: Tensor, before: Sequence[int], vocab: Tensor | None) -> Tensor:
-        """Return what the processors make of ``scores``, float32 [1, V'], of the token after the tokens ``before``.
+        """Apply the processors to logits ``scores``, float32 [1, V'], of the token after the tokens ``before``.
 
-        vocab: the token ids of ``scores``, int64 [V'], which only constraints can do with; None: all.
+        vocab: the token ids of ``scores``, int64 [V'], which only constraints support; None: all.
         """
         ids: Tensor | None = None
         for processor in self.processors:
@@ -128,7 +130,7 @@ class RowSampler:
         return scores
 
     def warp(self, scores: Tensor) -> Tensor:
-        """Return what the warpers make of ``scores``, float32 [B, T, V']."""
+        """Apply temperature, top-k, top-p and min-p to ``scores``, float32 [B, T, V'], and return the result."""
         rows = scores.reshape(-1, scores.shape[-1])  # (B * T, V')
         no_ids = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
         for warper in self.warpers:
@@ -137,7 +139,7 @@ class RowSampler:
 
 
 class Sampler:
-    """Chooses tokens for a batch of rows, at drafted positions and all others alike.
+    """Chooses tokens for a batch of rows, in the same way at drafted and other positions.
 
     rows: the sampler of each row.
     """
@@ -166,7 +168,7 @@ class Sampler:
         return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """Return how the token after each row's ``ids`` is sampled, without processors; None: all rows are greedy."""
+        """Return seed, position and filters to draw the token after each row's ``ids``; None: all rows are greedy."""
         if self.greedy:
             return None
         made = []
@@ -197,13 +199,18 @@ class Sampler:
         return scores
 
     def perturb(
-        self, scores: Tensor, positions: Sequence[Sequence[int]], size: int, vocab: Tensor | None = None
+        self,
+        scores: Tensor,
+        positions: Sequence[Sequence[int]],
+        size: int,
+        vocab: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Return processed logits ``scores`` [B, T, V'] plus the noise of sampled rows: the argmax is an exact draw.
 
-        positions: the positions of the tokens to choose, [B][T].
-        size: V, the size of the model's vocabulary.
+        positions: the positions of the tokens to choose, [B][T]. size: V, the size of the model's vocabulary.
         vocab: the token ids of ``scores``, int64 [V']; None: all.
+        places: which of a row's ``positions`` each of T tokens has, int64 [B, T]; None: they are in order.
         """
         if self.greedy:
             return scores
@@ -211,14 +218,18 @@ class Sampler:
         here = vocab if scores.device.type == "cpu" else None  # of few tokens, noise takes a fraction of the time
         for b, row in enumerate(self.rows):
             if not row.greedy:
-                for t, position in enumerate(positions[b]):
-                    noise = row.noise(position, size, here).to(scores.device)
-                    perturbed[b, t] += noise if vocab is here else noise[vocab]
+                every = torch.stack([row.noise(position, size, here) for position in positions[b]])
+                noise = upload(every, scores.device, torch.float32)
+                noise = noise if places is None else noise[places[b]]
+                perturbed[b] += noise if vocab is here else noise[:, vocab]
         return perturbed
 
-    def choose(self, scores: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
-        """Return the tokens chosen from processed logits [B, T, V], int64 [B, T]; -1: the logits are not finite."""
-        if scores.device.type == "cpu" and (lib := library.load()) is not None:
+    def choose(self, scores: Tensor, positions: Sequence[Sequence[int]], places: Tensor | None = None) -> Tensor:
+        """Choose tokens, int64 [B, T] (-1: logits not finite), from processed logits ``scores`` [B, T, V].
+
+        positions: positions of the tokens in their texts, [B][T]. places: as in ``perturb``.
+        """
+        if scores.device.type == "cpu" and places is None and (lib := library.load()) is not None:
             chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
             for row, own, tokens, at in zip(self.rows, scores, chosen, positions, strict=True):
                 if row.greedy:
@@ -226,7 +237,7 @@ class Sampler:
                 else:
                     tokens[:] = torch.tensor([row.noise.choose(lib, *each) for each in zip(own, at, strict=True)])
             return chosen
-        tokens = self.perturb(scores, positions, scores.shape[-1]).argmax(-1)
+        tokens = self.perturb(scores, positions, scores.shape[-1], places=places).argmax(-1)
         return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
 
 

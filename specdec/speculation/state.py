@@ -26,14 +26,14 @@ class State:
     """The rows of the batch in one step, as drafters see them. Lists have one entry for each row b, in batch order.
 
     target: the model.
-    cache: its keys and values of all rows; a row's root is not in it yet.
+    cache: the model's keys and values of all rows; a row's root is not in it yet.
     sampler: chooses the target's tokens, and tells drafters the noise and the processors.
     ids: ids[b] is the prompt and the output of row b. The last token is the root.
     prices: what levels and nodes cost; None: a draft may be as deep as its limit, and is a chain by default.
     exit: the last exit that tokens may go to; None: any.
     threshold: minimum confidence of proposed tokens, which are accepted without scoring; None: drafts are scored.
     row_states: row_states[b] is what ``Drafter.begin`` returned for row b.
-    scopes: scopes[b] names whose text row b is; text of one scope is not drafted in another. None is a scope, too.
+    scopes: scopes[b] names the owner of row b's text, which is never drafted for other owners; None is an owner, too.
     depths: depths[b] is the maximum depth of row b's draft; 0: the row does not draft in this step.
     """
 

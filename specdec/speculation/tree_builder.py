@@ -16,7 +16,7 @@ from specdec.speculation.trees import MOST_NODES, Prices
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:
-    """Return a draft of each row's continuations, lists of token ids after the row's root, and where they end.
+    """Merge each row's continuations, lists of token ids after its root, into a tree; return the draft and their ends.
 
     Common prefixes become one path; earlier continuations come first. The second value has, for each row, the block
     index of the last token of each continuation.
@@ -43,7 +43,7 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
 def in_one_shape(
     trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
 ) -> tuple[Draft, list[list[int]]]:
-    """Return one draft of the trees of all rows, and the block indices of their nodes.
+    """Merge the trees of all rows into one draft; return it, and the block indices of each row's nodes.
 
     trees: for each row, token ids and parents (0: the root, i + 1: node i), parents before children.
     A node of the common shape is the n-th child of its parent; a row that lacks the node has -1. The second value has,
@@ -69,7 +69,7 @@ def in_one_shape(
 
 
 def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None) -> list[Candidates]:
-    """Return the candidates of each row that a draft has.
+    """Select the candidates of each row that are scored.
 
     nodes: number of nodes of a row; None: the nodes that are worth their price, or ``limit`` nodes without ``prices``.
     """
@@ -96,7 +96,7 @@ def draft_best(
     levels: int = 0,
     without_levels: Sequence[Candidates] | None = None,
 ) -> Draft:
-    """Return the draft of each row's best candidates (``worth_scoring``), none deeper than ``state.depths``.
+    """Return a draft of each row's best candidates (``worth_scoring``), none deeper than ``state.depths``.
 
     levels, without_levels: as in ``CandidateSet``. If no levels were drafted, ``without_levels`` is the draft.
     """

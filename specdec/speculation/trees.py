@@ -18,7 +18,7 @@ Choice = tuple[int, float, float]  # a token, its raw probability after the toke
 
 @dataclass
 class Prices:
-    """Prices of scoring and drafting, in tokens (seconds times the present speed in tokens per second).
+    """The costs of scoring and drafting, in tokens (seconds times the present speed in tokens per second).
 
     A drafter takes a node, or drafts a level, while the node or level is expected to add more tokens than it costs.
     The nodes of several rows compete with each other.
@@ -45,11 +45,11 @@ class Prices:
     beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
-        """Return these prices with the tables of the sources with these indices."""
+        """Return a copy with only the calibration tables of the sources whose indices are given."""
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
-        """Return how far levels are drafted: at most ``levels``, ``width`` nodes of each get children."""
+        """Return the limits of a tree: ``levels`` levels, ``width`` nodes of a level with children, these prices."""
         drafting = [row for row in self.rates if row]
         each = [
             [row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))
@@ -60,7 +60,7 @@ class Prices:
         return TreeLimits(levels, width, self.level, node, rates)
 
     def levels(self, without_levels: Sequence[Candidates] = ()) -> int:
-        """Return the number of levels that are expected to add most beyond their price; 0: none pays.
+        """Return the number of levels with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
         without_levels: the nodes of each row's draft without levels. A level adds a node to each row where the node is
             worth its price, or replaces one.
@@ -69,7 +69,7 @@ class Prices:
         return count if gain + self.level_allowance > 0 else 0
 
     def best_levels(self, without_levels: Sequence[Candidates] = ()) -> tuple[float, int]:
-        """Return the most tokens that one or more levels are expected to add beyond their price, and their number."""
+        """Return the largest expected gain of one or more levels, in tokens (it may be negative), and their number."""
         scored, most = sum(len(own.tokens) for own in without_levels), len(self.nodes) - 1
         expected = [own.by_level() for own in without_levels] or [[] for _ in self.rates]
         # Probability that a row is right up to the level: by the draft without levels; else by so many levels after it
@@ -100,7 +100,7 @@ class Prices:
         return best, count
 
     def take(self, probabilities: Sequence[float]) -> int:
-        """Return how many nodes add most tokens beyond their price; 0: none pays.
+        """Return the number of nodes with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
         probabilities: the calibrated probability of each node's path, less what its row costs ``beyond``, best first.
         """

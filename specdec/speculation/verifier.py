@@ -13,7 +13,7 @@ from specdec.speculation.draft import Draft
 
 @dataclass
 class Acceptance:
-    """What is accepted of a draft.
+    """The accepted part of a draft.
 
     paths: the accepted block indices of each row, the root (0) first.
     next_tokens: the token of each row after its path (-1: the logits there are not finite).
@@ -28,7 +28,7 @@ class Verifier(ABC):
 
     A subclass gives ``name`` and ``lossless``, and overrides ``accepts`` or ``verify``.
 
-    name: as in the registry.
+    name: name in the registry, such as "exact".
     lossless: whether the output is what plain decoding returns.
     needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
     threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring
@@ -41,7 +41,7 @@ class Verifier(ABC):
     threshold: float | None = None
 
     def accepts(self, token: int, choice: int) -> bool:
-        """Return whether drafted ``token`` is accepted where the target chooses ``choice`` (-1: it has no choice)."""
+        """Return whether drafted ``token`` is accepted where the target chooses ``choice`` (-1: logits not finite)."""
         return token == choice >= 0
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
@@ -62,5 +62,5 @@ class Verifier(ABC):
 
     @property
     def label(self) -> str:
-        """The name with the rule's settings."""
+        """The verifier's name and options, as shown in results."""
         return self.name

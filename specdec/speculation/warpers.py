@@ -39,7 +39,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """A CPU sorts a vocabulary in as much time as some models take for a pass, so ``SHORTLIST`` tokens come first."""
+    """Top-p as in transformers, but faster on CPUs: sorts the best ``SHORTLIST`` tokens, and all only if needed."""
 
     top_p: float
     SHORTLIST = 128
@@ -87,7 +87,7 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True)
 class MinNewTokens:
-    """Rules out the end tokens ``ends`` before there are ``least`` tokens from index ``start`` on."""
+    """Logits processor that forbids the tokens ``ends`` until a row has ``least`` tokens from index ``start`` on."""
 
     least: int
     ends: tuple[int, ...]
@@ -101,9 +101,10 @@ class MinNewTokens:
 
 @dataclass(frozen=True)
 class NoBadWords:
-    """Rules out the last token of a word where the new tokens, from index ``start`` on, end with its other tokens.
+    """Logits processor that forbids the last token of a bad word where the text ends with the word's other tokens.
 
-    words: the token ids of each word.
+    words: the token ids of each bad word.
+    start: index from which tokens of the text count.
     """
 
     words: tuple[tuple[int, ...], ...]
@@ -119,16 +120,18 @@ class NoBadWords:
 
 
 def _without(scores: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return ``scores`` [n, V] with -inf for ``tokens``; the output head may lack some of them."""
+    """Return ``scores`` [n, V] with -inf for ``tokens``; ids of V or more are ignored."""
     there = torch.tensor([token for token in tokens if token < scores.shape[-1]], dtype=torch.long)
     return scores.index_fill(-1, there.to(scores.device), NEVER)
 
 
 class Penalties:
-    """The frequency and the presence penalty of the tokens from index ``start`` on, and the logit bias."""
+    """Logits processor for logit bias, and frequency and presence penalties of the tokens from index ``start`` on."""
 
     def __init__(self, params: SamplingParams, start: int) -> None:
-        self.frequency, self.presence, self.start = params.frequency_penalty, params.presence_penalty, start
+        self.frequency = params.frequency_penalty
+        self.presence = params.presence_penalty
+        self.start = start
         bias = params.logit_bias or {}
         self.biased, self.bias = torch.tensor(list(bias), dtype=torch.long), torch.tensor(list(bias.values()))
 

@@ -24,7 +24,8 @@ Window = tuple[int, int, int]  # index of the answer, first position, end positi
 class TrainingBatch:
     """B windows of T positions with the base model's states. Column t predicts the token after ``ids[:, t]``.
 
-    ids, next_ids: the tokens and the token after each in the text, int64 [B, T]. positions: in the text, int64 [B, T].
+    ids, next_ids: the tokens and the token after each in the text, int64 [B, T].
+    positions: the tokens' positions in the text, int64 [B, T].
     valid: bool [B, T], False for padding.
     kv: layer -> the base model's ("exact") keys and values of positions 0 .. S - 1 [B, H', S, d].
     hidden, before: layer -> the layer's input at each position, and at the position before it [B, T, D].
@@ -150,7 +151,7 @@ def by_length(
 ) -> Iterator[TrainingBatch]:
     """Yield batches that contain every window once, ordered by end position. rows: largest number of windows per batch.
 
-    length: positions per window. device, dtype: of the tensors; None: as stored.
+    length: positions per window. device, dtype: those of the returned tensors; None: as stored.
     """
     cut = sorted(windows(records, length), key=lambda window: window[2])
     for start in range(0, len(cut), rows):

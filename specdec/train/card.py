@@ -60,7 +60,7 @@ def write_card(
 ) -> None:
     """Write the card of the drafter in ``folder``. It names no path of this machine.
 
-    config: of the drafter, as in ``config.json``. settings: as the run records them. held_out: its figures as text.
+    config: the drafter's ``config.json``. settings: the run's settings. held_out: figures on held-out answers, as text.
     kinds: category of prompts -> figures on the answers to them, as text.
     """
     model, options = config["base"]["name"], ["--model", settings.model, "--preset", "train.yaml"]

@@ -88,7 +88,8 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
         agreement: for each exit, the share of tokens that are the base model's choice if all leave there.
         top1: the same share if each token leaves at its own exit. layers: mean number of layers run per token.
-        chain, score: see ``chain_figures``. positions: number of tokens.
+        chain: share of drafts whose first i tokens are all accepted, i = 1, 2, .. score: mean acceptance length.
+        positions: number of tokens.
         """
         teacher, layers = self.teacher, torch.tensor(self.exits, device=self.target.device)
         # Right at each exit, right at the token's own exit, layers, positions:

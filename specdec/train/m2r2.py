@@ -103,7 +103,7 @@ class M2R2Method(TrainingMethod[M2R2]):
         return network
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
-        """Return the scale of a parameter's elements: of a projection, its root mean square.
+        """Return the typical size of a parameter's elements; for a projection, its root mean square.
 
         For an adapter's ``up``, it is the scale at which up @ down is as large as the adapted weight.
         """
@@ -141,9 +141,9 @@ class M2R2Method(TrainingMethod[M2R2]):
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return figures of drafts that leave at the last exit: top1, overlap, chain, score and positions.
+        """Return figures of drafts that leave at the last exit, as ``specdec.train.evaluate.evaluate`` does.
 
-        ``specdec.train.evaluate.evaluate`` explains them.
+        They are agreement with the base model by drafted token, mean acceptance length and number of positions.
         """
 
         def drafts(batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:

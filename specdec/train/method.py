@@ -86,7 +86,7 @@ class TrainingMethod(ABC, Generic[Network]):
 
     @abstractmethod
     def teacher_states(self) -> StateSelection:
-        """Return the layers whose keys, values and inputs batches must contain."""
+        """Return the layers whose keys and values, and whose inputs, each ``TrainingBatch`` must contain."""
 
     @abstractmethod
     def build(self, vocab: Tensor | None) -> Network:

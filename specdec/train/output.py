@@ -83,7 +83,7 @@ def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = N
 
 
 def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
-    """Raise SpecDecError unless ``resume`` is set and the folder's recipe equals ``own`` (but for device, length)."""
+    """Raise SpecDecError unless ``resume`` is set and the folder's recipe equals ``own``, device and length aside."""
     recipe = inputs.read_yaml(output / RECIPE)
     if recipe["method"] != own.method:
         raise SpecDecError(f"'{output}' holds a run of 'specdec train {recipe['method']}'; use another --output")

@@ -51,7 +51,7 @@ class RunProgress(Progress):
 def expected_seconds(
     settings: TrainSettings, known: Sequence[TrainingAnswer], decoding: Target, training: Target
 ) -> dict[str, float]:
-    """Return the expected seconds of each part of a run, by timed passes of the model. Prompts get longest answers.
+    """Return the expected seconds of each part of a run, from timed passes, if answers are as long as they may be.
 
     known: the answers; those of prompts that have none yet are empty. decoding: the runtime that answers and computes
     states. training: the runtime that computes gradients.

@@ -57,12 +57,18 @@ class TrainingRun:
         progress: Progress,
         processes: PartialState,
     ) -> None:
-        self.method, self.settings, self.target = method, method.settings, method.target
-        self.output, self.progress, self.processes = output, progress, processes
+        self.method = method
+        self.settings = method.settings
+        self.target = method.target
+        self.output = output
+        self.progress = progress
+        self.processes = processes
         torch.manual_seed(self.settings.seed)  # for the initial values of the master weights
         self.masters = method.build(vocab).to(self.target.device)  # float32
         self.network = copy.deepcopy(self.masters).to(self.target.dtype)  # the running copy
-        self.records, self.held_out, self.kinds = train, held_out, kinds
+        self.records = train
+        self.held_out = held_out
+        self.kinds = kinds
         self.windows = batches.windows(train, self.settings.window)
         self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
         self.running = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
@@ -182,7 +188,7 @@ class TrainingRun:
                 return
 
     def _show(self, what: str, source: Iterable[TrainingBatch], total: int, part: str = "") -> Iterator[TrainingBatch]:
-        """Yield the batches of ``source`` and show a bar ``what`` over ``total`` answer tokens. part: of the run."""
+        """Yield the batches of ``source``; show a bar ``what`` over ``total`` tokens. part: its part of the run."""
         task = self.progress.add_task(what, total=total, unit="tokens", part=part)
         for batch in source:
             yield batch
@@ -262,7 +268,7 @@ class TrainingRun:
         return self.method.evaluate(self.network, self._show("evaluation", found, total))
 
     def _export(self, figures: dict[str, Any]) -> None:
-        """Write the drafter and its card. figures: of the evaluation on all held-out answers."""
+        """Write the drafter and its card. figures: results of the evaluation on all held-out answers."""
         target = self.target
         base = drafter_folder.describe_base(target, source.public_name(self.settings.model, self.settings.adapter))
         training = {

@@ -22,7 +22,7 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """Return the states that draft step 1 reads: those of the base model at the previous position, each [B, T, D]."""
+    """Return the deep states that the first drafted token reads: the base model's at the position before, [B, T, D]."""
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
@@ -84,10 +84,10 @@ def draft_steps(
 
 
 def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
-    """Return the input of projection ``index`` in draft step 1.
+    """Return the inputs of projection ``index`` for the first drafted token.
 
-    It is the accelerated residual [B, T, D] after the stages before the projection, and the states of the previous
-    position (``exact_carry``).
+    These are the accelerated residual [B, T, D] after the stages before the projection, and the base model's deep
+    states at the position before (``exact_carry``).
     """
     path, carry = network.path, exact_carry(network, batch)
     early, segments = shared_stages(network, target, batch), len(path.segments)
@@ -103,7 +103,7 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
 def step_mask(batch: TrainingBatch, step: int) -> Mask:
     """Return the attention mask of draft step ``step`` (from 1).
 
-    Position t sees the base model's keys up to t - step, and one key of each draft step up to this one.
+    Position t sees the base model's keys up to position t - step, and its own keys of draft steps 1 .. step.
     """
     b, t = batch.ids.shape
     keys = torch.arange(batch.num_keys, device=batch.ids.device).expand(b, -1)  # (B, S)
@@ -134,7 +134,9 @@ class Teacher:
     def __init__(
         self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, variation: float = 0.0, extra: int = 512
     ) -> None:
-        self.target, self.sharpen, self.variation = target, sharpen, variation
+        self.target = target
+        self.sharpen = sharpen
+        self.variation = variation
         self.vocab = None if vocab is None else vocab.long()
         self.own = set() if vocab is None else set(vocab.tolist())
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
@@ -145,7 +147,7 @@ class Teacher:
     def begin(self, batch: TrainingBatch) -> None:
         """Compute the base model's distributions for ``batch`` and set the attributes that describe them.
 
-        p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: of p, [B, T].
+        p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: entropy of ``p``, [B, T].
         best, next: indices in this vocabulary of the base model's and the text's next token, [B, T]; -1: not in it.
         mass: the base model's probability of the whole vocabulary of the batch [B, T]. count: valid positions.
         """

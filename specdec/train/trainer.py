@@ -79,7 +79,7 @@ def _prepare(
     lock: FileLock | None,
     preset: str,
 ) -> TrainingRun:
-    """Check, load, answer prompts and compute states. lock: None: this process does not write."""
+    """Check settings, load the model, answer prompts, compute states. lock: None: this process does not write."""
     # Checks that need no model come first.
     items = data.read(settings.prompts)
     held = data.read(settings.holdout) if settings.holdout else []

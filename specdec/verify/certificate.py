@@ -28,7 +28,7 @@ MIN_DRAFTED = 32  # drafted tokens that each part needs by default
 class Check:
     """Counts of answers with drafts, compared with the answers of a reference such as plain decoding.
 
-    name: of the comparison. answers, tokens: number of compared answers and of their tokens.
+    name: name of the comparison. answers, tokens: number of compared answers and of their tokens.
     drafted, accepted: number of tokens that were drafted, and how many of these were accepted.
     equal: answers that equal the reference.
     near_ties: answers that differ, but whose every token is the model's choice or a near-tie.
@@ -52,7 +52,7 @@ class Check:
     ) -> None:
         """Compare an answer to ``prompt`` with the reference's tokens ``right`` and count the result.
 
-        name: of the prompt, for details. sampler: the sampler of one row that chose the tokens.
+        name: the prompt's name in ``details``. sampler: the sampler of one row that chose the tokens.
         """
         answer = output.token_ids
         self.answers += 1
@@ -83,7 +83,7 @@ class Certificate:
     Its parts are greedy and sampled answers to one prompt at a time, and answers of both kinds to batches of prompts.
     Each part drafts with every draft length. Sampling uses the same random numbers with and without drafts. In
     float32, greedy answers are also compared with those of ``model.generate``.
-    prompts: (name, token ids) each. params: for the sampled answers; greedy answers take all but the temperature.
+    prompts: (name, token ids) each. params: parameters of sampled answers; greedy answers take all but the temperature.
     lengths: draft lengths. batch_size: number of prompts in a batch; 1: there is no part for batches.
     min_drafted: the number of drafted tokens that each part needs to prove anything.
     checks: {"greedy", "sampled", "batch", "generate": counts}, which grow while ``run`` works.
@@ -102,7 +102,9 @@ class Certificate:
     ) -> None:
         self.decoder, self.plain = decoder, decoder.with_drafter("none")
         self.batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-        self.max_new_tokens, self.lengths, self.min_drafted = max_new_tokens, lengths, min_drafted
+        self.max_new_tokens = max_new_tokens
+        self.lengths = lengths
+        self.min_drafted = min_drafted
         self.dtype, self.complete = decoder.target.dtype, False
         self.params = {"greedy": replace(params, temperature=0.0), "sampled": params}
         names = [*self.params, *(["batch"] if batch_size > 1 else [])]
@@ -158,7 +160,7 @@ class Certificate:
 
     @property
     def result(self) -> str:
-        """FAILED if a check has found a fault so far; NOT ENOUGH DRAFTS, or PASSED."""
+        """The result as text: "FAILED" (a check has found a fault so far), "NOT ENOUGH DRAFTS" or "PASSED"."""
         if any(check.faults for check in self.checks.values()):
             return "FAILED"
         few = any(check.drafted < self.min_drafted for check in self.checks.values())

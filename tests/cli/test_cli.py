@@ -480,7 +480,7 @@ def test_version_and_bare_call() -> None:
 def test_models_lists_the_embedded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     header, *rows = CliRunner().invoke(cli.app, ["models"]).stdout.splitlines()
-    columns = "name", "licence", "download", "on disk", "packed", "cached", "shipped drafters", "where"
+    columns = "name", "licence", "download", "on disk", "packed", "cached", "drafters", "where"
     assert tuple(header.split("\t")) == columns
     assert rows[0].split("\t")[:6] == ["smollm2-135m-instruct", "Apache-2.0", "93 MB", "102 MB", "-", "no"]
     assert [row.split("\t")[0] for row in rows] == list(catalogue.EMBEDDED)

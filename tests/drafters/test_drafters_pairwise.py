@@ -263,7 +263,8 @@ PRICED: dict[str, Callable[[Target], Drafter]] = {  # by prices, where a drafter
     "medusa": lambda target: medusa(target),
     "ngram+medusa": lambda target: JoinedDrafter(NgramDrafter(), medusa(target)),
     "ngram+draft-model": TREES["ngram+draft-model"],
-    **{name: CHAINS[name] for name in ("m2r2-paper", "eagle3", "mtp", "draft-model", "layer-skip")},
+    "ngram+dspark": TREES["ngram+dspark"],
+    **{name: CHAINS[name] for name in ("m2r2-paper", "eagle3", "dspark", "mtp", "draft-model", "layer-skip")},
 }
 FEATURES: list[dict[str, Any]] = [
     {},

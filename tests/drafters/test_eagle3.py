@@ -206,7 +206,7 @@ def test_names_of_the_first_heads_and_a_bias_are_read(target: TransformersTarget
     states = torch.randn(1, 2, len(network.config.layers) * target.hidden_size)
     for each in (network, made.network):
         each.freeze(target)
-    torch.testing.assert_close(network.fuse(states), made.network.fuse(states) + 1)
+    torch.testing.assert_close(network.map("fc", states), made.network.map("fc", states) + 1)
 
 
 LAYER = {"model_type": "llama", "vocab_size": 97, "num_attention_heads": 4, "intermediate_size": 40, "head_dim": 8}

@@ -196,7 +196,8 @@ def test_a_process_goes_on_from_what_another_one_has_learned_since_it_began(targ
     second.add(list(range(3, 40)), 4)
     while not second.fits.sums:
         second.work()
-    assert second.fits.progress == first.fits.progress and same(first, second) and second.judged is second.fits.network
+    assert second.fits.progress == first.fits.progress and same(first, second)
+    assert second.baseline is second.fits.network
     for one, other in zip(first.fits.sums, second.fits.sums, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.panels, other.panels, strict=True))
 

@@ -192,7 +192,7 @@ def test_one_text_of_three_is_held_out_from_fits_until_there_are_enough_later_on
         assert learner.latest.held == given[:number:3][-3:]  # 72 tokens, and without the oldest fewer than 60
         assert sum(text.count for text in learner.latest if not text.held) <= 72
     assert [(24, -1.0)] * 3 in systems.more  # texts of 24 tokens
-    last, serving = (network.projections[1].weight for network in (learner.judged, learner.fits.network))
+    last, serving = (network.projections[1].weight for network in (learner.baseline, learner.fits.network))
     assert learner.fits.progress.fits > 1 and not torch.equal(last, serving)  # which has seen them
 
 

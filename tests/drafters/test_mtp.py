@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from zoo import PROMPTS, run, watched
 
 from specdec import SpecDecError
-from specdec.drafters.mtp import FORMATS, MTPDrafter
+from specdec.drafters.mtp import MTPDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.models.prediction_layer import FORMATS
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.transformers import TransformersTarget
 

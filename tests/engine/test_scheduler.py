@@ -19,14 +19,17 @@ from zoo import PROMPTS, finish, new_tokens, plain_engine, step, together
 from specdec import SpecDecError, SpecDecoder
 from specdec.base.errors import QueueFullError
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, memory, scheduler
 from specdec.engine.depth import AutoDepth, FixedDepth
+from specdec.engine.engine import Engine
 from specdec.engine.memory import cache_sizes
 from specdec.engine.request import Handle, Request, Status
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
 from specdec.runtimes.target import Target, TokenCosts
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.verifiers.exact import ExactVerifier
 
 
 def alone(target: Target, request: Request) -> tuple[list[int], str | None]:
@@ -61,7 +64,7 @@ def test_kept_texts_count_what_they_hold_and_hold_little() -> None:
         engine.submit(Request([first, *range(10, 30)], 4))  # room for many more tokens is made for each
         finish(engine)
         kept = engine.scheduler.memory.prefixes.entries
-        held = [data.nbytes for prefix in kept for data in prefix.cache.data if data is not None]  # type: ignore[attr-defined]
+        held = [buffers(prefix.cache) for prefix in kept]
         assert sum(held) == engine.stats().kv_bytes <= 600 * token_bytes
     assert len(kept) > 8
 
@@ -88,8 +91,33 @@ def test_running_rows_count_what_they_hold(runtime: str, monkeypatch: pytest.Mon
 
 
 def buffers(cache: KVCache) -> int:
-    """Bytes."""
-    return sum(buffer.nbytes for row in cache.entries for buffer in row.buffers.values())
+    """Return the bytes of what the rows hold, slot by slot."""
+    return sum(x[..., : row.held, :].nbytes for row in cache.entries for x in row.buffers.values())
+
+
+def test_rows_that_grow_and_later_turns_copy_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row grows far beyond what was expected, beside one that began later; the next turns go on in its buffer."""
+    monkeypatch.setattr("specdec.kvcache.cache.BLOCK", 16)
+    monkeypatch.setattr(memory, "NEW_SLOTS", 8)
+    target = target_of("native")
+    limits: Any = {"prefixes": PrefixStore(), "kv_memory": 1000 * cache_sizes(target)[0]}
+    engine = Engine(target, PromptLookupDrafter(), ExactVerifier(), FixedDepth(4), **limits)
+    first, other = Request([*range(3, 20)], 60), Request([*range(50, 60), 3, 3], 40)
+    engine.submit(first)
+    step(engine)
+    begins = {engine.batch.cache.data[0].data_ptr()}
+    finish(engine, other)
+    for _ in range(2):
+        text = [*first.ids, 7, 8]
+        turn = Request(text, 20)
+        engine.submit(turn)
+        step(engine)
+        begins.add(engine.batch.cache.data[0].data_ptr())
+        finish(engine)
+        assert turn.metrics.num_cached_tokens >= len(text) - 4 and new_tokens(turn) == alone(target, turn)[0]
+        first = turn
+    assert len(begins) == 1 and new_tokens(other) == alone(target, other)[0]
+    assert engine.stats().kv_bytes == sum(buffers(prefix.cache) for prefix in engine.scheduler.memory.prefixes.entries)
 
 
 @pytest.mark.parametrize("reuse", [True, False])

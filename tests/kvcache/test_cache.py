@@ -1,5 +1,9 @@
 """The cache keeps what was committed, in order, whatever was appended and dropped in between."""
 
+import mmap
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -148,9 +152,63 @@ def test_buffers_begin_with_the_room_that_is_expected(layers: range | None) -> N
     assert cache.entries[0].slots == 16
 
 
-def test_no_more_is_taken_ahead_than_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2 * 2 * 3 * 64 * 8)  # eight slots of two layers and three rows
-    cache = KVCache(2, 3, layers=range(2))
-    cache.expect([10_000_000] * 3)
-    cache.claim(0, 2, [3] * 3, 1, 16, torch.float32)
-    assert [row.slots for row in cache.entries] == [8] * 3
+@pytest.mark.parametrize("layers", [None, range(2)])
+def test_a_row_of_a_known_limit_grows_in_place_and_holds_what_it_has_filled(layers: range | None) -> None:
+    cache, size = KVCache(2, 1, layers=layers, limit=1 << 20), 64
+    begin = resident()
+
+    def add(count: int) -> list[int]:
+        for layer in range(2):
+            cache.append(layer, torch.ones(1, 4, count, size), torch.ones(1, 4, count, size))
+        cache.commit([range(count)])
+        return [buffer.data_ptr() for buffer in cache.entries[0].buffers.values()]
+
+    first = add(3)
+    assert cache.nbytes == 4 * cache.token_bytes and cache.token_bytes == 2 * 2 * 4 * size * 4
+    for end in (400, 401, 5000):
+        assert add(end - cache.committed) == first
+        assert cache.nbytes == -(-end // 4) * 4 * cache.token_bytes
+    assert cache.capacities([5001]) == [5004]
+    assert resident() - begin < cache.nbytes + (8 << 20) < 32 << 20
+    assert all(buffer.nbytes > 1 << 30 for buffer in cache.entries[0].buffers.values())
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * mmap.PAGESIZE
+
+
+def test_a_row_begins_without_a_reserve_where_there_are_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, zeros = list[int](), cache_module.zeros
+
+    def refused(shape: tuple[int, ...], *kind: Any) -> torch.Tensor:
+        sizes.append(shape[-2])
+        if shape[-2] > 1000:
+            raise OSError("no addresses")
+        return zeros(shape, *kind)
+
+    monkeypatch.setattr(cache_module, "zeros", refused)
+    cache = KVCache(3, 1, layers=range(3), limit=1 << 20)
+    for token in range(13):
+        fill(cache, [[token]])
+        cache.commit([[0]])
+    assert contents(cache, 1, 0) == [*range(13)]
+    assert sizes == [(1 << 20) + 4, 4, (1 << 20) + 4, 8, (1 << 20) + 4, 12, (1 << 20) + 4, 16]
+    copied = cache.copy(0, 9)
+    assert contents(copied, 2, 0) == [*range(9)] and copied.entries[0].held == cache_module.PAGE
+
+
+def test_a_kept_text_shares_the_buffers_and_holds_only_its_tokens() -> None:
+    cache = KVCache(3, 2, layers=range(3), limit=100)
+    cache.expect([60, 60])
+    fill(cache, [[*range(20)], [*range(20, 40)]])
+    cache.commit([range(20), range(20)])
+    assert [row.held for row in cache.entries] == [60, 60]
+    kept = cache.take_compact(1)
+    assert kept.data[0].data_ptr() == cache.data[1].data_ptr() and kept.entries[0].held == 32
+    kept.expect([48])
+    fill(kept, [[*range(40, 60)]])
+    kept.commit([range(20)])
+    assert contents(kept, 2, 0) == [*range(20, 60)] and kept.entries[0].held == 48
+    assert contents(cache, 2, 1) == [*range(20, 40)]

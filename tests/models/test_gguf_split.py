@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from specdec import SpecDecError, SpecDecoder
 from specdec.cli import app
-from specdec.models import identity, loading
+from specdec.models import identity, loading, source
 from specdec.models.cached import cached_models, remove
 from specdec.models.gguf.file import read_header
 from specdec.models.names import check_model
@@ -113,6 +113,14 @@ def test_all_parts_of_a_repositorys_file_are_downloaded(cache, repository, tmp_p
     fetched = len(repository.fetched)
     text(f"{REPOSITORY}:{member}")
     assert len([name for name in repository.fetched[fetched:] if name.endswith(".gguf")]) == 0
+
+
+def test_a_companion_file_is_no_file_of_the_model() -> None:
+    files = ["X-Q4_0.gguf", "mtp-X-Q4_0.gguf", "MTP/mtp-X-Q8_0.gguf"]
+    assert source._named(REPOSITORY, "Q4_0", files) == files[0]
+    assert source._named(REPOSITORY, "mtp-x-q4_0", files) == files[1]
+    with pytest.raises(SpecDecError, match=r"it has X-Q4_0\.gguf$"):
+        source._named(REPOSITORY, "Q8_0", files)
 
 
 def test_it_is_pulled_and_removed_with_all_parts(cache: SimpleNamespace, repository: type[FakeHub]) -> None:

@@ -265,7 +265,7 @@ def test_9_the_usage_chunk_comes_last_and_counts_accepted_tokens(server: Server)
 
 
 def test_10_log_probabilities_are_those_of_plain_decoding_whoever_drafted_the_token(server: Server) -> None:
-    decoder, accepted = server.decoder, server.engine.stats().accepted
+    decoder, accepted = server.decoder, server.figure("spec_decode_num_accepted_tokens_total")
     known(decoder, SAMPLED)
     plain = decoder.with_drafter("none").generate(USER, max_new_tokens=24, logprobs=3, **SAMPLED)
     right = [[(token.token_id, token.logprob), *token.top] for token in plain.logprobs]
@@ -283,7 +283,7 @@ def test_10_log_probabilities_are_those_of_plain_decoding_whoever_drafted_the_to
     assert got["tokens"] == [token for token, *_ in tokens]
     assert got["token_logprobs"] == pytest.approx([token.logprob for token in plain.logprobs], abs=1e-4)
     assert [{*likely} for likely in got["top_logprobs"]] == [{*row} for row in tokens]
-    assert server.engine.stats().accepted > accepted + 30
+    assert server.figure("spec_decode_num_accepted_tokens_total") > accepted + 30
 
 
 def test_11_an_unknown_model_is_not_found(server: Server) -> None:

@@ -54,6 +54,7 @@ class Remote(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> Remote:
+        assert raw.dtype != torch.float64, "some devices, such as mps, have no float64"
         kind = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype, "device": DEVICE}
         return torch.Tensor._make_wrapper_subclass(cls, raw.size(), **kind)  # type: ignore[no-any-return, attr-defined]
 

@@ -224,20 +224,32 @@ def write_family(
     gates: str = "",
     older: bool = False,
     joined: bool = False,
+    predicts: Any = None,
+    apart: bool = False,
     tensors: Mapping[str, np.ndarray] = {},
+    in_blocks: Mapping[str, np.ndarray] = {},
 ) -> Path:
     """Write a model of transformers as a GGUF file, as llama.cpp's converter does.
 
     kind: type of the matrices, which are quantized or, for types without a quantizer, random blocks.
     gates: type of the gates of recurrent layers and of routers. older: as older converters wrote Qwen3-Next.
-    joined: whether gate and up of experts are one tensor. tensors: further tensors by name.
+    joined: whether gate and up of experts are one tensor.
+    predicts: the decoder layer of a prediction layer, as a model of one layer; None: there is none.
+    apart: whether the file is the companion that has only this layer.
+    tensors: further tensors by name. in_blocks: the values of some of them in blocks of ``kind``.
     """
     config = model.config
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
-    names, writer = gguf.get_tensor_name_map(architecture, config.num_hidden_layers), gguf.GGUFWriter(path, name)
-    sizes = config.num_hidden_layers, config.max_position_embeddings, config.hidden_size, config.intermediate_size
+    count, own = config.num_hidden_layers + (predicts is not None), dict(model.named_parameters())
+    names, writer = gguf.get_tensor_name_map(architecture, count), gguf.GGUFWriter(path, name)
+    sizes = count, config.max_position_embeddings, config.hidden_size, config.intermediate_size
     add_sizes(writer, *sizes, config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps)
+    if predicts is not None:
+        writer.add_nextn_predict_layers(1)
+        own = {key: value for key, value in own.items() if not (apart and ".layers." in key)}
+        inside = ((key.partition("layers.0."), value) for key, value in predicts.named_parameters())
+        own |= {f"model.layers.{count - 1}.{part}": value for (_, found, part), value in inside if found}
     rope = config.rope_parameters
     writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
     for key, field in metadata.items():
@@ -267,7 +279,7 @@ def write_family(
     characters = [chr(point) for point in (*range(33, 127), *range(161, 173))][: vocab - 4]
     add_vocabulary(writer, "qwen2", ["<|endoftext|>", "<s>", "</s>", *characters, "AB"], "A B")
     random = np.random.default_rng(0)
-    for parameter, tensor in model.named_parameters():
+    for parameter, tensor in own.items():
         where, _, leaf = parameter.rpartition(".")
         values = tensor.detach().float().numpy()
         if where.endswith("norm") and not where.endswith("linear_attn.norm"):
@@ -303,7 +315,10 @@ def write_family(
             blocks = gguf.quants.quantize(rows, packed) if whole else random_blocks(its, rows.shape, random, (0, most))
             writer.add_tensor(stored, blocks.reshape(*part.shape[:-1], -1), raw_dtype=packed)
     for stored, values in tensors.items():
-        writer.add_tensor(stored, values)
+        if stored in in_blocks:
+            writer.add_tensor(stored, in_blocks[stored], raw_dtype=gguf.GGMLQuantizationType[kind])
+        else:
+            writer.add_tensor(stored, values)
     finish(writer)
     return path
 

@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_model
 
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.dspark import BlockConfig, BlockHead, DFlashDrafter, DSparkDrafter
 from specdec.drafters.eagle3 import Eagle3Drafter
 from specdec.drafters.eagle3.network import Eagle3, Eagle3Config, default_taps
 from specdec.drafters.exits import (
@@ -259,6 +260,24 @@ def eagle3(target: Target, has_embedding: bool = False, **options: Any) -> Eagle
     return Eagle3Drafter(network, **options)
 
 
+def dspark(target: Target, kind: type[DSparkDrafter] = DSparkDrafter, /, **changes: Any) -> DSparkDrafter:
+    """Return a random DSpark or DFlash drafter with a vocabulary of every second token.
+
+    changes: of its config; ``nodes`` and ``width`` are options of the drafter.
+    """
+    torch.manual_seed(5)
+    tokens, options = half(target).long(), {key: changes.pop(key) for key in ("nodes", "width") if key in changes}
+    heads = {"markov": "vanilla", "rank": 6, "sure": target.hidden_size + 6} if kind is DSparkDrafter else {}
+    sizes = {"depth": 2, "block": 5, "mask_token": 1, "windows": (None, 3), "first": int(kind is DFlashDrafter)}
+    given: dict[str, Any] = {"vocab": len(tokens), **sizes, **heads, **changes}
+    config = BlockConfig(default_taps(target.num_layers), target.hidden_size, 4, 2, 8, 40, **given)
+    d2t = tokens - torch.arange(len(tokens)) if config.vocab == len(tokens) else None
+    network = BlockHead(config, target, d2t)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return kind(network, **options)
+
+
 def mtp(target: Target) -> MTPDrafter:
     """Return an MTP drafter whose layer is random, in place of the layer that a checkpoint has."""
     d, place = target.hidden_size, (target.device, target.dtype)
@@ -301,6 +320,11 @@ CHAINS: dict[str, Callable[[Target], Drafter]] = {
     "m2r2-paper": lambda target: m2r2(target, 2, (), False, True, kind=PaperM2R2Drafter),
     "medusa": lambda target: medusa(target, rooted=True),
     "eagle3": lambda target: eagle3(target),
+    "dspark": lambda target: dspark(target),
+    "dspark: a recurrent Markov head, windows in both directions": lambda target: dspark(
+        target, markov="rnn", causal=False, first=1
+    ),
+    "dflash": lambda target: dspark(target, DFlashDrafter),
     "mtp": lambda target: mtp(target),
     "draft-model": lambda target: DraftModelDrafter(second(target)),
     "draft-model: a short context": lambda target: DraftModelDrafter(second(target, max_position_embeddings=16)),
@@ -323,6 +347,9 @@ TREES: dict[str, Callable[[Target], Drafter]] = {
     "medusa": lambda target: medusa(target, 9),
     "eagle3": lambda target: eagle3(target, nodes=7),
     "eagle3: with an embedding of its own": lambda target: eagle3(target, True, nodes=9, width=3),
+    "dspark": lambda target: dspark(target, nodes=9, width=3),
+    "dspark: a gated Markov head": lambda target: dspark(target, markov="gated", biased=True, nodes=7),
+    "ngram+dspark": lambda target: JoinedDrafter(NgramDrafter(9), dspark(target)),
     "ngram+early-exit": lambda target: JoinedDrafter(NgramDrafter(9), EarlyExitDrafter(3)),
     "ngram+draft-model": lambda target: JoinedDrafter(NgramDrafter(), DraftModelDrafter(second(target))),
     "ngram+eagle3": lambda target: JoinedDrafter(NgramDrafter(), eagle3(target)),

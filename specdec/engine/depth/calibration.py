@@ -22,29 +22,32 @@ SIZES = 8  # groups of batch sizes with figures of their own: 1, 2 or 3, 4 to 7,
 class DecayedCounts:
     """Counts of trials and of hits in numbered bins, with exponential forgetting.
 
-    hits, trials: the decayed counts, [size]. memory: the largest count of trials of a bin.
+    hits, trials: the decayed counts of each bin, [size].
+    memory: maximum decayed number of trials of a bin; the larger, the slower it forgets.
     """
 
     def __init__(self, size: int, memory: float) -> None:
-        self.hits, self.trials, self.memory = [0.0] * size, [0.0] * size, memory
+        self.hits = [0.0] * size
+        self.trials = [0.0] * size
+        self.memory = memory
 
     def add(self, number: int, hit: float, weight: float = 1.0) -> None:
-        """Add ``weight`` trials to the bin ``number``. hit: the mean of their outcomes, 0 to 1."""
+        """Add ``weight`` trials to bin ``number``. hit: share of these trials that were hits, in [0, 1]."""
         fade = min(self.memory / (self.trials[number] + weight), 1.0)
         self.trials[number] = fade * (self.trials[number] + weight)
         self.hits[number] = fade * (self.hits[number] + weight * hit)
 
     def mean(self, number: int, assumed: float, weight: float) -> float:
-        """Return the share of hits in a bin; the prior mean ``assumed`` counts as ``weight`` trials."""
+        """Return the share of hits in bin ``number``, with a prior of ``weight`` trials of mean ``assumed``."""
         return (self.hits[number] + weight * assumed) / (self.trials[number] + weight)
 
     def means(self, assumed: Iterable[float], weight: float) -> list[float]:
-        """Return ``mean`` for each bin and its prior mean."""
+        """Return ``mean`` of each bin, with the prior means ``assumed`` and their ``weight``."""
         each = zip(assumed, self.hits, self.trials, strict=False)
         return [(hits + weight * mean) / (trials + weight) for mean, hits, trials in each]
 
     def forget(self) -> None:
-        """Scale each bin down to at most ``COUNT_AFTER_CHANGE`` trials."""
+        """Scale the counts of each bin down to at most ``COUNT_AFTER_CHANGE`` trials; shares of hits stay."""
         for number, trials in enumerate(self.trials):
             fade = min(COUNT_AFTER_CHANGE / max(trials, COUNT_AFTER_CHANGE), 1.0)
             self.hits[number], self.trials[number] = fade * self.hits[number], fade * trials
@@ -53,9 +56,10 @@ class DecayedCounts:
 class History:
     """The outcomes of the drafts of one row, or of all rows.
 
-    by_source: for each source, hits at the knots of its raw probabilities. A trial between two knots counts for both.
-    by_position: for each exit, whether the first, second, .. level added a token where nothing else had the right one.
-    gains: for each group of batch sizes, the tokens that a draft added beyond its price.
+    by_source: for each candidate source, counts of accepted candidates at the knots of its raw probabilities; one
+        between two knots counts for both.
+    by_position: for each exit, counts of the first, second, .. levels that added a token that no other source had.
+    gains: for each group of batch sizes, the gain of a draft: accepted tokens minus its cost in tokens.
     """
 
     def __init__(self, sources: int, exits: int, levels: int, memory: float = ROW_MEMORY) -> None:
@@ -64,11 +68,11 @@ class History:
         self.gains = DecayedCounts(SIZES, memory)
 
     def all_counts(self) -> list[DecayedCounts]:
-        """Return all counts, in a fixed order."""
+        """Return all counters, in a fixed order, for storing."""
         return [*self.by_source, *self.by_position, self.gains]
 
     def add(self, outcome: Outcome, exit: int, rows: int, gain: float) -> None:
-        """Add the outcome of a row's draft in a step of ``rows``. gain: tokens that it added beyond its price."""
+        """Add the outcome of one row's draft in a step of ``rows`` rows. gain: accepted tokens minus its cost."""
         for source, knot, weight, hit in outcome.candidates:
             self.by_source[source].add(knot, hit, weight)
         for level, hit in outcome.levels:
@@ -77,12 +81,12 @@ class History:
 
 
 class Outcome(NamedTuple):
-    """The outcome of a row's draft in one step.
+    """The outcome of one row's draft in one step.
 
-    candidates: of each candidate whose predecessors were right: its source, a knot near what that said, the weight
-        there, and whether it was right.
-    levels: the number of each level behind right tokens, and whether its token was accepted. Level 0 is the first at
-        which nothing else had the right token.
+    candidates: for each candidate whose predecessors were accepted: the index of its source, a knot near the
+        probability that the source gave it, the weight of this knot, and whether the candidate was right.
+    levels: for each level after accepted tokens, its number and whether its token was accepted. Level 0 is the first at
+        which no other source had the right token.
     """
 
     candidates: list[tuple[int, int, float, float]]
@@ -92,10 +96,10 @@ class Outcome(NamedTuple):
     def of(
         cls, accepted: int, levels: int, first: int = 0, found: Candidates = NOTHING, tokens: Sequence[int] = ()
     ) -> Outcome:
-        """Return the outcome of a draft of so many ``levels``, of which the first ``accepted`` tokens were right.
+        """Return the outcome of a draft of ``levels`` levels, of which the first ``accepted`` tokens were accepted.
 
-        first: number of right tokens that were there without levels.
-        found, tokens: what the draft was chosen from, and the tokens that followed the root.
+        first: number of right tokens that other sources had.
+        found, tokens: the candidates that the draft was chosen from, and the tokens that then followed the root.
         """
         outcome = cls(
             [], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))]
@@ -110,17 +114,17 @@ class Outcome(NamedTuple):
             for node in nodes:
                 hit = found.tokens[node] == token
                 at = node + 1 if hit else at
-                for source, said in enumerate(found.raw):
-                    if said[node] > 0:
-                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(said[node]))
+                for source, raw in enumerate(found.raw):
+                    if raw[node] > 0:
+                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(raw[node]))
             if not at:
                 break
         return outcome
 
 
-def _near(said: float) -> list[tuple[int, float]]:
-    """Return the knots around what a source says, and the share of each."""
-    at = math.log(max(said, 1e-9) / max(1 - said, 1e-9)) - KNOTS[0]
+def _near(raw: float) -> list[tuple[int, float]]:
+    """Return the two knots (or one) around the probability ``raw``, and the weight of each for interpolation."""
+    at = math.log(max(raw, 1e-9) / max(1 - raw, 1e-9)) - KNOTS[0]
     if at <= 0 or at >= len(KNOTS) - 1:
         return [(0 if at <= 0 else len(KNOTS) - 1, 1.0)]
     below = int(at)
@@ -132,18 +136,18 @@ def _size(rows: int) -> int:
 
 
 def expected_gain(row: History, common: History, rows: int) -> float:
-    """Return the expected tokens that a draft of ``row`` adds beyond its price, in a step of so many rows."""
+    """Return the expected gain, accepted tokens minus costs, of a draft of ``row`` in a step of ``rows`` rows."""
     size = _size(rows)
     return row.gains.mean(size, common.gains.mean(size, 1.0, PRIOR_COUNT), ROW_PRIOR_COUNT)
 
 
 def table(row: History, common: History, source: int) -> list[float]:
-    """Return the calibrated probabilities of a source at the knots, for ``row``."""
+    """Return the calibrated probabilities of source number ``source`` at the knots, from a row's and all histories."""
     return row.by_source[source].means(common.by_source[source].means(RAW_PROBABILITIES, PRIOR_COUNT), ROW_PRIOR_COUNT)
 
 
 def rates(row: History, common: History, exit: int) -> list[float]:
-    """Return how likely each level adds a token where nothing else has the right one, for ``row``."""
+    """Return, for each level of ``row``, the probability that it adds a right token that no other source has."""
     own, others, rate, found = row.by_position[exit], common.by_position[exit], FIRST, list[float]()
     for level in range(len(own.hits)):
         assumed = others.mean(level, rate, ROW_PRIOR_COUNT if level else PRIOR_COUNT)  # a level is much like the last

@@ -22,14 +22,14 @@ FORMAT, FILE = 7, TypeAdapter(Costs)
 
 
 def load(target: Target, drafter: Drafter) -> Costs | None:
-    """Return what earlier processes knew about ``drafter`` on ``target``, on this machine."""
+    """Return the costs that earlier processes measured for ``drafter`` on ``target``; None: there are none."""
     with suppress(OSError, ValueError):  # no file, or not one of ``store``
         return FILE.validate_json(_file(target, drafter).read_bytes())
     return None
 
 
 def store(target: Target, drafter: Drafter, costs: Costs) -> None:
-    """Write ``costs`` to the cache folder. If that fails, the next process begins anew."""
+    """Write ``costs`` to the cache folder; errors are ignored, since the next process then measures again."""
     with suppress(OSError):
         path = _file(target, drafter)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def store(target: Target, drafter: Drafter, costs: Costs) -> None:
 
 
 def _file(target: Target, drafter: Drafter) -> Path:
-    """Return the file of the costs: its name is a hash of everything that they depend on."""
+    """Return the path of the costs' file; its name is a hash of everything that costs depend on."""
     device, processor = target.device, f"{torch.get_num_threads()} threads of {machine.processor_name()}"
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     experts = None if target.experts is None else target.experts.describe()  # more tokens load more experts

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 
-MOST_TOKENS = 1024  # of a pass whose cost is told apart
+MOST_TOKENS = 1024  # of the largest pass that has a cost of its own
 TYPICAL_TOKENS = 4  # that a step drafts
 # Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
 SPREAD, OTHER_SPREAD = 0.15, 0.5
@@ -28,11 +28,11 @@ LEVEL, FIRST, DRAFT = "level", "first", "draft"
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
 class Costs:
-    """What is known about costs, for later processes.
+    """Estimated costs and acceptance counts, as stored for later processes.
 
-    passes: seconds of a pass over one token, and errors of the formula at 2, 4, 8, .. tokens, as logarithms.
-    others: the errors of other figures, by their names.
-    hits, trials: of ``History.tallies``, over all rows.
+    passes: logarithms of the seconds of a pass over one token, and of the cost formula's errors at 2, 4, 8, .. tokens.
+    others: logarithms of the errors of drafting costs, by name.
+    hits, trials: counts of accepted and of all drafted tokens in each bin, for each counter of ``History``.
     """
 
     passes: list[float] = Field(default_factory=list)
@@ -50,8 +50,9 @@ class CostModel:
     of the formula are estimated together from the times of steps, by a Kalman filter of the logarithms. The errors of
     two numbers of tokens are the more alike, the nearer they are.
 
-    costs: of a token.
-    shares: of a pass that drafting a level costs, by exit.
+    costs: the constants ``multiply``, ``read`` and ``attend`` of the formula.
+    shares: for each exit, cost of drafting one level as a share of a pass.
+    earlier: costs from an earlier process; None: there are none.
     """
 
     def __init__(self, costs: TokenCosts, shares: Sequence[float], earlier: Costs | None = None) -> None:
@@ -59,8 +60,9 @@ class CostModel:
         self.shares = [max(share, 1e-4) for share in shares]
         # Of each number of tokens: its place among 1, 2, 4, ..
         self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
-        # The state: the speed, which is the error at one token, and the errors at 2, 4, .. over it as far as is known.
-        self.state, self.covariance, self.known = [0.0], [[1.0]], False
+        self.state = [0.0]  # the speed, which is the error at one token, and the errors at 2, 4, .. over it, if known
+        self.covariance = [[1.0]]  # of the state
+        self.known = False  # whether the speed is
         self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
@@ -75,20 +77,21 @@ class CostModel:
 
     @property
     def speed(self) -> float:
-        """Seconds of a pass over one token with an empty cache, as a logarithm."""
+        """Logarithm of the seconds of a pass over one token with an empty cache."""
         return self.state[0]
 
     def formula(self, tokens: int, cached: int, attended: int) -> float:
-        """Return what a pass costs over one of one token with an empty cache, as a logarithm, before errors.
+        """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
 
-        cached: number of cached tokens of all rows. attended: number of pairs of a token of the pass and a cached one.
+        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
+        attended: number of pairs of a token of the pass and a cached token of its row.
         """
         multiply, read, attend = self.costs
         cost = (1 + read * cached) ** 2 + (multiply * tokens + attend * attended) ** 2
         return 0.5 * (math.log(cost) - math.log1p(multiply**2))
 
     def passing(self, contexts: Sequence[int], most: int) -> list[float]:
-        """Return seconds of passes over a root of each row and 0, 1, .. ``most`` drafted tokens.
+        """Return the seconds of passes over the root of each row and 0, 1, .. ``most`` drafted tokens.
 
         contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
         """
@@ -109,19 +112,19 @@ class CostModel:
         return [(own - base) / some for own in seconds]
 
     def level(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return seconds of drafting a level for all rows. contexts: number of cached tokens of each row."""
+        """Return the seconds of drafting one level to exit ``exit``. contexts: number of cached tokens of each row."""
         return self._other(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return seconds that the first level takes beyond that."""
+        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
         return self._other(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
-        """Return seconds of a draft beside its levels."""
+        """Return the seconds of drafting that do not depend on the number of levels."""
         return self._other(DRAFT, 0, contexts)
 
     def add_pass(self, tokens: int, seconds: float, cached: int = 0, attended: int = 0) -> None:
-        """Add the time of a pass over ``tokens``, roots included. cached, attended: as in ``formula``."""
+        """Update the estimates with the ``seconds`` of a pass; its sizes ``tokens``, ... are as in ``formula``."""
         tokens = min(tokens, MOST_TOKENS)
         seen = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
         if not self.known:
@@ -142,7 +145,7 @@ class CostModel:
             row[n] += DRIFT**2 / (10 if n else 1)
 
     def _reach(self, number: int) -> None:
-        """Let the state have errors up to that ``number``. What was unknown is as the last one, and less certain."""
+        """Extend the filter's state to error ``number``; new errors begin at the last one, with a larger variance."""
         while len(self.state) <= number:
             first = len(self.state) == 1  # there is no error at one token
             self.state.append(0.0 if first else self.state[-1])
@@ -152,7 +155,7 @@ class CostModel:
                 row.append(new)
 
     def add_draft(self, exit: int, contexts: Sequence[int], levels: int, seconds: float) -> None:
-        """Add the time of drafting ``levels``: what is uncertain, and much of it, is corrected most."""
+        """Update the estimates with the time of drafting ``levels`` levels; uncertain and large parts change most."""
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
             self.seen.update(parts)
@@ -172,14 +175,14 @@ class CostModel:
             self.others.setdefault(part, {})[rows] = [own + gain * error / total, left]
 
     def _other(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
-        """Return seconds of such a part of a draft, as far as is known."""
+        """Return the estimated seconds of a part of drafting. kind: name of the part, such as "level"."""
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
         if kind == LEVEL:
             share *= 1 + self.costs.read * sum(min(own, NEAR) for own in contexts)
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts))[0])
 
     def _error(self, kind: str, exit: int, rows: int) -> list[float]:
-        """Return the error of that share, as a logarithm, and its variance: those of the nearest number of rows."""
+        """Return a drafting cost's [logarithm of measured over formula, variance], from the nearest number of rows."""
         known = self.others.get((kind, exit), {})
         if rows in known:
             return known[rows]
@@ -187,15 +190,16 @@ class CostModel:
         return [known.get(nearest, [0.0])[0], OTHER_SPREAD**2]
 
     def kept(self) -> Costs:
-        """Return what later processes begin with, without ``hits`` and ``trials``."""
+        """Return the estimates to store for later processes, without ``hits`` and ``trials``."""
         each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:
-    """Return the variance that what is known lacks, if a time is much shorter than expected.
+    """Return the variance to add to an estimate after a time that was much shorter than expected.
 
-    Other work makes steps slow, and nothing makes them fast: then what is known is wrong.
+    Other work can make a step slow, but nothing makes it fast, so the estimate must be wrong.
+    error: logarithm of measured over expected time. variance, noise: variances of the estimate and of a measurement.
     """
     return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

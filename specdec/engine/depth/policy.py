@@ -36,10 +36,11 @@ NEVER = [0.0] * len(KNOTS)  # the table of a row that does not draft
 
 
 class DepthChoice(NamedTuple):
-    """What to draft in a step.
+    """The policy's choice for one step.
 
     depths: maximum depth of each row's draft; 0: the row does not draft.
-    exit, prices: as in ``State``.
+    exit: the last exit that drafted tokens may go to; None: any.
+    prices: costs of nodes and levels; None: each row drafts to its depth.
     """
 
     depths: Sequence[int] = ()
@@ -48,22 +49,22 @@ class DepthChoice(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """The largest of ``depths``; 0 in a plain step."""
+        """The largest of ``depths``; 0: nothing is drafted."""
         return max(self.depths, default=0)
 
 
 @dataclass
 class StepReport:
-    """The result of a step.
+    """The result of one step, from which the policy learns. Lists have one entry per row.
 
-    rows: the histories of all rows.
+    rows: the histories of the rows.
     drafted: depth of each row's draft.
     accepted: number of each row's accepted drafted tokens.
-    scored: number of tokens of the pass.
-    drafting, other: seconds.
+    scored: number of tokens of the scoring pass.
+    drafting, other: seconds of drafting, and of the rest of the step.
     tokens: each row's new tokens.
-    found: what the draft was chosen from (``Draft.found``).
-    nodes: number of scored draft nodes of each row; empty: unknown, the cached tokens of all rows are taken as none.
+    found: the candidates that the draft was chosen from (``Draft.found``); None: the drafter has no probabilities.
+    nodes: number of scored draft nodes of each row; empty: unknown, and cached tokens count as none.
     """
 
     rows: Sequence[History]
@@ -78,7 +79,7 @@ class StepReport:
 
 
 class FixedDepth:
-    """Always the same depth."""
+    """Depth policy that always drafts to the same depth. plain_seconds: never known, so always None."""
 
     plain_seconds: float | None = None
 
@@ -100,16 +101,17 @@ class FixedDepth:
 
 @dataclass
 class AutoDepth:
-    """The policy above. One serves all requests of a decoder; each request has a history of its own (``begin``).
+    """Depth policy that drafts as deep as pays, by measured costs and acceptance. All requests of a decoder share one.
 
     has_probabilities, shares: ``Traits.has_probabilities`` and ``Traits.level_shares``.
     tables: number of ``Traits.sources``.
-    token: costs of a token in a pass.
-    earlier: what earlier processes knew.
-    contexts: number of cached tokens of each present row.
+    token: constants of the cost of a token in a pass.
+    earlier: costs and counts from an earlier process; None: there are none.
+    contexts: number of cached tokens of each row of the batch.
     passes: expected seconds of a pass of these rows with 0, 1, .. drafted tokens.
-    tokens, spent: of recent steps; spent in tokens that plain decoding yields in that time.
-    since_tried: seconds since each choice was last made.
+    tokens: decayed number of tokens of recent steps.
+    spent: decayed number of tokens that plain decoding would have yielded in the same time.
+    since_tried: seconds since each choice (an exit, or a kind of draft) was last made.
     """
 
     has_probabilities: bool = False
@@ -141,18 +143,18 @@ class AutoDepth:
 
     @classmethod
     def of(cls, drafter: Drafter, token: TokenCosts, earlier: Costs | None = None) -> AutoDepth:
-        """Return the policy for ``drafter``."""
+        """Return the policy for ``drafter``. token: constants of a token's cost. earlier: stored costs; None: none."""
         traits = drafter.traits
         return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, token, earlier)
 
     def begin(self) -> History:
-        """Return the history of a new request."""
+        """Return an empty history for a new request."""
         row = History(*self.size)
         self.rows.add(row)
         return row
 
     def follow(self, version: int) -> None:
-        """Let what was known of another version of the drafter count little."""
+        """Scale down the counts if the drafter's version has changed, since they are of another network."""
         if self.version not in (None, version):
             for row in (self.common, *self.rows):
                 for counts in [*row.by_source[-1:], *row.by_position, row.gains]:
@@ -162,20 +164,19 @@ class AutoDepth:
 
     @property
     def plain_seconds(self) -> float | None:
-        """Expected seconds of a plain step."""
+        """Expected seconds of a step without drafts; None: not known yet."""
         return self.passes[0] if self.model.known else None
 
     @property
     def speedup(self) -> float:
-        """The present speed over that of plain decoding."""
+        """The present speed divided by the expected speed of plain decoding."""
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
-        """Return what to draft in the next step of ``rows``.
+        """Choose draft depths and prices for the next step.
 
-        rows: the histories of all rows of the batch. caps: the depth that each row's draft may have; a row with 0 does
-            not draft, and waits for the pass as well.
-        contexts: number of cached tokens of each row; empty: none.
+        rows: the histories of all rows of the batch. caps: maximum draft depth of each row; 0: the row does not draft.
+        contexts: number of cached tokens of each row; empty: they count as none.
         """
         self.contexts = contexts = contexts or [0] * len(rows)
         count, drafting = len(rows), [row for row, cap in zip(rows, caps, strict=True) if cap]
@@ -195,11 +196,14 @@ class AutoDepth:
         return self.choice
 
     def _explores(self, what: str | int, loss: float) -> bool:
-        """Return whether the choice ``what`` is due for exploration, at an expected loss of ``loss`` seconds."""
+        """Return whether to explore choice ``what`` now, at an expected loss of ``loss`` seconds."""
         return EXPLORATION_SHARE * self.since_tried[what] >= loss
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
-        """Return the depths and prices at the exit whose levels bring most, or at one that is explored."""
+        """Return depths and prices for the exit with the largest expected gain, or for one that is explored.
+
+        caps: maximum draft depth of each row. speed: present speed in tokens per second.
+        """
         sources, beyond = range(self.size[0]), [speed * seconds for seconds in self.model.beyond(self.contexts)]
         tables = [
             [table(row, self.common, source) if cap else NEVER for source in sources]
@@ -226,7 +230,7 @@ class AutoDepth:
         return DepthChoice(depths, exit if len(self.exits) > 1 else None, prices)
 
     def _depths(self, prices: Prices) -> list[int]:
-        """Return how deep a drafter without probabilities drafts for each row, by the rates of the positions."""
+        """Return each row's draft depth for a drafter without probabilities, by the acceptance rates per position."""
         prices = replace(prices, nodes=prices.nodes[:: max(round(self.width), 1)])
         levels = prices.levels()
         chains = [Candidates.chain(row[:levels]) for row in prices.rates]
@@ -234,7 +238,7 @@ class AutoDepth:
         return depths if any(depths) else [min(levels, len(row), 1) for row in prices.rates]
 
     def observe(self, step: StepReport) -> None:
-        """Learn from a step that drafted as the last choice says, of the rows that drafted."""
+        """Update costs and histories from a step that drafted what ``choose`` returned last."""
         model, choice, count, found = self.model, self.choice, len(step.rows), step.found
         contexts = self.contexts
         seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
@@ -270,7 +274,7 @@ class AutoDepth:
             self.width = 0.8 * self.width + 0.2 * nodes / (rows * levels)
 
     def costs(self) -> Costs:
-        """Return what is known, for later processes."""
+        """Return the costs and counts to store for later processes."""
         all_counts = self.common.all_counts()
         hits = [[round(hits, 3) for hits in counts.hits] for counts in all_counts]
         trials = [[round(trials, 3) for trials in counts.trials] for counts in all_counts]

@@ -162,7 +162,7 @@ class _BlockModule(_OfBlocks):
 class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
     """A linear layer without gradients whose weight stays in blocks.
 
-    bias: [out]; None: the layer has none. dtype: of the weight and the bias in products.
+    bias: the bias [out]; None: the layer has none. dtype: dtype of weight and bias in products.
     """
 
     def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -195,7 +195,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, misc]
-    """An embedding without gradients whose table stays in blocks. dtype: of the result. embed_scale: see the base."""
+    """An embedding without gradients whose table stays in blocks. dtype: that of the result. embed_scale: a factor."""
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype, embed_scale: Tensor | None = None) -> None:
         nn.Module.__init__(self)
@@ -212,8 +212,8 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
 class BlockExperts(_OfBlocks):
     """The experts of a layer with weights in blocks, without gradients; they replace ``own``, the model's own module.
 
-    gate_up: of each expert, its gate projection's rows and then its up projection's, in one matrix or two.
-    down: of each expert, its down projection.
+    gate_up: for each expert, the rows of its gate projection and then of its up projection, in one matrix or two.
+    down: for each expert, its down projection.
     transposed: whether the model's module has biases and transposed matrices in which gate and up alternate (gpt-oss).
     """
 
@@ -309,8 +309,8 @@ class ExpertBlocks(Blocks):
 
     matrices: the matrices of all experts, in order. data, kind, inputs: those of the first matrix.
     experts: number of experts.
-    interleaved: 0, or for transposed experts (``BlockExperts.transposed``) the number of parts whose columns alternate;
-    the shape is then [experts, inputs, rows].
+    interleaved: for transposed matrices, of shape [experts, inputs, rows], the number of parts (such as gate and up)
+    whose columns alternate; 0: matrices are not transposed.
     """
 
     matrices: tuple[Blocks, ...] = ()

@@ -35,14 +35,14 @@ ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 
 
 class _Broken(Exception):
-    """The header of a GGUF file is broken. The message says how."""
+    """Raised if the header of a GGUF file is broken. The message says how."""
 
 
 class Strings(Sequence[str]):
     """An array of strings in a header, decoded at first use, because a vocabulary has hundreds of thousands.
 
     data: the encoded strings, each as its length (uint64) and its bytes. count: number of strings.
-    name: of the model, for messages. Reading a string raises SpecDecError if any string is not UTF-8 text.
+    name: the model's name in messages. Reading a string raises SpecDecError if any string is not UTF-8 text.
     """
 
     def __init__(self, data: bytes, count: int, name: str) -> None:
@@ -86,11 +86,16 @@ class GGUFFile(TensorFile):
         """llama.cpp's name of the model's architecture, such as "qwen2"; "" if the file names none."""
         return str(self.metadata.get("general.architecture", ""))
 
+    def without_tokenizer(self) -> GGUFFile:
+        """Return the header without the tokenizer's metadata, which take most of its memory."""
+        kept = {key: value for key, value in self.metadata.items() if not key.startswith("tokenizer.")}
+        return replace(self, metadata=kept)
+
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
     """Read the header of a GGUF file, or the headers of all parts of a split file.
 
-    path: the file, or any part of a split one. name: of the model, for messages; "": the path.
+    path: the file, or any part of a split one. name: the model's name in messages; "": the path.
     Raises SpecDecError if the file is broken or a part is missing.
     """
     name, paths = name or str(path), part_paths(path)
@@ -146,7 +151,7 @@ def _error(name: str, why: str) -> SpecDecError:
 
 
 class _HeaderReader:
-    """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: of the model, for messages."""
+    """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: the model's name in messages."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
         self.data, self.size = data, len(data)

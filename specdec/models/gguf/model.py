@@ -7,6 +7,7 @@ model of that config with the weights of the file. Supports the architectures of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _kind(file: GGUFFile) -> str:
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template of a GGUF file into ``folder``.
 
-    name: of the model, for messages. Raises SpecDecError for a file that is broken or not supported.
+    name: the model's name in messages. Raises SpecDecError for a file that is broken or not supported.
     """
     kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
@@ -83,7 +84,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 def config_of(name: str, file: GGUFFile) -> Config:
     """Return the config of a GGUF file, made from its metadata. Raises SpecDecError for unknown or impossible metadata.
 
-    name: of the model, for messages.
+    name: the model's name in messages.
     """
     kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
@@ -107,8 +108,12 @@ def config_of(name: str, file: GGUFFile) -> Config:
             raise SpecDecError(f"cannot load model '{name}': its GGUF file says that {field} is {str(value)[:60]!r}")
     families.check_sizes(name, Config(**values))
     ends = ".attn_output.weight", ".ssm_out.weight"  # a layer has one of them
-    layers = sum(key.startswith("blk.") and key.endswith(ends) for key in file.tensors)
-    if values.get("num_hidden_layers") != layers:
+    blocks_of_layers = {_layer(key) for key in file.tensors if key.endswith(ends)} - {-1}
+    if more := values.pop("nextn_layers", 0):  # the last blocks predict further tokens
+        count = values["num_hidden_layers"] = values.get("num_hidden_layers", 0) - more
+        values["mtp_num_hidden_layers"] = more
+        blocks_of_layers = {layer for layer in blocks_of_layers if not count <= layer < count + more}
+    if values.get("num_hidden_layers") != (layers := len(blocks_of_layers)):
         raise SpecDecError(
             f"cannot load model '{name}': its GGUF file has {layers} layers, and its header names "
             f"{values.get('num_hidden_layers')}; get it again"
@@ -138,7 +143,9 @@ def config_of(name: str, file: GGUFFile) -> Config:
 
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
-    """Set the share of each head that rotates in ``values``, fields of a config of model type ``kind``.
+    """Set the share of each head that rotates, from other fields of ``values``, the config of a model of type ``kind``.
+
+    name: the file, for errors.
     Raises SpecDecError if the model type does not support the share."""
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:
@@ -192,13 +199,13 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """Return the names of the tensors in ``file`` that make up each parameter of ``model``.
 
-    name: of the model, for messages. Raises SpecDecError if tensors are missing, superfluous, or of another shape or an
-    unknown type.
+    name: the model's name in messages. Raises SpecDecError if tensors are missing, superfluous, or of another shape or
+    an unknown type.
     """
     found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
     unfit = list[str]()
-    for parameter, values in model.named_parameters():
+    for parameter, values in weights.unfilled(model):
         tensors, wanted, (path, _, leaf) = found[parameter], list(values.shape), parameter.rpartition(".")
         if path.endswith("conv1d"):
             wanted.remove(1)
@@ -224,7 +231,13 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
             f"'{name}' has {len(more)} tensors that do not belong to a {model.config.model_type} model of its config, "
             f"such as '{more[0][:60]}'"
         )
-    for kind in {info.kind for info in file.tensors.values()} - {*PLAIN, *blocks.KINDS}:
+    check_types(name, (info for key, info in file.tensors.items() if key not in further))
+    return found
+
+
+def check_types(name: str, infos: Iterable[TensorInfo]) -> None:
+    """Raise SpecDecError, which names the model ``name``, for a tensor of a type that cannot be read."""
+    for kind in {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}:
         try:
             blocks.dequantize_rows(
                 torch.zeros(1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]).byte(), kind
@@ -233,14 +246,13 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
             raise SpecDecError(
                 f"'{name}' has tensors of type {kind}, which cannot be read; get a file of another type, such as Q4_K_M"
             ) from None
-    return found
 
 
 def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
     """Return the tensor names of each parameter of ``model`` by the conventions of ``gguf``; "" for an unknown name."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
-    for parameter, _ in model.named_parameters():
+    for parameter, _ in weights.unfilled(model):
         path, _, leaf = parameter.rpartition(".")
         matrix, end = leaf.removesuffix("_bias"), leaf if leaf in ("weight", "bias") else "weight"
         if matrix in EXPERTS:
@@ -266,29 +278,28 @@ def _layer(tensor: str) -> int:
     return int(number) if tensor.startswith("blk.") and number.isdecimal() and len(number) < 9 else -1
 
 
-def build(name: str, file: GGUFFile, config: Config, dtype: torch.dtype, keep: bool) -> NativeModel:
-    """Return the model of ``config`` with the weights of ``file`` in ``dtype``.
+def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
+    """Set the weights of ``model`` that have no values yet to those of ``file``.
 
-    name: of the model, for messages. keep: as in ``weights.fill``. Raises SpecDecError if the weights need more memory
-    than is free.
+    name: the model's name in messages. keep: as in ``weights.fill``. Raises SpecDecError if the weights do not fit the
+    model, or need more memory than is free.
     """
-    model = NativeModel(config, dtype)
-    names = check_tensors(name, file, model)
+    config, names = model.config, check_tensors(name, file, model)
     found = {parameter: [file.tensors[tensor] for tensor in tensors] for parameter, tensors in names.items()}
     owners = {parameter: model.get_submodule(parameter.rpartition(".")[0]) for parameter in found}
     groups = {tuple(weights.tensors_of(parameter, owner, found)): owner for parameter, owner in owners.items()}
     unpacked = [infos for infos, owner in groups.items() if not weights.stays(owner, infos)]
-    weights.fill(name, file, model, found, keep, lambda key, stored: _restored(config, key, stored, len(found[key])))
+    weights.fill(name, file, model, found, keep, lambda key, stored: restored(config, key, stored, len(found[key])))
     if ROPE_FACTORS in file.tensors:
         info = file.tensors[ROPE_FACTORS]  # of Llama 3.1
         model.model.rotary_emb.divide(file.data(info).view(PLAIN[info.kind]))
     if keep:
-        _say_unpacked(name, unpacked, dtype)
-    return model
+        _say_unpacked(name, unpacked, model.dtype)
 
 
-def _restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int) -> Tensor | Blocks:
+def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int = 1) -> Tensor | Blocks:
     """Undo what the GGUF converter did to a parameter: order of rows and columns, offset of norms.
+
     stored: the file's values. tensors: number of tensors that were joined to ``stored``."""
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
@@ -327,7 +338,7 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
 
 
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
-    """Return which row of the file's tensor each of the ``count`` rows of the model's is, int32 [count].
+    """Return, for each of the ``count`` rows of the model's weight, its row in the file's tensor, int32 [count].
 
     path: module path of the linear layer. None: the order is the same.
     """

@@ -19,15 +19,14 @@ from specdec.base.errors import SpecDecError
 
 
 def complete(name: str, values: dict[str, Any]) -> None:
-    """Replace the metadata in ``values`` that are no fields of a transformers config by the fields that follow from it.
+    """Replace GGUF metadata in ``values``, in place, by the fields of a transformers config that follow from them.
 
-    name: of the model, for the SpecDecError that is raised for impossible values.
+    name: the model's name in the SpecDecError that is raised for impossible values.
     """
     heads = values.get("linear_num_value_heads") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads
     if heads % (keys := values.get("linear_num_key_heads") or 1):
         raise SpecDecError(f"cannot load model '{name}': its GGUF file has {heads} value heads for {keys} key heads")
-    values["num_hidden_layers"] -= values.pop("nextn_layers", 0)
     interval = values.pop("full_attention_interval", 4)
     if values["num_hidden_layers"] < 1 or not 0 < interval <= values["num_hidden_layers"]:
         raise SpecDecError(f"cannot load model '{name}': its GGUF file has no layer with attention")
@@ -97,7 +96,7 @@ def columns_of(config: Any, path: str) -> Tensor | None:
 
 
 def restored(path: str, leaf: str, values: Tensor) -> Tensor:
-    """Undo the converter's change of the values of the parameter ``leaf`` of the module ``path`` (A_log, conv1d)."""
+    """Convert the ``values`` of a GGUF tensor to those of the parameter ``leaf`` (A_log, conv1d) of module ``path``."""
     if leaf == "A_log":
         return (-values.float()).log()
     return values[:, None] if path.endswith("linear_attn.conv1d") else values

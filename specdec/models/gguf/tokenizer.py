@@ -41,7 +41,7 @@ END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if 
 def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
     """Write the tokenizer of a GGUF file, in the format of transformers, into ``folder``, which has the model's config.
 
-    name: of the model, for messages. kind: the model type of the config.
+    name: the model's name in messages. kind: the model type of the config.
     Raises SpecDecError if the file has no usable tokenizer.
     """
     if (built := _read(name, file, kind)) is None:
@@ -74,7 +74,7 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 
 
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
-    """Build a byte-level BPE tokenizer. metadata: of tokenizer.ggml. pre: how text is split. kind: model type."""
+    """Build a byte-level BPE tokenizer. metadata: tokenizer.ggml entries. pre: rule to split text. kind: model type."""
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
@@ -126,7 +126,7 @@ def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
 def converted(name: str, file: GGUFFile) -> Any:
     """Let transformers convert the metadata of a GGUF file into a tokenizer with a chat template, and return it.
 
-    name: of the model, for the SpecDecError that is raised if the file has no usable tokenizer.
+    name: the model's name in the SpecDecError that is raised if the file has no usable tokenizer.
     """
     from transformers import TokenizersBackend
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer

@@ -36,22 +36,25 @@ class Kernels(Protocol):
     windows: list[int | None]
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """An output head, packed; None: the model's own."""
+        """Return ``head`` (None: the model's own output head) in the kernels' format."""
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Layers [lo, hi) with ``adapters`` on a token of each row, for kernels that make masks and states."""
+        """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
 
     def place(self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """Let ``call`` write to the next ``counts`` slots of layers [lo, hi); return the objects that it points to."""
+        """Point ``call`` to each row's next ``counts`` cache slots of layers [lo, hi); return objects to keep alive."""
 
 
 class TreeDrafter:
-    """Drafts level by level along ``path``: a tree, or chains with siblings for several ``rows``.
+    """Drafts with the kernels level by level along ``path``: a tree, or chains with siblings for several ``rows``.
 
-    levels, width: as in ``TreeLimits``.
-    drafted: number of tokens of a row that are run.
-    found: scores, tokens and parents of the candidates, and what the heads say of each.
-    allowed: the masks of a level; ``masks`` makes them, ``held`` keeps them alive, ``error`` is what it raised.
+    levels: maximum number of levels. width: number of children of a node.
+    drafted: maximum number of tokens of a row that run through the path.
+    found: scores, tokens and parents of the candidates, and the heads' probability of each.
+    allowed: pointers to the masks of the tokens of a level.
+    masks: function that makes these masks; None: all tokens are allowed.
+    held: the tensors behind ``allowed``, to keep them alive.
+    error: exception that ``masks`` has raised; None: it has raised none.
     """
 
     def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:
@@ -91,7 +94,7 @@ class TreeDrafter:
         self.follow(target, path)
 
     def follow(self, target: Kernels, path: DraftPath) -> None:
-        """Read out with the present heads of ``path``."""
+        """Use the present output heads of ``path``, which may have changed since the last draft."""
         self.heads, self.tokens = [target.head(head) for head in path.heads], path.tokens
         self.struct.head[:] = [*(ctypes.addressof(head.struct) for head in self.heads), None][:2]
         self.struct.outputs[:] = [*(head.width for head in self.heads), 0][:2]
@@ -99,17 +102,15 @@ class TreeDrafter:
 
     @staticmethod
     def supports(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:
-        """Whether the kernels support such a path and such a draft."""
+        """Return whether the kernels support a draft along ``path`` of these sizes."""
         outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
         near = any(window is not None and window <= levels for window in target.windows)
         few = width <= min(16, outputs) and rows <= 16 and len(path.projections) <= 8 and len(path.heads) <= 2
         packed = bool(path.segments) and all(each.packed for each in path.projections)
         return few and packed and not near
 
-    def __call__(
-        self, target: Kernels, cache: KVCache, roots: DraftRoots, limits: TreeLimits, masks: Masks | None
-    ) -> list[Nodes]:
-        struct, segments = self.struct, self.segments
+    def __call__(self, target: Kernels, cache: KVCache, roots: DraftRoots, limits: TreeLimits) -> list[Nodes]:
+        struct, segments, masks = self.struct, self.segments, roots.masks
         final, *carried = (x.contiguous() for x in (roots.final, *roots.carried))
         before = roots.place * final.shape[2] * final.element_size()  # bytes
         forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()
@@ -154,7 +155,7 @@ class TreeDrafter:
         return self._by_row(count)
 
     def _by_row(self, count: int) -> list[Nodes]:
-        """The candidates of each row, with its own numbers for their parents."""
+        """Return the candidates of each row, with parents as indices in the row's own list. count: number of all."""
         found = self.found
         scores, tokens, parents, raw = found[0][:count], found[1][:count], found[2][:count], found[3][:count]
         if self.rows == 1:
@@ -172,7 +173,7 @@ class TreeDrafter:
         return rows
 
     def _mask(self, rows: int, nodes: Any) -> int:
-        """Point ``allowed`` to the masks of a level, which live until the next one; 1: an error."""
+        """Make the masks of a level and point ``allowed`` to them; return 0, or 1 after an error. A C callback."""
         _, tokens, parents, _ = self.found
         assert self.masks is not None
         try:

@@ -125,7 +125,7 @@ class MappedExperts:
     slots: number of experts of a layer that stay in memory.
     shape: number of layers with experts, experts of a layer, and bytes of the largest expert.
     counters: statistics since the start.
-    call: the function that the kernels call before they read a layer's experts.
+    call: C callback (``_demand``) that the kernels call before they read a layer's experts.
     unread: whether experts of the last pass could not be read.
     forecasts: forecasts of the experts to read ahead; None: nothing is read ahead.
     """

@@ -95,7 +95,7 @@ class Forecasts:
     """
 
     def __init__(self, routers: dict[int, Tensor], top_k: int) -> None:
-        """routers: weights [E, D] by layer, in order of the layers. top_k: experts that a token uses in a layer."""
+        """Make the forecasts. routers: weights [E, D] by layer, in order. top_k: experts of a token in a layer."""
         layers, self.width = list(routers), next(iter(routers.values())).shape[1]
         self.of = dict[int, Forecast]()
         for n, layer in enumerate(layers[:-1], 1):

@@ -75,7 +75,6 @@ class Packed:
         allocate: allocates the tiles; None: from the common memory.
         made: kind and tiles of the only weight, if it is packed already (``packing``, ``GrowingTiles``).
         kept: the file to read the tiles from, or to add them to.
-
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
         """
         self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
@@ -108,7 +107,7 @@ class Packed:
 
     @property
     def kinds(self) -> set[int]:
-        """Return the kinds of its tiles: ``library.BF16``, ``Q8``, ..."""
+        """Return the formats of the layer's tiles: ``library.BF16``, ``Q8``, ..."""
         return {part.kind for part in self.parts}
 
     @property
@@ -117,10 +116,10 @@ class Packed:
         return sum(tiles.numel() for tiles in self.tiles) if self.proxy is None else self.proxy.numel()
 
     def bound_argmax(self, weight: Blocks, kept: ModelFile | None = None) -> None:
-        """Let ``largest`` read a 4-bit proxy of the only ``weight``, and the full weight only where it may be largest.
+        """Make ``largest`` faster: it will read a 4-bit copy of the weight, and full rows only for possible maxima.
 
-        An error bound of each output makes the result exact. kept: as in ``__init__``. No effect unless the weight has
-        8 bits and the layer has no bias and no cap.
+        An error bound of each output makes the result exact. No effect unless the weight has 8 bits and the layer has
+        no bias and no cap. weight: the layer's only weight. kept: file to read the copy from, or to add it to.
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
             self.proxy, self.error_bounds = _proxy(weight, kept)
@@ -172,7 +171,7 @@ def packing(
 ) -> Generator[None, None, Packed]:
     """Pack a bf16 ``weight`` [out, in] for drafts; yield after each chunk of some 20 ms, and return the layer.
 
-    bias, scale, cap: as in ``Packed``.
+    bias, scale, cap: of the layer y = ``scale (x W.T + bias)``, with a cap above 0 ``cap tanh(y / cap)``.
     """
     (out, inp), tiles = weight.shape, GrowingTiles(*weight.shape)
     step = max(CHUNK_WEIGHTS // inp // 16, 1) * 16  # rows
@@ -244,7 +243,7 @@ def unpack_here(model: nn.Module) -> None:
 
 
 def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -> tuple[int, Tensor]:
-    """Return kind and tiles of a matrix that is not only for drafts; read from the file ``kept``, or added to it."""
+    """Return format and tiles of a matrix at full precision, read from the file ``kept``, or made and added to it."""
     make = _block_tiles if isinstance(weight, Blocks) else _dense_tiles
     if kept is None or (name := kept.name(weight)) is None:
         return make(weight, allocate)  # type: ignore[arg-type]
@@ -256,8 +255,8 @@ def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -
 
 
 def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
-    """Return the 4-bit tiles of ``Packed.bound_argmax``, and the error bound of each output for an input of length 1.
-    The bounds are float32 [out in whole tiles]."""
+    """Return ``weight`` in 4-bit tiles, and bounds of each output's error for an input vector of length 1.
+    The bounds are float32 [out, rounded up to whole tiles]. kept: the file to read both from, or to add them to."""
     name = None if kept is None else kept.name(weight)
     tiles, bounds = (f"{part} {name}" for part in ("rough", "gaps"))  # names in the file
     bound_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)
@@ -278,7 +277,7 @@ def draft_tiles(
 ) -> tuple[int, Tensor]:
     """Return kind and tiles of a draft weight, read from the file ``kept`` or made and added to it.
 
-    shape: [out, in]. weight: returns the weight; called only if the file does not have the tiles. name: of the entry.
+    shape: [out, in]. weight: returns the weight; called only if the file lacks the tiles. name: name of the entry.
     """
     kind = _draft_kind(*shape)
     return kept.find(name, {kind: _bytes(shape, kind)}) or kept.add(name, kind, _tiles(weight(), kind, _arena.allocate))
@@ -312,7 +311,7 @@ def _block_tiles(blocks: Blocks, allocate: Allocate) -> tuple[int, Tensor]:
 
 def _tiles(weight: Tensor | Blocks, kind: int, allocate: Allocate, bounds: Tensor | None = None) -> Tensor:
     """Pack ``weight`` [out, in] in tiles of ``kind``: BF16 (only of a tensor), or quantized to Q8 or Q4.
-    bounds: float32 [out in whole tiles], filled like ``Linear.error_bounds`` of native.h."""
+    bounds: float32 [out, rounded up to whole tiles], filled with bounds of each output's error; None: not wanted."""
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = allocate(_bytes(weight.shape, kind))
     if kind == BF16:

@@ -171,6 +171,10 @@ class PackedModel:
                 self._own_head = packed
         return packed
 
+    def share_heads(self, other: PackedModel) -> None:
+        """Take the packed output heads of ``other``, a model of the same family; heads of both are packed once."""
+        self._heads = other._heads
+
     def prepare_head(self, head: nn.Linear) -> Generator[None]:
         """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
         if head in self._heads:
@@ -338,7 +342,7 @@ class PackedModel:
         narrow = {} if mlp is None or neurons is None else mlp.shapes(len(neurons))
 
         def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
-            """Return the weight of a slot, with adapters, rows and columns in packed order."""
+            """Return the joined weights of ``pairs``, with adapters added, and rows and columns as the kernels need."""
             parts = list[Tensor]()
             for path, module in pairs:
                 given = mlp.weight(path, neurons) if path in narrow else module.weight.detach()  # type: ignore
@@ -379,7 +383,7 @@ class PackedModel:
 
 
 def _round(layer: nn.Module, kind: str, paged: bool) -> None:
-    """Quantize the linear layers of a decoder layer to block format ``kind``, except those in as few or fewer bits.
+    """Quantize the linear layers of a decoder layer to block format ``kind``, unless they have no more bits already.
     paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or blocks.bits(module.blocks.kind) > blocks.bits(kind):
@@ -394,7 +398,7 @@ def _round(layer: nn.Module, kind: str, paged: bool) -> None:
 
 
 def _room_for_experts(model: nn.Module) -> int | None:
-    """Return the bytes that are free for a mixture's experts if all of them need more; else None."""
+    """Return the bytes of RAM that are free for a mixture's experts; None: all fit, or the model has none."""
     experts = others = 0
     for name, weight in named_weights(model):
         parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)

@@ -25,7 +25,7 @@ from specdec.models.native_model import AnyModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
 from specdec.runtimes.native import library, linear, mixer
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceArgs, done, pointer
@@ -47,7 +47,7 @@ class NativeTarget(Target):
     first pass.
 
     packed: the model's weights as the kernels read them.
-    final_norm, eps, embedding, experts: those of ``packed``.
+    final_norm, eps, embedding, experts: the attributes of ``packed`` with these names.
     """
 
     runtime = "native"
@@ -61,11 +61,14 @@ class NativeTarget(Target):
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
         kept: ModelFile | None = None,
+        like: NativeTarget | None = None,
     ) -> None:
         """Pack the weights of ``model``, and compare the logits of a short pass with the model's own.
 
         weights, kv_cache, expert_cache, expert_prefetch: as in ``make_target``. kept: the file of the model's packed
-        weights, to read or to write; None: they are packed in memory. Raises SpecDecError for an unsupported model.
+        weights, to read or to write; None: they are packed in memory. like: a target of the same family with the same
+        output head, whose packed one serves both, without another comparison; None: there is none. Raises SpecDecError
+        for an unsupported model.
         """
         refuse_unsupported(model)
         self.lib = library.load()
@@ -110,6 +113,8 @@ class NativeTarget(Target):
         self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self.weight_format = self.packed.weight_format + (", rounded" if rounding else "")
+        if like is not None:
+            self.packed.share_heads(like.packed)
         self.head(None)
         if kept is not None:
             kept.write()
@@ -117,6 +122,8 @@ class NativeTarget(Target):
         checked = kept.notes.get(self.lib.level) if kept is not None and whole else None
         if isinstance(checked, float) and checked >= 0:  # by the process that packed
             self.logit_difference = checked
+        elif like is not None:
+            self.logit_difference = like.logit_difference
         else:
             with memory.releasing((*decoder.layers, decoder.embed_tokens, self.own_head), mapped):
                 self.logit_difference = check_logits(self)
@@ -133,7 +140,8 @@ class NativeTarget(Target):
 
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
-        return KVCache(self.num_layers, batch, "cpu", self.int8_cache, self._attention, recurrent, self._states)
+        kinds = self.int8_cache, self._attention, recurrent, self._states
+        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -154,27 +162,21 @@ class NativeTarget(Target):
         return y
 
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
         size = limits.levels, limits.width, len(roots.tokens)
         if (self, size) not in path.made:
             path.made[self, size] = [] if TreeDrafter.supports(self, path, *size) else None
         idle = path.made[self, size]  # drafters that no thread is using; None: not supported
         if idle is None:
-            return super().draft_rows(cache, roots, path, limits, masks, choice)
+            return super().draft_rows(cache, roots, path, limits)
         try:
             drafter = idle.pop()
         except IndexError:
             drafter = TreeDrafter(self, path, *size)
         if drafter.tokens is not path.tokens:
             drafter.follow(self, path)
-        found = drafter(self, cache, roots, limits, masks)
+        found = drafter(self, cache, roots, limits)
         if self.experts is not None:
             self.experts.end_pass()
         idle.append(drafter)
@@ -203,6 +205,9 @@ class NativeTarget(Target):
         multiply, size = TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, len(self._attention) * self.head_dim
         attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * size * self.heads / self.bytes_read
         return TokenCosts(multiply, (2 - self.int8_cache) * 2 * size * self.kv_heads / self.bytes_read, attend)
+
+    def beside(self, model: AnyModel) -> NativeTarget:
+        return NativeTarget(model, like=self)
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
         with self.lock:
@@ -239,13 +244,16 @@ class NativeTarget(Target):
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """As in ``Kernels``."""
+        """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
         return self.packed.merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
         self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
-        """As in ``Kernels``; the first object is the array of sequences. whole: as in ``RowMask``."""
+        """Point ``call`` to each row's next ``counts`` cache slots of layers [lo, hi); return objects to keep alive.
+
+        The first object is the array of sequences. whole: whether the caller commits all tokens of the pass.
+        """
         ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
         cache.claim(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         sequences = (SequenceArgs * len(rows))()
@@ -261,7 +269,7 @@ class NativeTarget(Target):
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
-        """Return a call for layers [lo, hi) without the fields that depend on a cache or on states."""
+        """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
         call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
         call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._no_taps)
@@ -300,7 +308,7 @@ def native_target(
     expert_prefetch: bool,
     keep: bool,
 ) -> NativeTarget:
-    """Return the native runtime of a model. Arguments as in ``make_target``.
+    """Return the native runtime of a model. Arguments are those of ``make_target`` with these names.
 
     keep: whether the packed weights are read from, or written to, a file in the model's cache entry, if it has one.
     """

@@ -21,7 +21,10 @@ MULTIPLE = 16
 
 
 def norm_of(module: Any, family: Family, weight: Tensor | None = None) -> Norm:
-    """The RMS norm of ``module`` over the last axis. weight: several of its size [..., D] in the place of its own."""
+    """Return the RMS norm of ``module`` over the last axis as a function.
+
+    weight: weights [..., D] that replace the module's own [D], several norms in one; None: the module's own.
+    """
     weight = module.weight.detach() if weight is None else weight
     shape, eps = weight.shape[-1:], float(module.eps if family.around_zero else module.variance_epsilon)
     if family.around_zero:
@@ -33,7 +36,11 @@ def norm_of(module: Any, family: Family, weight: Tensor | None = None) -> Norm:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [B, T, heads, d], whose first elements rotate in pairs, each with the one half of them further on."""
+    """Apply rotary positions to ``x`` [B, T, heads, d], and return the result.
+
+    The first elements rotate in pairs: i and i + r / 2, where r is the number of elements in ``cos`` and ``sin``, which
+    come from ``Network.table`` for the tokens' positions.
+    """
     size = cos.shape[-1]
     part = (x if size == x.shape[-1] else x[..., :size]).to(cos.dtype)  # tables of OLMo 2 are in float32
     made = torch.addcmul(part * cos, part.roll(size // 2, -1), sin).to(x.dtype)
@@ -43,9 +50,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def additive(
     mask: Mask, window: int | None, groups: int, dtype: torch.dtype, multiple: int = MULTIPLE
 ) -> Tensor | None:
-    """The mask as a term on scores [B, 1, T G, S rounded up to ``multiple``]; None: nothing is hidden.
+    """Return the mask as a term to add to scores, [B, 1, T G, S rounded up to ``multiple``]; None: nothing is masked.
 
-    SDPA would convert a boolean mask in every layer.
+    It is made once for all layers, since SDPA would convert a boolean mask in every layer.
+    window: attention window in tokens; None: no limit. groups: G, number of query heads that share a key head.
     """
     key = "additive", window, groups, dtype, multiple
     if key not in mask.memo:
@@ -64,9 +72,12 @@ def additive(
 
 
 class Attention:
-    """The attention of a layer. Query heads that share a key head are rows of it, which is several times as fast in
-    SDPA as ``enable_gqa`` in 16 bits, and never slower.
+    """The attention of a layer.
 
+    The G query heads that share a key head are passed to SDPA as G times as many queries of one head, which is several
+    times as fast as ``enable_gqa`` in 16 bits, and never slower.
+
+    own: the attention module of the model.
     cap: soft cap of scores; 0: there is none.
     """
 
@@ -84,10 +95,10 @@ class Attention:
             self.norm = norm_of(own.q_norm, family, torch.cat([m.weight.detach().expand(n, -1) for m, n in pairs]))
 
     def project(self, x: Tensor, tables: tuple[Rotary, Rotary] | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The results ``x`` [B, T, ...] of the first map -> queries (B, Hkv, T G, d), new keys and values
-        (B, Hkv, T, d), and gates (B, T, H d).
+        """Split the outputs ``x`` [B, T, ...] of the linear layer "qkv", and apply norms and rotary positions.
 
-        tables: what queries and keys rotate by.
+        Return queries [B, Hkv, T G, d], new keys and values [B, Hkv, T, d] each, and gates [B, T, H d] or None.
+        tables: rotary tables of queries and of keys at the tokens' positions; None: no rotation.
         """
         (batch, t, _), d, heads, kv_heads, gate = x.shape, self.size, self.heads, self.kv_heads, None
         if self.gated or self.norms:
@@ -110,7 +121,10 @@ class Attention:
         return q, k.transpose(1, 2), v.transpose(1, 2), gate
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None, gate: Tensor | None) -> Tensor:
-        """Queries, all keys and values -> the input of the last map, (B, T, H d). term: as ``additive`` returns it."""
+        """Return the input of the linear layer "out", [B, T, H d], from queries, all keys and values, and gates.
+
+        term: the mask, as ``additive`` returns it.
+        """
         if self.cap or self.sinks is not None:
             mixed = self._mix(q, k, v, term)
         else:
@@ -119,7 +133,7 @@ class Attention:
         return mixed if gate is None else mixed * gate.sigmoid()
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None) -> Tensor:
-        """Attention with a cap or sinks: scores that no value belongs to."""
+        """Compute attention as SDPA does, but with a soft cap, or with sinks (scores that belong to no value)."""
         scores = (q @ k.mT).float() * self.scale
         scores = self.cap * torch.tanh(scores / self.cap) if self.cap else scores
         scores = scores if term is None else scores + term

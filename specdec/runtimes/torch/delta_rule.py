@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ CONVOLUTION, STATE = ("conv", 0), ("recurrent", 0)
 
 
 class DeltaRule:
-    """The mixer of a layer, between its first linear map and its last."""
+    """The gated delta rule of a recurrent layer, between its first linear layers and its last.
+
+    own: the module. kinds: shape and dtype of a row's states, by kind and number.
+    """
 
     def __init__(self, own: Any) -> None:
         self.key_heads, self.heads, self.dim, self.value_dim = (
@@ -25,10 +29,20 @@ class DeltaRule:
         self.filters, self.bias = own.conv1d.weight.detach(), own.conv1d.bias
         self.rate, self.rate_bias = -own.A_log.detach().float().exp(), own.dt_bias.detach().float()
         self.norm, self.eps = own.norm.weight.detach().float(), float(own.norm.variance_epsilon)
+        channels, _, taps = self.filters.shape
+        convolution, state = (channels, taps - 1), (self.heads, self.dim, self.value_dim)
+        self.kinds = {CONVOLUTION: (convolution, self.filters.dtype), STATE: (state, torch.float32)}
 
-    def __call__(self, x: Tensor, states: States) -> tuple[Tensor, States]:
-        """The results ``x`` [B, T, ...] of the first map, and the states before them -> the input of the last map, and
-        the states after them."""
+    def __call__(
+        self, x: Tensor, states: States, paths: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, States]:
+        """Run T tokens; return the input of the last linear layer, [B, T, ...], and the states after the tokens.
+
+        x: outputs of the first linear layers, [B, T, ...]. states: the layer's states before the tokens, by key.
+        paths: which tokens are on the path to each token, itself included, bool [B, T, T], parents first; None: all
+            earlier ones.
+        kept: the tokens that the returned states follow, which are a path, bool [B, T]; None: all.
+        """
         (batch, t, _), heads, repeats = x.shape, self.heads, self.heads // self.key_heads
         keys, values, taps = self.key_heads * self.dim, heads * self.value_dim, self.filters.shape[-1]
         if self.by_head:
@@ -42,42 +56,78 @@ class DeltaRule:
         before = states.get(CONVOLUTION)
         before = x.new_zeros(batch, channels.shape[-1], taps - 1) if before is None else before
         seen = torch.cat((before, channels.mT), -1)  # (B, channels, taps - 1 + T)
-        mixed = F.silu(F.conv1d(seen, self.filters, self.bias, groups=len(self.filters))).mT.float()
+        if paths is None or kept is None:
+            mixed, after = F.conv1d(seen, self.filters, self.bias, groups=len(self.filters)), seen[..., t:]
+        else:
+            windows = _windows(seen, torch.cat((paths, kept[:, None]), 1), taps)  # (B, channels, T + 1, taps)
+            mixed, after = (windows[:, :, :t].float() * self.filters.float()).sum(-1), windows[:, :, t, 1:]
+            mixed = (mixed if self.bias is None else mixed + self.bias[:, None].float()).to(x.dtype)
+        mixed = F.silu(mixed).mT.float()
         q, k, v = (part.unflatten(-1, (n, -1)) for part, n in _parts(mixed, keys, values, self.key_heads, heads))
         q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (q, k))
         q, k = (part.repeat_interleave(repeats, 2) for part in (q * self.dim**-0.5, k))
         decay = self.rate * F.softplus(a.float() + self.rate_bias)  # logarithms
-        out, state = _run(q, k, v, decay, b.float().sigmoid(), states.get(STATE))
+        out, state = _run(q, k, v, decay, b.float().sigmoid(), states.get(STATE), paths, kept)
         out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + self.eps) * self.norm
         out = (out.flatten(2) * F.silu(z.float())).to(x.dtype)
-        return out, {CONVOLUTION: seen[..., t:], STATE: state}
+        return out, {CONVOLUTION: after, STATE: state}
+
+
+def _windows(seen: Tensor, paths: Tensor, taps: int) -> Tensor:
+    """Return the last ``taps`` inputs on each of P paths [B, channels, P, taps].
+
+    seen: taps - 1 inputs before all paths, then those of T tokens, [B, channels, taps - 1 + T]. paths: bool [B, P, T].
+    """
+    place = paths.cumsum(-1) * paths + taps - 2  # (B, P, T), of each token in its path, after the inputs before
+    wanted = paths.sum(-1)[..., None] + torch.arange(-1, taps - 1, device=seen.device)  # (B, P, taps)
+    found = ((place[:, :, None] == wanted[..., None]) & paths[:, :, None]).int().argmax(-1) + taps - 1
+    index = torch.where(wanted < taps - 1, wanted.clamp(min=0), found)
+    return seen.gather(2, index.flatten(1)[:, None].expand(-1, seen.shape[1], -1)).unflatten(2, index.shape[1:])
 
 
 def _parts(x: Tensor, keys: int, values: int, key_heads: int, heads: int) -> list[tuple[Tensor, int]]:
-    """Queries, keys and values of ``x``, and their numbers of heads."""
+    """Split ``x`` [..., 2 keys + values] into queries, keys and values, each with its number of heads."""
     return list(zip(x.split((keys, keys, values), -1), (key_heads, key_heads, heads), strict=True))
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, strength: Tensor, state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    strength: Tensor,
+    state: Tensor | None,
+    paths: Tensor | None,
+    kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, T, H, dk], values [B, T, H, dv], decays and strengths [B, T, H], the state [B, H, dk, dv]
-    before them -> results [B, T, H, dv] and the state after them.
+    """Run the gated delta rule in chunks; return the outputs [B, T, H, dv] and the state after the tokens.
 
-    In a chunk, what each token adds to the state depends on what earlier ones have added: a triangular system.
+    In a chunk, what each token adds to the state depends on what earlier ones on its path have added: a triangular
+    system.
+
+    q, k: queries and keys, [B, T, H, dk].
+    v: values, [B, T, H, dv].
+    decay, strength: logarithms of decay rates, and write strengths, [B, T, H].
+    state: the state before the tokens, [B, H, dk, dv]; None: zeros.
+    paths, kept: as in ``DeltaRule``. With them, all tokens are one chunk.
     """
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     decay, strength = decay.mT, strength.mT[..., None]
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
     made = list[Tensor]()
-    for q_, k_, v_, decay_, strength_ in zip(*(x.split(CHUNK, 2) for x in (q, k, v, decay, strength)), strict=True):
-        total = decay_.cumsum(-1)  # (B, H, C)
-        between = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+    size = CHUNK if paths is None else q.shape[2]
+    for q_, k_, v_, decay_, strength_ in zip(*(x.split(size, 2) for x in (q, k, v, decay, strength)), strict=True):
+        every = torch.ones(decay_.shape[-1], decay_.shape[-1], dtype=torch.bool, device=q.device).tril()
+        path = every if paths is None else paths[:, None]
+        total = (path.float() @ decay_[..., None])[..., 0]  # (B, H, C), on the path to each token
+        between = (total[..., :, None] - total[..., None, :]).masked_fill(~path, -math.inf).exp()
         grown, scaled = total.exp()[..., None], k_ * strength_
         added = v_ * strength_ - (scaled * grown) @ state
         if total.shape[-1] > 1:
             added = torch.linalg.solve_triangular(scaled @ k_.mT * between, added, upper=False, unitriangular=True)
         made.append((q_ * grown) @ state + (q_ @ k_.mT * between) @ added)
-        last = total[..., -1:]
-        state = state * last.exp()[..., None] + (k_ * (last - total).exp()[..., None]).mT @ added
+        own = every[-1] if kept is None else kept[:, None]
+        last = (decay_ * own).sum(-1, keepdim=True)
+        after = (last - total).masked_fill(~own, -math.inf).exp()[..., None]
+        state = state * last.exp()[..., None] + (k_ * after).mT @ added
     return torch.cat(made, 2).transpose(1, 2), state

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +37,10 @@ FOUND = 24  # candidates of a row that the host reads of a tree
 
 
 class Given(NamedTuple):
-    """The trees of another source, of G nodes. Padding has the parent -1.
+    """The trees of another source, such as n-grams, padded to G nodes; padding has the parent -1.
 
-    scores, tokens, parents, raw: [B, G] each, as in ``LevelNodes``. depths: [B, G].
+    scores, tokens, parents, raw: [B, G] each, as in ``LevelNodes``.
+    depths: level of each node, [B, G].
     """
 
     scores: Tensor
@@ -49,50 +50,55 @@ class Given(NamedTuple):
     depths: Tensor
 
 
-@dataclass
-class Rules:
-    """What decides about candidates besides logits.
+class Rules(NamedTuple):
+    """What decides, besides logits, which tokens become candidates.
 
     vocab: token ids of the logits, int64 [V']; None: all tokens.
     tables: calibration tables [B, 3, 11], as in ``DraftRoots``; None: probabilities count as they are.
-    noise: returns the noise of the outputs of a level [B, V']; None: all rows are greedy.
-    sampling: of each row 1 / temperature (0: greedy), top-k, top-p and min-p, [B, 4].
+    noise: of all tokens at each level [B, levels, V], or a function that returns the noise of token ids [B, W, k] at a
+        level; None: all rows are greedy.
+    sampling: for each row, 1 / temperature (0: greedy), top-k, top-p and min-p, [B, 4].
     given: the trees of another source; None: there is none.
-    masks: the tokens that the only row may draft, which the host says; None: all.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
+    masks: function of the host that returns which tokens a single row may draft; None: all.
     """
 
     vocab: Tensor | None = None
     tables: Tensor | None = None
-    noise: Callable[[int], Tensor] | None = None
+    noise: Tensor | Callable[[int, Tensor], Tensor] | None = None
     sampling: Tensor | None = None
     given: Given | None = None
+    forbidden: Tensor | None = None
     masks: Masks | None = None
 
 
-def rules_of(roots: DraftRoots, vocab: Tensor | None, size: int, masks: Masks | None = None) -> Rules:
-    """The rules of a draft from ``roots``. size: V."""
-    device, sampled = roots.final.device, roots.sampled
+def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, waits: bool) -> Rules:
+    """Return the rules of a draft of ``levels`` levels from ``roots``.
+
+    vocab: as in ``Rules``. size: V, the size of the model's vocabulary.
+    waits: whether the host may read which tokens compete, and then makes only their noise.
+    """
+    device, sampled, sampling = roots.final.device, roots.sampled, None
+    noise: Any = None
     tables = None if roots.tables is None else upload(roots.tables, device, torch.float32)
-    rules = Rules(vocab, tables, given=given_of(roots.given, device), masks=masks)
     if sampled is not None:
-        rules.sampling = upload(sampling_of(sampled), device, torch.float32)
-        rules.noise = lambda level: upload(noise_of(sampled, level, size, vocab), device, torch.float32)
-    return rules
+        each = [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
+        sampling = upload(each, device, torch.float32)
+        noise = partial(_noise_of, sampled, size)
+        if not waits:
+            rows = [torch.stack([s.noise(s.place + level, size, None) for level in range(levels)]) for s in sampled]
+            noise = upload(torch.stack(rows), device, torch.float32)
+    return Rules(vocab, tables, noise, sampling, given_of(roots.given, device), roots.forbidden, roots.masks)
 
 
-def sampling_of(sampled: Sequence[Sampled]) -> list[list[float]]:
-    """``Rules.sampling`` as lists."""
-    return [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
-
-
-def noise_of(sampled: Sequence[Sampled], level: int, size: int, vocab: Tensor | None) -> Tensor:
-    """The noise of a level's outputs [B, V'] on the CPU. size: V."""
-    ids = None if vocab is None or vocab.device.type != "cpu" else vocab
-    return torch.stack([each.noise(each.place + level, size, ids) for each in sampled])
+def _noise_of(sampled: Sequence[Sampled], size: int, level: int, ids: Tensor) -> Tensor:
+    """Return the noise of tokens ``ids`` [B, W, k] at a level, float32 on the CPU. size: V."""
+    rows = [s.noise(s.place + level, size, own.flatten()).view_as(own) for s, own in zip(sampled, ids, strict=True)]
+    return torch.stack(rows)
 
 
 def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | None:
-    """The trees of another source, padded to a power of two of nodes; None: there is none."""
+    """Return another source's trees, one per row, as padded tensors on ``device``; None: there are no ``trees``."""
     if trees is None:
         return None
     count = 1 << max(max(len(nodes[1]) for nodes in trees) - 1, 0).bit_length()
@@ -113,10 +119,11 @@ def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | Non
 def grow(
     step: Step, roots: Tensor, limits: TreeLimits, rules: Rules, keep: int | None = None, waits: bool = True
 ) -> LevelNodes:
-    """The candidates after ``roots``, int64 [B, 1], grown within ``limits``.
+    """Grow candidates level by level after the tokens ``roots``, int64 [B, 1], and return them.
 
-    keep: number of nodes of a row's level that get children; None: one of several rows, ``width`` of a single one.
-    waits: whether the host may read: then growth ends with levels that are not worth their price.
+    step: runs the tokens of a level, and returns the logits after each.
+    keep: number of nodes of each level and row that get children; None: ``width`` for one row, 1 for several.
+    waits: whether the host may wait for the device; growth then ends before a level that is not worth its cost.
     """
     keep = (limits.width if len(roots) == 1 else 1) if keep is None else keep
     tokens, parents = roots, torch.zeros_like(roots)  # (B, W); parents: in the level before
@@ -145,7 +152,7 @@ def grow(
             break
         every = joint if other is None else torch.cat((joint, other.here), 1)
         scores, chosen = every.topk(min(keep, every.shape[1]))
-        if rules.masks is not None or (waits and rules.noise is not None and len(roots) == 1):
+        if rules.masks is not None or (callable(rules.noise) and len(roots) == 1):
             chosen, scores = chosen[scores > -math.inf][None], scores[scores > -math.inf][None]
             if not chosen.shape[1]:
                 break
@@ -176,7 +183,11 @@ def grow(
 
 
 def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
-    """``logits`` [1, W, V'] over ``vocab`` with -inf where the mask of the token (None: all False) is False."""
+    """Return ``logits`` [1, W, V'] with -inf for tokens that are not allowed.
+
+    vocab: the token id of each logit; None: its index.
+    masks: for each of the W positions, which tokens are allowed, bool [V]; None: no token is.
+    """
     out = torch.full_like(logits, -math.inf)
     for row, mask in enumerate(masks):
         if mask is not None:
@@ -187,7 +198,7 @@ def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]
 
 
 def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Tensor, Tensor]:
-    """The logarithms of the probabilities of the ``width`` likeliest tokens [B, W, k], and the tokens, best first."""
+    """Return log-probabilities of the k = ``width`` likeliest tokens, and their indices, [B, W, k] each, best first."""
     size = logits.shape[-1]
     best, index = logits.log_softmax(-1).topk(min(width if rules.noise is None else max(width, DRAWN), size))
     if rules.masks is not None:
@@ -196,16 +207,20 @@ def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Te
     if rules.noise is None:
         return best, ids
     assert rules.sampling is not None
-    noise = rules.noise(level)[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+    if isinstance(rules.noise, Tensor):
+        noise = rules.noise[:, level].gather(1, ids.flatten(1)).view_as(ids)
+    else:
+        noise = rules.noise(level, ids)
     best, place = _drawn(best, noise, rules.sampling[:, None, None].unbind(-1)).topk(min(width, size))
     return best, ids.gather(2, place)
 
 
 def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
-    """Let the likeliest tokens, log-probabilities [B, W, k], compete with their noise: one is likely if it leads.
+    """Return log-probabilities, [B, W, k], that each token is the one that sampling with this noise will choose.
 
-    sampling: as in ``Rules``, [B, 1, 1] each. Top-k, top-p and min-p count these tokens alone, which have nearly all of
-    the probability.
+    best: log-probabilities of the likeliest tokens, [B, W, k]. Top-k, top-p and min-p are applied to these tokens
+        alone, which have nearly all of the probability.
+    noise: their noise, [B, W, k]. sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
     """
     sharpness, top_k, top_p, min_p = sampling
     gap = (best - best[..., :1]) * sharpness
@@ -218,13 +233,17 @@ def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
 
 
 class _OtherSource:
-    """The trees of another source while a draft grows. Their nodes come before those of the heads: a token of both
-    sources is a node of the other source.
+    """Merges the trees of another source into a draft while it grows.
 
-    places: for each token of the level, its node there [B, W]: 0 is the root, g + 1 node g; -2: it is none.
-    valid: which nodes g follow a token of the level [B, W, G]. same: which candidates are node g [B, W, k, G].
-    here: scores of the nodes of this level, else -inf [B, G]. scores: of all nodes so far.
-    heads: raw probabilities that the heads give [B, G].
+    The other source's nodes come before those of the drafter's heads; a token of both is a node of the other source.
+
+    places: for each token of the level, its node in the other source's tree, [B, W]: 0: the root, g + 1: node g, -2: it
+        is in no such tree.
+    valid: whether node g is a child of a token of the level, [B, W, G].
+    same: whether a candidate is the same token as node g, [B, W, k, G].
+    here: scores of the nodes of this level, [B, G]; -inf for other nodes.
+    scores: scores of all nodes so far, [B, G].
+    heads: raw probabilities that the drafter's heads give the nodes, [B, G].
     """
 
     def __init__(self, given: Given, tables: Tensor | None) -> None:
@@ -237,9 +256,10 @@ class _OtherSource:
         self.heads, self.reached = torch.zeros_like(given.raw), torch.zeros_like(given.raw, dtype=torch.bool)
 
     def meet(self, ids: Tensor, raw: Tensor, sure: Tensor, scores: Tensor) -> Tensor:
-        """Calibrated probabilities of the candidates ``ids`` [B, W, k] by both sources.
+        """Return calibrated probabilities of the candidates ``ids``, [B, W, k], by both sources together.
 
-        raw, sure: by the heads, and calibrated. scores: of the tokens of the level [B, W].
+        raw, sure: their raw and calibrated probabilities by the heads, [B, W, k].
+        scores: scores of the tokens of the level, [B, W].
         """
         given = self.given
         self.valid = given.parents[:, None] == self.places[..., None]
@@ -255,7 +275,10 @@ class _OtherSource:
         return sure
 
     def take(self, joint: Tensor, raw: Tensor) -> Tensor:
-        """The scores ``joint`` [B, W, k] of the candidates that are no nodes of this source."""
+        """Return ``joint``, scores of the candidates [B, W, k], with -inf for nodes of the other source.
+
+        raw: raw probabilities of the candidates by the heads, which are recorded for these nodes.
+        """
         both = joint[..., None].masked_fill(~self.same, -math.inf).amax((1, 2))
         self.here, now = torch.maximum(both, self.own.amax(1)), self.valid.any(1)
         self.scores, self.reached = torch.where(now, self.here, self.scores), self.reached | now
@@ -265,10 +288,11 @@ class _OtherSource:
     def follow(
         self, chosen: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, parents and node numbers of the next level, [B, W] each.
+        """Return the tokens, parents and node numbers of the next level, [B, W] each, and record the other's nodes.
 
-        chosen, scores: its places among the heads' candidates and the nodes of this source. tokens: of the former.
-        parents, nodes: right for the former.
+        chosen: indices among the heads' candidates, followed by the nodes of the other source.
+        scores: scores of the chosen tokens.
+        tokens, parents, nodes: tokens, parents and node numbers of the chosen ones that are the heads' candidates.
         """
         at = chosen - tokens.shape[1]
         mine, at = at >= 0, at.clamp(min=0)
@@ -278,7 +302,10 @@ class _OtherSource:
         return torch.where(mine, self.given.tokens.gather(1, at), tokens), parents, torch.where(mine, at + 1, nodes)
 
     def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
-        """The candidates of both sources. waits: the host merges nodes that no level has reached."""
+        """Return the candidates ``grown``, joined with the other source's nodes.
+
+        waits: whether the host reads them and then adds the nodes that no level has reached itself; if not, add all.
+        """
         given, own = self.given, self.scores
         raw = self.heads[:, None]
         if not waits:
@@ -301,32 +328,41 @@ class _OtherSource:
 
 
 def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | DeviceTree:
-    """The candidates of each row, read by the host, or what the device takes by ``choice``."""
-    return grown.lists() if choice is None else choose(grown, choice.nodes, *limits_of(choice, grown.tokens.device))
+    """Return the candidates of each row as lists, read from the device; with a ``choice``, the tree that it selects."""
+    if choice is None:
+        return grown.lists()
+    return choose(grown, choice.nodes, *limits_of(choice, len(choice.depths), grown.tokens.device))
 
 
-def limits_of(choice: DeviceChoice, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The arguments ``most`` and ``prices`` of ``choose``, with one price for each number of nodes."""
-    count = 1 + 2 * choice.nodes * len(choice.depths)  # rows may be padded to twice as many
-    most = upload([[most] for most in choice.depths], device)
-    if not choice.prices:
-        return most, None
-    prices = [*choice.prices, *[choice.prices[-1]] * count][:count]
-    return most, upload([*prices, choice.allowance], device, torch.float32)
+def limits_of(choice: DeviceChoice, lanes: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return bounds [B, 2] and prices [2 + lanes nodes] of ``choice``, the last arguments of ``choose``.
 
-
-def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -> DeviceTree:
-    """Take the likeliest ``count`` nodes of each row that are at most ``most`` [B, 1] deep and worth their price.
-
-    prices: as in ``DeviceChoice``, then the allowance, [2 + B count]; None: all nodes are worth it.
+    lanes: number of rows that the candidates have, with padding.
     """
-    grown = _only(grown, _best(grown.scores, max(count, FOUND)))
+    beyond = choice.beyond or [0.0] * len(choice.depths)
+    bounds = upload([*zip(choice.depths, beyond, strict=True)], device, torch.float32)
+    if not choice.prices:
+        return bounds, None
+    count = 1 + lanes * choice.nodes
+    prices = [*choice.prices, *[choice.prices[-1]] * count][:count]
+    return bounds, upload([*prices, choice.allowance], device, torch.float32)
+
+
+def choose(grown: LevelNodes, count: int, bounds: Tensor, prices: Tensor | None) -> DeviceTree:
+    """Select up to ``count`` of the likeliest nodes of each row, on the device, and return them as a tree.
+
+    bounds: for each row, the maximum depth of its nodes, and what a node costs beyond the prices, [B, 2].
+    prices: the prices of 0, 1, .. B count nodes as in ``DeviceChoice``, then the allowance, [2 + B count]; nodes that
+        are not worth their price are left out. None: all nodes are worth it.
+    """
+    grown, (most, beyond) = _only(grown, _best(grown.scores, max(count, FOUND))), bounds.split(1, 1)
     values, order = grown.scores.masked_fill(grown.depths > most, -math.inf).sort(dim=1, descending=True, stable=True)
     values, order = values[:, :count], order[:, :count]
     taken = values > -math.inf
     if prices is not None:
-        every, places = values.flatten().sort(dim=0, descending=True, stable=True)
-        gains = every.exp().cumsum(0) - prices[1 : 1 + len(every)]
+        net = (values.exp() - beyond).masked_fill(~taken, -math.inf)
+        every, places = net.flatten().sort(dim=0, descending=True, stable=True)
+        gains = every.cumsum(0) - prices[1 : 1 + len(every)]
         worth = torch.where(gains.max() + prices[-1] > 0, gains.argmax() + 1, 0)
         taken = taken & (places.argsort() < worth).view_as(taken)
     picked = order.masked_fill(~taken, grown.scores.shape[1]).sort(1).values
@@ -339,18 +375,18 @@ def choose(grown: LevelNodes, count: int, most: Tensor, prices: Tensor | None) -
         paths = ((paths @ paths) > 0).float()
     ancestors = paths > 0
     there = picked < grown.scores.shape[1]
-    packed = torch.cat((picked.masked_fill(~there, -1).double(), grown.packed()), 1)
+    packed = torch.cat((picked.masked_fill(~there, -1), grown.packed()), 1)
     return DeviceTree(own.tokens.masked_fill(~there, -1), ancestors.sum(-1) - 1, ancestors, packed, grown.raw.shape[1])
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """The indices of the best ``count`` scores of each row, rising; of equal ones the first, so parents, too."""
+    """Return the indices of the ``count`` best of ``scores`` [B, C], sorted, [B, count]; of equal ones the first."""
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return order.masked_fill(scores.gather(1, order) == -math.inf, scores.shape[1]).sort(1).values
 
 
 def _only(grown: LevelNodes, picked: Tensor) -> LevelNodes:
-    """The nodes with the rising indices ``picked`` [B, M], with the parent of each; C: there is no node."""
+    """Return the nodes with the sorted indices ``picked`` [B, M], which include all parents; C: there is no node."""
     count = grown.scores.shape[1]
     at, none = picked.clamp(max=count - 1), picked == count
     place = torch.zeros_like(picked[:, :1]).repeat(1, count + 2)
@@ -368,12 +404,13 @@ def _only(grown: LevelNodes, picked: Tensor) -> LevelNodes:
 
 
 class PathStep:
-    """The pass of a level along ``path``, as ``grow`` calls it.
+    """Runs the tokens of a level along ``path``, and returns the logits after each; ``grow`` calls it.
 
-    final, carried: states of the tokens before the roots [B, 1, D], as in ``DraftRoots``.
-    embed: takes the tokens of a level [B, W] and its number. heads: return logits of final states.
-    run: runs a segment, given its number, its input [B, W, D], the number of the level and the paths.
-    forbidden: as in ``DraftRoots``.
+    final, carried: states of the tokens before the roots, [B, 1, D], as in ``DraftRoots``.
+    embed: takes the tokens of a level [B, W] and the level's number, and returns embeddings [B, W, D].
+    run: runs a segment, given its number, its input [B, W, D], the level's number, and the tokens' ancestors.
+    heads: functions that return logits of final states; the logits are concatenated.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     """
 
     def __init__(
@@ -404,7 +441,7 @@ class PathStep:
 
 
 def states_of(states: Tensor, parents: Tensor) -> Tensor:
-    """The states [B, W, D] of ``parents`` [B, W] among ``states``."""
+    """Return the states [B, W, D] of the tokens with the indices ``parents`` [B, W], from ``states`` [B, n, D]."""
     if states.shape[1] == parents.shape[1] == 1:
         return states
     return states.gather(1, parents[..., None].expand(-1, -1, states.shape[2]))

@@ -1,9 +1,9 @@
-"""The PyTorch runtime by captured passes: on a GPU, launching a step's small kernels takes longer than running them.
+"""The PyTorch runtime by captured passes and drafts (``capture``).
 
 Numbers of rows and of tokens are rounded up to buckets, and a pass is captured once for each pair of them, and for a
-range of layers. Its inputs are copied into buffers; masks and rotary factors are made inside it. Attention runs over
-all slots of the static cache, with those masked that are not filled. When the cache grows, passes are captured again.
-Long blocks (prompts), drafters' heads, mixtures and recurrent layers run as they are. Knows nothing about drafting.
+range of layers. Masks and rotary factors are made inside it. Attention runs over all slots of the static cache, with
+those masked that are not filled. When the cache grows, passes are captured again. Long blocks (prompts),
+drafters' heads, and a draft's tokens in recurrent layers run as they are.
 """
 
 from __future__ import annotations
@@ -11,22 +11,34 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base.devices import download, upload
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.mask import Chunk, RowMask
+from specdec.kvcache.mask import RowMask
+from specdec.kvcache.recurrent import LayerStates
 from specdec.models.native_model import NativeModel
-from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftPath, DraftRoots, Masks, Nodes, TreeLimits
-from specdec.runtimes.target import Pass, largest
+from specdec.runtimes.draft_path import (
+    DeviceTree,
+    DraftPath,
+    DraftRoots,
+    LevelNodes,
+    Nodes,
+    TreeLimits,
+)
+from specdec.runtimes.target import GrowingLinear, Pass, largest
 from specdec.runtimes.torch.attention import Attention
-from specdec.runtimes.torch.captured_draft import CapturedDraft
-from specdec.runtimes.torch.model import Attend, Layer, Tables, context
+from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Record, flattened
+from specdec.runtimes.torch.delta_rule import DeltaRule
+from specdec.runtimes.torch.draft import PathStep, choose, grow, limits_of, rules_of
+from specdec.runtimes.torch.linear import dense
+from specdec.runtimes.torch.model import Layer, Store, context
 from specdec.runtimes.torch.static_cache import SPARE, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
@@ -35,81 +47,16 @@ if TYPE_CHECKING:
 
 TOKENS = 64  # passes over more tokens are not captured
 CAPTURES = 64  # that are kept; the least recently used ones are dropped
-
 CACHED = "layers", "draft"  # what is captured over the static cache
-
-Function = Callable[..., Sequence[Tensor]]
-Record = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its replay, on the same memory
-
-
-class CudaRecorder:
-    """Captures functions on a CUDA device; they share one memory pool, and one stream on which they warm up. A function
-    must neither read its results nor depend on the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        with torch.cuda.device(device):  # streams belong to the current device
-            self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(self.device):
-            self.aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.aside):
-                run()  # libraries allocate memory at first use, which cannot be captured
-            torch.cuda.current_stream().wait_stream(self.aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others use the device
-                run()
-        return graph.replay
-
-
-class Captured:
-    """A captured function of tensors at fixed addresses. It keeps alive what the function reads.
-
-    inputs: what the caller fills before a call.
-    """
-
-    def __init__(self, function: Function, inputs: Sequence[Tensor], record: Record) -> None:
-        self.function, self.inputs = function, inputs
-        self.outputs = [torch.empty_like(y) for y in function(*inputs)]
-
-        def run() -> None:
-            for out, y in zip(self.outputs, function(*inputs), strict=True):
-                out.copy_(y)
-
-        self.replay = record(run)
-
-    def __call__(self) -> Sequence[Tensor]:
-        """Run the function, and return its results, which the next call writes over."""
-        self.replay()
-        return self.outputs
-
-
-@dataclass(eq=False)
-class _Inputs:
-    """The inputs of captured passes over L lanes and T tokens. All but the first are filled once for a mask.
-
-    x: [L, T, D].
-    numbers: of each lane how many slots are committed, and where uncommitted ones begin; then how many of these come
-        before the tokens: [2 L + 1].
-    places: positions of uncommitted slots [L, SPARE]. tree: which of them a token sees, bool [L, T, SPARE].
-    order: the lanes of the rows, if these are not the first ones in order, [B].
-    """
-
-    x: Tensor
-    numbers: Tensor
-    places: Tensor
-    tree: Tensor
-    order: Tensor | None = None
-    filled: tuple[Any, ...] = ()
 
 
 class CapturedTarget(TorchTarget):
-    """The PyTorch runtime by captured passes. Raises SpecDecError as ``TorchTarget``, and without a GPU.
+    """The PyTorch runtime on a CUDA device, where passes are captured as CUDA graphs.
 
-    Captured passes share their buffers, so threads take turns under the model's lock.
+    Captured passes share their buffers, so threads take turns under the model's lock. Raises SpecDecError as
+    ``TorchTarget`` does, and without a GPU.
 
-    record: the recorder; None: CUDA graphs.
+    record: captures a function; None: a ``CudaRecorder``.
     """
 
     def __init__(self, model: NativeModel | PreTrainedModel, record: Record | None = None) -> None:
@@ -117,131 +64,165 @@ class CapturedTarget(TorchTarget):
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         self.record = record or CudaRecorder(model.device)
         self.captured: OrderedDict[Any, Captured] = OrderedDict()
-        self._inputs = dict[tuple[int, int], _Inputs]()
         self._chains = dict[tuple[int, int], Tensor]()
         super().__init__(model)
 
     @functools.cached_property
-    def static(self) -> StaticCache | None:
-        """The keys and values of captured passes; None: something in the layers depends on the host."""
+    def static(self) -> StaticCache:
+        """The keys, values and states of captured passes."""
         mixers = [layer.mixer for layer in self.network.layers]
-        routes = any(layer.experts is not None for layer in self.network.layers)
-        first, chunked = mixers[0], any(isinstance(window, Chunk) for window in self.windows)
-        if self.recurrent_layers or routes or chunked or not isinstance(first, Attention):
-            return None
-        shape = self.num_layers, first.kv_heads, first.size
-        return StaticCache(shape, self.dtype, self.device, self.lock, self._forget)
+        attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+        recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
+        shape = len(attention), attention[0].kv_heads, attention[0].size
+        kinds = recurrent[0].kinds if recurrent else {}
+        how = self.dtype, self.device, self.lock, self._forget
+        return StaticCache(shape, *how, len(recurrent), kinds, self.hidden_size)
 
     def _forget(self) -> None:
-        """Drop what is captured over the static cache."""
+        """Delete all captured functions, because the static cache has got new memory."""
         self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] not in CACHED)
 
     @property
     def spare_bytes(self) -> int:
-        return 0 if self.static is None else self.static.spare_bytes
+        return self.static.spare_bytes
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        if self.static is None:
-            return super().new_cache(batch)
-        return KVCache(self.num_layers, batch, self.device, layers=range(self.num_layers))
+        attention = [n for n in range(self.num_layers) if n not in self.recurrent_layers]
+        recurrent = sorted(self.recurrent_layers)
+        return KVCache(self.num_layers, batch, self.device, layers=attention, recurrent=recurrent)
+
+    def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
+        """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
+        if key not in self.captured:
+            self.captured[key] = Captured(*make(), self.record)
+        self.captured.move_to_end(key)
+        if len(self.captured) > CAPTURES:
+            self.captured.popitem(last=False)
+        return self.captured[key]
+
+    # -- passes -------------------------------------------------------------------------------------------------------
 
     @explain_memory
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
-        short = lo < hi and batch * t <= TOKENS and cache.lengths[lo] - cache.committed + bucket(t) <= SPARE
-        if self.static is None or not short or not isinstance(mask, RowMask) or not torch.is_inference_mode_enabled():
+        ahead = cache.lengths[lo] - cache.committed if lo < hi else 0
+        short = lo < hi and batch * t <= TOKENS and ahead + bucket(t) <= SPARE
+        plain = ctx.routed is None and ctx.choose is None and torch.is_inference_mode_enabled()
+        if self.recurs(lo, hi):  # a draft's later tokens, and changed layers, run as they are
+            pending = max(max(states.pending, default=0) for states in cache.states)
+            plain = plain and not ahead and ctx.adapters is None and pending <= TOKENS
+        if not short or not plain or not isinstance(mask, RowMask):
             return super().layers(x, lo, hi, ctx)
         with self.lock:
-            return self._run(x, lo, hi, ctx, mask, self.static)
+            return self._run(x, lo, hi, ctx, mask, ahead)
 
-    def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, static: StaticCache) -> Tensor:
-        (batch, t, _), cache, taps = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps
-        ahead = cache.lengths[lo] - cache.committed
-        lanes = static.place(cache.entries, cache.committed + ahead + t)
+    def recurs(self, lo: int, hi: int) -> bool:
+        """Return whether a layer of [lo, hi) is recurrent."""
+        return any(lo <= layer < hi for layer in self.recurrent_layers)
+
+    def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, ahead: int) -> Tensor:
+        (batch, t, width), cache, taps, static = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps, self.static
+        places = static.place(cache.entries, cache.committed + ahead + t)
         cache.claim(lo, hi, [t] * batch, *static.shape[1:], self.dtype)
-        size = bucket(max(lanes) + 1), bucket(t)
-        inputs = self._fill(size, lanes, x, ahead, mask)
-        rows = slice(batch) if inputs.order is None else inputs.order
-        inputs.x[rows, :t] = x
-        layers, tapped = self.select_layers(lo, hi, ctx.adapters), sorted(n for n in taps if lo <= n <= hi)
-        key = "layers", *size, lo, hi, *tapped, *layers  # layers live as long as what is captured of them
-        outputs = self.capture(key, lambda: (self._pass(inputs, lo, layers, tapped), ()))()
-        y, *seen = (out[:batch, :t].clone() if inputs.order is None else out[rows, :t] for out in outputs)
+        memo: dict[Any, Any] = mask.memo  # the ranges of layers of a step share a mask
+        states = [row for row in cache.states if isinstance(row, LayerStates)]
+        pending = [list(row.pending) for row in states]
+        key = "captured", static.slots, ahead, *places, *map(tuple, pending)
+        if key not in memo:
+            drafted = mask.drafted if isinstance(mask.drafted, Tensor) else torch.stack([*mask.drafted])
+            memo[key] = *self._numbers(cache.rows, places, ahead, pending), drafted, self._tree(mask, t, ahead)
+        numbers, lanes, positions, tree = memo[key]
+        count, size, tapped = bucket(max(places) + 1), bucket(t), sorted(n for n in taps if lo <= n <= hi)
+        layers = self.select_layers(lo, hi, ctx.adapters)
+        recurrent = [cache.recurrent.index(layer) for layer in range(lo, hi) if layer in self.recurrent_layers]
+        most = max((own[layer] for own in pending for layer in recurrent), default=0)
+        before = bucket(most) if most else 0
+        for row in states:
+            row.ran(recurrent)
+
+        def make() -> tuple[Function, Sequence[Tensor]]:
+            stored = self.store(count)
+
+            def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor) -> Sequence[Tensor]:
+                seen = dict.fromkeys(tapped, x)
+                y = self.network.run(x, lo, layers, context(seen), stored(numbers, size, positions, tree, before))
+                return [y, *(seen[layer] for layer in tapped)]
+
+            nobody, _ = self._numbers([], [], 0, count=count)
+            tree = nobody.new_zeros(count, size, SPARE, dtype=torch.bool)
+            return function, [nobody, x.new_zeros(count, size, width), nobody.new_zeros(count, SPARE), tree]
+
+        # Layers live as long as what is captured of them
+        held = self.capture(("layers", count, size, before, lo, hi, *tapped, *layers), make)
+        outputs = held([numbers], [x, positions, tree], lanes)
+        y, *seen = (out[:batch, :t].clone() if lanes is None else out[lanes, :t] for out in outputs)
         taps.update(zip(tapped, seen, strict=True))
         return y
 
-    def _fill(self, size: tuple[int, int], lanes: list[int], x: Tensor, ahead: int, mask: RowMask) -> _Inputs:
-        """The inputs of this size, without ``x``, for rows in ``lanes``."""
-        (count, t), (batch, own, width) = size, x.shape
-        if size not in self._inputs:
-            whole, ints = x.new_zeros(count, t, width), x.new_zeros(2 * count + 1, dtype=torch.long)
-            places, tree = ints.new_zeros(count, SPARE), ints.new_zeros(count, t, SPARE, dtype=torch.bool)
-            self._inputs[size] = _Inputs(whole, ints, places, tree)
-        inputs = self._inputs[size]
-        if (batch, own) != size:
-            inputs.x.zero_()  # padding is finite: a mask does not hide NaN
-        if inputs.filled and inputs.filled[0] is mask and inputs.filled[1:] == (lanes, ahead):
-            return inputs
-        assert self.static is not None and self.static.whole is not None
-        committed, starts = [0] * count, [self.static.whole.shape[4] - SPARE] * count  # of a lane without a row
-        for lane, n in zip(lanes, mask.committed, strict=True):
-            committed[lane] = starts[lane] = n
-        in_order = lanes == list(range(batch))
-        ints = upload([*committed, *starts, ahead, *(() if in_order else lanes)], self.device)
-        inputs.numbers.copy_(ints[: 2 * count + 1])
-        inputs.order = None if in_order else ints[2 * count + 1 :]
-        rows = slice(batch) if inputs.order is None else inputs.order
-        places = mask.drafted if isinstance(mask.drafted, Tensor) else torch.stack([*mask.drafted])
-        inputs.places[rows, : places.shape[1]] = places
-        if mask.chains:
-            inputs.tree.copy_(self._chain(t, ahead))
-        else:
-            inputs.tree.zero_()
-            assert mask.ancestors is not None
-            inputs.tree[rows, :own, : mask.ancestors.shape[-1]] = upload(mask.ancestors, self.device, torch.bool)
-        inputs.filled = mask, lanes, ahead
-        return inputs
+    def _numbers(
+        self,
+        committed: Sequence[int],
+        places: Sequence[int],
+        ahead: int,
+        pending: Sequence[Sequence[int]] = (),
+        count: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the argument ``numbers`` of ``store``, and the lane of each row, int64 [B].
 
-    def _chain(self, t: int, ahead: int) -> Tensor:
-        """The tree [T, SPARE] of a chain behind ``ahead`` uncommitted slots."""
+        The second value is None if rows 0, 1, .. are in lanes 0, 1, ..
+        committed: number of committed tokens of each row. places: the lane of each row.
+        ahead: number of uncommitted slots before the tokens of the pass.
+        pending: for each row, the number of pending tokens in each recurrent layer; (): there are none.
+        count: number of lanes, L; None: as many as the rows need.
+        """
+        count = bucket(max(places) + 1) if count is None else count
+        filled, starts = [0] * count, [self.static.slots - SPARE] * count  # of a lane without a row
+        waiting = [[0] * count for _ in range(self.static.recurrent)]
+        for row, (lane, n) in enumerate(zip(places, committed, strict=True)):
+            filled[lane] = starts[lane] = n
+            for layer, tokens in enumerate(pending[row] if pending else ()):
+                waiting[layer][lane] = tokens
+        in_order = [*places] == list(range(len(places)))
+        whole = [*filled, *starts, ahead, *(tokens for own in waiting for tokens in own)]
+        numbers = upload([*whole, *(() if in_order else places)], self.device)
+        return numbers[: len(whole)], None if in_order else numbers[len(whole) :]
+
+    def _tree(self, mask: RowMask, t: int, ahead: int) -> Tensor:
+        """Return which uncommitted slots each token of a pass sees, bool [B, T, U], or with further slots.
+
+        t: T. ahead: number of uncommitted slots before the tokens.
+        """
+        if not mask.chains:
+            assert mask.ancestors is not None
+            return upload(mask.ancestors, self.device, torch.bool).expand(len(mask.committed), -1, -1)
         if (t, ahead) not in self._chains:
             self._chains[t, ahead] = torch.ones(t, SPARE, dtype=torch.bool, device=self.device).tril(ahead)
-        return self._chains[t, ahead]
+        return self._chains[t, ahead].expand(len(mask.committed), -1, -1)
 
-    def _pass(
-        self, inputs: _Inputs, lo: int, layers: Sequence[Layer], tapped: Sequence[int]
-    ) -> Callable[[], list[Tensor]]:
-        """A pass over ``layers`` as a function without arguments."""
-        count, t, _ = inputs.x.shape
-        attention = self.attention(count)
+    def store(self, count: int) -> Callable[..., Store]:
+        """Return a function that makes the ``Store`` of a captured pass over L = ``count`` lanes, inside the pass.
 
-        def function() -> list[Tensor]:
-            committed, starts, ahead = inputs.numbers.split((count, count, 1))
-            rotary, attend = attention(committed, starts, ahead, t, inputs.places, inputs.tree)
-            seen = dict.fromkeys(tapped, inputs.x)
-            y = self.network.run(inputs.x, lo, layers, context(seen), rotary, attend)
-            return [y, *(seen[layer] for layer in tapped)]
-
-        return function
-
-    def attention(self, count: int) -> Callable[..., tuple[Tables, Attend]]:
-        """What makes the rotary tables and the attention of passes over ``count`` lanes. Its arguments:
-
-        committed, starts: of each lane how many slots are committed, and where uncommitted ones begin, int64 [L].
-        ahead: how many of these come before the T tokens. t: T. places, tree: as in ``_Inputs``, for at least the
-        slots up to the tokens.
+        The function's arguments are:
+        numbers: for each lane the number of committed slots, then for each the index of the first uncommitted slot,
+            then the number of uncommitted slots before the tokens, then for each of R recurrent layers and each lane
+            the number of pending tokens: int64 [2 L + 1 + R L].
+        t: T.
+        places: positions of uncommitted slots, int64 [L, U], those of the tokens included.
+        tree: which of the uncommitted slots a token sees, bool [L, T, U].
+        before: maximum number of pending tokens.
         """
-        assert self.static is not None and self.static.whole is not None
-        mixer = self.network.layers[0].mixer
-        assert isinstance(mixer, Attention)
-        keys, values = whole = self.static.whole  # (N, lanes, H, slots, d)
-        slots, groups, hidden = whole.shape[4], mixer.groups, torch.finfo(self.dtype).min / 2
-        every, block = torch.arange(slots, device=self.device), torch.arange(SPARE, device=self.device)
-        tables = {each: self.network.table(each, slots) for each in self.network.used}
+        static, device, mixers = self.static, self.device, [layer.mixer for layer in self.network.layers]
+        groups = next(mixer.groups for mixer in mixers if isinstance(mixer, Attention))
+        assert static.whole is not None
+        (keys, values), slots, hidden = static.whole, static.slots, torch.finfo(self.dtype).min / 2
+        every, block = torch.arange(slots, device=device), torch.arange(SPARE, device=device)
+        rotary = {each: self.network.table(each, slots) for each in self.network.used}
+        place_of = [
+            sum(type(mixer) is type(own) for mixer in mixers[:n]) for n, own in enumerate(mixers)
+        ]  # of its kind
 
-        def attention(
-            committed: Tensor, starts: Tensor, ahead: Tensor | int, t: int, places: Tensor, tree: Tensor
-        ) -> tuple[Tables, Attend]:
+        def store(numbers: Tensor, t: int, places: Tensor, tree: Tensor, before: int = 0) -> Store:
+            committed, starts, ahead, pending = numbers.split((count, count, 1, static.recurrent * count))
             own = (ahead + block[:t]).expand(count, -1)  # (L, T), among uncommitted slots
             place = starts[:, None] + own
             positions, uncommitted = places.gather(1, own), starts[:, None] + block[: places.shape[1]]
@@ -255,29 +236,117 @@ class CapturedTarget(TorchTarget):
                 terms[window] = term.repeat_interleave(groups, 1)[:, None]
 
             def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                to = place[:, None, :, None].expand_as(k)
-                k, v = (each[index, :count].scatter_(2, to, new) for each, new in ((keys, k), (values, v)))
+                to, own = place[:, None, :, None].expand_as(k), place_of[index]
+                k, v = (each[own, :count].scatter_(2, to, new) for each, new in ((keys, k), (values, v)))
                 return k, v, terms[self.windows[index]]
 
-            return {each: table[positions].unbind(-1) for each, table in tables.items()}, attend  # type: ignore[misc]
+            def recur(index: int, layer: Layer, h: Tensor) -> Tensor:
+                """Run pending tokens, which join the states, and those of the pass in one go."""
+                assert isinstance(layer.mixer, DeltaRule)
+                own, (_, t, _), chain = place_of[index], h.shape, block[:before, None] >= block[:before]
+                states = {key: each[own, :count] for key, each in static.states.items()}
+                inputs = static.inputs[own, :count]
+                kept = block[:before] < pending.view(-1, count)[own, :, None]  # (L, P)
+                first = F.pad(chain & kept[:, None], (0, t))  # (L, P, P + T)
+                then = torch.cat((kept[:, None].expand(-1, t, -1), tree[:, :, :t]), 2)
+                mapped = layer.map("qkv", torch.cat((inputs[:, :before], h), 1))
+                out, after = layer.mixer(mapped, states, torch.cat((first, then), 1), F.pad(kept, (0, t)))
+                for key, state in states.items():
+                    state.copy_(after[key])
+                there = (committed == starts)[:, None, None]  # other batches may have rows in the other lanes
+                inputs[:, :t] = torch.where(there, h, inputs[:, :t])
+                return layer.map("out", out[:, before:])
 
-        return attention
+            tables = {each: table[positions].unbind(-1) for each, table in rotary.items()}
+            return Store(tables, attend, recur)  # type: ignore[arg-type]
+
+        return store
+
+    # -- drafts -------------------------------------------------------------------------------------------------------
 
     @explain_memory
     def draft_rows(
-        self,
-        cache: KVCache,
-        roots: DraftRoots,
-        path: DraftPath,
-        limits: TreeLimits,
-        masks: Masks | None = None,
-        choice: DeviceChoice | None = None,
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
-        draft = CapturedDraft(self, roots, path, limits, choice)
-        if self.static is None or masks is not None or not draft.fits or not torch.is_inference_mode_enabled():
-            return super().draft_rows(cache, roots, path, limits, masks, choice)
+        keep, growing = 1 if len(roots.tokens) > 1 else limits.width, path.heads[-1]
+        fits = 1 + (limits.levels - 1) * keep <= SPARE and (
+            not isinstance(growing, GrowingLinear) or growing.bias is None
+        )
+        fits = fits and not any(self.recurs(lo, hi) for lo, hi in path.segments)
+        if not fits or roots.masks is not None or not torch.is_inference_mode_enabled():
+            return super().draft_rows(cache, roots, path, limits)
         with self.lock:
-            return draft.run(cache, self.static)
+            return self._draft(cache, roots, path, limits, keep)
+
+    def _draft(
+        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, keep: int
+    ) -> list[Nodes] | DeviceTree:
+        """Draft all levels, and let the device take nodes, as one captured function. keep: as in ``grow``."""
+        choice = roots.choice
+        places = self.static.place(cache.entries, cache.committed + 1 + (limits.levels - 1) * keep)
+        numbers, lanes = self._numbers(cache.rows, places, 0)
+        count, batch, growing = bucket(max(places) + 1), len(roots.tokens), path.heads[-1]
+        heads = [head for head in path.heads if not isinstance(head, GrowingLinear)]
+        readouts, weights = [self.head_map(head) for head in heads], list[Any](heads)
+        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits=False)
+        if isinstance(growing, GrowingLinear):  # all of its memory is read, so that it may grow
+            spare, forbidden = len(growing.memory.values) - growing.out_features, rules.forbidden
+            if forbidden is None:
+                forbidden = numbers.new_zeros(batch, growing.out_features, dtype=torch.bool)
+            vocab = None if rules.vocab is None else F.pad(rules.vocab, (0, spare))
+            rules = rules._replace(vocab=vocab, forbidden=F.pad(forbidden, (0, spare), value=True))
+            readouts.append(dense(growing.memory.values))
+            weights.append(growing.memory)
+        layers = [self.select_layers(lo, hi, path.adapters) for lo, hi in path.segments]
+        bounds, prices = (None, None) if choice is None else limits_of(choice, count, self.device)
+        tokens = upload([[token] for token in roots.tokens], self.device)
+        states = tuple(x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
+        whole, sizes, rebuild = flattened((numbers, rules.vocab, prices))
+        own, own_sizes, rebuild_own = flattened((tokens, states, rules._replace(vocab=None), bounds))
+
+        def make() -> tuple[Function, Sequence[Tensor]]:
+            stored = self.store(count)
+
+            def function(*inputs: Tensor) -> Sequence[Tensor]:
+                numbers, vocab, prices = rebuild(inputs[: len(whole)])
+                tokens, (final, *carried), rules, bounds = rebuild_own(inputs[len(whole) :])
+                seen, passes = list[Tensor](), list[Store]()
+
+                def run(number: int, x: Tensor, level: int, paths: Tensor | None) -> Tensor:
+                    if not number:  # all segments of a level see the same tokens
+                        t, ahead = x.shape[1], sum(part.shape[1] for part in seen)
+                        seen.append((numbers[:count, None] + level).expand(-1, t))
+                        tree = (
+                            paths
+                            if paths is not None
+                            else torch.ones(count, t, ahead + t, dtype=torch.bool, device=x.device)
+                        )
+                        at = torch.cat((numbers[: 2 * count], numbers[2 * count :] + ahead))  # no recurrent layer runs
+                        passes[:] = [stored(at, t, torch.cat(seen, 1), tree)]
+                    return self.network.run(x, path.segments[number][0], layers[number], context(), passes[0])
+
+                embed = lambda tokens, level: self.network.embed(tokens)  # noqa: E731
+                read = [lambda x, head=head: self.network.readout(x, head) for head in readouts]
+                step = PathStep(path, final, carried, embed, run, read, rules.forbidden)
+                waits = rules.given is not None and choice is None
+                grown = grow(
+                    step, tokens, replace(limits, level=0.0, node=0.0), rules._replace(vocab=vocab), keep, waits
+                )
+                return [grown.packed()] if choice is None else choose(grown, choice.nodes, bounds, prices)[:4]
+
+            nobody, _ = self._numbers([], [], 0, count=count)
+            lane_inputs = [x.new_zeros(count, *x.shape[1:]) for x in own]
+            return function, [nobody, *(x.clone() for x in whole[1:]), *lane_inputs]
+
+        weights += [layer for part in layers for layer in part]
+        key = "draft", path, *weights, count, limits.levels, limits.width, keep, choice and choice.nodes
+        held = self.capture((*key, *sizes, *(size and size[1:] for size in own_sizes)), make)
+        found = [out[:batch] if lanes is None else out[lanes] for out in held(whole, own, lanes)]
+        if choice is not None:
+            return DeviceTree(found[0], found[1], found[2], found[3], 1 if rules.given is None else 3)
+        return [LevelNodes.unpacked(row, len(row) // 4) for row in found[0].tolist()]
+
+    # -- readouts -----------------------------------------------------------------------------------------------------
 
     @explain_memory
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
@@ -298,18 +367,8 @@ class CapturedTarget(TorchTarget):
         return x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
 
     def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """What ``read`` makes of states [B, T, D], captured for as many tokens; written over by the next call."""
+        """Return ``read(x)`` of states [B, T, D], captured under ``name``; the next call overwrites the result."""
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
-        held = self.capture((name, size), lambda: (lambda states: [read(states)], [x.new_zeros(1, size, x.shape[2])]))
-        held.inputs[0][0, :count] = x.flatten(0, 1)
-        [found] = held()
-        return found[0, :count].view(*x.shape[:2], *found.shape[2:])
-
-    def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
-        """What is captured under ``key``, at first the function with the inputs that ``make`` returns."""
-        if key not in self.captured:
-            self.captured[key] = Captured(*make(), self.record)
-        self.captured.move_to_end(key)
-        if len(self.captured) > CAPTURES:
-            self.captured.popitem(last=False)
-        return self.captured[key]
+        held = self.capture((name, size), lambda: (lambda states: [read(states)], [x.new_zeros(size, 1, x.shape[2])]))
+        [found] = held((), [x.flatten(0, 1)[:, None]])
+        return found[:count].view(*x.shape[:2], *found.shape[2:])

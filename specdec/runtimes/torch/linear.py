@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdec.models.gguf import blocks
+from specdec.models.gguf.blocks import Blocks
 from specdec.runtimes.native import linear
 
 Linear = Callable[[Tensor], Tensor]
@@ -22,7 +24,7 @@ UNIT_EPS = 1e-6  # of ``rms_unit``
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are packed maps for this dtype on this machine."""
+    """Return whether ``packed`` supports this dtype on this machine."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
@@ -30,7 +32,7 @@ def packable(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """``x @ weight.T + bias`` with weight [out, in]."""
+    """Return the function ``x @ weight.T + bias`` with weight [out, in]."""
 
     def apply(x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
         return linear(x, weight, bias)
@@ -39,7 +41,7 @@ def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, from a blocked copy of ``weight``, without gradients."""
+    """Return the same function as ``dense``, which reads a blocked copy of ``weight`` and has no gradients."""
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), HINT)
     product = torch.ops.mkldnn._linear_pointwise.default
     bias = None if bias is None else bias.contiguous()  # oneDNN reads it without its strides
@@ -51,14 +53,17 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def side_by_side(modules: Sequence[nn.Module]) -> Linear:
-    """The results of modules one behind the other."""
+    """Return a function that concatenates the outputs of ``modules`` for one input."""
     if len(modules) == 1:
         return modules[0]
     return lambda x: torch.cat([module(x) for module in modules], -1)
 
 
 def low_rank(x: Tensor, outs: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-    """``x`` [..., in] through ``factors``, down [r, in] and up [outs, r]; zeros without them."""
+    """Return the low-rank term up(down(x)), [..., outs], of ``x`` [..., in].
+
+    factors: down [r, in] and up [outs, r]; None: the term is zero.
+    """
     if factors is None:
         return x.new_zeros(*x.shape[:-1], outs)
     down, up = factors
@@ -66,9 +71,9 @@ def low_rank(x: Tensor, outs: int, factors: tuple[Tensor, Tensor] | None) -> Ten
 
 
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """One weight [sum of outs, in] (and bias) for linear maps of one input.
+    """Concatenate linear layers with the same input; return one weight [sum of outs, in], and the bias or None.
 
-    Their parameters become views of it: the model keeps its values, and nothing is stored twice.
+    The layers' parameters become views of the result, so that nothing is stored twice.
     """
     weight = _stack([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
@@ -91,22 +96,30 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def for_drafting(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """As ``dense``, for constant weights of a drafter: in the fastest format at one row, which may be quantised."""
+def for_drafting(weight: Tensor | Blocks, bias: Tensor | None = None) -> Linear:
+    """Return the same function as ``dense`` for a drafter, in the format that is fastest for one row.
+
+    The format may be quantised. The weights must not change. Weights in blocks, which are of models in bfloat16 on a
+    CPU, keep their bits if the native kernels run here.
+    """
+    if isinstance(weight, Blocks):
+        if linear.runs() and not weight.inputs % 32:
+            return linear.Packed([weight], bias)
+        weight = blocks.dequantize(weight, None, torch.bfloat16)
     if linear.serves(weight):
         return linear.Packed([weight], bias, draft_only=True)
     return (packed if packable(weight.dtype, weight.device) else dense)(weight.detach(), bias)
 
 
 def rms_unit(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, in x's dtype."""
+    """Return ``x`` divided by its root mean square over the last axis, in the shape and dtype of ``x``."""
     return F.rms_norm(x, x.shape[-1:], eps=UNIT_EPS)
 
 
 class UnitMap:
-    """``linear(cat(parts, each divided by its RMS))``, with a weight as in ``for_drafting``.
+    """A linear layer of several inputs, each divided by its RMS, then concatenated. Made as ``for_drafting`` does.
 
-    packed: its form for the compiled kernels, if they run here.
+    packed: the layer in the compiled kernels' format; None: PyTorch computes it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: linear.Packed | None = None) -> None:
@@ -116,7 +129,7 @@ class UnitMap:
 
     @classmethod
     def making(cls, weight: Tensor, bias: Tensor) -> Generator[None, None, UnitMap]:
-        """Return the map after pieces of work."""
+        """Pack ``weight`` and ``bias``, and return the layer; yield after every few milliseconds."""
         return cls(weight, bias, (yield from linear.packing(weight, bias)) if linear.serves(weight) else None)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ POSITIONS = 512  # fewest of a rotary table, and those beyond the slots of a cac
 ACTIVATIONS: dict[str, Linear] = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 LowRank = tuple[int, tuple[Tensor, Tensor] | None]  # number of outputs; down [r, in] and up [out, r], or there are none
-Attend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 Choose = Callable[[int, Tensor], Tensor]
 Tables = dict[Rotation, Rotary]
 Maker = Callable[[Sequence[nn.Module]], Linear]
@@ -41,12 +40,13 @@ Maker = Callable[[Sequence[nn.Module]], Linear]
 
 @dataclass(eq=False)
 class Layer:
-    """One decoder layer as callables.
+    """One decoder layer as functions.
 
-    norms: of the mixer's input and result, and of the MLP's; None where there is none.
-    maps: the linear maps "qkv", "out", "gate_up" and "down".
-    rotation: of queries and of keys; None: they do not rotate.
-    low: low-rank terms of the parts of a map, one behind the other. base: the layer without them.
+    norms: the norms of the mixer's input and output, then of the MLP's input and output; None: there is no such norm.
+    maps: the linear layers, by the names "qkv", "out", "gate_up" and "down".
+    rotation: the rotary positions of queries and of keys; None: there are none.
+    low: by linear layer, the low-rank terms of its outputs, in order.
+    base: the same layer without low-rank terms.
     """
 
     norms: tuple[Norm | None, ...]
@@ -60,7 +60,7 @@ class Layer:
     base: Layer | None = None
 
     def map(self, slot: str, x: Tensor) -> Tensor:
-        """A linear map of x [B, T, in], with its low-rank terms."""
+        """Apply the linear layer ``slot``, with its low-rank terms, to ``x`` [B, T, in]."""
         y, low = self.maps[slot](x), self.low.get(slot)
         return y if low is None else y + torch.cat([low_rank(x, *each) for each in low], -1)
 
@@ -69,17 +69,34 @@ class Layer:
         return self.map("down", self.act(gate) * up)
 
     def advance(self, x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
-        """A recurrent layer's mixer as a function of its states."""
+        """Run the mixer of a recurrent layer on ``x`` [B, T, D]; return its output and the new states.
+
+        adapted: whether to apply the low-rank terms.
+        """
         layer = self if adapted or self.base is None else self.base
         assert isinstance(self.mixer, DeltaRule)
         out, after = self.mixer(layer.map("qkv", x), states)
         return layer.map("out", out), after
 
 
-class Network:
-    """A model of a known family.
+class Store(NamedTuple):
+    """Where a captured pass keeps keys, values and states.
 
-    make: makes a linear map of modules with the same input.
+    tables: the rotary tables of the pass.
+    attend: stores new keys and values of a layer, and returns all of them and the mask.
+    recur: runs the mixer of a recurrent layer on its inputs [B, T, D], and keeps what roll-back needs.
+    """
+
+    tables: Tables
+    attend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+    recur: Callable[[int, Layer, Tensor], Tensor]
+
+
+class Network:
+    """The layers of a model of a known family as functions of PyTorch tensors.
+
+    windows: attention window of each layer in tokens; None: no limit.
+    make: makes one function of several linear layers with the same input.
     """
 
     def __init__(self, model: Any, windows: Sequence[int | None], make: Maker) -> None:
@@ -112,7 +129,7 @@ class Network:
         return Layer(norms, attention, maps, act, experts, rotation, window)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, T] -> [B, T, D]."""
+        """Return the embeddings [B, T, D] of token ids [B, T]."""
         x = weight_rows(self.embedding, ids.flatten()).view(*ids.shape, -1)
         return x if self.scale is None else x * self.scale
 
@@ -122,32 +139,32 @@ class Network:
         lo: int,
         layers: Sequence[Layer],
         ctx: Pass,
-        tables: Tables | None = None,
-        attend: Attend | None = None,
+        store: Store | None = None,
     ) -> Tensor:
         """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D].
 
-        tables: rotary ones of the pass, if they are made.
-        attend: stores new keys and values of a layer, and returns all of them and the mask; None: in the cache.
+        store: memory of a captured pass for keys, values and states; None: ``ctx.cache`` stores them.
         """
         cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
-        start = cache.lengths[lo] if layers and attend is None else None
-        tables = self.tables_of(ctx) if tables is None else tables
+        start = cache.lengths[lo] if layers and store is None else None
+        tables = self.tables_of(ctx) if store is None else store.tables
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
                 taps[index] = x
             norm_in, norm_mixed, norm_mlp, norm_out = layer.norms
             h = x if norm_in is None else norm_in(x)
-            if isinstance(layer.mixer, DeltaRule):
+            if isinstance(layer.mixer, DeltaRule) and store is not None:
+                h = store.recur(index, layer, h)
+            elif isinstance(layer.mixer, DeltaRule):
                 h = cache.run_recurrent(index, h, ctx.mask.ancestors, layer.advance)
             else:
                 rotation = None if layer.rotation is None else tuple(tables[each] for each in layer.rotation)
                 q, k, v, gate = layer.mixer.project(layer.map("qkv", h), rotation)  # type: ignore[arg-type]
-                if attend is None:
+                if store is None:
                     term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
                     k, v = cache.append(index, k, v, MULTIPLE)
                 else:
-                    k, v, term = attend(index, k, v)
+                    k, v, term = store.attend(index, k, v)
                 h = layer.map("out", layer.mixer(q, k, v, term, gate))
             x = self._add(x, h, norm_mixed)
             h = x if norm_mlp is None else norm_mlp(x)
@@ -155,7 +172,9 @@ class Network:
                 h = layer.mlp(h)
             else:
                 routed = None if ctx.routed is None else ctx.routed[:, index]
-                h = layer.experts(h, routed, None if ctx.choose is None else partial(ctx.choose, index))
+                h = layer.experts(
+                    h, routed, None if ctx.choose is None else partial(ctx.choose, index), store is not None
+                )
             x = self._add(x, h, norm_out)
         if taps is not None and end in taps:
             taps[end] = x
@@ -164,25 +183,25 @@ class Network:
         return x
 
     def _add(self, x: Tensor, h: Tensor, norm: Norm | None) -> Tensor:
-        """The residual ``x`` with what a part of a layer adds to it."""
+        """Return ``x`` plus the output ``h`` of a mixer or MLP, [B, T, D] each. norm: norm of ``h``; None: none."""
         h = h if norm is None else norm(h)
         return x + (h if self.numbers.results == 1 else h * self.numbers.results)
 
     def readout(self, x: Tensor, head: Linear) -> Tensor:
-        """Final states [B, T, D] -> logits [B, T, V]."""
+        """Return logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, logit cap."""
         logits, cap = head(self.final_norm(x)), self.numbers.logits_cap
         logits = logits if self.numbers.logits == 1 else logits * self.numbers.logits
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def tables_of(self, ctx: Pass) -> Tables:
-        """The tables for the positions of a pass. Consecutive calls with one mask share them."""
+        """Return the rotary tables for the positions of a pass. Consecutive calls with the same mask share them."""
         memo: dict[Any, Any] = ctx.mask.memo if ctx.positions is ctx.mask.query else {}
         if "rotary" not in memo:
             memo["rotary"] = {each: self.table(each, ctx.mask.length)[ctx.positions].unbind(-1) for each in self.used}
         return memo["rotary"]  # type: ignore[no-any-return]
 
     def table(self, rotation: Rotation, count: int) -> Tensor:
-        """Cosines and signed sines [positions, 1, rotated, 2] for at least ``count`` positions, and some beyond."""
+        """Return cosines and signed sines for ``count`` positions or more, [positions, 1, rotated elements, 2]."""
         table = self.tables.get(rotation)
         if table is None or len(table) < count + POSITIONS // 2:
             halves = rotation.tables(self.rotary, max(2 * count, POSITIONS), self.dtype)  # (positions, 2, rotated / 2)
@@ -194,7 +213,7 @@ class Network:
 
 
 def context(taps: dict[int, Tensor] | None = None) -> Pass:
-    """The context of a captured pass: a mask or a cache would be kept alive with it."""
+    """Return the context of a captured pass, which has no mask and no cache, since capturing would keep them alive."""
     return Pass(None, None, None, taps)  # type: ignore[arg-type]
 
 
@@ -205,10 +224,9 @@ def logits_of(
     windows: Sequence[int | None],
     choose: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Token ids [T] of a text -> logits [T, V], by the model's own modules, one layer at a time. Releases the pages of
-    mapped weights.
+    """Return logits [T, V] of token ids [T], computed by the model's own modules, one layer at a time.
 
-    choose: as in ``Pass``.
+    Releases the memory of mapped weights after each layer. windows: as in ``Network``. choose: as in ``Pass``.
     """
     network, count = Network(model, windows, side_by_side), len(model.model.layers)
     cache = KVCache(count, recurrent=[n for n, layer in enumerate(model.model.layers) if recurrent(layer)])
@@ -223,7 +241,7 @@ def logits_of(
 
 
 def _release(*modules: nn.Module) -> None:
-    """Let the pages of weights in mapped files go."""
+    """Let the system drop the memory pages of weights that are mapped from files."""
     for module in modules:
         for _, each in named_weights(module):
             memory.release(*(each.memory if isinstance(each, Blocks) else (each.data,)))

@@ -5,14 +5,16 @@ The lanes and their slots grow by doubling. What is larger than ``KEPT`` is rele
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.kvcache.cache import WHOLE, RowEntries
+from specdec.kvcache.recurrent import LayerStates, StatesByKey
 
 SLOTS = 256  # fewest of a lane
 SPARE = 128  # slots behind those of a row, for drafted tokens and padding
@@ -20,17 +22,24 @@ KEPT = 512 << 20  # bytes that stay for the next request, with the passes that a
 
 
 def bucket(count: int) -> int:
-    """The smallest power of two that is at least ``count``."""
+    """Return the smallest power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 class StaticCache:
-    """The lanes of a target's rows.
+    """One tensor for the keys and values of all rows, at a fixed address, so that passes over it can be captured.
 
-    shape: numbers of layers and heads, and the size of a head.
-    whole: [2, N, L, H, slots, d]; None: nothing is allocated.
-    lock: the target's.
-    forget: called when what is captured over ``whole`` is void.
+    Each row has one of L lanes.
+
+    shape: N, H and d: numbers of attention layers and heads, and the size of a head.
+    recurrent: number of recurrent layers, R. kinds: shape and dtype of a layer's states, by kind and number.
+    width: D, the size of the inputs of recurrent layers.
+    whole: the tensor [2, N, L, H, slots, d]; None: nothing is allocated.
+    states: recurrent states [R, L, ...] by kind and number.
+    inputs: inputs of uncommitted or pending tokens, [R, L, SPARE, D].
+    homes: for each lane, its part of ``states`` by layer, kind and number, and its part of ``inputs``.
+    lock: the lock of the target.
+    forget: called when ``whole`` is replaced, so that captured functions are invalid.
     """
 
     def __init__(
@@ -40,20 +49,31 @@ class StaticCache:
         device: torch.device,
         lock: Any,
         forget: Callable[[], None],
+        recurrent: int = 0,
+        kinds: Mapping[tuple[str, int], tuple[tuple[int, ...], torch.dtype]] | None = None,
+        width: int = 0,
     ) -> None:
         self.shape, self.dtype, self.device, self.lock, self.forget = shape, dtype, device, lock, forget
+        self.recurrent, self.kinds, self.width = recurrent, dict(kinds or {}), width
         self.whole: Tensor | None = None
+        self.states = dict[tuple[str, int], Tensor]()
+        self.inputs, self.homes = torch.empty(0), list[tuple[StatesByKey, Tensor]]()
         self.placing = False
         self.rows = list[weakref.ref[RowEntries] | None]()  # of each lane
 
     @property
+    def slots(self) -> int:
+        """Slots of a lane; 0: nothing is allocated."""
+        return 0 if self.whole is None else int(self.whole.shape[4])
+
+    @property
     def spare_bytes(self) -> int:
-        """Bytes of the lanes that no row has."""
+        """Bytes of the lanes that no row uses."""
         whole = self.whole
         return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
 
     def _users(self) -> dict[int, RowEntries]:
-        """The rows by lane."""
+        """Return the rows that have a lane, by lane."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
         return {lane: row for lane, row in rows if row is not None and row.pointers[1] == self._begin(lane)}
 
@@ -61,7 +81,7 @@ class StaticCache:
         return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
 
     def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
-        """Let each of ``rows`` have a lane with room for ``end`` tokens; return the lanes."""
+        """Give each of ``rows`` a lane with at least ``end`` slots; return the lanes. May replace ``whole``."""
         self.placing = True
         try:
             return self._place(rows, end)
@@ -83,6 +103,8 @@ class StaticCache:
                 lane_of[id(row)] = free.pop(0)
                 self._move(row, lane_of[id(row)])
                 free = free if lane is None else sorted([*free, lane])
+            elif isinstance(row.states, LayerStates):  # passes that are not captured put states elsewhere
+                row.states.move(*self.homes[lane])
         return [lane_of[id(row)] for row in rows]
 
     def _allocate(self, rows: Sequence[RowEntries], slots: int) -> None:
@@ -90,7 +112,16 @@ class StaticCache:
         shape = 2, layers, bucket(len(rows)), heads, slots, size
         self.forget()
         self.whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.rows = [None] * shape[2]
+        self.rows, count = [None] * shape[2], (self.recurrent, shape[2])
+        make = functools.partial(torch.zeros, device=self.device)
+        self.states = {key: make((*count, *own), dtype=dtype) for key, (own, dtype) in self.kinds.items()}
+        self.inputs = make((*count, SPARE, self.width), dtype=self.dtype)
+        self.homes = []
+        for lane in range(shape[2]):
+            home: StatesByKey = {}
+            for key, whole in self.states.items():
+                home |= {(layer, *key): whole[layer, lane : lane + 1] for layer in range(self.recurrent)}
+            self.homes.append((home, self.inputs[:, lane]))
         for lane, row in enumerate(rows):
             self._move(row, lane)
 
@@ -102,14 +133,17 @@ class StaticCache:
             part[..., :count, :] = own[..., :count, :]
         part[..., count:, :] = 0  # a mask does not hide NaN
         row.put(WHOLE, part, lent=True)
+        if isinstance(row.states, LayerStates):
+            row.states.move(*self.homes[lane])
         self.rows[lane] = weakref.ref(row, self._ended)
 
     def _ended(self, _row: object) -> None:
-        """Release the memory after the last row. Of another thread that holds the lock the rows are alive."""
+        """Release the memory when the last row has ended, unless another thread holds the lock and so uses rows."""
         if not self.placing and self.lock.acquire(blocking=False):
             try:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
-                    self.whole, self.rows = None, []
+                    self.whole, self.rows, self.states, self.homes = None, [], {}, []
+                    self.inputs = torch.empty(0)
                     self.forget()
             finally:
                 self.lock.release()

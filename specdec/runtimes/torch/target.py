@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
-    """``call``, with a MemoryFullError where a device has no memory left."""
+    """Decorator that raises MemoryFullError where ``call`` runs out of memory on a device."""
 
     @functools.wraps(call)
     def explained(self: Target, *given: Any, **named: Any) -> T:
@@ -49,11 +49,11 @@ def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
 
 
 class TorchTarget(Target):
-    """The PyTorch runtime. Base weights are frozen: gradients reach ``x`` and the adapters only.
+    """The PyTorch runtime. The model's weights are frozen: gradients reach only ``x`` and the adapters.
 
-    Raises SpecDecError for models that it does not know or does not reproduce; transformers may support them.
+    Raises SpecDecError for models of unknown families, and if logits differ from the model's own forward.
 
-    packs: whether to store weights a second time, in the layout that is fastest without gradients, and has none.
+    packs: whether to store a second copy of the weights in the layout that is fastest, but has no gradients.
     """
 
     runtime = "torch"
@@ -89,7 +89,7 @@ class TorchTarget(Target):
         return self.network.readout(x, self.head_map(head))
 
     def head_map(self, head: nn.Linear | None) -> Linear:
-        """The linear map of an output head; None: of the model's own."""
+        """Return an output head as a function of normalized states; None: the model's own head."""
         module = self.own_head if head is None else head
         if module not in self._heads:
             bias = getattr(module, "bias", None)
@@ -100,10 +100,13 @@ class TorchTarget(Target):
         pairs = (pair for each in decoder_layer.modules(self.blocks[layer]).values() for pair in each)
         return {path: (module.in_features, module.out_features) for path, module in pairs}
 
+    def beside(self, model: NativeModel | PreTrainedModel) -> TorchTarget:
+        return TorchTarget(model)
+
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
-        """The layers [lo, hi), with ``adapters`` if there are any. These are read in every pass, as they then are."""
+        """Return layers [lo, hi), changed by ``adapters``, whose present values each pass reads; None: unchanged."""
         if adapters is None:
             return self.network.layers[lo:hi]
         made = self._adapted.setdefault(adapters, {})
@@ -113,7 +116,7 @@ class TorchTarget(Target):
         return [made[index] for index in range(lo, hi)]
 
     def _adapt(self, index: int, adapters: Adapters) -> Layer:
-        """A layer with the neurons that ``adapters`` keep, and their low-rank terms."""
+        """Return layer ``index`` with the neurons that ``adapters`` keep, and with their low-rank terms."""
         base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
         maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
         sizes = {path: module.out_features for pairs in slots.values() for path, module in pairs}

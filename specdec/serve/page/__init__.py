@@ -19,7 +19,7 @@ def _hash(text: str) -> str:
 
 
 def build() -> tuple[str, str]:
-    """The page, and its Content-Security-Policy: scripts and style run by their hashes only."""
+    """Return the page's HTML, and its Content-Security-Policy, which allows only its scripts and styles, by hash."""
     page, style, *scripts = (FOLDER.joinpath(name).read_text("utf-8") for name in ("index.html", "style.css", *SCRIPTS))
     page = page.replace("<style></style>", f"<style>{style}</style>")
     page = page.replace("<script></script>", "".join(f"<script>{script}</script>" for script in scripts))

@@ -64,7 +64,7 @@ def test_tables_find_out_how_likely_a_source_is_right(power: float) -> None:
     assert read(0.5, row, common, source=1) == pytest.approx(0.5, abs=0.01)  # each source has a table of its own
 
 
-def test_a_row_is_judged_by_all_rows_first_and_by_itself_later() -> None:
+def test_a_row_is_measured_by_all_rows_first_and_by_itself_later() -> None:
     row, common = histories()
     teach(lambda p: 0.9, 4000, common)
     assert read(0.5, row, common) > 0.85

@@ -151,7 +151,7 @@ def test_a_single_slow_step_does_not_end_speculation() -> None:
     assert sum(choice.depth == 0 for choice in choices) <= 2
 
 
-def test_a_drafter_that_begins_to_draft_differently_is_judged_anew() -> None:
+def test_a_drafter_that_begins_to_draft_differently_is_tried_anew() -> None:
     """What is known of another version counts little, and it is tried at once."""
     waits = []
     for changes in (False, True):

@@ -1,13 +1,11 @@
 """Packed weights on disk: the same results as without, whatever happens to the files, the disk and other processes."""
 
 import errno
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,9 +23,8 @@ from typer.testing import CliRunner
 from zoo import m2r2
 
 from specdec import SpecDecoder, cli
-from specdec.base.background import Work
 from specdec.base.errors import SpecDecError
-from specdec.models import identity, loading, packed, prepare
+from specdec.models import identity, loading
 from specdec.runtimes.native import linear, packed_file
 from specdec.runtimes.native import target as native
 from specdec.runtimes.native.packed_file import END, Damaged, PackedFile
@@ -387,102 +384,17 @@ def test_models_shows_the_size_of_packed_weights_and_removes_them(path):
     assert not file.parent.exists() and path.exists()
 
 
-@either
-def test_weights_that_are_read_ahead_are_those_that_a_load_takes(path, monkeypatch):
-    expected = logits(load(path))
-    with packed.reading():
-        prepare.read_ahead(str(path), {"device": "cpu"})
-        assert len(packed._begun) == 1
-        with monkeypatch.context() as patch:
-            forbid(patch, (packed, "Reading"))
-            found = load(path)
-        assert not packed._begun
-    assert torch.equal(logits(found), expected)
-
-
-def test_reading_that_is_stopped_reads_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "CHUNK", 10)
-    (tmp_path / packed.WEIGHTS).write_bytes(bytes(100_000))
-    real, stopping, count = os.preadv, threading.Event(), itertools.count()
-
-    def preadv(*args: Any) -> int:
-        next(count)
-        assert stopping.wait(60)
-        return real(*args)
-
-    monkeypatch.setattr(packed.os, "preadv", preadv)
-    stop = Work.stop
-    monkeypatch.setattr(Work, "stop", lambda work: (work._stop.set(), stopping.set(), stop(work)))
-    with packed.reading():
-        packed.begin(tmp_path)
-        [reading] = packed._begun.values()
-    assert next(count) < 5000 and reading.file.closed and not any(work.running for work in reading.threads)
-
-
-def test_a_stale_file_is_not_read_while_weights_are_packed(path, monkeypatch):
-    load(path)
-    os.utime(path)
-    begun = noted(monkeypatch, linear, "_block_tiles", lambda *args: bool(packed._begun))
-    with packed.reading():
-        prepare.read_ahead(str(path), {"device": "cpu"})
-        assert packed._begun
-        load(path)
-    assert begun and not any(begun)
-
-
 def test_what_is_no_file_is_not_waited_for(path, capsys):
     load(path)
     [file] = kept(path)
     file.unlink()
     os.mkfifo(file)
-    with packed.reading():
-        prepare.read_ahead(str(path), {"device": "cpu"})
-        assert not packed._begun
-        load(path)
+    load(path)
     assert file.is_file() and "made again: it is no file" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_a_file_that_is_replaced_meanwhile_is_read_anew(path, monkeypatch):
-    expected = logits(load(path))
-    forbid(monkeypatch, *PACKING[:3])
-    with packed.reading():
-        [file] = kept(path)
-        whole = file.read_bytes()
-        file.write_bytes(bytes(len(whole)))
-        prepare.read_ahead(str(path), {"device": "cpu"})
-        for work in packed._begun[file].threads:
-            work.result()
-        file.unlink()
-        file.write_bytes(whole)
-        assert torch.equal(logits(load(path)), expected)
-
-
-OTHERS: list[dict[str, Any]] = [
-    *({"dtype": "float32"}, {"dtype": torch.float16}, {"device": "cuda"}, {"runtime": "torch"}),
-    *({"weights": "int8"}, {"packed": False}, {"adapter": "lora"}, {"expert_cache": 0.5}),
-]
-
-
-def test_only_settings_that_take_packed_weights_read_ahead(path):
-    load(path)
-    taken = [{}, {"dtype": "bf16"}, {"dtype": torch.bfloat16}, {"runtime": "native", "kv_cache": "int8"}]
-    for settings in (*taken, *OTHERS):
-        with packed.reading():
-            prepare.read_ahead(str(path), {"device": "cpu"} | settings)
-            assert bool(packed._begun) == (settings in taken), settings
-
-
-def test_what_is_read_ahead_for_another_runtime_is_forgotten(path):
-    load(path)
-    SpecDecoder.from_pretrained(path, "none", runtime="transformers")
-    assert not packed._begun
-    with pytest.raises(SpecDecError):
-        SpecDecoder.from_pretrained(path, "m2r2=/nowhere")
-    assert not packed._begun
-
-
 def test_entries_of_any_size_come_back(tmp_path, kernels, monkeypatch):
-    monkeypatch.setattr(packed, "CHUNK", 10_000)
+    monkeypatch.setattr(packed_file, "CHUNK", 10_000)
     given = {str(size): torch.randint(256, (size,), dtype=torch.uint8) for size in (0, 1, 63, 64, 5000, 9000, 70_001)}
     file = PackedFile(tmp_path / "it.packed", {"file": [1]}, 0)
     file.open()

@@ -330,17 +330,17 @@ def test_trees_grow_under_masks_in_one_call_as_they_do_in_parts(share: float) ->
         torch.manual_seed(number)
         route = random_route(target, heads=2)
         ways = partial(drafted, target), partial(by_levels, target)
-        ours, theirs = (by_path(grow(cache, roots, route, limits, masks)) for grow in ways)
+        ours, theirs = (by_path(grow(cache, replace(roots, masks=masks), route, limits)) for grow in ways)
         assert all(bool(masks(path[:-1])[path[-1]]) for path in ours)  # type: ignore[index]
         assert cache.lengths == [3] * 4 and max(map(len, ours), default=0) <= 3
         assert all(abs(ours[path] - theirs[path]) < 0.3 for path in ours.keys() & theirs.keys())
         total, same = total + len(theirs), same + len(ours.keys() & theirs.keys())
     assert same > 0.75 * total > 0
-    assert len(drafted(target, cache, roots, route, free, lambda text: None).tokens) == 0
+    assert len(drafted(target, cache, replace(roots, masks=lambda text: None), route, free).tokens) == 0
     assert len(drafted(target, cache, roots, route, free).tokens) == 16
     for error in (ValueError("no mask"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            drafted(target, cache, roots, route, limits, Mock(side_effect=error))
+            drafted(target, cache, replace(roots, masks=Mock(side_effect=error)), route, limits)
         assert cache.lengths == [3] * 4
 
 

@@ -30,6 +30,7 @@ from zoo import EVERY, PROMPTS, run
 from specdec.base.errors import SpecDecError
 from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
+from specdec.models.families import FAMILIES
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, DraftRoots, TreeLimits
 from specdec.runtimes.target import Pass
 from specdec.runtimes.torch import static_cache
@@ -42,13 +43,17 @@ from specdec.speculation.state import State
 from specdec.speculation.tree_builder import in_one_shape, worth_scoring
 from specdec.speculation.trees import Prices
 
+OTHERS = sorted(FAMILIES.keys() - {"llama", "gpt_oss", "qwen3_next"})
+
 
 @pytest.fixture(autouse=True)
 def count() -> None:
     Replay.recorded = Replay.replayed = 0
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt_oss", "qwen3_next", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 @torch.inference_mode()
 def test_equal_to_the_eager_runtime(family: str) -> None:
     """Ragged rows, single tokens, a tree with a kept branch, resumed blocks, windows."""
@@ -85,11 +90,21 @@ def test_passes_are_recorded_once_for_each_bucket_and_again_when_the_cache_grows
 
 
 @pytest.mark.parametrize(
-    "drafter", ["m2r2: projection", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)"]
+    ("family", "drafter"),
+    [
+        *(
+            ("llama", drafter)
+            for drafter in ("m2r2: projection", "m2r2-paper", "layer-skip", "lookahead (tree)", "medusa (tree)")
+        ),
+        ("qwen3_moe", "ngram (tree)"),
+        ("qwen3_5_text", "ngram (tree)"),
+        ("qwen3_5_text", "m2r2: projection"),
+        ("qwen3_5_moe_text", "medusa (tree)"),
+    ],
 )
-def test_generations_are_the_models_own(drafter: str) -> None:
+def test_generations_are_the_models_own(family: str, drafter: str) -> None:
     """A batch whose rows end one after the other; twice, in the same buffer."""
-    model = tiny_model("llama")
+    model = tiny_model(family)
     target = CapturedTarget(model, record=Replay)
     for _ in range(2):
         out, _loop = run(target, EVERY[drafter](target), PROMPTS, 20)
@@ -217,7 +232,7 @@ def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
             prices = Prices([0.03 * n for n in range(40)])
             for count, priced in (2, None), (5, None), (9, prices):
                 choice = DeviceChoice(count, [2] * rows, () if priced is None else priced.nodes)
-                held = targets[0].draft_rows(cache, replace(roots, **how), path, limits, None, choice)
+                held = targets[0].draft_rows(cache, replace(roots, **how, choice=choice), path, limits)
                 assert isinstance(held, DeviceTree)
                 draft = DeviceDraft(held, state, limits.levels)
                 every = [own.within(2) for own in found[1]]

@@ -1,0 +1,278 @@
+"""The layer for multi-token prediction in a model's files: finds it, and makes a model of one layer of it.
+
+transformers does not load it. Safetensors files name its tensors by family. In GGUF files it is the block behind the
+model's own, with further tensors called "nextn"; or a companion file beside the model's has it (``names.companions``).
+Files are untrusted: names, shapes and types are compared with the model's before anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from specdec.base.errors import SpecDecError, errors_as, one_line
+from specdec.models import names, safetensors_file, safetensors_model, weights
+from specdec.models.config import Config
+from specdec.models.gguf import model as gguf_model
+from specdec.models.gguf.blocks import KINDS, Blocks
+from specdec.models.gguf.file import GGUFFile, read_header
+from specdec.models.native_model import AnyModel, NativeModel
+from specdec.models.source import file_in_repository, find_source
+from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
+from specdec.models.weights import Matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TensorNames(NamedTuple):
+    """The names of the tensors of a model family's prediction layer, and how the family runs this layer.
+
+    prefix: prefix of all tensor names; ``{n}`` stands for the number of the model's layers.
+    layer: further prefix of the tensors of the decoder layer.
+    token_norm, state_norm, projection, norm: names of the norms of embedding and state, of the projection of both, and
+        of the norm after the layer.
+    token_first: whether the embedding is the first part of the projection's input.
+    reads_norm: whether the layer reads the model's final states after the final norm.
+    feeds_norm: whether drafted tokens read the layer's output after its norm.
+    """
+
+    prefix: str
+    layer: str
+    token_norm: str
+    state_norm: str
+    projection: str
+    norm: str
+    token_first: bool
+    reads_norm: bool
+    feeds_norm: bool
+
+
+FORMATS = (  # as vLLM runs them
+    # Qwen3-Next, Qwen3.5
+    TensorNames("mtp.", "layers.0.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm", True, True, True),
+    # MiMo
+    TensorNames(
+        *("model.mtp_layers.0.", "", "token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+        *(False, False, True),
+    ),
+    # DeepSeek V3, GLM 4.5
+    TensorNames("model.layers.{n}.", "", "enorm", "hnorm", "eh_proj", "shared_head.norm", True, True, False),
+)
+GGUF = TensorNames(  # Qwen3-Next and Qwen3.5, as llama.cpp runs them
+    *("blk.{n}.", "", "nextn.enorm", "nextn.hnorm", "nextn.eh_proj", "nextn.shared_head_norm", True, True, True)
+)
+FINAL_NORM = "output_norm.weight"  # of a GGUF file; stands for a norm of the layer that is not there
+# Copies of the model's own embedding and output head.
+COPIES = "shared_head.head.", "embed_tokens.", "nextn.shared_head_head.", "nextn.embed_tokens."
+ONE_LAYER = {  # config entries, where they exist: the layer has full attention, and experts if the model has them
+    "layer_types": ["full_attention"],
+    "mlp_layer_types": ["sparse"],
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+    "first_k_dense_replace": 0,
+}
+PREDICTS = "mtp_num_hidden_layers", "num_nextn_predict_layers"  # config fields: the number of such layers
+FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a prediction layer is.
+
+    name: of the checkpoint, for messages.
+    file: the file that has it.
+    names: what its tensors are called there; prefix: ``names.prefix`` for this model.
+    tensors: its tensors by the part of the name after the prefix, without copies of the model's own.
+    """
+
+    name: str
+    file: TensorFile
+    names: TensorNames
+    prefix: str
+    tensors: dict[str, TensorInfo]
+
+
+@dataclass
+class PredictionLayer:
+    """A prediction layer that was read.
+
+    names: how the family runs the layer.
+    model: the layer, with the norm after it, as a model of one layer. Its embedding and output head are the model's.
+    token_norm, state_norm: weights of the norms of embeddings and states, [D].
+    projection: the matrix [D, 2 D] that makes the layer's input of both.
+    """
+
+    names: TensorNames
+    model: AnyModel
+    token_norm: Tensor
+    state_norm: Tensor
+    projection: Matrix
+
+
+def find(model: AnyModel, source: str | None = None) -> Found | None:
+    """Return where the layer of ``model`` is; None: its files have none.
+
+    source: the checkpoint with the layer, as ``--model`` takes it, or a companion file; None: the model's own.
+    Raises SpecDecError if the files are missing or broken.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for name, file in _files(model, source):
+        for each in [GGUF] if isinstance(file, GGUFFile) else FORMATS:
+            prefix = each.prefix.format(n=count)
+            parts = {key.removeprefix(prefix): info for key, info in file.tensors.items() if key.startswith(prefix)}
+            tensors = {part: info for part, info in parts.items() if not part.startswith(COPIES)}
+            if tensors:
+                return Found(name, file, each, prefix, tensors)
+    return None
+
+
+def announced(model: AnyModel) -> bool:
+    """Return whether the files of ``model`` may have a prediction layer, by what is known without reading them."""
+    text = model.config.get_text_config()
+    known = any(getattr(text, field, 0) for field in PREDICTS)
+    return (isinstance(model, NativeModel) and model.file is not None) or (known and bool(_own_name(model)))
+
+
+def _files(model: AnyModel, source: str | None) -> Iterator[tuple[str, TensorFile]]:
+    """Yield the files that may have the layer, each with a name for messages. Arguments and errors as in ``find``."""
+    own, name = model.file if isinstance(model, NativeModel) else None, source or _own_name(model)
+    if source is not None or own is None:
+        own = _read(name, None if source else getattr(model.config, "_commit_hash", None))
+    yield name, own
+    if source is None and isinstance(own, GGUFFile):
+        for path in names.companions(own.paths[0]):
+            beside = read_header(path)
+            if _is_of(beside, own):
+                yield str(path), beside
+
+
+def _read(name: str, revision: str | None) -> TensorFile:
+    path, of_hub = Path(name).expanduser(), names.HUB_FILE.fullmatch(name)
+    if path.is_file() or of_hub:  # a companion file is no model
+        return read_header(file_in_repository(of_hub[1], of_hub[2], revision) if of_hub else path, name)
+    source = find_source(name, None if path.exists() else revision)
+    source.fetch_weights()
+    with errors_as(f"cannot read '{name}'", SafetensorError, ValueError, LookupError):
+        return source.file or safetensors_file.read_header(source.weight_files())
+
+
+def _own_name(model: AnyModel) -> str:
+    return str(model.config.get_text_config()._name_or_path or model.config._name_or_path)
+
+
+def _is_of(beside: GGUFFile, own: GGUFFile) -> bool:
+    """Return whether the companion file ``beside`` is of a model of the architecture and size of ``own``."""
+
+    def size(file: GGUFFile) -> tuple[Any, ...]:
+        width, blocks, more = (
+            file.metadata.get(f"{file.architecture}.{key}", 0)
+            for key in ("embedding_length", "block_count", "nextn_predict_layers")
+        )
+        return file.architecture, width, blocks - more if type(blocks) is type(more) is int else None
+
+    return size(beside) == size(own)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(model: AnyModel, found: Found) -> PredictionLayer:
+    """Read the layer ``found`` of ``model``; its weights have the model's dtype and device.
+
+    Weights in GGUF blocks stay in blocks if those of the model may. Raises SpecDecError if the layer does not fit.
+    """
+    of_gguf, tensors = isinstance(found.file, GGUFFile), dict(found.tensors)
+    d, around = model.config.get_text_config().hidden_size, dict[str, TensorInfo]()
+    if of_gguf and FINAL_NORM in found.file.tensors:
+        tensors.setdefault(f"{found.names.norm}.weight", found.file.tensors[FINAL_NORM])
+    for part in (found.names.token_norm, found.names.state_norm, found.names.projection, found.names.norm):
+        info, shape = tensors.pop(f"{part}.weight", None), (d, 2 * d) if part == found.names.projection else (d,)
+        if info is None or info.shape != shape or not (info.kind in PLAIN or (of_gguf and len(shape) == 2)):
+            is_so = "missing" if info is None else f"{info.kind} {info.shape}, not {shape}"
+            raise _unfit(found.name, f"'{found.prefix}{part}' is {is_so}")
+        around[part] = info
+    inside = {part.removeprefix(found.names.layer): info for part, info in tensors.items()}
+    norm = around.pop(found.names.norm)
+    native = of_gguf or isinstance(model, NativeModel)
+    made: AnyModel = (_native if native else _of_transformers)(model, found, inside, norm)
+    values = [weights.stored(found.file, info) for info in around.values()]
+    if of_gguf:
+        gguf_model.check_types(found.name, around.values())
+        named = zip(around, values, strict=True)
+        config: Any = made.config
+        values = [gguf_model.restored(config, f"{part}.weight", value) for part, value in named]
+    *norms, projection = values
+    if not (_stays(model) and isinstance(projection, Blocks) and projection.kind in KINDS):
+        projection = weights.dense(projection, model.dtype).to(model.device)
+    token_norm, state_norm = (weights.dense(norm, model.dtype).to(model.device) for norm in norms)
+    return PredictionLayer(found.names, made, token_norm, state_norm, projection)
+
+
+def _unfit(name: str, why: str) -> SpecDecError:
+    return SpecDecError(f"the multi-token prediction layer of '{name}' does not fit: {why}")
+
+
+def _config(model: AnyModel) -> dict[str, Any]:
+    """Return the fields of the config of ``model`` with one layer like the prediction layer."""
+    fields: dict[str, Any] = model.config.get_text_config().to_dict()
+    changes = {key: value for key, value in ONE_LAYER.items() if fields.get(key) is not None}
+    return fields | changes | {"num_hidden_layers": 1}
+
+
+def _stays(model: AnyModel) -> bool:
+    """Return whether weights of ``model`` stay in a file's blocks."""
+    return isinstance(model, NativeModel) and model.device.type == "cpu" and model.dtype == torch.bfloat16
+
+
+def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> NativeModel:
+    """Return the layer as a ``NativeModel``. inside, norm: the tensors of the layer and of the norm after it."""
+    layer = NativeModel(Config(**_config(model) | {"tie_word_embeddings": False}), model.dtype)
+    ends: Any = model.get_input_embeddings(), model.get_output_embeddings()
+    layer.model.embed_tokens, layer.lm_head = ends
+    if isinstance(found.file, GGUFFile):
+        tensors = {f"blk.0.{part}": info for part, info in inside.items()} | {FINAL_NORM: norm}
+        gguf_model.build(found.name, replace(found.file, tensors=tensors), layer, _stays(model))
+    else:
+        tensors = {f"model.layers.0.{part}": info for part, info in inside.items()} | {"model.norm.weight": norm}
+        if safetensors_model.build(found.name, replace(found.file, tensors=tensors), layer) is None:
+            raise _unfit(found.name, f"its tensors are not those of a {model.config.model_type} layer")
+    return layer.to(model.device).eval().requires_grad_(False)
+
+
+def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> PreTrainedModel:
+    """Return the layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
+    make, base = type(model).from_pretrained, model.base_model_prefix
+    named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}
+    if odd := [key for key, info in named.items() if info.kind not in PLAIN]:
+        raise _unfit(found.name, f"'{odd[0]}' is of type {named[odd[0]].kind}")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    state = {key: weights.stored(found.file, info) for key, info in named.items()}
+    state |= {f"{base}.embed_tokens.weight": embedding.weight, "lm_head.weight": head.weight}
+    config = model.config.get_text_config()
+    try:
+        own, info = make(
+            None,
+            config=type(config).from_dict(_config(model)),
+            state_dict=state,
+            dtype=model.dtype,
+            attn_implementation=config._attn_implementation,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise SpecDecError(
+            f"cannot load the multi-token prediction layer of '{found.name}' ({one_line(error)})"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if keys := sorted(info[what]):
+            raise _unfit(found.name, f"{what}: {keys[0]}")
+    own = own.to(model.device).eval().requires_grad_(False)
+    own.set_input_embeddings(embedding)
+    own.set_output_embeddings(head)
+    return own  # type: ignore[no-any-return]
