@@ -68,7 +68,7 @@ class RequestOptions(SamplingOptions, total=False):
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.
     constraint: a Json, Regex, Grammar or Choice that the new text must follow; limit and stop strings may still cut it.
-    Tokens without an alternative are drafted without the drafter.
+    Tokens without an alternative are drafted without the drafter. One that cannot be compiled raises SpecDecError.
     logprobs: return the log-probability of each new token, and this many of the likeliest tokens at its position. These
     are the model's own, before processors, temperature and constraints.
     prompt_logprobs: return those of the prompt, too.
@@ -108,6 +108,7 @@ class GenerationOutput:
     text: the new text without special tokens, up to a stop string.
     token_ids: the new tokens, those of plain decoding, with the end token.
     finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
+    metrics: times, tokens and steps of the request.
     logprobs: log-probabilities of the new tokens; None: not requested.
     prompt_logprobs: log-probabilities of the prompt's tokens from the second on; None: not requested.
     """
