@@ -366,7 +366,6 @@ def test_statistics_that_cannot_be_written_cost_nothing_and_an_answer_is_an_erro
             streams[name] = os.fdopen(write, "w")
         with monkeypatch.context() as patched:
             patched.setattr(sys, "argv", ["specdec", "generate", *fixed(model), "hello"])
-            patched.setattr(cli, "gc", Mock())
             for stream, value in streams.items():
                 patched.setattr(sys, stream, value)
             with pytest.raises(SystemExit) as ended:
