@@ -44,7 +44,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 USERS = {name: os.environ.get(name) for name in ("SPECDEC_CACHE", "XDG_CACHE_HOME")}  # the default model is there
 FOLDERS = tempfile.TemporaryDirectory(prefix="specdec-tests-")
 SKIPS = (  # what a machine may lack: patterns of the reasons
-    "(llama-cpp-python|openvino-genai|peft) is not installed",
+    "(llama-cpp-python|openvino-genai|peft|speculators) is not installed",
     "there is (no|one) CUDA device",
     "the native runtime needs an x86 CPU with AVX2, FMA and F16C",
     "no native (kernels|runtime) here",

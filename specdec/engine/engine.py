@@ -56,6 +56,9 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
+    steps: int  # rows' steps
+    drafted: int  # tokens
+    accepted: int  # drafted tokens
     drafter: str = "none"
     drafter_failures: int = 0  # number of times that the drafter failed
     outage: Outage | None = None
@@ -109,6 +112,7 @@ class Engine:
         self.batch = Batch(target, drafter, verifier, policy)
         self.scheduler = Scheduler(self.batch, max_rows, kv_memory, prefill_chunk, prefixes, disk)
         self.timer = self.batch.timer
+        self.steps_done = self.drafted = self.accepted = 0
         self.requests = dict[Request, None]()  # accepted, and not ended for their readers: wherever they are in a step
         self._unread: list[Handle] = []  # handles with tokens whose readers have not been notified
         self._queue = threading.Condition()  # guards the requests, the waiting queue and the flags below
@@ -219,6 +223,9 @@ class Engine:
             events += self._deliver(scheduler.prefill())
         if decoding and batch.rows:
             batch.step(self._notify)
+            self.steps_done += len(batch.rows)
+            self.drafted += sum(row.metrics.per_step_drafted[-1] for row in batch.rows)
+            self.accepted += sum(row.metrics.per_step_accepted[-1] for row in batch.rows)
             events += self._deliver(batch.rows)
         if not (decoding and batch.rows):
             self._notify()
@@ -382,6 +389,9 @@ class Engine:
             prefix_bytes=scheduler.memory.prefix_bytes(),
             saved_seconds=scheduler.saved_seconds,
             preemptions=scheduler.preemptions,
+            steps=self.steps_done,
+            drafted=self.drafted,
+            accepted=self.accepted,
             drafter=self.drafting,
             drafter_failures=self.batch.guard.failures,
             outage=self.outage,

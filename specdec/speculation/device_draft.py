@@ -20,14 +20,10 @@ def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Devic
     nodes: number of nodes of each row; None: as many as are worth their cost (``Prices``).
     width: number of children of each node; 1: drafts are chains.
     """
-    # Verification alone obeys a constraint: masks along a draft would be of tokens that the host has not read
-    free = not state.constrained or (state.sampler.best_allowed and len(state.ids) == 1)
-    if (
-        not is_asynchronous(state.cache.device)
-        or state.sampler.needs_prefixes
-        or not free
-        or state.threshold is not None
-    ):
+    if not is_asynchronous(state.cache.device) or state.sampler.needs_prefixes or state.threshold is not None:
+        return None
+    # Verification alone obeys a constraint: masks along a draft would be of tokens that the host has not read.
+    if state.constrained and not (state.sampler.best_allowed and len(state.ids) == 1):
         return None
     prices, rows = None if nodes else state.prices, len(state.ids)
     most = levels if width == 1 else MOST_NODES

@@ -29,7 +29,9 @@ from specdec.engine.request import Event, Request
 PARSED = [*PAGES, *sorted(ROOT.glob("docs/lab/*.md")), *sorted(ROOT.glob("drafters/**/README.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 # What a title may say: "needs ...".
-NEEDS = ("a network", "a wheel", "a trained head", "Ray", "a GPU", "other engines", "gigabytes", "minutes")
+NEEDS = (
+    *("a network", "a wheel", "a trained head", "Ray", "a GPU", "other engines", "gigabytes", "minutes", "the owner"),
+)
 ELSEWHERE = {"serve", "chat"}  # commands that do not end: their own tests run them
 # What a page's own words are cut to: the last of an option counts.
 SHORT = {
