@@ -112,7 +112,7 @@ class PairDrafter(ChainDrafter):
     def levels(self, state: State, cache: KVCache) -> Step:
         """Return the function that computes the draft logits of one level after the other, as ``grow`` calls it.
 
-        cache: of all rows, as ``catch_up`` returns it.
+        cache: the KV cache of all rows, as ``catch_up`` returns it.
         """
         outputs, level = torch.cat([row.last for row in state.row_states]), 0  # (B, 1, D')
         roots, last = state.positions, state.target.context - 1

@@ -50,7 +50,7 @@ class HeadConfig:
     heads, kv_heads, head_dim: numbers of attention heads and of key heads, and the size of each.
     intermediate_size: number of neurons of the MLP.
     vocab: V', number of draft tokens.
-    eps: of the norms.
+    eps: the epsilon of all norms.
     rope: entries of a ``LlamaConfig`` for its rotary embedding, such as ``rope_theta``.
     """
 

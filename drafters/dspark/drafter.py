@@ -77,7 +77,7 @@ class DSparkDrafter(PublicHeadDrafter):
     def block(self, state: State, cache: KVCache) -> Tensor:
         """Return the states [B, S, D'] of the block after each row's text.
 
-        cache: of all rows, as ``catch_up`` returns it. The block's own keys and values stay in it, uncommitted.
+        cache: the KV cache of all rows, as ``catch_up`` returns it. It keeps the block's keys and values, uncommitted.
         """
         config, roots, target = self.network.config, state.positions, self.target
         slots = torch.arange(config.block, device=roots.device)

@@ -192,8 +192,9 @@ class BlockHead(PublicHead):
         The result is what to add to the slot's logits, [B, W, V'] (None: nothing), the log-odds [B, W, 1] that its
         likeliest token is accepted (None: unknown), and the next slot's ``memory``.
 
-        tokens: the tokens before, int64 [B, W]. states: of the slot, [B, 1, D'].
-        memory: of the Markov head, [B, W, rank], zeros at first.
+        tokens: the previous tokens, int64 [B, W].
+        states: the slot's states, [B, 1, D'].
+        memory: the Markov head's recurrent state, [B, W, rank]; zeros before the first slot.
         """
         seen, added = states.expand(-1, tokens.shape[1], -1), None
         if self.markov_head is not None:
