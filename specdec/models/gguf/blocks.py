@@ -180,7 +180,9 @@ class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
     def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = blocks.shape
-        self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
+        self.blocks = blocks
+        self.dtype = dtype
+        self.unpack = dequantize
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,9 +220,14 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
         nn.Module.__init__(self)
         self.embed_scale = None if embed_scale is None else embed_scale.detach()  # not as a buffer
         self.num_embeddings, self.embedding_dim = blocks.shape
-        self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
+        self.blocks = blocks
+        self.dtype = dtype
+        self.unpack = dequantize
+        # What ``nn.Embedding`` would set to its defaults.
         self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.scaled(self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1))

@@ -30,14 +30,17 @@ class _Arena:
     CHUNK, PAGE = 32 << 20, 2 << 20
 
     def __init__(self) -> None:
-        self.chunk, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
+        self.chunk = torch.empty(0, dtype=torch.uint8)
+        self.used = 0  # bytes of the chunk
+        self.lock = threading.Lock()
 
     def allocate(self, size: int) -> Tensor:
         with self.lock:
             if self.used + size > self.chunk.numel():
                 memory = torch.empty(max(size, self.CHUNK) + self.PAGE, dtype=torch.uint8)
                 library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
-                self.chunk, self.used = memory[-memory.data_ptr() % self.PAGE :], 0
+                self.chunk = memory[-memory.data_ptr() % self.PAGE :]
+                self.used = 0
             begin, self.used = self.used, self.used + -(-size // 64) * 64
             return self.chunk[begin : begin + size]
 
@@ -77,7 +80,8 @@ class Packed:
         kept: the file to read the tiles from, or to add them to.
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
         """
-        self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        self.inp = weights[0].shape[1]
+        self.width = sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
             raise SpecDecError(
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
@@ -188,7 +192,8 @@ class GrowingTiles:
     """
 
     def __init__(self, capacity: int, inp: int) -> None:
-        self.kind, self.rows = _draft_kind(capacity, inp), 0
+        self.kind = _draft_kind(capacity, inp)
+        self.rows = 0
         self.size = library.load().specdec_tiles_bytes(self.kind, 1, inp // 32)  # of 16 rows
         self.tiles = _arena.allocate(-(-capacity // 16) * self.size)
 
