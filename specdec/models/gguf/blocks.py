@@ -440,7 +440,7 @@ def to_transformers(model: Any) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BlockExperts):
             yield path, module.to_transformers()
         elif isinstance(module, _BlockModule):
-            made = module.to_transformers(weights.get(id(module.blocks)))
+            made: Any = module.to_transformers(weights.get(id(module.blocks)))
             weights[id(module.blocks)] = made.weight
             yield path, made
 
