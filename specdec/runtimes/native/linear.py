@@ -102,7 +102,9 @@ class Packed:
         self.parts = (LinearPart * len(weights))()
         for part, weight, (kind, tiles) in zip(self.parts, weights, packed, strict=True):
             end += -(-weight.shape[0] // 16)
-            part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
+            part.kind = kind
+            part.end = end
+            part.tiles = tiles.data_ptr()
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
         self.rounded = BF16 not in self.kinds
         self.proxy: Tensor | None = None

@@ -262,20 +262,26 @@ class NativeTarget(Target):
         cache.claim(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
         sequences = (SequenceArgs * len(rows))()
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
-            sequence.tokens, sequence.start, sequence.committed = count, row.count + ahead, row.count
+            sequence.tokens = count
+            sequence.start = row.count + ahead
+            sequence.committed = row.count
             sequence.capacity, sequence.keys, sequence.values = row.pointers
             if isinstance(row.states, KernelStates):
                 held = row.states.arguments(ahead, count, whole)
                 sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
-        call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
-        call.sequences, call.rotary = ctypes.addressof(sequences), ctypes.addressof(rotary[1])
+        call.count = len(rows)
+        call.tokens = sum(counts)
+        call.cache = cache.int8
+        call.sequences = ctypes.addressof(sequences)
+        call.rotary = ctypes.addressof(rotary[1])
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
         """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
         call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
-        call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
+        call.spans = ctypes.addressof(self._spans)
+        call.window = ctypes.addressof(self._window)
         call.taps = ctypes.addressof(self._no_taps)
         return call
 
