@@ -96,14 +96,24 @@ class TreeDrafter:
             stage.model, stage.call = ctypes.addressof(model), ctypes.addressof(call)
             self.calls.append(call)
             self.alive.append(model)
+        scores, ids, parents, raw = map(ctypes.addressof, self.found)
         self.struct = TreeDraft(
-            *(len(maps), levels, width, rows, ctypes.addressof(self.roots), ctypes.addressof(self.stages)),
-            *(ctypes.addressof(target.embedding.struct), None),
-            *((POINTER * 2)(), (INT * 2)(), None),
-            *(target.final_norm.data_ptr(), target.eps, UNIT_EPS, 0.0, 0.0),
-            *(ctypes.addressof(self.rates), None, None),
-            *(ctypes.addressof(self.found[out]) for out in (0, 3, 1, 2)),
-            *(None, ctypes.addressof(self.allowed), None, None),
+            stages=len(maps),
+            levels=levels,
+            width=width,
+            sequences=rows,
+            roots=ctypes.addressof(self.roots),
+            stage=ctypes.addressof(self.stages),
+            embedding=ctypes.addressof(target.embedding.struct),
+            norm=target.final_norm.data_ptr(),
+            eps=target.eps,
+            unit_eps=UNIT_EPS,
+            rates=ctypes.addressof(self.rates),
+            scores=scores,
+            raw=raw,
+            ids=ids,
+            parents=parents,
+            allowed=ctypes.addressof(self.allowed),
         )
         self.follow(target, path)
 

@@ -108,8 +108,16 @@ class Packed:
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
         self.rounded = BF16 not in self.kinds
         self.proxy: Tensor | None = None
-        pointers = ctypes.addressof(self.parts), pointer(self.bias), None, None
-        self.struct = Linear(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
+        self.struct = Linear(
+            rounded=self.rounded,
+            out=16 * end,
+            inp=self.inp,
+            count=len(weights),
+            scale=scale,
+            cap=cap,
+            parts=ctypes.addressof(self.parts),
+            bias=pointer(self.bias),
+        )
 
     @property
     def kinds(self) -> set[int]:
@@ -222,8 +230,14 @@ class RowTable:
         rows = weight.rows if isinstance(weight, Blocks) else None
         kind = gguf.GGMLQuantizationType[weight.kind] if isinstance(weight, Blocks) else -1
         self.alive = weight.data.contiguous(), rows
+        data, order = self.alive
         self.struct = Table(
-            kind, self.columns, self.alive[0].stride(0) * self.alive[0].itemsize, *map(pointer, self.alive), scale
+            type=kind,
+            columns=self.columns,
+            stride=data.stride(0) * data.itemsize,
+            data=pointer(data),
+            order=pointer(order),
+            scale=scale,
         )
 
     def __call__(self, index: Tensor) -> Tensor:

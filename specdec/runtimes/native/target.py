@@ -279,11 +279,15 @@ class NativeTarget(Target):
 
     def _new_call(self, lo: int, hi: int) -> Call:
         """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
-        call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
-        call.spans = ctypes.addressof(self._spans)
-        call.window = ctypes.addressof(self._window)
-        call.taps = ctypes.addressof(self._no_taps)
-        return call
+        return Call(
+            lo=lo,
+            hi=hi,
+            threads=cores.threads(),
+            windows=len(self.window_sizes),
+            spans=ctypes.addressof(self._spans),
+            window=ctypes.addressof(self._window),
+            taps=ctypes.addressof(self._no_taps),
+        )
 
     def head(self, head: nn.Linear | None) -> Packed:
         return self.packed.head(head)
