@@ -84,6 +84,8 @@ def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_pa
         assert apart(model(ids).logits.float(), expected.float()) < 0.02
         assert not any(isinstance(module, BlockExperts) for module in model.transformers().modules())
     assert torch.equal(model(ids).logits, expected)
+    experts = [module for module in model.modules() if isinstance(module, BlockExperts)]
+    assert experts and all(values.is_meta for each in experts for values in each.own[0].parameters())  # no copy stays
 
 
 WITHOUT = """
