@@ -246,6 +246,19 @@ class SpecDecoder:
         """
         how = given.get("apply_chat_template"), given.get("system")
         ids = encode(self.tokenizer, prompt, *how, context=self.target.context)
+        return self._request(ids, given, stream, num_speculative_tokens, scope, sampler, shown)
+
+    def _request(
+        self,
+        ids: list[int],
+        given: RequestOptions,
+        stream: int = 0,
+        num_speculative_tokens: int | None = None,
+        scope: str | None = None,
+        sampler: RowSampler | None = None,
+        shown: Sequence[str] = (),
+    ) -> Request:
+        """Make a request for the encoded prompt ``ids`` with the options ``given``; the rest as in ``request``."""
         check_prompt(ids, self.target)
         ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), self.target.context - len(ids))
@@ -340,10 +353,8 @@ class SpecDecoder:
             given["seed"] = new_seed()  # of all rows
         if (rule := given.get("constraint")) is not None:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
-        for name in ("apply_chat_template", "system"):  # the prompts are encoded
-            given.pop(name, None)  # type: ignore[misc]
         numbered = zip(ids, streams(ids), strict=True)
-        requests = [self.request(row, stream=stream, scope=scope, **given) for row, stream in numbered]
+        requests = [self._request(row, given, stream, scope=scope) for row, stream in numbered]
         if (prefixes := self.prefixes) is not None:
             prefixes.max_bytes = (free_memory(self.device) + prefixes.nbytes) // PREFIX_SHARE
         rows = max_rows or len(ids)

@@ -96,7 +96,7 @@ class TreeDrafter:
             stage.model, stage.call = ctypes.addressof(model), ctypes.addressof(call)
             self.calls.append(call)
             self.alive.append(model)
-        scores, ids, parents, raw = map(ctypes.addressof, self.found)
+        scores, ids, parents, raw = (ctypes.addressof(each) for each in self.found)
         self.struct = TreeDraft(
             stages=len(maps),
             levels=levels,
