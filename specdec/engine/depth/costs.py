@@ -6,8 +6,9 @@ A pass over n tokens takes
 
 with c cached tokens in all rows, and a pairs of a token and a cached token of its row. The first square is the time of
 reading the weights (which is 1) and the cached tokens, the second one that of multiplying the tokens by both
-(``TokenCosts``). speed is the seconds of a pass over one token with an empty cache. error(n) is what the formula does
-not know: 1 for one token, a value of its own for 2, 4, 8, .. tokens, and interpolated for other numbers.
+(``TokenCosts``). The root at the end makes the formula 1 for one token and an empty cache, so that speed is the seconds
+of such a pass. error(n) is what the formula does not know: 1 for one token, a value of its own for 2, 4, 8, .. tokens,
+and interpolated for other numbers.
 
 Drafting takes
 
@@ -17,8 +18,8 @@ where a draft without levels has the first part only, and
 
     part = (share of a pass * speed + overhead) * error(part, number of rows)
 
-The speed and the errors are estimated from the times of steps. Their logarithms are, because the logarithm of a pass's
-time is a sum of them and of the formula's logarithm. So a Kalman filter fits: it has a mean and a variance for each.
+The speed and the errors are estimated from the times of steps, as logarithms: the logarithm of a pass's time is the sum
+of theirs and of the formula's. A Kalman filter keeps the mean and the covariance of them.
 """
 
 from __future__ import annotations
