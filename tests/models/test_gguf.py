@@ -99,6 +99,22 @@ def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path,
             assert torch.equal(value, theirs), name
 
 
+def test_the_file_of_a_dense_granite_4_is_a_granite(cache, tmp_path):
+    """llama.cpp's converter writes what a hybrid needs, too: keys by layer, and sizes of layers that are not there."""
+    source = rough_model("granite", **sizes("granite"))
+    ssm = dict.fromkeys(("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank"), 4)
+    more = {f"ssm.{key}": value for key, value in ssm.items()} | {"attention.head_count_kv": [2] * 4}
+    more |= {"expert_count": 0, "expert_used_count": 0, "expert_shared_feed_forward_length": 96}
+    more |= {"feed_forward_length": 128}
+    model, _ = loading.load(write_family(tmp_path / "it.gguf", source, metadata=more), dtype="float32")
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        assert apart(model(ids).logits, source(ids).logits) < 1e-4
+    more["attention.head_count_kv"] = [2, 0, 2, 0]
+    with refused(r"says that num_key_value_heads is '\[2, 0, 2, 0\]'"):
+        loading.load(write_family(tmp_path / "other.gguf", source, metadata=more), dtype="float32")
+
+
 def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path):
     """As in Phi-4-mini. The self-check of a runtime compares with the model, so the model has to be right."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}

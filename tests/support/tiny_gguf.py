@@ -228,6 +228,7 @@ def write_family(
     apart: bool = False,
     tensors: Mapping[str, np.ndarray] = {},
     in_blocks: Mapping[str, np.ndarray] = {},
+    metadata: Mapping[str, Any] = {},
 ) -> Path:
     """Write a model of transformers as a GGUF file, as llama.cpp's converter does.
 
@@ -237,9 +238,10 @@ def write_family(
     predicts: the decoder layer of a prediction layer, as a model of one layer; None: there is none.
     apart: whether the file is the companion that has only this layer.
     tensors: further tensors by name. in_blocks: the values of some of them in blocks of ``kind``.
+    metadata: further metadata of the architecture: numbers, or lists of them.
     """
     config = model.config
-    name, paired, more, metadata = ARCHITECTURES[config.model_type]
+    name, paired, more, fields = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     count, own = config.num_hidden_layers + (predicts is not None), dict(model.named_parameters())
     names, writer = gguf.get_tensor_name_map(architecture, count), gguf.GGUFWriter(path, name)
@@ -252,10 +254,12 @@ def write_family(
         own |= {f"model.layers.{count - 1}.{part}": value for (_, found, part), value in inside if found}
     rope = config.rope_parameters
     writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
-    for key, field in metadata.items():
+    for key, field in fields.items():
         if (value := getattr(config, field)) is not None:
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{name}.{key}", value)
+    for key, value in metadata.items():
+        (writer.add_array if isinstance(value, list) else writer.add_uint32)(f"{name}.{key}", value)
     if name == "phi3":
         size = config.hidden_size // config.num_attention_heads
         writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
