@@ -394,7 +394,8 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 def check_sizes(name: str, config: Any) -> None:
     """Raise SpecDecError for impossible or too large sizes in the ``config`` of the model called ``name``."""
     text = config.get_text_config()
-    values = {key: getattr(text, key, None) for key in SIZES}
+    fields = text.to_dict()  # of a size that differs by layer, transformers has no attribute
+    values = {key: fields[key] if key in fields else getattr(text, key, None) for key in SIZES}
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
         values["sliding_window"] = None  # of no layer
     if getattr(text, "model_type", "") == "granitemoehybrid" and values["num_local_experts"] == 0:  # as most of them

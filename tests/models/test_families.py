@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from passes import IN_BLOCKS
 from safetensors.torch import save_file
 from targets import needs_native
 from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
-from tiny_gguf import ARCHITECTURES, TYPES
 from transformers import AutoConfig, AutoModelForImageTextToText
 from zoo import PROMPTS, run
 
@@ -104,22 +101,6 @@ def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path, monke
     native = loading.load(tmp_path, dtype="bfloat16")[0]
     target, note = make_target(native)
     assert isinstance(native, NativeModel) and target.runtime == "native", note
-
-
-def test_the_table_of_the_docs_says_what_runs_and_how_it_is_tested() -> None:
-    """From the lists that the tests named there run through; families that differ in nothing share a row."""
-    rows = dict[str, list[str]]()
-    for family in sorted(tiny.FAMILIES | tiny.HYBRIDS, key=lambda name: name not in families.FAMILIES):
-        runs = ["`native`", "`torch`"] * (family in families.FAMILIES) + ["`transformers`"]
-        file = ARCHITECTURES.get(family, [""])[0]
-        lists = {"native": families.FAMILIES, "blocks": [row[0] for row in IN_BLOCKS], "files": ARCHITECTURES}
-        tested = ["generate", *(name for name in lists if family in lists[name])]
-        rest = " | ".join([", ".join(runs), "all" if file else "", ", ".join(tested)])
-        rows.setdefault(rest, []).append(f"`{family}`" + f" (`{file}`)" * (file not in ("", family)))
-    table = [f"| {', '.join(names)} | {rest} |" for rest, names in rows.items()]
-    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
-    assert "\n".join(table) in page
-    assert f"All types of blocks: {', '.join(TYPES)}." in page
 
 
 def test_so_is_one_of_the_rotation() -> None:

@@ -20,6 +20,11 @@ def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
     return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
 
 
+def save_model(folder: Path, family: str) -> Path:
+    """Write a folder of a small float32 model of ``family``, as ``save_tiny`` does."""
+    return _save(folder, family, {})
+
+
 def save_native(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: object) -> Path:
     """Write a folder as ``save_tiny`` does, of a family and with sizes that the native runtime supports."""
     return _save(folder, kind, sizes_of(kind) | more, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tiny import rough_model
+from tiny import ROPES, rough_model, sizes_of
 from tokenizers import pre_tokenizers
 
 from specdec.models.gguf.blocks import KINDS
@@ -215,6 +215,24 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
         | {key: WINDOWS[key] for key in ("attention.key_length", "attention.sliding_window")},
     ),
 }
+
+
+def file_sizes(family: str) -> dict[str, Any]:
+    """Of a model whose config a GGUF file can hold: windows and layers without rotation are in their usual order."""
+    found: dict[str, Any] = sizes_of(family)
+    if family == "ministral3":
+        found["rope_parameters"] = ROPES[family]
+    if family in ("granite", "olmo2", "smollm3", "qwen2", "olmoe"):
+        found |= {"hidden_size": 128, "head_dim": 32}
+    if family == "smollm3":
+        found["no_rope_layer_interval"] = 4
+    if family == "gemma3_text":
+        found |= {"num_hidden_layers": 7, "layer_types": None}
+    if family in ("gemma2", "gemma3_text"):
+        found["query_pre_attn_scalar"] = 32
+    if family == "gpt_oss":
+        found["swiglu_limit"] = 7.0
+    return found
 
 
 def write_family(
