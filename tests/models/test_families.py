@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from targets import needs_native
-from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
+from tiny import ROPES, greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 from zoo import PROMPTS, run
 
@@ -61,7 +61,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # what configs of published checkpoint
         **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "output_gate_type": "swish"},
     },
     "phi3": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}},
-    "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "use_sliding_window": False},
+    "smollm3": {
+        **{"max_window_layers": 28, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4, "pretraining_tp": 2},
+        **{"rope_scaling": None, "rope_theta": 5e6, "sliding_window": None, "use_sliding_window": False},
+    },
+    "ministral3": {"rope_parameters": ROPES["ministral3"] | {"beta_fast": 32.0, "beta_slow": 1.0, "type": "yarn"}},
+    "granite": {"attention_bias": False, "mlp_bias": False, "normalization_function": "rmsnorm", "init_method": "mup"},
     "olmoe": {"clip_qkv": None},
 }
 
