@@ -33,22 +33,27 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they , or ?"
 
 
-def is_supported(folder: Path, dtype: str | torch.dtype) -> bool:
-    """Return whether the model in ``folder`` can become a ``NativeModel`` in ``dtype``, by its config.
+def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -> bool:
+    """Return whether the model in ``folder`` becomes a ``NativeModel``, by its config.
 
+    In bfloat16 on the CPU, all known families do. A dense Granite 4 always does: transformers has another class for it.
     dtype: "auto" is the config's.
     """
     try:
         whole = json.loads((folder / CONFIG).read_text("utf-8"))
         text = whole.get("text_config") or whole
         fields = granite4.as_granite(whole | text)
+        other = fields.get("model_type") != (whole | text).get("model_type")
         family = families.FAMILIES.get(fields.get("model_type"))
         stored = fields.get("dtype") or fields.get("torch_dtype")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # transformers says what is wrong
         return False
     if family is None or fields.get("quantization_config"):
         return False
-    return str(stored if dtype == "auto" else dtype).removeprefix("torch.") == "bfloat16"
+    if other and dtype != "auto":
+        return True
+    in_bfloat16 = str(stored if dtype == "auto" else dtype).removeprefix("torch.") == "bfloat16"
+    return in_bfloat16 and (other or device.type == "cpu")
 
 
 def write_parts(source: Source, folder: Path) -> None:

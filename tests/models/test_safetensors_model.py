@@ -98,6 +98,10 @@ def test_a_dense_granite_4_is_a_granite(tmp_path: Path) -> None:
     if library.runs():
         target, note = make_target(model)
         assert target.runtime == "native", note
+    wide, _ = loading.load(folder, dtype="float32")  # as training does
+    assert isinstance(wide, NativeModel) and identity.fingerprint(wide) == identity.fingerprint(model)
+    assert torch.allclose(wide(ids).logits, theirs(folder, torch.float32)(ids).logits, atol=1e-5)
+    assert make_target(wide)[0].runtime == "torch"
 
 
 @pytest.mark.parametrize(
