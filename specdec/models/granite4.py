@@ -35,10 +35,10 @@ def renamed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     found = dict[str, TensorInfo]()
     for name, info in tensors.items():
         if JOINED in name and len(info.shape) == 2:
-            rows, half = info.shape[0] // 2, info.nbytes // 2
-            for number, part in enumerate(("gate_proj", "up_proj")):
-                place = {"shape": (rows, info.shape[1]), "offset": info.offset + number * half, "nbytes": half}
-                found[name.replace(JOINED, f".mlp.{part}.")] = replace(info, **place)
+            shape, half = (info.shape[0] // 2, info.shape[1]), info.nbytes // 2
+            for part, offset in (("gate_proj", info.offset), ("up_proj", info.offset + half)):
+                matrix = replace(info, shape=shape, offset=offset, nbytes=half)
+                found[name.replace(JOINED, f".mlp.{part}.")] = matrix
         else:
             found[name.replace(DOWN, ".mlp.down_proj.")] = info
     return found

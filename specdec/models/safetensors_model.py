@@ -44,7 +44,7 @@ def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -
         text = whole.get("text_config") or whole
         fields = granite4.as_granite(whole | text)
         other = fields.get("model_type") != (whole | text).get("model_type")
-        family = families.FAMILIES.get(fields.get("model_type"))
+        family = families.FAMILIES.get(fields.get("model_type", ""))
         stored = fields.get("dtype") or fields.get("torch_dtype")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # transformers says what is wrong
         return False
