@@ -116,7 +116,7 @@ class Outcome(NamedTuple):
                 at = node + 1 if hit else at
                 for source, raw in enumerate(found.raw):
                     if raw[node] > 0:
-                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(raw[node]))
+                        outcome.candidates.extend([(source, *near, float(hit)) for near in _near(raw[node])])
             if not at:
                 break
         return outcome

@@ -59,7 +59,7 @@ class CostModel:
         self.costs = costs
         self.shares = [max(share, 1e-4) for share in shares]
         # Of each number of tokens: its place among 1, 2, 4, ..
-        self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
+        self.place = [(int(math.log2(n)), math.log2(n) % 1) for n in (1, *range(1, MOST_TOKENS + 1))]
         self.state = [0.0]  # the speed, which is the error at one token, and the errors at 2, 4, .. over it, if known
         self.covariance = [[1.0]]  # of the state
         self.known = False  # whether the speed is
@@ -96,17 +96,24 @@ class CostModel:
         contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
         """
         rows, cached, least = len(contexts), sum(contexts), min(contexts)
-        errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
-        for tokens in range(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1):
-            below, share = self.place[tokens]
-            lower, upper = errors[min(int(below), last)], errors[min(int(below) + 1, last)]
-            formula = self.formula(tokens, cached, cached + (tokens - rows) * least)
-            seconds.append(math.exp(self.speed + formula + lower + share * (upper - lower)))
+        multiply, read, attend = self.costs
+        reading, unit = 1 + read * cached, math.exp(self.speed) / math.hypot(1, multiply)
+        errors = [0.0, *self.state[1:]]
+        errors += [errors[-1]] * (2 + self.place[-1][0] - len(errors))  # beyond the known ones
+        first, last = min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS)
+        seconds = [
+            unit
+            * math.hypot(reading, multiply * tokens + attend * (cached + (tokens - rows) * least))
+            * math.exp((1 - share) * errors[below] + share * errors[below + 1])
+            for tokens, (below, share) in enumerate(self.place[first : last + 1], first)
+        ]
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def beyond(self, contexts: Sequence[int]) -> list[float]:
         """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
         rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
+        if max(contexts) == least:
+            return [0.0] * rows
         pairs = [cached + some * own for own in (least, *contexts)]
         base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
         return [(own - base) / some for own in seconds]
@@ -131,7 +138,7 @@ class CostModel:
             self.state[0], self.known = seen, True
         place, share = self.place[tokens]
         self._reach(math.ceil(place + share))
-        weights = {int(place): 1 - share} | ({int(place) + 1: share} if share else {}) | {0: 1.0}
+        weights = {place: 1 - share} | ({place + 1: share} if share else {}) | {0: 1.0}
         error = seen - sum(weight * self.state[n] for n, weight in weights.items())
         gains = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
         variance, noise = sum(weight * gains[n] for n, weight in weights.items()), NOISE**2 * max(error / OUTLIER, 1.0)
