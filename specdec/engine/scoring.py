@@ -76,7 +76,8 @@ class _Scorer:
         # Run
         tokens, positions = state.block(draft)  # (B, 1 + M)
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
-        ctx = Pass(positions, cache.register(exit_layer, positions, tree), cache, taps)
+        mask, embedded = cache.register(exit_layer, positions, tree), draft.states is None
+        ctx = Pass(positions, mask, cache, taps, in_place=embedded)
         x = target.layers(x, exit_layer, target.num_layers, ctx)
         # Choose, and read drafted tokens that only the device has
         # A device had better choose after all tokens at once, unless masks come from the host.
