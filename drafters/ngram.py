@@ -182,6 +182,5 @@ class NgramDrafter(Drafter):
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
         # Nodes that are worth half their price are found, too: calibration learns from them.
-        every = self.nodes is not None or learned is not None
-        nodes = () if every else [price / 2 for price in priced.nodes]
+        nodes = () if self.nodes is not None else [price / 2 for price in priced.nodes]
         return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables, prices=nodes)
