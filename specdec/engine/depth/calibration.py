@@ -104,14 +104,11 @@ class Outcome(NamedTuple):
         outcome = cls(
             [], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))]
         )
-        children, at = dict[int, list[int]](), 0
-        for node, parent in enumerate(found.parents):
-            children.setdefault(parent, []).append(node)
+        at = 0
         for token in tokens:
-            if not (nodes := children.get(at)):
-                break
+            children = [node for node, parent in enumerate(found.parents) if parent == at]
             at = 0
-            for node in nodes:
+            for node in children:
                 hit = found.tokens[node] == token
                 at = node + 1 if hit else at
                 for source, raw in enumerate(found.raw):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from operator import mul
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -138,10 +139,14 @@ class CostModel:
             self.state[0], self.known = seen, True
         place, share = self.place[tokens]
         self._reach(math.ceil(place + share))
-        weights = {place: 1 - share} | ({place + 1: share} if share else {}) | {0: 1.0}
-        error = seen - sum(weight * self.state[n] for n, weight in weights.items())
-        gains = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
-        variance, noise = sum(weight * gains[n] for n, weight in weights.items()), NOISE**2 * max(error / OUTLIER, 1.0)
+        weights = [0.0] * len(self.state)
+        if share:
+            weights[place + 1] = share
+        weights[place] = 1 - share
+        weights[0] = 1.0
+        error = seen - _dot(weights, self.state)
+        gains = [_dot(weights, row) for row in self.covariance]
+        variance, noise = _dot(weights, gains), NOISE**2 * max(error / OUTLIER, 1.0)
         more = _doubt(error, variance, noise)  # the machine has become faster
         self.covariance[0][0] += more
         gains[0] += more
@@ -201,6 +206,11 @@ class CostModel:
         each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the sum of the products of the elements of ``a`` and ``b``, which are equally many."""
+    return sum(map(mul, a, b))
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:
