@@ -294,11 +294,10 @@ class KVCache:
 
         Raises ValueError for committed slots, which cannot be dropped.
         """
-        committed = self.committed
-        for layer in range(lo, len(self.lengths) if hi is None else hi):
-            if self.lengths[layer] - count < committed:
-                raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
-            self.lengths[layer] -= count
+        left = [length - count for length in self.lengths[lo:hi]]
+        if min(left, default=self.committed) < self.committed:
+            raise ValueError(f"cannot trim {count} slots of layers from {lo} on: only uncommitted ones can be dropped")
+        self.lengths[lo:hi] = left
 
     def roll_back(self) -> None:
         """Drop all uncommitted slots and states, in all layers and rows."""
