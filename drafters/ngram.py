@@ -172,8 +172,9 @@ class NgramDrafter(Drafter):
         if self.size and row_state.store is None:
             row_state.store = self._store(state.scopes[row])
             row_state.kept = self.kept.get(state.scopes[row])
-        row_state.texts.add(ids[row_state.seen :])
-        row_state.seen = len(ids)
+        if row_state.seen < len(ids):
+            row_state.texts.add(ids[row_state.seen :])
+            row_state.seen = len(ids)
         texts: list[tuple[Texts | SortedTexts | None, float]]
         texts = [(self.corpus, CORPUS_WEIGHT), (self.own_corpus, STORE_WEIGHT)]
         texts += [(row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)]

@@ -145,7 +145,8 @@ def table(row: History, common: History, source: int) -> list[float]:
 
 def rates(row: History, common: History, exit: int) -> list[float]:
     """Return, for each level of ``row``, the probability that it adds a right token that no other source has."""
-    own, others, rate, found = row.by_position[exit], common.by_position[exit], FIRST, list[float]()
+    own, others, rate = row.by_position[exit], common.by_position[exit], FIRST
+    found: list[float] = []
     for level in range(len(own.hits)):
         assumed = others.mean(level, rate, ROW_PRIOR_COUNT if level else PRIOR_COUNT)  # a level is much like the last
         rate = own.mean(level, assumed, ROW_PRIOR_COUNT)
