@@ -235,7 +235,8 @@ class Batch:
             return [[] for _ in self.rows]
         found = []
         for b, row in enumerate(self.rows):
-            constraint, limit = row.sampler.constraint, min(self._deepest(b), FORCED)
+            constraint = row.sampler.constraint
+            limit = 0 if constraint is None else min(self._deepest(b), FORCED)
             found.append(constraint.forced(row.ids, limit) if constraint is not None and limit else [])
         return found
 

@@ -76,13 +76,12 @@ class _Scorer:
         # Run
         tokens, positions = state.block(draft)  # (B, 1 + M)
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
-        ctx = Pass(positions, cache.register(exit_layer, positions, tree), cache, taps)
+        mask, embedded = cache.register(exit_layer, positions, tree), draft.states is None
+        ctx = Pass(positions, mask, cache, taps, in_place=embedded)
         x = target.layers(x, exit_layer, target.num_layers, ctx)
         # Choose, and read drafted tokens that only the device has
-        # A device had better choose after all tokens at once, unless masks come from the host.
-        along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
-        p, fault, order, unread = None, None, None, draft.unread
-        row_logits = dict[int, Tensor]()
+        p, fault, order, unread, along = None, None, None, draft.unread, False
+        row_logits: dict[int, Tensor] = {}
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
             *read, chosen = target.greedy_tokens(x, *unread)
         else:
@@ -90,6 +89,8 @@ class _Scorer:
             row_logits = {b: logits[b] for b in self.logit_rows}
             if readout in taps:
                 taps[readout] = logits
+            # A device had better choose after all tokens at once, unless masks come from the host.
+            along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
             if sampler.plain_greedy or along:
                 some_greedy = any(row.greedy for row in sampler.rows)
                 tokens = largest(logits) if some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.base.devices import upload
 from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
 
@@ -295,10 +294,10 @@ class KVCache:
 
         Raises ValueError for committed slots, which cannot be dropped.
         """
-        for layer in range(lo, len(self.lengths) if hi is None else hi):
-            if self.lengths[layer] - count < self.committed:
-                raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
-            self.lengths[layer] -= count
+        left = [length - count for length in self.lengths[lo:hi]]
+        if min(left, default=self.committed) < self.committed:
+            raise ValueError(f"cannot trim {count} slots of layers from {lo} on: only uncommitted ones can be dropped")
+        self.lengths[lo:hi] = left
 
     def roll_back(self) -> None:
         """Drop all uncommitted slots and states, in all layers and rows."""
@@ -314,10 +313,11 @@ class KVCache:
         """
         for row, path in zip(self.entries, paths, strict=True):
             n, count = row.count, len(path)
-            if count and path[-1] != count - 1:  # else the slots are in place
-                index = upload([n + slot for slot in path], self.device)
+            for to, slot in enumerate(path):
+                if slot == to:
+                    continue
                 for buffer in row.buffers.values():
-                    buffer[..., n : n + count, :] = buffer[..., index, :]
+                    buffer[..., n + to, :] = buffer[..., n + slot, :]
             if row.states is not None:
                 row.states.commit(path)
             row.count += count

@@ -211,6 +211,7 @@ class Pass:
     routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
     choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
         has its own routers; None: the experts with the largest logits.
+    in_place: whether the pass may write its output over its input.
     """
 
     positions: Tensor
@@ -220,6 +221,7 @@ class Pass:
     adapters: Adapters | None = None
     routed: Tensor | None = None
     choose: Callable[[int, Tensor], Tensor] | None = None
+    in_place: bool = False
 
 
 class TokenCosts(NamedTuple):

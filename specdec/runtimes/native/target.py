@@ -151,7 +151,7 @@ class NativeTarget(Target):
         return self.embedding(ids)
 
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
+        y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=not ctx.in_place)
         taps = {} if ctx.taps is None else ctx.taps
         for layer in taps:
             if lo <= layer < hi:
