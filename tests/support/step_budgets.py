@@ -24,7 +24,18 @@ from specdec.runtimes.torch.graphs import CapturedTarget
 from specdec.runtimes.torch.target import TorchTarget
 
 # Operations outside captures, and replays, of a step with one row, once all is captured.
-LAUNCHES = {"none": (10, 2), "m2r2 (tree)": (30, 3), "m2r2: two projections, no early layer": (30, 3)}
+LAUNCHES = {
+    "none": (10, 2),
+    "m2r2 (tree)": (30, 3),
+    "m2r2: two projections, no early layer": (30, 3),
+    "medusa": (30, 3),
+    "medusa (tree)": (30, 3),
+    "eagle3": (35, 3),
+    "eagle3 (tree)": (35, 3),
+    "dspark": (35, 3),
+    "dspark (tree)": (35, 3),
+    "mtp": (35, 3),
+}
 SAMPLING = 20  # more operations, of rows that are sampled
 # Reads of a step, with one row and with three.
 ONE = 1, 1
@@ -59,7 +70,7 @@ MORE: list[tuple[str, str, float, tuple[int, int]]] = [
     *(("qwen3_5_text", name, 0.0, ONE) for name in ("none", "ngram (tree)", "medusa")),
     ("gpt_oss", "none", 0.0, ONE),
     ("qwen3_next", "none", 0.0, ONE),
-    *(("llama", name, 0.8, ONE) for name in ("none", "m2r2 (tree)", "ngram+m2r2 (tree)", "medusa (tree)")),
+    *(("llama", name, 0.8, ONE) for name in ("none", "m2r2 (tree)", "ngram+m2r2 (tree)", "medusa (tree)", "eagle3")),
 ]
 CASES = [*(("llama", name, 0.0, most) for name, most in READS.items()), *MORE]
 

@@ -32,13 +32,12 @@ from specdec.runtimes.torch.attention import Attention
 from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Record, capturing, flattened
 from specdec.runtimes.torch.delta_rule import DeltaRule
 from specdec.runtimes.torch.draft import PathStep, fixed_heads, grow_captured, rules_of
-from specdec.runtimes.torch.static_cache import SPARE, InLanes, Lanes, LanesMask, StaticCache, bucket
+from specdec.runtimes.torch.static_cache import SPARE, TOKENS, InLanes, Lanes, LanesMask, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 64  # passes over more tokens are not captured
 CAPTURES = 64  # that are kept; the least recently used ones are dropped
 
 

@@ -20,6 +20,7 @@ from specdec.kvcache.cache import WHOLE, RowEntries
 from specdec.kvcache.mask import Mask
 from specdec.kvcache.recurrent import Advance, LayerStates, StatesByKey
 
+TOKENS = 64  # passes over more tokens are not captured
 SLOTS = 256  # fewest of a lane
 SPARE = 128  # slots behind those of a row, for drafted tokens and padding
 KEPT = 512 << 20  # bytes that stay for the next request, with the passes that are captured over them
