@@ -201,8 +201,10 @@ class PairDrafter(ChainDrafter):
             numbers.append([ids[-1], position, first - self.shift, count, *ids[first:], *[0] * (size - count)])
         prices, sampled = state.prices, state.sampler.sampled(state.ids)
         tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
-        noise = (None, None) if sampled is None else noise_of(sampled, levels, target.vocab_size, device)
-        rules = Rules(self.tokens, tables, *noise, given=given_of(given, device))
+        rules = Rules(self.tokens, tables, given=given_of(given, device))
+        if sampled is not None:
+            noise, sampling = noise_of(sampled, levels, target.vocab_size, device)
+            rules = rules._replace(noise=noise, sampling=sampling)
         sure, most = state.sampler.best_allowed, target.context - 1
         with target.lock:
             cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
@@ -211,7 +213,7 @@ class PairDrafter(ChainDrafter):
 
             def step(whole: Any, rows: Any) -> tuple[Step, Sequence[Tensor]]:
                 (numbers, _), (ints, states, last) = whole, rows
-                own = Lanes(static, numbers, lanes.count)
+                own = Lanes(static, numbers, lanes.total)
                 root, position, first, counts, tokens = ints.split((1, 1, 1, 1, size), 1)
                 positions = (first + static.block[:size]).clamp(max=most)
                 outputs = self.run(tokens, self.inputs(states), positions, own.register(0, positions), own)

@@ -399,7 +399,7 @@ class FixedHeads(NamedTuple):
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     """
 
-    heads: Sequence[nn.Module | None]
+    heads: Sequence[Any]
     tokens: Tensor | None
     forbidden: Tensor | None
 
@@ -442,7 +442,7 @@ def grow_captured(
     have no costs here. lanes: the rows of a static cache; None: none is used.
     """
     batch, device = len(roots), roots.device
-    count = 1 << max(batch - 1, 0).bit_length() if lanes is None else lanes.count
+    count = 1 << max(batch - 1, 0).bit_length() if lanes is None else lanes.total
     bounds, prices = (None, None) if choice is None else limits_of(choice, count, device)
     free, nodes = replace(limits, level=0.0, node=0.0), 0 if choice is None else choice.nodes
 

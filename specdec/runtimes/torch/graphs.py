@@ -116,7 +116,7 @@ class CapturedTarget(TorchTarget):
     ) -> list[Tensor]:
         own, own_shapes, rebuild_own = flattened(rows)
         first, shapes, rebuild = flattened(whole if lanes is None else (lanes.numbers, whole))
-        count = bucket(len(own[0])) if lanes is None else lanes.count
+        count = bucket(len(own[0])) if lanes is None else lanes.total
 
         def make() -> tuple[Function, Sequence[Tensor]]:
             def flat(*inputs: Tensor) -> Sequence[Tensor]:
@@ -175,7 +175,8 @@ class CapturedTarget(TorchTarget):
             own = Lanes(static, numbers, count, before, held)
             query = positions.gather(1, (own.ahead + static.block[:size]).expand(count, -1))
             seen = dict.fromkeys(tapped, x)
-            y = self.network.run(x, lo, layers, Pass(query, LanesMask(own, query, positions, tree), own, seen))
+            ctx = Pass(query, LanesMask(own, query, positions, tree), own, seen)  # type: ignore[arg-type]
+            y = self.network.run(x, lo, layers, ctx)
             return [y, *(seen[layer] for layer in tapped)]
 
         def make() -> tuple[Function, Sequence[Tensor]]:
@@ -235,7 +236,7 @@ class CapturedTarget(TorchTarget):
 
             def step(whole: Any, rows: Any) -> tuple[PathStep, Sequence[Tensor]]:
                 (numbers, _), [(final, *carried), forbidden] = whole, rows
-                own = Lanes(static, numbers, lanes.count, before)
+                own = Lanes(static, numbers, lanes.total, before)
                 return self.path_step(own, path, heads.heads, own.committed, final, carried, forbidden), ()
 
             # Layers and heads live as long as what is captured of them

@@ -36,13 +36,13 @@ class InLanes(NamedTuple):
 
     numbers: what ``Lanes`` has to know, int64 [2 L + 1 + R L].
     rows: the lane of each row, int64 [B]; None: rows 0, 1, .. are in lanes 0, 1, ..
-    count: L.
+    total: L.
     """
 
     static: StaticCache
     numbers: Tensor
     rows: Tensor | None
-    count: int
+    total: int
 
 
 class StaticCache:
