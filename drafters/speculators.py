@@ -31,6 +31,7 @@ from specdec.runtimes.torch.linear import Linear, for_drafting
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Given, Trees
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 
@@ -278,13 +279,7 @@ class PublicHeadDrafter(PairDrafter):
         self.tokens = head.tokens if head.d2t is not None else first
         super().bind(target)
 
-    def candidates(
-        self,
-        state: State,
-        limit: int,
-        given: Sequence[Candidates] | None = None,
-        choice: DeviceChoice | None = None,
-    ) -> list[Candidates] | DeviceTree | None:
+    def candidates(self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None) -> Trees:
         if not self._drafts_tree(state):
             return None
         limit = min(limit, self.network.deepest or limit)
@@ -318,7 +313,7 @@ class PublicHeadDrafter(PairDrafter):
         limit: int,
         width: int,
         choice: DeviceChoice | None,
-        given: Sequence[Candidates] | None = None,
+        given: Given = None,
     ) -> list[Candidates] | DeviceTree:
         tree = None if choice is None else self.draft_captured(state, limit, width, choice, given)
         if tree is not None:

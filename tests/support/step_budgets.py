@@ -166,7 +166,6 @@ def test_reads_and_uploads_of_a_step(
             drafter = on_device(target) if name == "draft-model" else with_all(EVERY[name](target))
             if name in LAUNCHES and len(prompts) == 1:
                 run(target, drafter, prompts, COUNT, **how)
-            gc.collect()  # rows in circles keep their lanes
             steps = Steps(patch)
             out, ran = run(target, drafter, prompts, COUNT, **how)
         assert out == (expected if len(prompts) > 1 else expected[1:2]), (out, expected)
