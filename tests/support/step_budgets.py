@@ -117,7 +117,7 @@ class Steps:
     def median(self) -> list[float]:
         """Reads and uploads, of all steps; operations and replays, of those in which nothing is captured."""
         settled = [own for own in self.counts if not own[4]]
-        assert len(settled) > 1, self.counts
+        assert settled, self.counts
         return [*(median(own[n] for own in (self.counts if n < 2 else settled)) for n in range(4))]
 
 
