@@ -98,10 +98,15 @@ class DraftVocabulary:
 
     def logits(self, final: Tensor) -> Tensor:
         """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
-        logits = self.target.readout(final, self.head)
-        if self.added_head is None:
-            return logits
-        added = self.target.readout(final, self.added_head)  # (B, T, added)
-        if self.forbidden is not None:
-            added = added.masked_fill(self.forbidden[:, None], float("-inf"))
-        return torch.cat((logits, added), -1)
+        return read_out(self.target, final, self.heads, self.forbidden)
+
+
+def read_out(target: Target, final: Tensor, heads: Sequence[nn.Linear | None], forbidden: Tensor | None) -> Tensor:
+    """Return the joined logits [B, T, V'] of output heads, from final states [B, T, D].
+
+    heads, forbidden: as in ``DraftVocabulary``.
+    """
+    first, *added = (target.readout(final, head) for head in heads)
+    if added and forbidden is not None:
+        added = [added[0].masked_fill(forbidden[:, None], float("-inf"))]
+    return torch.cat((first, *added), -1) if added else first

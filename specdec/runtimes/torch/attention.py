@@ -63,7 +63,7 @@ def additive(
             # Finite, so that a query that sees nothing (padding) stays finite.
             hidden = torch.finfo(dtype).min / 2
             term = torch.zeros(batch, 1, t, length + padding, dtype=dtype, device=mask.query.device)
-            term[..., length:] = hidden
+            term[..., length:].fill_(hidden)
             if visible is not None:
                 term[..., :length].masked_fill_(~visible, hidden)
             term = term.repeat_interleave(groups, 2) if groups > 1 else term
