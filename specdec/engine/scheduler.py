@@ -238,12 +238,9 @@ class Scheduler:
             count = min(count, self.chunk, budget)
             if cache.has_checkpoints:
                 count = min([count, *(fork - n for fork in row.fork_positions if fork > n)])
-                if (
-                    cache.recurrent
-                    and self.disk is not None
-                    and (end := (n + count) // self.disk.chunk * self.disk.chunk) > n
-                ):
-                    count = end - n  # a checkpoint on disk is at the end of a chunk
+            chunk = self.disk.chunk if self.disk is not None and cache.recurrent else 1
+            if (end := (n + count) // chunk * chunk) > n:
+                count = end - n  # a checkpoint on disk is at the end of a chunk
             counts.append(count)
             budget -= count
         began = time.perf_counter()
@@ -253,7 +250,7 @@ class Scheduler:
             if self.memory.prefixes is not None and (
                 n in row.fork_positions
                 or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)
-                or (cache.window and n == len(row.ids))  # the next turn may leave out a part of the answer
+                or (cache.window and row in complete)  # the next turn may leave out a part of the answer
             ):
                 cache.checkpoint(b)
         if complete and (own := prefilling.remove(complete)) is not None:

@@ -91,8 +91,9 @@ class RowEntries:
     def window_slots(self, slots: int, window: int) -> int:
         """Return how many of the row's first ``slots`` slots windowed layers hold, or will hold at most."""
         begin = self.dropped[-1][1] if self.dropped else 0
-        before = sum(end - begin for begin, end in windows.held(self.dropped, begin))
-        return before + min(slots - begin, max(window + windows.MARGIN + 2 * BLOCK, self.count - begin))
+        before = sum(end - start for start, end in windows.held(self.dropped, begin))
+        most = window + windows.MARGIN + 2 * BLOCK + max(windows.FIRST - before, 0)  # until the next ``evict``
+        return before + min(slots - begin, max(most, self.count - begin))
 
 
 class KVCache:

@@ -343,9 +343,11 @@ class Schedules(RuleBasedStateMachine):
         self.swapped[self.kind] += self.version() - version
         self.check_caches()
         stats, scheduled = self.engine.stats(), self.engine.scheduler
-        caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
-        checkpoints = sum(own.num_states - own.batch for own in caches)  # for them, room is made in the next step
-        over = stats.kv_bytes - scheduled.memory.state_bytes * checkpoints > scheduled.memory.limit
+        caches = [*filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))]
+        checkpoints = scheduled.memory.state_bytes * sum(own.num_states - own.batch for own in caches)
+        slots = sum(len(row.window_checkpoints) for own in caches for row in own.entries) * (5 + 4 + 2)  # of a half
+        checkpoints += slots * scheduled.memory.token_bytes // 2
+        over = stats.kv_bytes - checkpoints > scheduled.memory.limit  # for them, room is made in the next step
         assert not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
 
     def kept(self) -> list[Prefix]:
