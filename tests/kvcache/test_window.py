@@ -208,8 +208,10 @@ def test_texts_of_several_windows_are_those_of_a_cache_that_keeps_all(
 def test_texts_of_several_windows_are_those_of_transformers(small: list[int]) -> None:
     own = tiny_model("gemma3_text", sliding_window=WINDOW, max_position_embeddings=512, **SIZES)
     own = own.bfloat16()
-    found = run(NativeTarget(own), EVERY["m2r2 (tree)"](NativeTarget(own)), PROMPTS[:2], 40, eos=None)[0]
-    assert found == [greedy_reference(copy.deepcopy(own).float(), prompt, 40) for prompt in PROMPTS[:2]] and small
+    prompts, target = [PROMPTS[0], words(11, 100), words(12, 130)], NativeTarget(own)
+    expected = [greedy_reference(copy.deepcopy(own).float(), prompt, 40) for prompt in prompts]
+    for name in ("m2r2 (tree)", "prompt-lookup"):
+        assert run(target, EVERY[name](target), prompts, 40, eos=None)[0] == expected and small
 
 
 # -- turns and forks --------------------------------------------------------------------------------------------------
