@@ -585,11 +585,11 @@ def _write(view: Tensor, layers: Sequence[int] | None, values: Tensor) -> None:
 
     layers: indices of the layers; None: all. PyTorch's threads would wait for each other at the end of each part.
     """
-    to, values = view.view(torch.uint8).numpy(), values.view(torch.uint8).numpy()
+    to, written = view.view(torch.uint8).numpy(), values.view(torch.uint8).numpy()
     if layers is None:
-        to[...] = values
+        to[...] = written
     for at, layer in enumerate(layers or ()):
-        to[:, layer] = values[:, at]
+        to[:, layer] = written[:, at]
 
 
 def quantize_rows(x: Tensor) -> Tensor:

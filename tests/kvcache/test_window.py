@@ -397,6 +397,25 @@ def test_windowed_layers_take_the_memory_of_their_window(int8: bool) -> None:
     check_memory(text.cache, 3000, 3)
 
 
+@needs_native
+def test_a_row_that_decodes_gives_back_memory_step_by_step() -> None:
+    own = tiny_model(
+        "gemma3_text",
+        sliding_window=64,
+        max_position_embeddings=8192,
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=256,
+    )
+    engine = plain_engine(NativeTarget(own.bfloat16()))
+    request = Request(words(1, 5), 600)
+    engine.submit(request)
+    for _ in range(540):
+        step(engine)
+    check_memory(engine.batch.cache, engine.batch.cache.rows[0], 1)
+    assert request.finish_reason is None
+
+
 def check_memory(cache: KVCache, count: int, windows: int) -> None:
     """Full layers (1, 3) take ``count`` slots, and windowed ones (0, 2) those of some windows."""
     [data], each = cache.data, cache.token_bytes // 4
