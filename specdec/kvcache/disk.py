@@ -155,10 +155,10 @@ class PrefixDisk:
         Removes chunks from the end of ``names`` after which such a part is missing. Returns the indices of the chunks
         whose part was read, in order; [] without windowed layers.
         """
+        self._shorten(names)
         while self.window and names:
-            self._shorten(names)
             missing = None
-            seen = [n for n in range(len(names)) if n in self._before(len(names)) or not n]
+            seen = sorted({0, *self._before(len(names))})
             for n in reversed(seen):
                 part = self._read(_window(names[n]))
                 if part:
@@ -171,6 +171,7 @@ class PrefixDisk:
             if missing is None:
                 return seen
             del names[missing:]
+            self._shorten(names)
         return []
 
     def _before(self, count: int) -> range:
@@ -179,7 +180,7 @@ class PrefixDisk:
 
     def _shorten(self, names: list[str]) -> None:
         """Remove chunks from the end of ``names`` until a text can be resumed after the last one."""
-        there = [_window(name) in self.sizes for name in names]
+        there = [not self.window or _window(name) in self.sizes for name in names]
         while names and not all(there[n] for n in self._before(len(names))):
             names.pop()
 

@@ -47,8 +47,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def model(**more: Any) -> Any:
-    return model_of("gemma3_text", sliding_window=WINDOW, **{"max_position_embeddings": 512} | more)
+def model(family: str = "gemma3_text") -> Any:
+    return model_of(family, sliding_window=WINDOW, max_position_embeddings=512)
 
 
 def words(seed: int, count: int) -> list[int]:
@@ -293,12 +293,15 @@ def answer(made: SpecDecoder, folder: Path, *prompts: list[int]) -> list[tuple[l
 
 
 @pytest.fixture
-def decoder(small: list[int], monkeypatch: pytest.MonkeyPatch) -> SpecDecoder:
+def decoder(request: Any, small: list[int], monkeypatch: pytest.MonkeyPatch) -> SpecDecoder:
     monkeypatch.setattr(disk, "CHUNK", CHUNK)
-    return SpecDecoder(model(), None, "none", runtime="native")
+    return SpecDecoder(model(getattr(request, "param", "gemma3_text")), None, "none", runtime="native")
 
 
 @needs_native
+@pytest.mark.parametrize(
+    "decoder", ["gemma3_text", "mistral"], indirect=True
+)  # in the latter, all layers have a window
 def test_a_later_process_goes_on_with_what_was_held(decoder: SpecDecoder, tmp_path: Path) -> None:
     prompt = words(6, 200)
     [(first, _)] = answer(decoder, tmp_path, prompt)
@@ -320,6 +323,7 @@ def test_a_text_with_a_damaged_window_is_run_again(decoder: SpecDecoder, tmp_pat
     [(right, _)] = answer(decoder, tmp_path, prompt)
     with decoder.engine(prefix_cache=tmp_path) as engine:
         names = engine.scheduler.disk._there(prompt[:-1], None)
+        assert engine.scheduler.disk.longest(prompt[:120], None) == 0  # the windows there have been dropped
     assert len(names) == 199 // CHUNK
     path = tmp_path / (disk._window(names[-1]) + disk.SUFFIX)
     data = path.read_bytes()
