@@ -344,13 +344,13 @@ def test_a_text_that_waits_for_the_disk_is_written_as_it_was(decoder: SpecDecode
         return read(cache, *place)
 
     monkeypatch.setattr(KVCache, "read_window", slow)
+    monkeypatch.setattr(window, "MAX_CHECKPOINTS", 1)  # none of the row holds what is written
     with decoder.engine(prefix_cache=tmp_path) as engine:
         for text in (prompt, [*prompt, 5, *words(9, 150)]):
             for _ in engine.submit(decoder.request(text, max_new_tokens=1, ignore_eos=True)):
                 pass
         go.set()
-    monkeypatch.undo()
-    monkeypatch.setattr(disk, "CHUNK", CHUNK)
+    monkeypatch.setattr(KVCache, "read_window", read)
     [(expected, _)] = answer(decoder, tmp_path / "none", [*prompt, 7])
     [(found, cached)] = answer(decoder, tmp_path, [*prompt, 7])
     assert found == expected and cached == 192
