@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from specdec.base.devices import without_memory
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.families import FAMILIES, Family, activation, mixture_of
-from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, dense_weights
+from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, to_transformers
 from specdec.models.packed import Origin
 from specdec.models.rotary import Rotary
 from specdec.models.tensor_file import TensorFile
@@ -295,7 +295,8 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    state.update((prefix + name, values) for name, values in dense_weights(model).items())
+    for path, made in to_transformers(model):
+        state.update(made.state_dict(prefix=f"{prefix}{path}."))
 
 
 def _share(own: NativeModel, made: Any) -> None:

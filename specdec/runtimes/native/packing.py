@@ -1,6 +1,15 @@
 """A model's weights as the native kernels read them: structures of ``native.h``, and the tiles that these point to.
 
-Packs layers, experts, output heads, and layers with merged adapters. GGUF blocks keep their codes and scales.
+    PackedModel.struct: Model      sizes and factors of the model, and a pointer to its layers
+      Layer [N]                    of each layer:
+        qkv, out, gate_up, down    linear layers, those that read the same input joined into one slot (``mixer.slots``)
+        router, gates, sums        of a mixture: its router, and the two linear layers of each expert
+        norms, rotary_q, ...       pointers to other parameters, and indices of rotary tables
+    PackedModel.embedding          the table of token embeddings
+    PackedModel.head(...)          output heads, packed at their first use
+    PackedModel.merged(...)        a copy of ``struct`` in which some layers have merged adapters, for drafts
+
+A linear layer (``Packed``) is tiles of 16 outputs and 32 inputs. GGUF blocks keep their codes and scales.
 """
 
 from __future__ import annotations
@@ -56,8 +65,13 @@ class PackedModel:
     numbers: factors and caps of the model.
     mixture: number of experts, and of those that a token uses.
     experts: the experts, if only a share of them is in memory; else None.
+    expert_maps: the linear layers of all experts.
     kinds: the tile formats of all layers' weights (``library.BF16`` ...).
     rounded: whether some products quantize activations to 8 bits.
+    _orders: for each layer, the rows of its weights in the order of packing (``mixer.row_orders``).
+    _layers: the structures of the layers. _alive: objects that the structures point to.
+    _heads: the packed output heads. _own_head: the model's own among them; None: it is not packed yet.
+    _changed: with adapters merged, the model, its layers, and the linear layers that differ, by layer.
     """
 
     def __init__(
@@ -76,68 +90,198 @@ class PackedModel:
         them to. rounding: block format that layers are quantized to; None: none. expert_cache, expert_prefetch: as in
         ``make_target``.
         """
-        self.config = config = model.config
+        self.config = model.config
         self.decoder: Any = model.model
-        layers = self.decoder.layers
-        recurrent = [decoder_layer.recurrent(layer) for layer in layers]
-        if rounding is not None:
-            for layer in layers:
-                _round(layer, rounding, paged=expert_cache is not None)
         self.lock = lock
         self.own_head = own_head
         self.kept = kept
-        self.family = families.FAMILIES[config.model_type]
-        self.numbers = families.numbers_of(config)
-        self.mixture = families.mixture_of(config)
-        self._orders = [mixer.row_orders(layer) for layer in layers]
-        self._layers = (Layer * len(layers))()
-        self._alive: list[Any] = []  # objects that the structures point to
-        self.expert_maps: list[Packed] = []
+        self.family = families.FAMILIES[self.config.model_type]
+        self.numbers = families.numbers_of(self.config)
+        self.mixture = families.mixture_of(self.config)
+        self.eps = float(self.config.rms_norm_eps)
         if expert_cache is not None and not self.mixture.experts:
-            raise SpecDecError(f"model type '{config.model_type}' has no experts; leave out the expert cache")
+            raise SpecDecError(f"model type '{self.config.model_type}' has no experts; leave out the expert cache")
+        layers = self.decoder.layers
+        if rounding is not None:
+            for layer in layers:
+                _round(layer, rounding, paged=expert_cache is not None)
         if expert_cache is None:
             expert_cache = _room_for_experts(model)
         self.experts = None if expert_cache is None else MappedExperts(expert_cache)
-        rotations = families.rotations(config)
-        self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
-        for n, (layer, struct, pair) in enumerate(zip(layers, self._layers, rotations, strict=True)):
-            struct.place = recurrent[:n].count(recurrent[n])
-            self._pack_layer(n, layer, rounding)
-            struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
+        self.expert_maps: list[Packed] = []
+        self._orders = [mixer.row_orders(layer) for layer in layers]
+        self._layers = (Layer * len(layers))()
+        self._alive: list[Any] = []
+        self._pack_layers(rounding)
         if self.experts is not None:
             self.experts.begin(self.mixture.top_k)
             if expert_prefetch:
                 self.experts.forecasts = Forecasts(self._routers(layers), self.mixture.top_k)
             self._alive.append(self.experts)
-        inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self.expert_maps), 0)
-        attention: Any = layers[recurrent.index(False)].self_attn
-        head_dim = int(attention.head_dim)
-        rotated = [2 * each.tables(self.decoder.rotary_emb, 8, model.dtype).shape[2] for each in self.rotations]
-        if max(rotated, default=0) < head_dim and any(each.beta for each in self.rotations):
-            raise SpecDecError(
-                "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
-            )
-        self.final_norm, self.eps = self._norm(self.decoder.norm), float(config.rms_norm_eps)
         packed = [*self.expert_maps, *self._maps()]
         self.kinds = set().union(*(item.kinds for item in packed))
         self.rounded = any(item.rounded for item in packed)
-        demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
-        self._sizes = (
-            *(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head_dim, inner),
-            *(max(rotated, default=0), self.rounded, *self.mixture, self.family.round_after_weight),
-            *(families.ACTIVATIONS.index(families.activation(config)), self.family.norm_over_heads),
-            *(len(self.rotations), self.family.gated, *families.mixer_of(config)),
-            *(self.eps, float(attention.scaling), self.numbers.scores_cap, *self.numbers[-2:], demand),
-        )
-        self.struct = Model(*self._sizes, ctypes.addressof(self._layers))
+        self.struct = self._model(model.dtype)
         self.embedding = RowTable(matrix(self.decoder.embed_tokens), self.numbers.embeddings)
+        self.final_norm = self._norm(self.decoder.norm)
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._own_head: Packed | None = None
-        # With adapters merged: the model, its layers, and the linear layers that differ, by layer.
         self._changed: WeakKeyDictionary[Adapters, tuple[Model, Any, dict[int, Any]]] = WeakKeyDictionary()
+
+    # -- the layers ---------------------------------------------------------------------------------------------------
+
+    def _pack_layers(self, rounding: str | None) -> None:
+        """Fill the structures of all layers. rounding: as in the constructor."""
+        recurrent = [decoder_layer.recurrent(layer) for layer in self.decoder.layers]
+        rotations = families.rotations(self.config)
+        self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
+        for n, (layer, struct, pair) in enumerate(zip(self.decoder.layers, self._layers, rotations, strict=True)):
+            struct.place = recurrent[:n].count(recurrent[n])
+            struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
+            self._pack_slots(n, layer)
+            if decoder_layer.has_experts(layer):
+                self._pack_experts(n, layer.mlp, rounding)
+            if recurrent[n]:
+                struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
+                for name, values in mixer.parameters(layer.linear_attn, self.config.rms_norm_eps).items():
+                    self._point(struct, name, values)
+            self._pack_norms(struct, layer)
+
+    def _pack_slots(self, index: int, layer: Any) -> None:
+        """Pack the linear layers of a layer that is no expert, slot by slot."""
+        orders = self._orders[index]
+        for slot, pairs in mixer.slots(layer).items():
+            rates = slot == "rates"  # few weights, which stay exact: in 16 bits
+            whole = [module.weight.detach() if rates else matrix(module) for _, module in pairs]
+            weights = [ordered(weight, orders.get(path)) for (path, _), weight in zip(pairs, whole, strict=True)]
+            biases = [module.bias for _, module in pairs]
+            bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+            if any(weight.shape[0] % (16 if rates else 32) for weight in weights):
+                raise SpecDecError(
+                    f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
+                )
+            packed = Packed(weights, bias, scale=self._scale(slot), kept=self.kept)
+            self.release(*(matrix(module) for _, module in pairs))
+            self._alive.append(packed)
+            setattr(self._layers[index], slot, packed.struct)
+
+    def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
+        """Pack the router and the experts of a layer. rounding: the block format of experts that are not in blocks."""
+        struct = self._layers[index]
+        module = decoder_layer.router(mlp)
+        weight = module.weight.detach()
+        if hasattr(mlp, "shared_expert_gate"):
+            weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))
+        router = Packed([weight], getattr(module, "bias", None))
+        struct.router = router.struct
+        self._alive.append(router)
+        gates, sums = list[Packed](), list[Packed]()
+
+        def matrices(number: int) -> tuple[Any, ...]:
+            gate_up, down, *biases = blocks.expert(mlp.experts, number)
+            if rounding is not None and isinstance(down, Tensor):
+                gate_up, down = [blocks.quantize(each, rounding) for each in gate_up], blocks.quantize(down, rounding)
+            return gate_up, down, *biases
+
+        def pack(number: int, allocate: Allocate | None = None) -> None:
+            gate_up, down, *biases = matrices(number)
+            gates.append(Packed(gate_up, biases[0], allocate=allocate))
+            sums.append(Packed([down], biases[1], scale=self.numbers.results, allocate=allocate))
+            release(*gate_up, down)
+
+        if self.experts is not None:
+            gate_up, down, *_ = matrices(0)
+            weights = sum(math.prod(each.shape) for each in (*gate_up, down)) * self.mixture.experts
+            self.experts.add(index, self.mixture.experts, weights, pack)
+        else:
+            for number in range(self.mixture.experts):
+                pack(number)
+        for each in gates, sums:
+            if len({item.rounded for item in each}) > 1:
+                raise SpecDecError("the native runtime takes a layer's experts all in 16 bits or none; these are mixed")
+        made = [(Linear * len(each))(*(item.struct for item in each)) for each in (gates, sums)]
+        struct.gates, struct.sums = map(ctypes.addressof, made)
+        self.expert_maps += gates + sums
+        self._alive.append(made)
+
+    def _pack_norms(self, struct: Layer, layer: Any) -> None:
+        """Let the structure point to the layer's norms, and to its attention sinks."""
+        attention = getattr(layer, "self_attn", None)
+        fields = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
+        norms = {field: getattr(layer, name) for field, name in fields if name}
+        norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
+        for name, module in norms.items():
+            self._point(struct, f"norm_{name}", self._norm(module))
+        if attention is not None and hasattr(attention, "sinks"):
+            self._point(struct, "sinks", attention.sinks.detach().float())
+
+    def _point(self, struct: Layer, field: str, values: Tensor) -> None:
+        """Let a field of a structure point to ``values``, which live as long as this object."""
+        self._alive.append(values)
+        setattr(struct, field, values.data_ptr())
+
+    def _routers(self, layers: Any) -> dict[int, Tensor]:
+        """Return the routers [E, D] by layer, multiplied by the norm before them: they act on residuals at unit RMS."""
+        norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
+        routers = {
+            n: decoder_layer.router(layer.mlp) for n, layer in enumerate(layers) if decoder_layer.has_experts(layer)
+        }
+        return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
+
+    def _norm(self, module: Any) -> Tensor:
+        weight: Tensor = module.weight.detach().float()
+        return 1 + weight if self.family.around_zero else weight
+
+    def _scale(self, slot: str) -> float:
+        """Return the factor by which the kernels multiply the outputs of the linear layers in ``slot``."""
+        return self.numbers.results if slot in ("out", "down") else 1.0
 
     def _maps(self) -> list[Packed]:
         return [item for item in self._alive if isinstance(item, Packed)]
+
+    def _model(self, dtype: torch.dtype) -> Model:
+        """Return the structure of the model, whose layers are packed. dtype: dtype of the model's weights."""
+        config, recurrent = self.config, families.mixer_of(self.config)
+        attention: Any = next(each.self_attn for each in self.decoder.layers if not decoder_layer.recurrent(each))
+        head_dim = int(attention.head_dim)
+        tables = (each.tables(self.decoder.rotary_emb, 8, dtype) for each in self.rotations)
+        rotated = max((2 * table.shape[2] for table in tables), default=0)
+        if rotated < head_dim and any(each.beta for each in self.rotations):
+            raise SpecDecError(
+                "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
+            )
+        return Model(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            inner=max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self.expert_maps), 0),
+            rotated=rotated,
+            rounded=self.rounded,
+            experts=self.mixture.experts,
+            top_k=self.mixture.top_k,
+            normalize_top_k=self.mixture.normalize_top_k,
+            round_after_weight=self.family.round_after_weight,
+            activation=families.ACTIVATIONS.index(families.activation(config)),
+            across=self.family.norm_over_heads,
+            tables=len(self.rotations),
+            gated=self.family.gated,
+            recurrent=recurrent.layers,
+            key_heads=recurrent.key_heads,
+            value_heads=recurrent.value_heads,
+            key_dim=recurrent.key_dim,
+            value_dim=recurrent.value_dim,
+            taps=recurrent.taps,
+            eps=self.eps,
+            scale=float(attention.scaling),
+            cap=self.numbers.scores_cap,
+            limit=self.numbers.limit,
+            alpha=self.numbers.alpha,
+            demand=None if self.experts is None else ctypes.cast(self.experts.call, POINTER),
+            layers=ctypes.addressof(self._layers),
+        )
+
+    # -- what the layers are ------------------------------------------------------------------------------------------
 
     @property
     def bytes_of_layers(self) -> int:
@@ -156,6 +300,8 @@ class PackedModel:
     def weight_format(self) -> str:
         """Return the bits of the layers' weights as text, such as "4 and 6 bits"."""
         return " and ".join(str(width) for width in sorted({BITS[kind] for kind in self.kinds})) + " bits"
+
+    # -- output heads -------------------------------------------------------------------------------------------------
 
     def head(self, head: nn.Linear | None) -> Packed:
         """Return the output head ``head``, packed at its first use; None: the model's own."""
@@ -221,95 +367,7 @@ class PackedModel:
         drop_old(self.kept.path.parent, DRAFTS, MOST_DRAFTS)
         return made
 
-    def _pack_layer(self, index: int, layer: Any, rounding: str | None) -> None:
-        struct, orders = self._layers[index], self._orders[index]
-        for slot, pairs in mixer.slots(layer).items():
-            rates = slot == "rates"  # few weights, which stay exact: in 16 bits
-            whole = [module.weight.detach() if rates else matrix(module) for _, module in pairs]
-            weights = [ordered(weight, orders.get(path)) for (path, _), weight in zip(pairs, whole, strict=True)]
-            biases = [module.bias for _, module in pairs]
-            bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-            if any(weight.shape[0] % (16 if rates else 32) for weight in weights):
-                raise SpecDecError(
-                    f"the native runtime takes multiples of 32 outputs; '{pairs[0][0]}' does not have them"
-                )
-            packed = Packed(weights, bias, scale=self._scale(slot), kept=self.kept)
-            self.release(*(matrix(module) for _, module in pairs))
-            self._alive.append(packed)
-            setattr(struct, slot, packed.struct)
-        if decoder_layer.has_experts(layer):
-            self._pack_experts(index, layer.mlp, rounding)
-        if decoder_layer.recurrent(layer):
-            struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
-            for name, values in mixer.parameters(layer.linear_attn, self.config.rms_norm_eps).items():
-                self._alive.append(values)
-                setattr(struct, name, values.data_ptr())
-        attention = getattr(layer, "self_attn", None)
-        fields = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
-        norms = {field: getattr(layer, name) for field, name in fields if name}
-        norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
-        for name, module in norms.items():
-            weight = self._norm(module)
-            self._alive.append(weight)
-            setattr(struct, f"norm_{name}", weight.data_ptr())
-        if attention is not None and hasattr(attention, "sinks"):
-            self._alive.append(attention.sinks.detach().float())
-            struct.sinks = self._alive[-1].data_ptr()
-
-    def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
-        """Pack the router and the experts of a layer. rounding: the block format of experts that are not in blocks."""
-        struct = self._layers[index]
-        module = decoder_layer.router(mlp)
-        weight = module.weight.detach()
-        if hasattr(mlp, "shared_expert_gate"):
-            weight = torch.cat((weight, mlp.shared_expert_gate.weight.detach()))
-        router = Packed([weight], getattr(module, "bias", None))
-        struct.router = router.struct
-        self._alive.append(router)
-        gates, sums = list[Packed](), list[Packed]()
-
-        def matrices(number: int) -> tuple[Any, ...]:
-            gate_up, down, *biases = blocks.expert(mlp.experts, number)
-            if rounding is not None and isinstance(down, Tensor):
-                gate_up, down = [blocks.quantize(each, rounding) for each in gate_up], blocks.quantize(down, rounding)
-            return gate_up, down, *biases
-
-        def pack(number: int, allocate: Allocate | None = None) -> None:
-            gate_up, down, *biases = matrices(number)
-            gates.append(Packed(gate_up, biases[0], allocate=allocate))
-            sums.append(Packed([down], biases[1], scale=self.numbers.results, allocate=allocate))
-            release(*gate_up, down)
-
-        if self.experts is not None:
-            gate_up, down, *_ = matrices(0)
-            weights = sum(math.prod(each.shape) for each in (*gate_up, down)) * self.mixture.experts
-            self.experts.add(index, self.mixture.experts, weights, pack)
-        else:
-            for number in range(self.mixture.experts):
-                pack(number)
-        for each in gates, sums:
-            if len({item.rounded for item in each}) > 1:
-                raise SpecDecError("the native runtime takes a layer's experts all in 16 bits or none; these are mixed")
-        made = [(Linear * len(each))(*(item.struct for item in each)) for each in (gates, sums)]
-        struct.gates, struct.sums = map(ctypes.addressof, made)
-        self.expert_maps += gates + sums
-        self._alive.append(made)
-
-    def _routers(self, layers: Any) -> dict[int, Tensor]:
-        """Return the routers [E, D] by layer, multiplied by the norm before them: they act on residuals at unit RMS."""
-        norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
-        routers = {
-            n: decoder_layer.router(layer.mlp) for n, layer in enumerate(layers) if decoder_layer.has_experts(layer)
-        }
-        return {n: each.weight.detach().float() * self._norm(getattr(layers[n], norm)) for n, each in routers.items()}
-
-    def _norm(self, module: Any) -> Tensor:
-        weight: Tensor = module.weight.detach().float()
-        return 1 + weight if self.family.around_zero else weight
-
-    def _scale(self, slot: str) -> float:
-        """Return the factor by which the kernels multiply the outputs of the linear layers in ``slot``."""
-        return self.numbers.results if slot in ("out", "down") else 1.0
+    # -- layers with merged adapters ----------------------------------------------------------------------------------
 
     def merged(self, adapters: Adapters | None, lo: int, hi: int) -> Model:
         """Return the model with ``adapters`` merged into layers [lo, hi) and quantized, for drafts. Cached."""
@@ -318,7 +376,9 @@ class PackedModel:
         with self.lock:
             if adapters not in self._changed:
                 own = (Layer * len(self._layers))(*self._layers)
-                self._changed[adapters] = Model(*self._sizes, ctypes.addressof(own)), own, {}
+                copy = Model.from_buffer_copy(self.struct)
+                copy.layers = ctypes.addressof(own)
+                self._changed[adapters] = copy, own, {}
             model, layers, packed = self._changed[adapters]
             if missing := [layer for layer in range(lo, hi) if layer not in packed]:
 
