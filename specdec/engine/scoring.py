@@ -96,8 +96,6 @@ class _Scorer:
             row_logits = {b: logits[b] for b in self.logit_rows}
             if readout in taps:
                 taps[readout] = logits
-            # A device had better choose after all tokens at once, unless masks come from the host.
-            along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
             if sampler.plain_greedy or along:
                 some_greedy = any(row.greedy for row in sampler.rows)
                 tokens = largest(logits) if some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)
@@ -118,7 +116,6 @@ class _Scorer:
         others = [_Likeliest.of(row, len(own)) for row, own in zip(read.pop(), chosen, strict=True)] if likely else []
         if read:
             order = draft.receive(read[0])
-
             if fault := check_tokens(draft.lists(), cache.batch, len(draft.parents), target.vocab_size):
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
         if order is not None and len(order) > 1:

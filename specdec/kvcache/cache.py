@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Self
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.kvcache import window as windows
 from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
 
@@ -43,6 +45,9 @@ class RowEntries:
     pointers: capacity in slots of "kv", and the addresses of its keys and of its values.
     states: the states of the recurrent layers; None: the model has no recurrent layers.
     lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
+    dropped: ranges of committed slots, in order, that the windowed layers hold no longer (``KVCache.evict``).
+    window_checkpoints: numbers of tokens before which the windowed layers still hold a window.
+    sharers: all rows that share "kv", this one included: what one of them holds stays in memory.
     """
 
     def __init__(self, states: RowStates | None = None) -> None:
@@ -53,6 +58,9 @@ class RowEntries:
         self.pointers = (0, 0, 0)
         self.states = states
         self.lent = False
+        self.dropped: tuple[windows.Range, ...] = ()
+        self.window_checkpoints = frozenset[int]()
+        self.sharers = weakref.WeakSet([self])
 
     @property
     def slots(self) -> int:
@@ -60,9 +68,10 @@ class RowEntries:
         return max((buffer.shape[-2] for buffer in self.buffers.values()), default=0)
 
     def shared(self) -> RowEntries:
-        """Return this row as it is now, with the same buffers: committed entries never change."""
+        """Return this row as it is now, with the same buffers: committed entries that a row holds never change."""
         made = copy.copy(self)
         made.buffers = dict(self.buffers)
+        made.sharers.add(made)
         return made
 
     def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
@@ -76,6 +85,14 @@ class RowEntries:
         if name == WHOLE:
             begin = buffer.data_ptr()
             self.pointers = buffer.shape[-2], begin, begin + buffer.nbytes // 2
+            self.sharers = weakref.WeakSet([self])
+
+    def window_slots(self, slots: int, window: int) -> int:
+        """Return how many of the row's first ``slots`` slots windowed layers hold, or will hold at most."""
+        begin = self.dropped[-1][1] if self.dropped else 0
+        before = sum(end - start for start, end in windows.held(self.dropped, begin))
+        most = window + windows.MARGIN + 2 * BLOCK + max(windows.FIRST - before, 0)  # until the next ``evict``
+        return before + min(slots - begin, max(most, self.count - begin))
 
 
 class KVCache:
@@ -90,6 +107,8 @@ class KVCache:
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
     limit: maximum number of tokens of a row; 0: unknown. On a CPU, a row reserves addresses for so many, so that it
         grows without a copy.
+    window: number of slots before a token that the windowed layers see; 0: ``evict`` drops nothing.
+    windowed: indices among ``layers`` of the windowed layers; the others, ``unlimited``, see all slots.
     entries: the rows.
     lengths: number of filled slots of each layer, in the row with most committed tokens.
     draft_positions: positions of the uncommitted slots, int64 [B, U].
@@ -105,6 +124,8 @@ class KVCache:
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
         limit: int = 0,
+        window: int = 0,
+        windowed: Sequence[int] = (),
     ) -> None:
         self.block = BLOCK
         self.device = torch.device(device)
@@ -113,6 +134,9 @@ class KVCache:
         self.recurrent = list(recurrent)
         self.shape = shape
         self.limit = limit
+        self.window = window
+        self.windowed = list(windowed) if window else []
+        self.unlimited = [n for n in range(len(layers or ())) if n not in self.windowed]
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
         self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -155,9 +179,14 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the slots that all rows hold, without recurrent states."""
-        held = [(x, min(row.held, x.shape[-2])) for row in self.entries for x in row.buffers.values()]
-        return sum(buffer.nbytes // buffer.shape[-2] * slots for buffer, slots in held)
+        """Return the bytes of the slots that all rows hold, without recurrent states and dropped slots."""
+        held = [(x, row, min(row.held, x.shape[-2])) for row in self.entries for x in row.buffers.values()]
+        return int(sum(x.nbytes // x.shape[-2] * self._whole_slots(row, slots) for x, row, slots in held))
+
+    def _whole_slots(self, row: RowEntries, slots: int) -> float:
+        """Return how many slots of all layers take the memory of a row's first ``slots`` slots."""
+        share = len(self.windowed) / len(self.layers) if self.window and self.layers else 0
+        return slots - share * (slots - row.window_slots(slots, self.window)) if share else slots
 
     @property
     def num_states(self) -> int:
@@ -174,10 +203,18 @@ class KVCache:
         for row, count in zip(self.entries, slots, strict=True):
             row.expected = count
 
-    def capacities(self, ends: Sequence[int]) -> list[int]:
-        """Return the number of slots that each row would hold after growing to ``ends`` tokens."""
+    def capacities(self, ends: Sequence[int]) -> list[float]:
+        """Return the number of slots that each row would hold after growing to ``ends`` tokens.
+
+        A slot that only a part of the layers hold counts as this part.
+        """
         pairs = zip(self.entries, ends, strict=True)
-        return [row.held if end <= row.held else self._slots(row, end, row.slots) for row, end in pairs]
+        held = [(row, row.held if end <= row.held else self._slots(row, end, row.slots)) for row, end in pairs]
+        return [self._whole_slots(row, slots) for row, slots in held]
+
+    def new_capacity(self, slots: int) -> float:
+        """Return the number of slots, counted as in ``capacities``, that a new row holds which expects ``slots``."""
+        return self._whole_slots(RowEntries(), -(-slots // self.block) * self.block)
 
     def _slots(self, row: RowEntries, end: int, have: int) -> int:
         """Return the number of slots that a row holds after it has grown to ``end`` tokens. have: capacity before."""
@@ -265,10 +302,20 @@ class KVCache:
             # Grow by at least a quarter: without a known limit, each entry is copied a bounded number of times.
             made = self._buffer((2, layers, heads, max(held, grown(have)), head_dim), dtype)
             if old is not None:
-                filled = min(have, row.held)
-                made[:, :, :, :filled] = old[:, :, :, :filled]
+                self._copy(row, old, made, min(have, row.held))
             row.put(name, made, held if self.device.type == "cpu" else None)
         row.held = max(row.held, held)
+
+    def _copy(self, row: RowEntries, source: Tensor, to: Tensor, count: int) -> None:
+        """Copy the first ``count`` slots of ``row`` from one buffer to another, without those that are dropped."""
+        if not row.dropped:
+            to[..., :count, :] = source[..., :count, :]
+            return
+        for layer in self.unlimited:
+            to[:, layer, :, :count] = source[:, layer, :, :count]
+        for layer in self.windowed:
+            for begin, end in windows.held(row.dropped, count):
+                to[:, layer, :, begin:end] = source[:, layer, :, begin:end]
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a buffer [..., slots, d] of zeros. On a CPU, it has slots up to ``limit`` if there are addresses."""
@@ -323,6 +370,22 @@ class KVCache:
             row.count += count
         self._settle()
 
+    def evict(self) -> None:
+        """Drop the committed slots of windowed layers that no window sees any more, and release their memory.
+
+        Kept are the first ones, for drafts, and those before the end of a row and before its checkpoints. Slots that
+        another row shares and holds stay in memory.
+        """
+        for row in self.entries if self.window else ():
+            if not row.dropped and row.count <= self.window + windows.MARGIN:
+                continue
+            gone = windows.outside(row.count, self.window, row.window_checkpoints, row.dropped)
+            if gone != row.dropped:
+                row.dropped = gone
+                for other in row.sharers:
+                    gone = windows.intersection(gone, other.dropped)
+                windows.release(row.buffers[WHOLE], self.windowed, gone)
+
     def _settle(self) -> None:
         self.lengths = [self.committed] * len(self.lengths)
 
@@ -344,21 +407,39 @@ class KVCache:
     def resumable(self, row: int, count: int) -> int:
         """Return how many of the first ``count`` committed tokens of ``row`` another text can begin with.
 
-        That is ``count``, or with recurrent layers the largest number with a checkpoint; 0: none.
+        That is ``count``, or the largest number with a checkpoint (recurrent layers) and a whole window before it
+        (windowed layers); 0: none.
         """
-        if not self.recurrent or count == self.entries[row].count:
-            return count
-        return max((n for n in self.checkpoints(row) if n <= count), default=0)
+        own, before = self.entries[row], -1
+        while count not in (before, own.count):
+            before = count
+            if own.states is not None:
+                count = max((n for n in own.states.checkpoints if n <= count), default=0)
+            count = windows.resumable(count, self.window, own.dropped)
+        return count
 
     def checkpoints(self, row: int) -> set[int]:
-        """Return the numbers of tokens after which recurrent states of ``row`` are stored."""
-        states = self.entries[row].states
-        return set() if states is None else set(states.checkpoints)
+        """Return the numbers of tokens at which checkpoints of ``row`` are stored that it can be resumed from."""
+        own = self.entries[row]
+        stored = own.window_checkpoints if own.states is None else own.states.checkpoints
+        return {count for count in stored if self.resumable(row, count) == count}
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether rows can be resumed at their end and at checkpoints, and not everywhere."""
+        return bool(self.recurrent or self.window)
 
     def checkpoint(self, row: int) -> None:
-        """Store a checkpoint of the recurrent states of ``row`` after its committed tokens; no effect without any."""
-        if (states := self.entries[row].states) is not None:
-            states.checkpoint(self.entries[row].count)
+        """Store a checkpoint of ``row`` after its committed tokens; no effect where it can be resumed everywhere.
+
+        With recurrent layers it has their states. With windowed layers, their slots of a window are not dropped; the
+        last few checkpoints of a row stay (``window.thinned``).
+        """
+        own = self.entries[row]
+        if own.states is not None:
+            own.states.checkpoint(own.count)
+        if self.window:
+            own.window_checkpoints = windows.thinned((*own.window_checkpoints, own.count))
 
     def of(self, entries: list[RowEntries]) -> Self:
         """Return a cache of the same kind with the rows ``entries``, of which nothing may be uncommitted."""
@@ -380,8 +461,10 @@ class KVCache:
         for name, buffer in own.buffers.items() if count else ():
             held = -(-max(count, capacity) // PAGE) * PAGE
             made.put(name, self._buffer((*buffer.shape[:-2], held, buffer.shape[-1]), buffer.dtype), held)
-            made.buffers[name][..., :count, :] = buffer[..., :count, :]
+            self._copy(own, buffer, made.buffers[name], count)
         made.count = count
+        made.dropped = windows.intersection(own.dropped, [(0, count)])
+        made.window_checkpoints = frozenset(n for n in own.window_checkpoints if n <= count)
         return self.of([made])
 
     def take(self, row: int) -> Self:
@@ -411,9 +494,24 @@ class KVCache:
     # -- reading and writing entries ----------------------------------------------------------------------------------
 
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
-        """Return a copy on the CPU of the buffers of ``row`` for the committed tokens [start, end), by name."""
-        found = self.entries[row].buffers.items()
-        return {name: buffer[..., start:end, :].to("cpu", copy=True).contiguous() for name, buffer in found}
+        """Return a copy on the CPU of the buffers of ``row`` for the committed tokens [start, end), by name.
+
+        Without those of windowed layers.
+        """
+        parts = {name: buffer[..., start:end, :] for name, buffer in self.entries[row].buffers.items()}
+        if self.window:
+            return {name: part[:, self.unlimited].contiguous() for name, part in parts.items()}
+        return {name: part.to("cpu", copy=True).contiguous() for name, part in parts.items()}
+
+    def read_window(self, row: int, start: int, end: int) -> dict[str, Tensor]:
+        """Return what ``read`` leaves out: the windowed layers' part for the tokens [start, end), by name.
+
+        {} if any of it is dropped.
+        """
+        own = self.entries[row]
+        if windows.intersection(own.dropped, [(start, end)]):
+            return {}
+        return {name: buffer[..., start:end, :][:, self.windowed] for name, buffer in own.buffers.items()}
 
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
         """Return the recurrent states of ``row`` after ``count`` tokens on the CPU, by key as text.
@@ -434,34 +532,44 @@ class KVCache:
         [row], count = self.entries, 0
         for part in parts:
             for name, values in part.items():
-                *outer, slots, size = values.shape
+                parts_of, layers, heads, slots, size = values.shape
                 if name not in row.buffers:
                     held = -(-capacity // PAGE) * PAGE
-                    row.put(name, self._buffer((*outer, held, size), values.dtype), held)
+                    shape = parts_of, layers + len(self.windowed), heads, held, size
+                    row.put(name, self._buffer(shape, values.dtype), held)
                 view = row.buffers[name][..., count : count + slots, :]
-                if self.device.type == "cpu":  # PyTorch's threads would wait for each other at the end of each part
-                    view.view(torch.uint8).numpy()[...] = values.view(torch.uint8).numpy()
+                if self.window:
+                    _write(view, self.unlimited, values)
+                elif self.device.type == "cpu":
+                    _write(view, None, values)
                 else:
                     view.copy_(values)
             count += slots
         return count
 
-    def resume(self, count: int, states: dict[str, Tensor]) -> None:
+    def restore_window(self, start: int, part: dict[str, Tensor]) -> None:
+        """Write the part of windowed layers, as ``read_window`` returns it, for the tokens from ``start`` on."""
+        [row] = self.entries
+        for name, values in part.items():
+            _write(row.buffers[name][..., start : start + values.shape[-2], :], self.windowed, values)
+
+    def resume(self, count: int, states: dict[str, Tensor], dropped: Sequence[windows.Range] = ()) -> None:
         """Commit the first ``count`` tokens that ``restore`` has written.
 
         states: the recurrent states after them, as ``read_states`` returns them; {} without recurrent layers.
+        dropped: the ranges of slots, in order, that ``restore_window`` has not written; () without windowed layers.
         """
         [row] = self.entries
         if row.states is not None:
             keys = {name: tuple(int(x) if x.isdigit() else x for x in name.split(" ")) for name in states}
             row.states.begin(count, {keys[name]: state.to(self.device) for name, state in states.items()})
-        row.count = count
+        row.count, row.dropped = count, tuple(dropped)
         self._settle()
 
     def of_layer(self, layer: int, row: int) -> dict[str, Tensor]:
         """Return the keys "k" and values "v" of a row's filled slots in ``layer``, each [S, H, d].
 
-        The tensors may be views. {} if the layer stores no keys.
+        The tensors may be views. {} if the layer stores no keys. Slots that ``evict`` has dropped are undefined.
         """
         own = self.entries[row]
         name, index = self._place_of(layer) if self.layers is None or layer in self.layers else ("", 0)
@@ -470,6 +578,18 @@ class KVCache:
         filled = own.buffers[name][:, index, :, : self.lengths[layer] - self.committed + own.count]
         parts = dequantize_rows(filled, torch.bfloat16) if self.int8 else filled
         return {part: values.transpose(0, 1) for part, values in zip("kv", parts, strict=True)}
+
+
+def _write(view: Tensor, layers: Sequence[int] | None, values: Tensor) -> None:
+    """Write ``values`` [2, n, H, T, d] into n ``layers`` of ``view`` [2, N', H, T, d], both on the CPU.
+
+    layers: indices of the layers; None: all. PyTorch's threads would wait for each other at the end of each part.
+    """
+    to, written = view.view(torch.uint8).numpy(), values.view(torch.uint8).numpy()
+    if layers is None:
+        to[...] = written
+    for at, layer in enumerate(layers or ()):
+        to[:, layer] = written[:, at]
 
 
 def quantize_rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Builds the kernels' arguments for a pass (pointers to keys, values and masks) an
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.mask import RowMask
+from specdec.kvcache.mask import Chunk, RowMask
 from specdec.kvcache.recurrent import KernelStates
 from specdec.models import families, identity
 from specdec.models.gguf.blocks import BlockLinear, densify
@@ -114,6 +115,8 @@ class NativeTarget(Target):
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
         self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))  # index in _spans
+        self._windowed = [n for n, layer in enumerate(self._attention) if _slides(self.windows[layer], self.context)]
+        self._longest_window = max((self.windows[self._attention[n]] or 0 for n in self._windowed), default=0)
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self.weight_format = self.packed.weight_format + (", rounded" if rounding else "")
         if like is not None:
@@ -145,7 +148,7 @@ class NativeTarget(Target):
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
         kinds = self.int8_cache, self._attention, recurrent, self._states
-        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context)
+        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context, self._longest_window, self._windowed)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -313,6 +316,12 @@ class NativeTarget(Target):
                     self._tables = tables, pointers
                     self._positions = every  # last: other threads read it without the lock
         return self._tables
+
+
+def _slides(window: int | None, context: int) -> bool:
+    """Return whether layers of this window stop seeing the first tokens of a text, and their memory can be released."""
+    sliding = window is not None and not isinstance(window, Chunk) and window < context
+    return sliding and sys.platform.startswith("linux")
 
 
 def native_target(
