@@ -23,7 +23,8 @@ from specdec.kvcache.mask import Mask
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
-from specdec.runtimes.torch.draft import Rules, Step, given_of, grow_captured, noise_of, states_of
+from specdec.runtimes.torch.captured_draft import grow_captured
+from specdec.runtimes.torch.draft import Rules, Step, given_of, noise_of, states_of
 from specdec.runtimes.torch.static_cache import SPARE, TOKENS, Lanes, StaticCache, bucket
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of

@@ -14,7 +14,8 @@ from specdec.base.devices import upload
 from specdec.models import drafter_folder
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits, calibrated
 from specdec.runtimes.target import GivenLinear, Target
-from specdec.runtimes.torch.draft import FixedHeads, Rules, Step, fixed_heads, given_of, grow_captured
+from specdec.runtimes.torch.captured_draft import grow_captured
+from specdec.runtimes.torch.draft import FixedHeads, Rules, Step, fixed_heads, given_of
 from specdec.runtimes.torch.linear import rms_unit
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
