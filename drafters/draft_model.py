@@ -40,7 +40,7 @@ class DraftModelDrafter(ChainDrafter):
     Drafts nothing once the text is longer than the draft model's context. Raises SpecDecError, when bound, if the
     vocabularies differ.
 
-    draft_target: the runtime of the draft model.
+    draft_target (argument ``own``): the runtime of the draft model.
     tokenizer: the draft model's tokenizer, which must equal the target's; None: not known, and not compared.
     vocab: the token ids that both models have, int64 [V']; None: all.
     cache: the draft model's keys and values of ``rows``, the row states of the last step.

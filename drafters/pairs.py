@@ -1,7 +1,9 @@
 """Drafters that run pairs: a token, and a state of the token before it, through layers with a KV cache of their own.
 
-The pair of a drafted token has the layers' own output instead of the state. Its entries leave the cache with the next
-step, which runs the pairs of all new tokens of the text.
+A *pair* is a token of the text or the draft together with the state of the token before it. That state is made of the
+model's states if the token before is in the text, and is the layers' own output if it is a drafted one. The layers'
+output for a pair predicts the token after the pair's. The keys and values of drafted tokens' pairs leave the cache with
+the next step, which runs the pairs of all new tokens of the text.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from .chain import ChainDrafter, ChainRow, Readout
 
 
 class Pairs(NamedTuple):
-    """The root of each row, from which levels are drafted.
+    """The root of each row, whose pair has run, and from which levels are drafted. ``PairDrafter.pairs`` makes it.
 
     tokens, positions: int64 [B, 1] each. last: output of the drafter's layers for the root's pair, [B, 1, D'].
     sure: whether the greedy token after each node is the one that is accepted, as far as is known.
@@ -84,7 +86,7 @@ class PairDrafter(ChainDrafter):
     static: StaticCache | None = None
 
     def new_cache(self) -> KVCache:
-        """Return an empty cache of one row."""
+        """Return an empty cache of one row for the keys and values of the drafter's layers."""
         assert self.keys is not None
         return KVCache(self.keys[0], 1, self.target.device, layers=range(self.keys[0]))
 
@@ -143,13 +145,16 @@ class PairDrafter(ChainDrafter):
         return self.chain(state, limit, read, self.tokens)
 
     def pairs(self, state: State) -> Pairs:
-        """Return the roots of all rows, whose pairs have run."""
+        """Return the roots of all rows, their positions and the outputs of their pairs, which ``catch_up`` has run."""
         last = torch.cat([row.last for row in state.row_states])
         return Pairs(state.roots, state.positions, last, state.sampler.best_allowed)
 
     def levels(self, pairs: Pairs, cache: KVCache | Lanes) -> Step:
         """Return the function that computes the draft logits of one level after the other, as ``grow`` calls it.
 
+        Each call runs the pairs of a level's tokens; the first one reads the output for the root's pair instead.
+
+        pairs: the roots.
         cache: the KV cache of all rows, as ``catch_up`` returns it.
         """
         outputs, level, most = pairs.last, 0, self.target.context - 1
@@ -168,7 +173,10 @@ class PairDrafter(ChainDrafter):
         return step
 
     def slots(self, levels: int, keep: int) -> int:
-        """Return how many uncommitted slots a draft needs. levels, keep: as in ``grow``."""
+        """Return the number of uncommitted cache slots of a row that a draft needs.
+
+        levels: number of levels that are drafted. keep: number of nodes of each level that get children.
+        """
         return (levels - 1) * keep
 
     def draft_captured(
@@ -179,9 +187,12 @@ class PairDrafter(ChainDrafter):
         choice: DeviceChoice,
         given: Sequence[Candidates] | None = None,
     ) -> DeviceTree | None:
-        """Run the pairs of new tokens, draft, and select nodes in one captured function; None: it cannot be captured.
+        """Run the pairs of new tokens, draft, and select nodes, all in one captured function.
 
-        levels, width: as in ``TreeLimits``. given: the candidates of n-grams; None: there are none.
+        Return the selected nodes, which are on the device; None: it cannot be captured here, and nothing was drafted.
+
+        levels, width: as in ``TreeLimits``. choice: the rule by which nodes are selected.
+        given: the candidates of n-grams for each row, which the draft extends; None: there are none.
         """
         static, target, rows = self.static, self.target, state.row_states
         batch, keep = len(rows), width if len(rows) == 1 else 1
@@ -235,7 +246,10 @@ class PairDrafter(ChainDrafter):
         return found
 
     def catch_up(self, state: State) -> KVCache:
-        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows."""
+        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows.
+
+        Sets ``last`` of each row's ``PairRow``, and empties its ``states``.
+        """
         rows: list[PairRow] = state.row_states
         cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
         like = next((row.states[0][:0] for row in rows if row.states), None)

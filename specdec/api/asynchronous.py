@@ -92,7 +92,10 @@ class SharedRequest:
 
 
 async def _in_thread(run: Callable[[], T]) -> T:
-    """Run a function in a thread and return its result once the thread has ended, even if the task is cancelled."""
+    """Run the function ``run`` in a thread, and wait for its end even if the task is cancelled.
+
+    Return its result, or raise its error; raises CancelledError if the task was cancelled meanwhile.
+    """
     job, cancelled = asyncio.get_running_loop().run_in_executor(None, run), False
     while not job.done():
         try:

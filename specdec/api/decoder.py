@@ -298,7 +298,7 @@ class SpecDecoder:
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
         """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
 
-        start: number of prompt tokens.
+        given: the options of the request. start: number of prompt tokens.
         """
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
@@ -377,7 +377,7 @@ class SpecDecoder:
     ) -> GenerationOutput | list[GenerationOutput]:
         """Generate from one prompt: text, token ids, a tensor, or chat messages.
 
-        n: number of answers; if it is given, the result is a list of them.
+        n: number of answers. None: the result is one output; else it is a list of n outputs.
         """
         found = self.generate_batch([prompt], n=n, **given)
         return found[0] if n is None else found
@@ -457,7 +457,10 @@ class SpecDecoder:
                 yield piece
 
     def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
-        """Return a request in the engine that ``agenerate`` and ``astream`` share. depth: its draft length, or None."""
+        """Return a request in the engine that ``agenerate`` and ``astream`` share.
+
+        depth: maximum draft depth; None: as deep as pays. given: the options of the request.
+        """
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
         return SharedRequest(shared, self.engine, make)
@@ -508,7 +511,7 @@ class SpecDecoder:
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """Return an engine without a thread, whose steps the caller runs; it uses the drafter until it is closed.
 
-        how: keyword arguments of ``Engine``.
+        num_speculative_tokens: as in ``engine``. how: keyword arguments of ``Engine``.
         """
         claimed = drafter_use.claim(self.drafter)
         try:
@@ -524,7 +527,10 @@ class SpecDecoder:
     def compile_constraint(
         self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False
     ) -> CompiledConstraint:
-        """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied."""
+        """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied.
+
+        ignore_eos: whether the requests continue after end tokens, which raises, too: a constraint ends the text.
+        """
         if isinstance(constraint, CompiledConstraint):
             return constraint
         if ignore_eos:
@@ -539,6 +545,7 @@ class SpecDecoder:
             raise SpecDecError(f"{why}; use the verifier 'exact'")
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
+        """Return the policy that chooses draft depths. num_speculative_tokens: a fixed depth, or "auto"."""
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
         if not self.drafter.traits.drafts:

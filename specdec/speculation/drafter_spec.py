@@ -127,7 +127,10 @@ class DrafterSpec:
 
 
 def _load(part: Part, target: Any, options: Mapping[str, Any]) -> Drafter:
-    """Load one drafter for ``target``. Raises SpecDecError for an option that it does not have."""
+    """Load the drafter ``part`` for ``target``, with its own ``options`` by name.
+
+    Raises SpecDecError for an option that it does not have.
+    """
     found = registry.lookup("drafters", part.name)
     try:
         made: Drafter = found.load(target, part.source, **options)

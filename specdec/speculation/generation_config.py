@@ -58,7 +58,8 @@ def logits_processors(
 ) -> list[Processor]:
     """Return the logits processors of a request; transformers makes them if the config asks for more than a penalty.
 
-    prompt: its token ids. repetition_penalty: replaces the config's penalty; None: the config's is used.
+    prompt: its token ids. max_new_tokens: maximum number of tokens after them.
+    repetition_penalty: replaces the config's penalty; None: the config's is used.
     others: the caller's processors; each replaces a processor of the same class that the config asks for.
     Raises SpecDecError for a config that cannot be used.
     """

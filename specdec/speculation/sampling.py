@@ -32,7 +32,10 @@ Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens
 class Noise:
     """Standard Gumbel noise over the vocabulary for each position of one request.
 
-    The noise is a function of the seed, the stream and the position, by a counter-based generator (Philox).
+    The noise is a function of the seed, the stream and the position, by a counter-based generator (Philox). So the
+    model and a drafter that ask for the noise of a position get the same values.
+
+    seed: the request's seed. stream: tells rows with one seed apart (``streams``).
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
