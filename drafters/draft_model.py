@@ -127,7 +127,10 @@ class DraftModelDrafter(ChainDrafter):
 
 
 def _difference(ours: Any, theirs: Any) -> str:
-    """Return a sentence about the first difference between two tokenizers' vocabularies; "" if they are equal."""
+    """Return a sentence about the first difference between two tokenizers' vocabularies; "": they are equal.
+
+    ours, theirs: the tokenizers of the model and of the draft model.
+    """
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):

@@ -54,6 +54,7 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
 
 
 def _save(kept: dict[str | None, KeptTexts]) -> None:
+    """Write all files, by scope, whose texts have changed."""
     for each in kept.values():
         each.save()
 

@@ -53,7 +53,7 @@ class PairRow(ChainRow):
     """What a ``PairDrafter`` keeps of one row.
 
     cache: keys and values of the pairs that were run.
-    states: the model's states of tokens whose pairs have not run yet, in parts [n, D'].
+    states: the model's states before the tokens whose pairs have not run yet, in parts [n, L D] of L ``layers``.
     last: output of the drafter's layers for the pair of the root, [1, 1, D'].
     """
 
@@ -66,7 +66,8 @@ class PairDrafter(ChainDrafter):
     """Base class of drafters with layers of their own, which run pairs of a token and the model's state before it.
 
     shift: position of a pair's token in the text minus the position that the drafter's layers see.
-    layers: the model's layers whose input states, concatenated, are a pair's state; N: the final state.
+    layers: the L layers of the model whose input states, concatenated, are the state of a pair (``inputs``); N: the
+        final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     target: the model.
@@ -100,7 +101,7 @@ class PairDrafter(ChainDrafter):
 
     @abstractmethod
     def inputs(self, states: Tensor) -> Tensor:
-        """Return the argument ``states`` of ``run``, from the model's states in ``layers``, [B, T, n D]."""
+        """Return the argument ``states`` of ``run``, [B, T, D'], from the model's states in ``layers``, [B, T, L D]."""
 
     def fed(self, outputs: Tensor) -> Tensor:
         """Return the argument ``states`` of ``run`` for drafted tokens, by default its own outputs [B, T, D']."""
@@ -271,9 +272,10 @@ class PairDrafter(ChainDrafter):
 def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
     """Yield the pairs of each row up to its root in chunks of at most ``PASS_TOKENS`` pairs.
 
-    A chunk is a tuple: states [B, T, D], number of pairs of each row, token ids and positions, int64 [B, T] each.
+    A chunk is a tuple: states [B, T, L D], number of pairs of each row, token ids and positions, int64 [B, T] each.
+    Rows with fewer pairs are padded.
 
-    states: for each row, the states [n, D] before the last n tokens of its text.
+    states: for each row, the states [n, L D] before the last n tokens of its text.
     shift: position of a pair's token in the text minus the position that the drafter's layers see.
     """
     device, last = state.cache.device, state.target.context - 1

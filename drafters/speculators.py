@@ -136,6 +136,7 @@ class DecoderLayer(nn.Module):
 class PublicHead(nn.Module):
     """Base class of heads. A subclass has the parameters by their names in the file, ``layers`` among them.
 
+    config: the sizes of the head.
     d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
     deepest: maximum number of tokens that it drafts one after the other; None: any.
     rotary: the rotary embedding, once ``freeze`` has made it.

@@ -103,7 +103,7 @@ def _completed(layer: Mapping[str, Any], where: str, what: str) -> dict[str, Any
 
     Raises SpecDecError for what transformers does not accept, and for layers that cannot be run.
 
-    where, what: names of the head and of its kind in errors.
+    layer: the entries. where, what: names of the head and of its kind in errors.
     """
     depth = options.check_int(f"num_hidden_layers {what}", layer.get("num_hidden_layers", 32), 1, DEPTH)
     try:

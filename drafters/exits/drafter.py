@@ -29,6 +29,7 @@ class ExitDrafter(ChainDrafter):
     An *exit* is a place before a layer where the token's state is read for draft logits; exits are numbered from 0.
 
     network_class, network: the trained modules; None: the model's own norm and head compute draft logits.
+    vocabulary: the tokens that are drafted, with the output heads for them.
     level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     """
@@ -71,7 +72,10 @@ class ExitDrafter(ChainDrafter):
 
     @abstractmethod
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
-        """Run the last token to its exit, and return the fields of its ``Readout``. tokens: made by ``begin_draft``."""
+        """Run the last token to its exit, and return the fields of its ``Readout``.
+
+        tokens: the pass that ``begin_draft`` has made, with the tokens so far.
+        """
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
         """Run the last token to ``layer``, which is exit number ``index``, and return the fields of its ``Readout``.

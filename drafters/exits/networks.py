@@ -71,6 +71,7 @@ class Routers(nn.Module):
     """A linear router for each layer from ``first`` on: a token runs the layer if its router's output is positive.
 
     first: number of layers that are always run, 1 <= first < N.
+    weight, bias: those of the routers, [N - first, D] and [N - first].
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 

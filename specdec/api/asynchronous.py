@@ -64,6 +64,7 @@ class SharedRequest:
         return self
 
     def _enter(self) -> None:
+        """Make and submit the request, and start the engine if this is its first user."""
         self._request = self._make()
         engine = self.shared.enter(self._start)
         self._entered = True

@@ -162,7 +162,7 @@ class SpecDecoder:
         adapter: str | os.PathLike[str] | None = None,
         **more: Unpack[DecoderOptions],
     ) -> SpecDecoder:
-        """Load an embedded model, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
+        """Load the model ``name``, an embedded one, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
         drafter: as in the constructor.
         dtype, revision, trust_remote_code: as in ``loading.load``.

@@ -143,6 +143,7 @@ class _SpelledTokens:
         return [self.hidden(value) for value in messages] if isinstance(messages, list | tuple) else messages
 
     def _stand_in(self, found: re.Match[str]) -> str:
+        """Return the private character for a special token that the regular expression has ``found``."""
         if found[0] not in self.stand_ins:
             if (character := next(self.free, None)) is None:
                 raise SpecDecError(

@@ -110,7 +110,7 @@ class Batch:
         return joined
 
     def _add_prompt_logprobs(self, row: Request, start: int, states: Tensor) -> None:
-        """Add the log-probabilities of prompt tokens, from the final states [n, D] of the tokens before them.
+        """Add the log-probabilities of tokens of ``row``'s prompt, from the final states [n, D] of the tokens before.
 
         start: index in the prompt of the first of these n tokens.
         """

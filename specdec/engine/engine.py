@@ -292,7 +292,7 @@ class Engine:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Drop the references to requests that have got their last event."""
+        """Drop the references to ``rows``, requests that have got their last event."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)

@@ -21,6 +21,7 @@ class TokenLogprob(NamedTuple):
     top: list[tuple[int, float]]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, for JSON."""
         return self._asdict()
 
 

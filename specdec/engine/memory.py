@@ -114,6 +114,7 @@ class Memory:
         return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
     def _running_bytes(self) -> int:
+        """Return the bytes of the caches of all running rows, and those that the target keeps ready."""
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
         rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
         return rows + self.batch.target.spare_bytes

@@ -36,7 +36,7 @@ class RequestMetrics:
     saved_seconds: estimated time that the cached tokens would have taken.
     """
 
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = 0  # tokens of the prompt
     num_new_tokens: int = 0  # generated tokens, the end token included
     per_step_drafted: list[int] = field(default_factory=list)
     per_step_accepted: list[int] = field(default_factory=list)
@@ -209,5 +209,6 @@ class PhaseTimer:
         self._book(phase, spent)
 
     def _book(self, phase: str, spent: float) -> None:
+        """Add ``spent`` seconds to ``phase``."""
         for seconds in (self.seconds, self.step):
             seconds[phase] = seconds.get(phase, 0.0) + spent

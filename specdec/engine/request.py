@@ -102,9 +102,9 @@ class Request:
     new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step
     new_depths: list[int] = field(init=False, default_factory=list)  # their depths in the draft; 0: the model's own
     fork_positions: set[int] = field(init=False, default_factory=set)  # lengths at which other texts branch off
-    handle: Handle | None = field(init=False, default=None)
-    token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
-    prompt_token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    handle: Handle | None = field(init=False, default=None)  # for its reader, once it is submitted
+    token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)  # of the new tokens
+    prompt_token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)  # from the second token on
 
     def __post_init__(self) -> None:
         self.prompt = list(self.prompt)
@@ -172,6 +172,7 @@ class Request:
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
     def _finish_reason(self, token: int) -> str | None:
+        """Return why the request ends with the new token ``token``; None: it goes on."""
         reason = None if self.text is None else self.text.push(token)
         if token in self.eos:
             return "eos"

@@ -173,6 +173,7 @@ class Scheduler:
         return self.fairness.next(tuple(self.waiting), (*self.rows, *fresh))  # other threads add to the queue
 
     def _expected_slots(self, row: Request) -> int:
+        """Return the number of cache slots to allocate for ``row`` (``Memory.expected_slots``)."""
         return self.memory.expected_slots(row, self.max_rows)
 
     def _longest_prefix(

@@ -205,6 +205,7 @@ def compile_constraint(
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
+    """Return the error for a constraint that cannot be used. why: llguidance's message."""
     return ConstraintError(f"the {constraint.kind} cannot be used: {_sentence(why)}")
 
 
@@ -219,7 +220,10 @@ def _sentence(why: str) -> str:
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """Return llguidance's form of the tokenizer. Takes about a second, once for each tokenizer."""
+    """Return llguidance's form of the tokenizer. Takes about a second, once for each tokenizer.
+
+    Raises SpecDecError if the tokenizer cannot be used. vocab_size, ends: as in ``compile_constraint``.
+    """
     from llguidance import LLTokenizer
 
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:

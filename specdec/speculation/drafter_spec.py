@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Read NAME, a drafter folder, or ORG/NAME[@revision]. Raises SpecDecError for what is none of these."""
+        """Parse ``text``: NAME, a drafter folder, or ORG/NAME[@revision]. Raises SpecDecError for anything else."""
         if text in registry.names("drafters") or not ("/" in text or Path(text).is_dir()):
             registry.check_name("drafters", text)
             return cls(text)
@@ -63,7 +63,7 @@ class DrafterSpec:
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
-        """Parse the name of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
+        """Parse ``text``, the name of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
 
         X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for other strings.
         """

@@ -95,7 +95,7 @@ def logits_processors(
 
 
 def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if a processor keeps state between calls, which rejected drafts would spoil.
+    """Raise SpecDecError if one of ``processors`` keeps state between calls, which rejected drafts would spoil.
 
     remedy: end of the error message, what the user can do.
     """

@@ -161,7 +161,7 @@ class Prior:
 
 
 class Grower:
-    """Grows trees of the likeliest paths, one call at a time.
+    """Grows trees of the likeliest paths, one call at a time: it reuses the memory of its arguments and results.
 
     prior: successors of each token, for texts that match nothing; None: there is no prior.
     least: probability of a path below which the path is left out.

@@ -19,6 +19,8 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
 
     Common prefixes become one path; earlier continuations come first. The second value has, for each row, the block
     index of the last token of each continuation.
+
+    rows: for each row, its continuations; an empty one ends at the root (0).
     """
     trees, last = [], []
     for continuations in rows:
