@@ -104,7 +104,10 @@ class PairDrafter(ChainDrafter):
         """Return the argument ``states`` of ``run``, [B, T, D'], from the model's states in ``layers``, [B, T, L D]."""
 
     def fed(self, outputs: Tensor) -> Tensor:
-        """Return the argument ``states`` of ``run`` for drafted tokens, by default its own outputs [B, T, D']."""
+        """Return the argument ``states`` of ``run`` for tokens after drafted ones, [B, T, D'].
+
+        outputs: what ``run`` returned for these, [B, T, D']; by default it is returned as it is.
+        """
         return outputs
 
     @abstractmethod

@@ -303,7 +303,11 @@ class PublicHeadDrafter(PairDrafter):
         return draft_best(found, limit, self.nodes, state, max(own.levels() for own in found))
 
     def _drafts_tree(self, state: State) -> bool:
-        """Return whether to draft a tree: rows are greedy, and ``nodes`` is set or the host may wait."""
+        """Return whether to draft a tree in this step, and not chains.
+
+        Rows must be greedy (one row, or any number if ``several``), and ``nodes`` be set or the host may wait for the
+        device.
+        """
         sampler, alone = state.sampler, len(state.ids) == 1
         verified = state.threshold is None and (
             sampler.best_allowed if alone else self.several and sampler.plain_greedy

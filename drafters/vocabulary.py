@@ -61,9 +61,9 @@ class DraftVocabulary:
         self.contexts: list[Context] = []
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
-        """Add the new tokens of the texts of all rows; each row drafts only those of its own text.
+        """Add the new tokens of all rows' texts to the draft vocabulary; each row drafts only those of its own text.
 
-        contexts: one context for each row of ``state``.
+        contexts: one context for each row of ``state``, which is brought up to date.
         """
         if self.trained is None:
             return

@@ -75,7 +75,11 @@ class M2R2Path:
         return sum(hi - lo for lo, hi in self.stages[: self.stages_to_exit[exit]])
 
     def num_residuals(self, exit: int = -1) -> int:
-        """Return the number of residuals that the router at the exit of index ``exit`` reads; -1: the last exit."""
+        """Return the number of residuals that the router at exit number ``exit`` reads; -1: the last exit.
+
+        These are p after each shared layer (only after each shared stage if no early layer has adapters), p before and
+        after each layer of the segments, and the estimate of the final projection.
+        """
         run, early = self.stages[: self.stages_to_exit[exit]], len(self.shared)
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection

@@ -209,7 +209,10 @@ class SpecDecoder:
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
-        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target."""
+        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target.
+
+        Raises SpecDecError if it does not fit the target, or has no confidence where the verifier needs one.
+        """
         if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
             drafter = DrafterSpec.parse(drafter if isinstance(drafter, str) else str(drafter.absolute()))
         if isinstance(drafter, DrafterSpec):
@@ -529,7 +532,7 @@ class SpecDecoder:
     ) -> CompiledConstraint:
         """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied.
 
-        ignore_eos: whether the requests continue after end tokens, which raises, too: a constraint ends the text.
+        ignore_eos: whether the requests continue after end tokens; then a constraint, which ends the text, is refused.
         """
         if isinstance(constraint, CompiledConstraint):
             return constraint
@@ -539,7 +542,10 @@ class SpecDecoder:
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _check_scores(self, otherwise: str) -> None:
-        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what needs scores, as text."""
+        """Raise SpecDecError if the verifier accepts drafts without scores.
+
+        otherwise: what is then impossible, a clause for the message, such as "there are no log-probabilities".
+        """
         if self.verifier.threshold is not None:
             why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
             raise SpecDecError(f"{why}; use the verifier 'exact'")

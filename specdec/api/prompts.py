@@ -135,7 +135,10 @@ class _SpelledTokens:
         self.stand_ins = dict[str, str]()
 
     def hidden(self, messages: Any) -> Any:
-        """Return ``messages`` with the private characters. Raises SpecDecError if there are not enough of them."""
+        """Return a copy of ``messages``, of any nesting, with a private character in place of each special token.
+
+        Raises SpecDecError if there are not enough private characters.
+        """
         if isinstance(messages, str):
             return self.spelled.sub(self._stand_in, messages) if self.tokens else messages
         if isinstance(messages, Mapping):

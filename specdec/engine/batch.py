@@ -149,7 +149,7 @@ class Batch:
         self._update_state()
 
     def keep(self, rows: Sequence[Request]) -> None:
-        """Remove all rows but ``rows``."""
+        """Remove all rows but ``rows``, with their keys and values."""
         alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
@@ -234,7 +234,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """Return the maximum draft depth of row ``b``: its own limit, and the tokens that may still come."""
+        """Return the maximum draft depth of the row of index ``b``: its own limit, and the tokens that may still come."""
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)

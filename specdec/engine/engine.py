@@ -187,7 +187,7 @@ class Engine:
 
         Yield, for each step, the pairs of a request and its new token ids, which may be none.
 
-        ``close`` ends them, too, if another thread calls it.
+        ``close`` ends the steps, too, if another thread calls it.
 
         A step admits, prefills, decodes and delivers. A step that fails ends all requests but those that wait, and its
         error is raised.
@@ -244,7 +244,7 @@ class Engine:
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
     def _deliver(self, rows: Sequence[Request]) -> Events:
-        """Give each row's reader its new tokens, and remove the rows that have ended."""
+        """Give each row's reader its new tokens, remove the rows that have ended, and return all with these tokens."""
         rows, now = list(rows), time.perf_counter()
         for number, row in enumerate(rows):
             if row.finish_reason == "error" and row.error is None:

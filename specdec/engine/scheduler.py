@@ -215,6 +215,8 @@ class Scheduler:
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
         """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens.
 
+        If so, the place where the two texts branch off is recorded (``_fork``).
+
         ids: the tokens of ``row`` that may be cached. fresh: requests that begin in this step.
         """
         if self.memory.prefixes is None:

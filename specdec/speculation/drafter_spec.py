@@ -44,7 +44,10 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return this part with its name; downloads a hub repository. Raises SpecDecError if it has no drafter."""
+        """Return this part with its name filled in; downloads a hub repository.
+
+        Raises SpecDecError if the source has no drafter.
+        """
         if self.name:
             return self
         from specdec.models import drafter_folder, hub  # heavy

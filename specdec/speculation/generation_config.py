@@ -40,7 +40,10 @@ def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> froze
 
 
 def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
-    """Return the sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
+    """Return the sampling options of a model's ``generation_config``, as ``model.generate`` uses them.
+
+    By name: temperature, top_k, top_p and min_p; {}: the config asks for greedy decoding.
+    """
     config: Any = model.generation_config
     given = {} if config is None else config.to_diff_dict()
     if not given.get("do_sample"):

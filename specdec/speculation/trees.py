@@ -46,7 +46,7 @@ class Prices:
     beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
-        """Return a copy with only the calibration tables of the sources whose indices are given."""
+        """Return a copy with some of the calibration tables. tables: indices of their sources, in the wanted order."""
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:

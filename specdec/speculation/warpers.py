@@ -32,7 +32,7 @@ class Temperature:
 
 @dataclass(frozen=True)
 class TopK:
-    """Forbids all tokens but the ``top_k`` likeliest, and those that are as likely as the last of them."""
+    """Keeps the ``top_k`` likeliest tokens, and those that are as likely as the last of them; forbids the others."""
 
     top_k: int
 
@@ -43,7 +43,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """Forbids all tokens but the likeliest, as many as have the probability ``top_p`` together.
+    """Keeps the likeliest tokens, as few as have the probability ``top_p`` together; forbids the others.
 
     As in transformers, but faster on CPUs: sorts the best ``SHORTLIST`` tokens, and all only if needed.
     """

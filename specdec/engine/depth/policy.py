@@ -187,7 +187,7 @@ class AutoDepth:
 
     @property
     def speedup(self) -> float:
-        """The present speed divided by the expected speed of plain decoding."""
+        """The present speed divided by the expected speed of plain decoding, at least 1."""
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
