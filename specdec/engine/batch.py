@@ -234,7 +234,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """Return the maximum draft depth of the row of index ``b``: its own limit, and the tokens that may still come."""
+        """Return the maximum draft depth of the row of index ``b``: its own limit, and the tokens that may follow."""
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)

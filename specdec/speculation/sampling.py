@@ -171,7 +171,7 @@ class Sampler:
         return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """Return how the token after each row's text is drawn, so that drafts are drawn alike; None: all rows are greedy.
+        """Return how the token after each row's text is drawn, so that drafts are drawn alike; None: all are greedy.
 
         ids: the text of each row, prompt and output. The position in the result is the length of the text.
         """
