@@ -22,7 +22,11 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """Return the deep states that the first drafted token reads: the base model's at the position before, [B, T, D]."""
+    """Return the deep states that the first drafted token after each position reads, as a ``Carry``.
+
+    They are the base model's at the position before: the final state h[N], and the input h[lo] of each segment, [B, T,
+    D] each. network: has the path with the segments.
+    """
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
