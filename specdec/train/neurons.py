@@ -29,6 +29,7 @@ def choose_neurons(path: M2R2Path, target: Target, context: RunContext) -> dict[
     The strongest neurons add most to the residual on about ``TOKENS`` positions of the answers. The indices are int32
     and ascending. They are stored in ``neurons.json`` in the output folder, and read from there if it exists.
     Raises SpecDecError for MLPs with fewer neurons, and for a full disk.
+    target: the base model to train in. context: of the run, with its output folder and answers.
     """
     file = context.output / FILE
     folder = context.output / STATES / "neurons"

@@ -147,7 +147,12 @@ def _make_shard(
     wanted: StateSelection,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens."""
+    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens.
+
+    wanted: the layers whose states are computed.
+    Keys of the result: "ids", "lengths", "prompts", "best", "log_z", and "hidden.LAYER", "k.LAYER", "v.LAYER". A tensor
+    has the entries of all answers one after the other.
+    """
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
     for some in _grouped([len(text) for text in texts]):
@@ -180,7 +185,10 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens after final states ``x`` [M, D], int32 [M], and log partition sums, float32 [M]."""
+    """Read tokens out of final states ``x`` [M, D] by ``target``'s output head.
+
+    Returns the most likely token after each, int32 [M], and the log partition sums, float32 [M].
+    """
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
         logits = target.readout(rows[None])[0]
@@ -201,7 +209,10 @@ def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tens
 
 
 def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerStates]:
-    """Cut the tensors of a shard into the states of its answers."""
+    """Cut the tensors of a shard into the states of its answers, which are views of these tensors.
+
+    tensors: the result of ``_make_shard``; "lengths" and "prompts" are removed from it. wanted: the layers to return.
+    """
     lengths, prompts = tensors.pop("lengths").tolist(), tensors.pop("prompts").tolist()
     counts = [length - 1 - first_stored(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
     split = {key: tensor.split(lengths if key.startswith(EVERY_TOKEN) else counts) for key, tensor in tensors.items()}
