@@ -21,7 +21,7 @@ CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnecte
 
 
 class JsonRequest(Request):
-    """A request whose body is JSON of at most ``MAX_BODY`` bytes."""
+    """A request whose body is JSON of at most ``MAX_BODY`` bytes; a longer or slower one is refused with ApiError."""
 
     async def body(self) -> bytes:
         body, seconds = bytearray(), self.app.state.settings.client_timeout
