@@ -43,7 +43,10 @@ def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None =
 
 
 def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0) -> None:
-    """Run ``count`` tokens (ids from ``first``) at the positions from ``start`` on, and choose a token after each."""
+    """Run a pass over ``count`` tokens with ``target`` and ``cache``, and choose a token after each of them.
+
+    The tokens stand at the positions from ``start`` on. Their ids grow with the position, by ``first`` more.
+    """
     positions = torch.arange(start, start + count, device=target.device)[None]
     x = target.embed((positions + first) % target.vocab_size, positions)
     target.greedy_tokens(target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache)))

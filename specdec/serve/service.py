@@ -158,7 +158,7 @@ class Service:
         return self._encode("messages", [message.for_template() for message in body.messages])
 
     def encode_chat(self, chat: ChatPrompt, template: ChatTemplate | None = None) -> list[int]:
-        """Return the token ids of a chat. template: its chat template; None: it is looked up by ``template``."""
+        """Return the token ids of a chat. template: its chat template; None: the method ``template`` finds it."""
         arguments = self.template_arguments(chat, template or self.template(chat))
         how = {"tools": chat.tools, "template": arguments, "continue_last": chat.continue_last}
         return self._encode("messages", chat.messages, **how)
