@@ -128,7 +128,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Stream:
-    """A wrapper of a standard stream: at the first write error it calls ``failed`` and then discards all text."""
+    """A wrapper of a standard stream: at the first write error it calls ``failed`` and then discards all text.
+
+    stream: what it wraps, and writes to. failed: gets the error, and may raise.
+    """
 
     def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -191,8 +194,9 @@ class Words(progress.ProgressColumn):
 class Progress(progress.Progress):
     """A display of running tasks on stderr: bars on a terminal; in a pipe, a line per task every half minute.
 
-    A task with a ``unit``, a plural such as "tokens", is shown with its rate and remaining time. While ``Progress``
-    objects are nested, the innermost one is shown.
+    A task is a piece of work with a number of units done and in all (``add_task``, ``advance``). A task with a
+    ``unit``, a plural such as "tokens", is shown with its rate and remaining time. While ``Progress`` objects are
+    nested, the innermost one is shown.
     console: where to show it; None: stderr.
     later: whether to show nothing until ``SILENCE`` seconds after the start of the process.
     """
@@ -273,7 +277,8 @@ class Bar(Progress):
     """A progress bar for one task on stderr; a context manager, and a function to call with the progress.
 
     what: name of the task. unit: text after the counts until a rate is known.
-    The call takes the steps done, all steps and the tokens so far (None: no rate is shown), as ``OnProgress``.
+    The call takes the number of steps done, which may be a fraction, that of all steps, and that of tokens so far
+    (None: no rate is shown), as ``OnProgress``.
     """
 
     def __init__(self, what: str, unit: str = "") -> None:

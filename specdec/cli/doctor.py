@@ -71,7 +71,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
-    """Return the instruction sets of ``FLAGS`` that Linux reports for this processor."""
+    """Return the instruction sets of ``FLAGS`` that Linux reports in ``cpuinfo``."""
     found = machine.features(cpuinfo)
     return [flag for flag in FLAGS if flag in found]
 

@@ -228,7 +228,7 @@ def _decode(
 ) -> tuple[GenerationOutput, SpecDecError | None]:
     """Generate once after the prompt ``ids`` and pass the text to ``write`` as it arrives. Ctrl-C ends the generation.
 
-    settings: arguments of ``SpecDecoder.open``. silent: whether to show no progress.
+    decoder: generates. settings: arguments of ``SpecDecoder.open``. silent: whether to show no progress.
     Returns the output and the error that ended it (None: no error). Raises the error if nothing was generated.
     """
     generation = decoder.open([ids], **settings)
