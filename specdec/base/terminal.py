@@ -39,7 +39,10 @@ def printable(text: str) -> str:
 
 
 def as_text(console: Console, text: str, style: str = "") -> Text:
-    """Return ``text`` for ``console`` as rich text without markup; on a terminal, control characters are escaped."""
+    """Return ``text`` for ``console`` as rich text without markup; on a terminal, control characters are escaped.
+
+    style: rich's name of a style, such as "dim"; "": none.
+    """
     return Text(printable(text) if console.is_terminal else text, style=style)
 
 

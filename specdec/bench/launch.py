@@ -122,7 +122,10 @@ def _connect() -> Any:
 
 
 def _capacity(ray: Any, resources: Resources) -> int:
-    """Return how many tasks the cluster can run at once. Raises SpecDecError if no machine can run one."""
+    """Return how many tasks, each of which needs ``resources``, the cluster can run at once.
+
+    ray: the connected module. Raises SpecDecError if no machine can run one.
+    """
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
     needed = {name: amount for name, amount in needed.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

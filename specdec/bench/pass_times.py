@@ -23,9 +23,10 @@ CONTEXT = 128  # cached tokens while timing
 def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[int, float]:
     """Return {number of tokens: seconds of one pass over as many tokens}, the shortest of several, after a warm-up.
 
-    sizes: the numbers of tokens to time, interleaved; None: ``SIZES``. repeats: roughly the number of passes per size.
-    For a model with experts in slow memory the seconds are a median: each pass has other tokens, and a lucky pass
-    finds its experts in fast memory already.
+    target: the model in its runtime. sizes: the numbers of tokens to time, interleaved; None: ``SIZES``. repeats:
+    roughly the number of passes per size.
+    For a model with experts in slow memory the seconds are a median: each pass has other tokens, and a lucky pass finds
+    its experts in fast memory already.
     """
     sizes = SIZES if sizes is None else sizes
     cache, context = target.new_cache(), min(CONTEXT, target.context - max(sizes))

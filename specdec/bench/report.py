@@ -122,7 +122,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
 def _speed(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of each cell and baseline of ``model`` over its first baseline; None: there are no figures.
 
-    Each setting in which the cells differ has a column of text beside the bars.
+    records: those of the cells. Each setting in which the cells differ has a column of text beside the bars.
     """
     baseline = next(iter(records[0]["method"]["speedup"]), "")
     others = {name: figures for record in records for name, figures in record["baselines"].items() if name != baseline}
@@ -176,7 +176,7 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of ``model`` against the draft length, a line for cells that differ in nothing else.
 
-    None: all cells have the same length.
+    records: those of the cells of ``model``. None: all cells have the same length.
     """
     lines = dict[str, dict[Any, Estimate]]()
     names = labels([record["cell"] | {DRAFT_LENGTH: "auto"} for record in records])
@@ -257,7 +257,10 @@ def _points(text: str) -> float:
 
 
 def _quality(records: Sequence[Record]) -> Picture:
-    """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality."""
+    """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality.
+
+    records: those of cells that have figures of quality, and a speedup over plain decoding.
+    """
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):
         cell = record["cell"]

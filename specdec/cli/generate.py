@@ -216,7 +216,10 @@ def _schema(file: Path) -> str:
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:
-    """Parse TOKEN=BIAS texts into {token id: bias}; None if there are none. Raises SpecDecError for other texts."""
+    """Return {token id: bias} of the texts TOKEN=BIAS in ``pairs``; None if there are none.
+
+    Raises SpecDecError for other texts.
+    """
     try:
         return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
     except ValueError:

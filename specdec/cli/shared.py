@@ -365,7 +365,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["auto"]:
-    """Parse a draft length: "auto" or a number >= 1. Raises SpecDecError, which names ``flag``, for other texts."""
+    """Return the draft length that ``text`` gives: "auto" or a number >= 1.
+
+    flag: the option, for messages. Raises SpecDecError for other texts.
+    """
     if text == "auto":
         return "auto"
     if text.isdecimal() and int(text) >= 1:

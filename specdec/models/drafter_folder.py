@@ -87,7 +87,9 @@ def read_json(path: Path) -> Any:
 class StoredTensors:
     """The tensors of an open safetensors file. A quantized matrix is one tensor.
 
-    header: by name, a tensor on "meta" with the shape and dtype. coded: names of the quantized matrices.
+    path: of the file, for messages. file: what safetensors has opened.
+    header: name -> a tensor without values (on the device "meta") with the shape and dtype. coded: names of the
+    quantized matrices.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -142,7 +144,7 @@ def _scaled(codes: Tensor, scales: Tensor) -> bool:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix [..., n] to 8 bits: return codes int8 [..., n] and scales bf16 [..., n / g].
+    """Quantize the matrix ``values`` [..., n] to 8 bits: return codes int8 [..., n] and scales bf16 [..., n / g].
 
     g is ``GROUP``, or n if ``GROUP`` does not divide n.
     """
@@ -342,7 +344,10 @@ def may_be_shipped(drafter: str, config: Any) -> bool:
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the folders ``pretrained/DRAFTER/MODEL`` in the package, each with the ``base`` in its config."""
+    """Yield the folders ``pretrained/DRAFTER/MODEL`` of ``drafter`` in the package.
+
+    Each comes with the entry ``base`` of its config; {} if it has none.
+    """
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
         yield path.parent, read_config(path.parent).get("base", {})

@@ -143,7 +143,7 @@ def display_name(path: Path) -> str:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether the file begins with GGUF's magic number."""
+    """Return whether the file ``path`` begins with GGUF's magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 

@@ -254,7 +254,7 @@ def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: 
 
 
 def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> PreTrainedModel:
-    """Return the layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
+    """Return the prediction layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
     make, base = type(model).from_pretrained, model.base_model_prefix
     named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}
     if odd := [key for key, info in named.items() if info.kind not in PLAIN]:

@@ -131,7 +131,10 @@ class Answer(ABC):
         return f"{before} prompt + {new} new tokens, {length:.2f} per step, {reasons}"
 
     def metrics(self) -> dict[str, Any]:
-        """Return {"metrics": figures} for the response; {} for several choices (as in vLLM), or if not asked for."""
+        """Return {"metrics": figures} of the request for the response; {} if the client has not asked for them.
+
+        For several choices the only figure is {"speculative_decoding": None} (as in vLLM).
+        """
         if not self.asked.include_metrics:
             return {}
         if len(self.handles) > 1:

@@ -75,7 +75,10 @@ class Client:
 
     @property
     def scope(self) -> str | None:
-        """The scope of the client's requests (``Request.scope``), a hash of the key; None without keys."""
+        """The scope of the client's requests, a hash of the key; None without keys.
+
+        Requests of different scopes (``Request.scope``) share no cached prefix.
+        """
         return None if self.key is None else hashlib.sha256(self.key.key.encode()).hexdigest()
 
 

@@ -141,7 +141,8 @@ class Source:
 class Format:
     """Base class of the formats in which families of models write tool calls within the text of an answer.
 
-    Its methods read from ``answer.source``. They are generators of parts, and of None to wait for more text.
+    Its methods read from ``answer.source``, where ``answer`` is the parser of one answer. They are generators of parts,
+    and of None to wait for more text.
     marks: texts that begin calls.
     special: special tokens that have to stay in the text.
     """

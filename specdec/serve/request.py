@@ -25,7 +25,7 @@ def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call as chat templates expect it in a message, with its arguments as an object."""
+    """Return a call of the tool ``name`` as chat templates expect it in a message, with its arguments as an object."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

@@ -97,7 +97,7 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return the figures of the routers, pooled over all draft steps and exits.
+        """Return the figures of the routers of ``network``, pooled over all draft steps and exits.
 
         levels: the thresholds on the router's probability.
         leave: for each threshold, the share of drafted tokens at or above it.

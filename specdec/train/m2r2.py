@@ -108,7 +108,7 @@ class M2R2Method(TrainingMethod[M2R2]):
         return network
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
-        """Return the typical size of a parameter's elements; for a projection, its root mean square.
+        """Return the typical size of the elements of the parameter ``name``; for a projection, its root mean square.
 
         For an adapter's ``up``, it is the scale at which up @ down is as large as the adapted weight.
         """

@@ -89,7 +89,7 @@ def draft_steps(
 
 
 def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
-    """Return the inputs of projection ``index`` for the first drafted token.
+    """Return the inputs of projection ``index`` of ``network`` for the first drafted token at each position.
 
     These are the accelerated residual [B, T, D] after the stages before the projection, and the base model's deep
     states at the position before (``exact_carry``).
