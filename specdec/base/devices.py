@@ -73,7 +73,10 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
 
 
 def record_event(device: torch.device | None) -> torch.cuda.Event | None:
-    """Return an event after the work submitted to ``device`` so far; None for no device and for all but CUDA."""
+    """Return a CUDA event that marks the end of the work submitted to ``device`` so far.
+
+    None for no device and for all but CUDA.
+    """
     if device is None or device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)

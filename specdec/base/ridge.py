@@ -32,8 +32,8 @@ class Sums:
 
     features: F, the columns of X. outputs: D, the columns of Y.
     size: F + 1, with the feature that is always 1.
-    panels: the matrix [[X 1] Y].T [X 1] in panels of columns [lo, lo + w), each from the diagonal down, float32
-    [F + 1 - lo + D, w].
+    panels: the matrix [[X 1] Y].T [X 1] in panels of columns [lo, lo + w), float32 [F + 1 - lo + D, w], each from the
+    diagonal down.
     """
 
     def __init__(self, features: int, outputs: int) -> None:

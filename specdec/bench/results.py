@@ -229,7 +229,7 @@ def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
 def acceptance(method: Mapping[str, Any]) -> list[tuple[float, int]]:
     """Return (share of accepted tokens, number of drafts) by position in the draft, as far as ``LEAST`` drafts reach.
 
-    method: the figures of a method; older ones lack the numbers of drafts, and all positions are returned.
+    method: the figures of a method; those of older results lack the numbers of drafts, and all positions are returned.
     """
     shares = method["acceptance_per_position"]
     counts = method.get("drafts_per_position") or [LEAST] * len(shares)

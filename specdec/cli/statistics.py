@@ -176,7 +176,7 @@ def _compared(comparison: dict[str, Any]) -> Facts:
 
 
 def experts(what: str, figures: dict[str, float]) -> Facts:
-    """Return the lines to print about experts in slow memory.
+    """Return the lines to print about experts in slow memory, as (label, value).
 
     what: describes the cache of experts. figures: the metrics of the request; empty: there are none.
     """
@@ -195,7 +195,6 @@ def advice(decoder: SpecDecoder, output: GenerationOutput, comparison: dict[str,
     """Return a sentence about drafts that bring nothing; "" if there is no drafter, or if they bring something.
 
     output: a generation of ``decoder``.
-
     comparison: the result of ``compare``, whose speedup decides; None: there was none.
     """
     m, label, training = output.metrics, decoder.drafter.traits.label, decoder.drafter.training

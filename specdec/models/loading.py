@@ -161,7 +161,8 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
     """Return the device with this name; "auto" is the first CUDA device that can compute in ``dtype``, else the CPU.
 
-    Raises SpecDecError if the device is unknown or missing, or cannot compute in ``dtype``.
+    dtype: what it must compute in; "auto": float32. Raises SpecDecError if the device is unknown or missing, or cannot
+    compute in ``dtype``.
     """
     if device == "auto":
         with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU

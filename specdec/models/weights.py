@@ -80,7 +80,10 @@ def fill(
 
 
 def unfilled(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of ``model`` that have no values yet, by name: not those of modules that it shares."""
+    """Yield the parameters of ``model`` that have no values yet, as (name, tensor on the device "meta").
+
+    Modules that it has from another model, such as the embedding of a prediction layer, have values already.
+    """
     return ((name, values) for name, values in model.named_parameters() if values.is_meta)
 
 
@@ -98,7 +101,7 @@ def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[Tens
 
 
 def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
-    """Return whether the weights of ``module``, which are the tensors ``infos``, can stay in the file's blocks.
+    """Return whether the weights of ``module``, made of the tensors ``infos``, can stay in the file's blocks.
 
     Weights of a router cannot.
     """

@@ -49,7 +49,10 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads bodies as a ``JsonRequest``, and notes the names of parameters that are ignored."""
+    """A route that reads bodies as a ``JsonRequest``.
+
+    The names of parameters that are ignored are collected in ``request.state.ignored``.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

@@ -251,7 +251,7 @@ class AnswerParser:
     def _fence(self, begun: str) -> Parts[None]:
         """Parse a fenced block: calls if it has only JSON objects that call tools, else text.
 
-        begun: the text of the fence so far, which has been taken.
+        begun: the text that has been taken already, the mark of the fence and the white space before it.
         """
         source = self.source
         while True:

@@ -403,7 +403,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of ``/v1/completions``.
 
-    prompt: a text, token ids, or a list of one of these.
+    prompt: a text, a list of token ids, or several prompts: a list of texts or of such lists.
     echo: whether the prompt comes before the answer.
     logprobs: number of the likeliest tokens to return with each log-probability; None: no log-probabilities.
     """

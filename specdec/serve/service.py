@@ -81,7 +81,10 @@ class Service:
         return asked, self.submit(asked, client)
 
     def check_limits(self, asked: GenerationRequest) -> None:
-        """Raise ApiError if a count exceeds this server's limits, before anything of that size is made."""
+        """Raise ApiError if a count in the request, such as ``n``, exceeds a limit of this server.
+
+        It is called before anything of that size is made.
+        """
         self.check_model(asked.model)
         self.check_engine()
         choices, wanted, most = asked.n * max(len(asked.prompts), 1), asked.max_new_tokens, self.settings.max_tokens

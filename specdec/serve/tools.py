@@ -308,7 +308,7 @@ def python_calls(text: str) -> list[tuple[str, str]] | None:
 
 
 def types(schema: Any) -> set[str]:
-    """Return the JSON types that a schema names at its top."""
+    """Return the JSON types, such as "string", that a JSON schema names at its top, also in ``anyOf`` and ``oneOf``."""
     if not isinstance(schema, dict):
         return set()
     own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]

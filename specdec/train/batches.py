@@ -29,7 +29,8 @@ class TrainingBatch:
     valid: bool [B, T], False for padding.
     kv: layer -> the base model's ("exact") keys and values of positions 0 .. S - 1 [B, H', S, d].
     hidden, before: layer -> the layer's input at each position, and at the position before it [B, T, D].
-    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, float32 [B, T].
+    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, the sum of exp(logit),
+    float32 [B, T].
     texts: one int32 tensor per row, the text's tokens up to the end of the window.
     """
 

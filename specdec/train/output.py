@@ -53,12 +53,12 @@ def lock_of(settings: TrainSettings) -> FileLock:
 
 
 def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = None) -> Path:
-    """Create the output folder of ``settings``, write its recipe and return its path.
+    """Create the output folder of ``settings``, write its recipe (the settings, ``train.yaml``) and return its path.
 
     resume: whether the folder may hold a run with the same settings, which is then continued.
     lock: acquired before anything is written; None: this process does not write.
-    Raises SpecDecError if the folder holds another run or other files, if another process trains in it, or if it
-    cannot be written.
+    Raises SpecDecError if the folder holds another run or other files, if another process trains in it, or if it cannot
+    be written.
     """
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")

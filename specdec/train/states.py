@@ -1,7 +1,8 @@
 """Teacher states on disk: states of the base model for each training answer, computed once for all epochs.
 
 The states are a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with the shards' names,
-the base model's fingerprint and a digest of the answers. Shards are written one by one, so a killed run can resume.
+the base model's fingerprint and a digest of the answers. A shard has the states of up to ``SHARD_ANSWERS`` answers.
+Shards are written one by one, so a killed run can resume.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class StateSelection:
 class AnswerStates:
     """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard.
 
-    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d].
+    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d] (H' heads of size d).
     first: position of the first entry of the following fields, which have n = L - 1 - first entries.
     hidden: layer -> the layer's input [n, D]. best: the most likely next token, int32 [n].
-    log_z: log of the partition sum over the full vocabulary, float32 [n].
+    log_z: log of the partition sum, which is the sum of exp(logit) over the full vocabulary, float32 [n].
     """
 
     ids: Tensor
