@@ -22,9 +22,10 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """Return the deep states that the first drafted token at each position of ``batch`` reads, each [B, T, D].
+    """Return the deep states that the first drafted token after each position reads, as a ``Carry``.
 
-    They are those of the base model at the position before, for the layers that the projections of ``network`` need.
+    They are the base model's at the position before: the final state h[N], and the input h[lo] of each segment, [B, T,
+    D] each. network: has the path with the segments.
     """
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
