@@ -83,7 +83,7 @@ class OpenAIAnswer(Answer):
         yield DONE
 
     def usage(self) -> dict[str, Any]:
-        """Return the member ``usage`` of the response: numbers of prompt tokens, new tokens and cached tokens."""
+        """Return the member ``usage`` of the response: numbers of prompt, new, all and cached tokens."""
         before, cached, new = self.counts()
         return {
             "prompt_tokens": before,
