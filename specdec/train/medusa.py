@@ -69,6 +69,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
 
         Entry t is the draft of the token after t. Head k computes it from the final state at t - k and, if ``rooted``,
         the token at t - k + 1.
+        network: the heads. batch: has the final states, which the heads read.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]
