@@ -1,7 +1,7 @@
 """The PyTorch runtime by captured functions (``capture``). These are captured:
 
 - a pass of at most ``TOKENS`` tokens through a range of layers, for each bucket of rows and of tokens
-- a draft with all of its levels, and the selection of its nodes (``draft.grow_captured``)
+- a draft with all of its levels, and the selection of its nodes (``captured_draft.grow_captured``)
 - the readout of at most ``TOKENS`` states with the model's own head, as logits or as the best tokens
 
 Numbers of rows and of tokens are rounded up to buckets. A captured function reads and writes keys, values and states in
