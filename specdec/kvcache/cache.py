@@ -242,10 +242,19 @@ class KVCache:
             for part, own in enumerate(parts):  # (H, T, d)
                 row.buffers[name][part, index, :, start : start + t, : own.shape[2]] = own
         self.lengths[layer] = self.committed + ahead + t
-        end = -(-self.lengths[layer] // multiple) * multiple
-        made = list[Tensor]()
-        for part, new in enumerate((k, v)):
-            views = [row.buffers[name][part, index, :, :end, : new.shape[3]] for row in self.entries]
+        return self.all_keys(layer, self.lengths[layer], multiple, (size, v.shape[3]))
+
+    def all_keys(
+        self, layer: int, length: int, multiple: int = 1, sizes: tuple[int | None, int | None] = (None, None)
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [B, H, S, d] of ``layer``, as ``append`` does. S: ``length``, rounded up.
+
+        sizes: sizes d of keys and of values; None: those of the buffers.
+        """
+        name, index = self._place_of(layer)
+        end, made = -(-length // multiple) * multiple, list[Tensor]()
+        for part, own in enumerate(sizes):
+            views = [row.buffers[name][part, index, :, :end, :own] for row in self.entries]
             views = [F.pad(view, (0, 0, 0, end - view.shape[1])) if view.shape[1] < end else view for view in views]
             made.append(views[0][None] if len(views) == 1 else torch.stack(views))
         return made[0], made[1]

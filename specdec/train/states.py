@@ -191,7 +191,7 @@ def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tens
     taps: its keys are layers; the values are replaced by the inputs of these layers [B, L, D].
     """
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    given = Pass(positions, cache.register(0, positions), cache, taps)
+    given = Pass(positions, cache.register(0, positions), cache, taps, ids=ids)
     return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 

@@ -62,10 +62,10 @@ def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.T
         target.layers(embedded, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache, taps))
         cache.commit([range(at)])
         before = Carry(taps[target.num_layers][:, -1:], [taps[lo][:, -1:]])
-        place = torch.tensor([[at]])
-        own = target.embed(torch.tensor([[text.ids[at]]]), place)
+        place, token = torch.tensor([[at]]), torch.tensor([[text.ids[at]]])
+        own = target.embed(token, place)
         x = network.project(0, own, before)
-        end, _ = network.run_segment(target, 0, x, place, cache.register(lo, place), cache)
+        end, _ = network.run_segment(target, 0, x, place, token, cache.register(lo, place), cache)
         yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Rec
 from specdec.runtimes.torch.delta_rule import DeltaRule
 from specdec.runtimes.torch.draft import PathStep, choose, grow, limits_of, rules_of
 from specdec.runtimes.torch.linear import dense
-from specdec.runtimes.torch.model import Layer, Store, context
+from specdec.runtimes.torch.model import Layer, Store, context, required
 from specdec.runtimes.torch.static_cache import SPARE, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
@@ -71,12 +71,17 @@ class CapturedTarget(TorchTarget):
     def static(self) -> StaticCache:
         """The keys, values and states of captured passes."""
         mixers = [layer.mixer for layer in self.network.layers]
-        attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
+        attention = [mixers[n] for n in self._attention_layers()]
         recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
-        shape = len(attention), attention[0].kv_heads, attention[0].size
+        shape = len(attention), max(each.kv_heads for each in attention), max(each.size for each in attention)
         kinds = recurrent[0].kinds if recurrent else {}
         how = self.dtype, self.device, self.lock, self._forget
         return StaticCache(shape, *how, len(recurrent), kinds, self.hidden_size)
+
+    def _attention_layers(self) -> list[int]:
+        """Return the numbers of the layers with keys and values of their own."""
+        each = enumerate(self.network.layers)
+        return [n for n, layer in each if isinstance(layer.mixer, Attention) and layer.source == n]
 
     def _forget(self) -> None:
         """Delete all captured functions, because the static cache has got new memory."""
@@ -87,9 +92,8 @@ class CapturedTarget(TorchTarget):
         return self.static.spare_bytes
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        attention = [n for n in range(self.num_layers) if n not in self.recurrent_layers]
         recurrent = sorted(self.recurrent_layers)
-        return KVCache(self.num_layers, batch, self.device, layers=attention, recurrent=recurrent)
+        return KVCache(self.num_layers, batch, self.device, layers=self._attention_layers(), recurrent=recurrent)
 
     def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
         """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
@@ -111,10 +115,20 @@ class CapturedTarget(TorchTarget):
         if self.recurs(lo, hi):  # a draft's later tokens, and changed layers, run as they are
             pending = max(max(states.pending, default=0) for states in cache.states)
             plain = plain and not ahead and ctx.adapters is None and pending <= TOKENS
+        without = self.without_keys(cache, lo, hi, ahead + t)
+        plain = plain and all(cache.lengths[layer] == cache.committed for layer in without)
         if not short or not plain or not isinstance(mask, RowMask):
             return super().layers(x, lo, hi, ctx)
         with self.lock:
             return self._run(x, lo, hi, ctx, mask, ahead)
+
+    def without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
+        """Return the layers before ``lo`` whose keys layers [lo, hi) read, and that lack those of uncommitted tokens.
+
+        drafted: number of uncommitted tokens, those of the pass included.
+        """
+        sources = {layer.source for layer in self.network.layers[lo:hi]}
+        return frozenset(n for n in sources if n < lo and cache.lengths[n] < cache.committed + drafted)
 
     def recurs(self, lo: int, hi: int) -> bool:
         """Return whether a layer of [lo, hi) is recurrent."""
@@ -133,6 +147,8 @@ class CapturedTarget(TorchTarget):
             memo[key] = *self._numbers(cache.rows, places, ahead, pending), drafted, self._tree(mask, t, ahead)
         numbers, lanes, positions, tree = memo[key]
         count, size, tapped = bucket(max(places) + 1), bucket(t), sorted(n for n in taps if lo <= n <= hi)
+        without = self.without_keys(cache, lo, hi, ahead + t)
+        ids = [required(ctx.ids)] if self.network.embeds else []
         layers = self.select_layers(lo, hi, ctx.adapters)
         recurrent = [cache.recurrent.index(layer) for layer in range(lo, hi) if layer in self.recurrent_layers]
         most = max((own[layer] for own in pending for layer in recurrent), default=0)
@@ -143,18 +159,19 @@ class CapturedTarget(TorchTarget):
         def make() -> tuple[Function, Sequence[Tensor]]:
             stored = self.store(count)
 
-            def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor) -> Sequence[Tensor]:
-                seen = dict.fromkeys(tapped, x)
-                y = self.network.run(x, lo, layers, context(seen), stored(numbers, size, positions, tree, before))
+            def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor, *ids: Tensor) -> Sequence[Tensor]:
+                seen, store = dict.fromkeys(tapped, x), stored(numbers, size, positions, tree, before, without)
+                y = self.network.run(x, lo, layers, context(seen, *ids), store)
                 return [y, *(seen[layer] for layer in tapped)]
 
             nobody, _ = self._numbers([], [], 0, count=count)
             tree = nobody.new_zeros(count, size, SPARE, dtype=torch.bool)
-            return function, [nobody, x.new_zeros(count, size, width), nobody.new_zeros(count, SPARE), tree]
+            own = [nobody.new_zeros(count, size) for _ in ids]
+            return function, [nobody, x.new_zeros(count, size, width), nobody.new_zeros(count, SPARE), tree, *own]
 
         # Layers live as long as what is captured of them
-        held = self.capture(("layers", count, size, before, lo, hi, *tapped, *layers), make)
-        outputs = held([numbers], [x, positions, tree], lanes)
+        held = self.capture(("layers", count, size, before, lo, hi, without, *tapped, *layers), make)
+        outputs = held([numbers], [x, positions, tree, *ids], lanes)
         y, *seen = (out[:batch, :t].clone() if lanes is None else out[lanes, :t] for out in outputs)
         taps.update(zip(tapped, seen, strict=True))
         return y
@@ -210,18 +227,25 @@ class CapturedTarget(TorchTarget):
         places: positions of uncommitted slots, int64 [L, U], those of the tokens included.
         tree: which of the uncommitted slots a token sees, bool [L, T, U].
         before: maximum number of pending tokens.
+        without: layers before those of the pass whose uncommitted tokens have no keys.
         """
         static, device, mixers = self.static, self.device, [layer.mixer for layer in self.network.layers]
-        groups = next(mixer.groups for mixer in mixers if isinstance(mixer, Attention))
         assert static.whole is not None
         (keys, values), slots, hidden = static.whole, static.slots, torch.finfo(self.dtype).min / 2
         every, block = torch.arange(slots, device=device), torch.arange(SPARE, device=device)
         rotary = {each: self.network.table(each, slots) for each in self.network.used}
-        place_of = [
-            sum(type(mixer) is type(own) for mixer in mixers[:n]) for n, own in enumerate(mixers)
-        ]  # of its kind
+        # The place of a layer among those of its kind that have states of their own
+        owners = [n for n, layer in enumerate(self.network.layers) if layer.source == n]
+        place_of = {n: sum(type(mixers[m]) is type(mixers[n]) for m in owners if m < n) for n in owners}
 
-        def store(numbers: Tensor, t: int, places: Tensor, tree: Tensor, before: int = 0) -> Store:
+        def store(
+            numbers: Tensor,
+            t: int,
+            places: Tensor,
+            tree: Tensor,
+            before: int = 0,
+            without: Collection[int] = (),
+        ) -> Store:
             committed, starts, ahead, pending = numbers.split((count, count, 1, static.recurrent * count))
             own = (ahead + block[:t]).expand(count, -1)  # (L, T), among uncommitted slots
             place = starts[:, None] + own
@@ -229,16 +253,26 @@ class CapturedTarget(TorchTarget):
             at = every.repeat(count, 1).scatter_(1, uncommitted, places)  # (L, slots), positions of keys
             visible = (every < committed[:, None])[:, None].repeat(1, t, 1)  # (L, T, slots)
             visible = visible.scatter_(2, uncommitted[:, None].expand(-1, t, -1), tree)
-            terms = dict[int | None, Tensor]()
-            for window in {*self.windows}:
-                near = visible if window is None else visible & (positions[:, :, None] - at[:, None] < window)
-                term = torch.zeros(near.shape, dtype=self.dtype, device=self.device).masked_fill_(~near, hidden)
-                terms[window] = term.repeat_interleave(groups, 1)[:, None]
+            terms = dict[tuple[int | None, int, bool], Tensor]()
+            for layer in self.network.layers:
+                for lacks in (False, True) if isinstance(layer.mixer, Attention) else ():
+                    key = layer.window, layer.mixer.groups, lacks
+                    if key in terms or (lacks and layer.source not in without):
+                        continue
+                    near = visible & (every < committed[:, None])[:, None] if lacks else visible
+                    if layer.window is not None:
+                        near = near & (positions[:, :, None] - at[:, None] < layer.window)
+                    term = torch.zeros(near.shape, dtype=self.dtype, device=self.device).masked_fill_(~near, hidden)
+                    terms[key] = term.repeat_interleave(layer.mixer.groups, 1)[:, None]
 
             def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                to, own = place[:, None, :, None].expand_as(k), place_of[index]
-                k, v = (each[own, :count].scatter_(2, to, new) for each, new in ((keys, k), (values, v)))
-                return k, v, terms[self.windows[index]]
+                layer = self.network.layers[index]
+                mixer, own = layer.mixer, place_of[layer.source]
+                k_all, v_all = (each[own, :count, : mixer.kv_heads, :, : mixer.size] for each in (keys, values))
+                if layer.source == index:
+                    to = place[:, None, :, None].expand_as(k)
+                    k_all, v_all = k_all.scatter_(2, to, k), v_all.scatter_(2, to, v)
+                return k_all, v_all, terms[layer.window, mixer.groups, layer.source in without]
 
             def recur(index: int, layer: Layer, h: Tensor) -> Tensor:
                 """Run pending tokens, which join the states, and those of the pass in one go."""
@@ -298,6 +332,9 @@ class CapturedTarget(TorchTarget):
             readouts.append(dense(growing.memory.values))
             weights.append(growing.memory)
         layers = [self.select_layers(lo, hi, path.adapters) for lo, hi in path.segments]
+        without = {layer.source for part in layers for layer in part}.difference(
+            *(range(lo, hi) for lo, hi in path.segments)
+        )
         bounds, prices = (None, None) if choice is None else limits_of(choice, count, self.device)
         tokens = upload([[token] for token in roots.tokens], self.device)
         states = tuple(x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
@@ -312,7 +349,7 @@ class CapturedTarget(TorchTarget):
                 tokens, (final, *carried), rules, bounds = rebuild_own(inputs[len(whole) :])
                 seen, passes = list[Tensor](), list[Store]()
 
-                def run(number: int, x: Tensor, level: int, paths: Tensor | None) -> Tensor:
+                def run(number: int, x: Tensor, level: int, paths: Tensor | None, ids: Tensor) -> Tensor:
                     if not number:  # all segments of a level see the same tokens
                         t, ahead = x.shape[1], sum(part.shape[1] for part in seen)
                         seen.append((numbers[:count, None] + level).expand(-1, t))
@@ -322,8 +359,8 @@ class CapturedTarget(TorchTarget):
                             else torch.ones(count, t, ahead + t, dtype=torch.bool, device=x.device)
                         )
                         at = torch.cat((numbers[: 2 * count], numbers[2 * count :] + ahead))  # no recurrent layer runs
-                        passes[:] = [stored(at, t, torch.cat(seen, 1), tree)]
-                    return self.network.run(x, path.segments[number][0], layers[number], context(), passes[0])
+                        passes[:] = [stored(at, t, torch.cat(seen, 1), tree, without=without)]
+                    return self.network.run(x, path.segments[number][0], layers[number], context(ids=ids), passes[0])
 
                 embed = lambda tokens, level: self.network.embed(tokens)  # noqa: E731
                 read = [lambda x, head=head: self.network.readout(x, head) for head in readouts]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import memory
+from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import States
 from specdec.models import families
@@ -45,6 +46,9 @@ class Layer:
     norms: the norms of the mixer's input and output, then of the MLP's input and output; None: there is no such norm.
     maps: the linear layers, by the names "qkv", "out", "gate_up" and "down".
     rotation: the rotary positions of queries and of keys; None: there are none.
+    source: the layer whose keys and values the layer reads.
+    embedded: what the layer adds of its own embedding of each token; None: nothing.
+    scalar: factor of the layer's output, [1]; None: there is none.
     low: by linear layer, the low-rank terms of its outputs, in order.
     base: the same layer without low-rank terms.
     """
@@ -56,6 +60,9 @@ class Layer:
     experts: Experts | None
     rotation: tuple[Rotation, Rotation] | None
     window: int | None
+    source: int = 0
+    embedded: PerLayer | None = None
+    scalar: Tensor | None = None
     low: dict[str, list[LowRank]] = field(default_factory=dict)
     base: Layer | None = None
 
@@ -79,6 +86,30 @@ class Layer:
         return layer.map("out", out), after
 
 
+class PerLayer(NamedTuple):
+    """What a layer adds of its own embedding of each token: out(act(gate(x)) * embedding), after a norm.
+
+    project: image of the first layer's input, [B, T, D] -> [B, T, P]. before: norm of it. scale: its factor.
+    read: returns the layer's embeddings [B, T, P] of token ids [B, T]. after: norm of the result.
+    """
+
+    project: Linear
+    scale: float
+    before: Norm
+    read: Callable[[Tensor], Tensor]
+    gate: Linear
+    out: Linear
+    after: Norm
+
+    def __call__(self, x: Tensor, first: Tensor, ids: Tensor, act: Linear) -> Tensor:
+        """Return what the layer adds to the residual ``x``, [B, T, D].
+
+        first: the input of the first layer, [B, T, D]. ids: the token ids, [B, T].
+        """
+        own = (self.before(self.project(first) * self.scale) + self.read(ids)) * 2**-0.5
+        return self.after(self.out(act(self.gate(x)) * own))
+
+
 class Store(NamedTuple):
     """Where a captured pass keeps keys, values and states.
 
@@ -97,6 +128,7 @@ class Network:
 
     windows: attention window of each layer in tokens; None: no limit.
     make: makes one function of several linear layers with the same input.
+    embeds: whether layers read embeddings of their own, and so the token ids of a pass.
     """
 
     def __init__(self, model: Any, windows: Sequence[int | None], make: Maker) -> None:
@@ -110,10 +142,33 @@ class Network:
         self.rotations = families.rotations(config)
         self.used = {each for pair in self.rotations if pair is not None for each in pair}
         self.tables = dict[Rotation, Tensor]()
-        each = zip(decoder.layers, self.rotations, windows, strict=True)
-        self.layers = [self._layer(config, *parts, make) for parts in each]
+        self.layers = list[Layer]()
+        size = families.embedded_per_layer(config)
+        self.embeds = bool(size)
+        each = zip(decoder.layers, self.rotations, windows, families.key_sources(config), strict=True)
+        for n, (own, rotation, window, source) in enumerate(each):
+            layer = self._layer(config, own, rotation, window, make, source)
+            layer.embedded = self._per_layer(decoder, own, slice(n * size, (n + 1) * size), make) if size else None
+            self.layers.append(layer)
 
-    def _layer(self, config: Any, own: Any, rotation: Any, window: int | None, make: Maker) -> Layer:
+    def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
+        """Return what a layer adds of its own embeddings: the columns ``part`` of those of all layers."""
+        table, rows = decoder.embed_tokens_per_layer, torch.arange(part.start, part.stop, device=self.device)
+        scale = table.embed_scale.to(self.device, self.dtype)
+        before, after = (
+            norm_of(each, self.family) for each in (decoder.per_layer_projection_norm, own.post_per_layer_input_norm)
+        )
+
+        def read(ids: Tensor) -> Tensor:
+            return weight_rows(table, ids.flatten())[:, part].view(*ids.shape, -1) * scale
+
+        def project(x: Tensor) -> Tensor:
+            return F.linear(x, weight_rows(decoder.per_layer_model_projection, rows))
+
+        gate, out = make([own.per_layer_input_gate]), make([own.per_layer_projection])
+        return PerLayer(project, decoder.embed_tokens.embedding_dim**-0.5, before, read, gate, out, after)
+
+    def _layer(self, config: Any, own: Any, rotation: Any, window: int | None, make: Maker, source: int) -> Layer:
         family, act = self.family, ACTIVATIONS.get(families.activation(config), F.silu)
         maps = {slot: make([module for _, module in pairs]) for slot, pairs in modules(own).items()}
         experts, mixer = None, DeltaRule(own.linear_attn) if recurrent(own) else None
@@ -125,8 +180,10 @@ class Network:
                 shared = Layer((), None, {"gate_up": ins, "down": down}, act, None, None, None).mlp  # type: ignore[arg-type]
             experts = Experts(own.mlp, families.mixture_of(config), self.numbers, act, shared)
         norms = tuple(norm_of(getattr(own, name), family) if name else None for name in family.norms)
-        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap)
-        return Layer(norms, attention, maps, act, experts, rotation, window)
+        shared = self.layers[source].mixer if source < len(self.layers) else None
+        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap, shared)  # type: ignore[arg-type]
+        scalar = own.layer_scalar.detach() if family.scales_layers else None
+        return Layer(norms, attention, maps, act, experts, rotation, window, source, scalar=scalar)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings [B, T, D] of token ids [B, T]."""
@@ -145,8 +202,9 @@ class Network:
 
         store: memory of a captured pass for keys, values and states; None: ``ctx.cache`` stores them.
         """
-        cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
+        cache, taps, end, ids = ctx.cache, ctx.taps, lo + len(layers), ctx.ids
         start = cache.lengths[lo] if layers and store is None else None
+        first = self.embed(required(ids)) if self.embeds and layers else x
         tables = self.tables_of(ctx) if store is None else store.tables
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
@@ -160,7 +218,12 @@ class Network:
             else:
                 rotation = None if layer.rotation is None else tuple(tables[each] for each in layer.rotation)
                 q, k, v, gate = layer.mixer.project(layer.map("qkv", h), rotation)  # type: ignore[arg-type]
-                if store is None:
+                if store is None and layer.source != index:
+                    there = cache.lengths[layer.source] - cache.committed
+                    filled = None if cache.lengths[layer.source] >= ctx.mask.length else there
+                    term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype, filled=filled)
+                    k, v = cache.all_keys(layer.source, ctx.mask.length, MULTIPLE)
+                elif store is None:
                     term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
                     k, v = cache.append(index, k, v, MULTIPLE)
                 else:
@@ -176,6 +239,9 @@ class Network:
                     h, routed, None if ctx.choose is None else partial(ctx.choose, index), store is not None
                 )
             x = self._add(x, h, norm_out)
+            if layer.embedded is not None:
+                x = x + layer.embedded(x, first, required(ids), layer.act)
+            x = x if layer.scalar is None else x * layer.scalar
         if taps is not None and end in taps:
             taps[end] = x
         if start is not None:  # recurrent layers count their tokens, too
@@ -212,9 +278,16 @@ class Network:
         return table
 
 
-def context(taps: dict[int, Tensor] | None = None) -> Pass:
+def required(ids: Tensor | None) -> Tensor:
+    """Return the token ids of a pass. Raises SpecDecError for None: a drafter does not tell them."""
+    if ids is None:
+        raise SpecDecError("the layers of this model read each token's embedding, which this drafter does not tell")
+    return ids
+
+
+def context(taps: dict[int, Tensor] | None = None, ids: Tensor | None = None) -> Pass:
     """Return the context of a captured pass, which has no mask and no cache, since capturing would keep them alive."""
-    return Pass(None, None, None, taps)  # type: ignore[arg-type]
+    return Pass(None, None, None, taps, ids=ids)  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -231,7 +304,7 @@ def logits_of(
     network, count = Network(model, windows, side_by_side), len(model.model.layers)
     cache = KVCache(count, recurrent=[n for n, layer in enumerate(model.model.layers) if recurrent(layer)])
     positions, x = torch.arange(len(ids))[None], network.embed(ids[None])
-    ctx = Pass(positions, cache.register(0, positions), cache, choose=choose)
+    ctx = Pass(positions, cache.register(0, positions), cache, choose=choose, ids=ids[None])
     for n, layer in enumerate(model.model.layers):
         x = network.run(x, n, network.layers[n : n + 1], ctx)
         _release(layer)
