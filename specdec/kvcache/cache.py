@@ -26,7 +26,7 @@ GROUP = 32  # 8-bit codes that share a scale
 BLOCK = 256  # slots that a row grows by
 PAGE = 16  # a copy has a multiple of this many slots
 MAX_RESERVED = 1 << 36  # maximum bytes of addresses that a row reserves: a process has 47 bits of them
-WHOLE = "kv"  # the name of the buffer that holds all layers
+WHOLE = "kv"  # the name of the buffer that holds all layers, and the first one of several
 PRIVATE: dict[str, Any] = {}  # how memory is mapped: without a file, and without a promise of the system to have it
 if hasattr(mmap, "MAP_PRIVATE"):
     PRIVATE["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -39,9 +39,10 @@ class RowEntries:
     expected: number of slots that the row will need; 0: unknown. On a CPU, it holds them from the next growth on.
     held: number of slots that count as memory. On a CPU, buffers have more slots, which take no memory until they are
         written; elsewhere, this is their capacity.
-    buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, or one for each layer,
-        such as "3", with N' = 1. If keys and values differ in size, d is the larger one.
-    pointers: capacity in slots of "kv", and the addresses of its keys and of its values.
+    buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, "kv1" of those with
+        other heads, or one for each layer, such as "3", with N' = 1. If keys and values differ in size, d is the larger
+        one.
+    pointers: capacity in slots of each buffer, and the addresses of its keys and of its values, by name.
     states: the states of the recurrent layers; None: the model has no recurrent layers.
     lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
     """
@@ -51,7 +52,7 @@ class RowEntries:
         self.expected = 0
         self.held = 0
         self.buffers = dict[str, Tensor]()
-        self.pointers = (0, 0, 0)
+        self.pointers = dict[str, tuple[int, int, int]]()
         self.states = states
         self.lent = False
 
@@ -63,7 +64,7 @@ class RowEntries:
     def shared(self) -> RowEntries:
         """Return this row as it is now, with the same buffers: committed entries never change."""
         made = copy.copy(self)
-        made.buffers = dict(self.buffers)
+        made.buffers, made.pointers = dict(self.buffers), dict(self.pointers)
         return made
 
     def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
@@ -74,9 +75,8 @@ class RowEntries:
         self.buffers[name] = buffer
         self.held = buffer.shape[-2] if held is None else held
         self.lent = lent
-        if name == WHOLE:
-            begin = buffer.data_ptr()
-            self.pointers = buffer.shape[-2], begin, begin + buffer.nbytes // 2
+        begin = buffer.data_ptr()
+        self.pointers[name] = buffer.shape[-2], begin, begin + buffer.nbytes // 2
 
 
 class KVCache:
@@ -85,7 +85,8 @@ class KVCache:
     A runtime appends keys and values by ``append``, which returns those of all rows in one tensor, or it counts slots
     as filled by ``claim`` and writes them itself.
 
-    layers: numbers of the N' attention layers, which have one buffer "kv" per row; None: each layer has its own.
+    layers: numbers of the N' attention layers that have one buffer per row, for each buffer; None: each layer has its
+        own. names: names of these buffers.
     recurrent: numbers of the recurrent layers.
     shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
@@ -102,7 +103,7 @@ class KVCache:
         batch: int = 1,
         device: torch.device | str = "cpu",
         int8: bool = False,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Sequence[int]] | None = None,
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
         limit: int = 0,
@@ -111,6 +112,8 @@ class KVCache:
         self.device = torch.device(device)
         self.int8 = int8
         self.layers = layers
+        self.names = [WHOLE, *(f"{WHOLE}{n}" for n in range(1, len(layers or ())))]
+        self._places = {layer: (n, place) for n, own in enumerate(layers or ()) for place, layer in enumerate(own)}
         self.recurrent = list(recurrent)
         self.shape = shape
         self.limit = limit
@@ -141,8 +144,8 @@ class KVCache:
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffer "kv" of each row."""
-        return [row.buffers[WHOLE] for row in self.entries]
+        """Return the buffers of all layers of each row."""
+        return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property
     def states(self) -> list[RowStates]:
@@ -215,15 +218,18 @@ class KVCache:
         mask.ancestors = tree
         return mask
 
-    def claim(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def claim(
+        self, lo: int, hi: int, counts: Sequence[int], heads: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> None:
         """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
 
-        counts: number of slots of each row. heads, head_dim, dtype: number of key heads, size of a head, and dtype.
+        counts: number of slots of each row. heads: number and size of key heads, for each buffer. dtype: of all.
         """
         ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):
             if (end := max(row.count + ahead + count, 1)) > row.held:  # a row without tokens also has a buffer
-                self._grow(row, WHOLE, heads, end, head_dim, dtype)
+                for name, (count, size) in zip(self.names, heads, strict=True):
+                    self._grow(row, name, count, end, size, dtype)
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -261,7 +267,10 @@ class KVCache:
 
     def _place_of(self, layer: int) -> tuple[str, int]:
         """Return the name of the buffer of ``layer``, and the layer's index in it."""
-        return (str(layer), 0) if self.layers is None else (WHOLE, self.layers.index(layer))
+        if self.layers is None:
+            return str(layer), 0
+        buffer, place = self._places[layer]
+        return self.names[buffer], place
 
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
         """Let a row hold at least ``end`` slots, and the buffer ``name`` have them."""
@@ -271,7 +280,7 @@ class KVCache:
         have = 0 if old is None else old.shape[3]
         held = max(row.held, self._slots(row, end, have))
         if old is None or have < held:
-            layers = 1 if self.layers is None else len(self.layers)
+            layers = 1 if self.layers is None else len(self.layers[self.names.index(name)])
             # Grow by at least a quarter: without a known limit, each entry is copied a bounded number of times.
             made = self._buffer((2, layers, heads, max(held, grown(have)), head_dim), dtype)
             if old is not None:
@@ -473,7 +482,7 @@ class KVCache:
         The tensors may be views. {} if the layer stores no keys.
         """
         own = self.entries[row]
-        name, index = self._place_of(layer) if self.layers is None or layer in self.layers else ("", 0)
+        name, index = self._place_of(layer) if self.layers is None or layer in self._places else ("", 0)
         if name not in own.buffers:
             return {}
         filled = own.buffers[name][:, index, :, : self.lengths[layer] - self.committed + own.count]

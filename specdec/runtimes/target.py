@@ -224,6 +224,12 @@ class Pass:
     choose: Callable[[int, Tensor], Tensor] | None = None
     ids: Tensor | None = None
 
+    def known_ids(self) -> Tensor:
+        """Return ``ids``. Raises SpecDecError if they are unknown."""
+        if self.ids is None:
+            raise SpecDecError("the layers of this model read each token's embedding, which this drafter does not tell")
+        return self.ids
+
 
 class TokenCosts(NamedTuple):
     """Estimated times of one token in a pass, over the time of reading the weights.

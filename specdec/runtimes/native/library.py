@@ -21,6 +21,7 @@ from specdec.base.errors import SettingError, SpecDecError
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
 BF16, Q8, Q4, Q5, K4, K5, K6, MX = range(8)  # as in native.h
+BUFFERS, WIDEST_HEAD = 2, 512
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
 ARM = platform.machine() in ("aarch64", "arm64")
@@ -64,13 +65,20 @@ class Layer(ctypes.Structure):
         *(("gates", POINTER), ("sums", POINTER)),
         *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
         *((name, POINTER) for name in ("sinks", "convolution", "decay", "decay_bias", "norm_mixed")),
-        *((name, INT) for name in ("rotary_q", "rotary_k", "place", "tiled")),
+        *((f"embedded_{name}", Linear) for name in ("in", "gate", "out")),
+        *(("embedded", Table), ("norm_embedded", POINTER), ("norm_added", POINTER), ("scale", FLOAT)),
+        *((name, INT) for name in ("rotary_q", "rotary_k", "rotated", "place", "tiled", "buffer", "reads")),
     )
+
+
+class Heads(ctypes.Structure):
+    _fields_ = (("count", INT), ("size", INT))
 
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("hidden", "heads", "kv_heads", "head_dim", "inner", "rotated")),
+        *((n, INT) for n in ("hidden", "heads", "inner", "rotated")),
+        ("buffers", Heads * BUFFERS),
         *(
             (n, INT)
             for n in (
@@ -83,18 +91,19 @@ class Model(ctypes.Structure):
                 "across",
                 "tables",
                 "gated",
+                "normed_values",
             )
         ),
         *((n, INT) for n in ("recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps")),
         *((n, FLOAT) for n in ("eps", "scale", "cap", "limit", "alpha")),
-        *(("demand", POINTER), ("layers", POINTER)),
+        *(("demand", POINTER), ("embedding", POINTER), ("layers", POINTER)),
     )
 
 
 class SequenceArgs(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("tokens", "start", "committed", "capacity")),
-        *((n, POINTER) for n in ("keys", "values", "trees")),
+        *((n, INT) for n in ("tokens", "start", "committed", "filled")),
+        *(("capacity", INT * BUFFERS), ("keys", POINTER * BUFFERS), ("values", POINTER * BUFFERS), ("trees", POINTER)),
         *((n, INT) for n in ("held", "slots")),
         *((n, POINTER) for n in ("states", "ahead", "inputs", "pending")),
     )
@@ -103,7 +112,7 @@ class SequenceArgs(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "windows", "cache", "near")),
-        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "rotary", "window", "taps", "routed")),
+        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "ids", "rotary", "window", "taps", "routed")),
     )
 
 

@@ -38,7 +38,7 @@ from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Rec
 from specdec.runtimes.torch.delta_rule import DeltaRule
 from specdec.runtimes.torch.draft import PathStep, choose, grow, limits_of, rules_of
 from specdec.runtimes.torch.linear import dense
-from specdec.runtimes.torch.model import Layer, Store, context, required
+from specdec.runtimes.torch.model import Layer, Store, context
 from specdec.runtimes.torch.static_cache import SPARE, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
@@ -93,7 +93,7 @@ class CapturedTarget(TorchTarget):
 
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
-        return KVCache(self.num_layers, batch, self.device, layers=self._attention_layers(), recurrent=recurrent)
+        return KVCache(self.num_layers, batch, self.device, layers=[self._attention_layers()], recurrent=recurrent)
 
     def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
         """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
@@ -137,7 +137,7 @@ class CapturedTarget(TorchTarget):
     def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, ahead: int) -> Tensor:
         (batch, t, width), cache, taps, static = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps, self.static
         places = static.place(cache.entries, cache.committed + ahead + t)
-        cache.claim(lo, hi, [t] * batch, *static.shape[1:], self.dtype)
+        cache.claim(lo, hi, [t] * batch, [static.shape[1:]], self.dtype)
         memo: dict[Any, Any] = mask.memo  # the ranges of layers of a step share a mask
         states = [row for row in cache.states if isinstance(row, LayerStates)]
         pending = [list(row.pending) for row in states]
@@ -148,7 +148,7 @@ class CapturedTarget(TorchTarget):
         numbers, lanes, positions, tree = memo[key]
         count, size, tapped = bucket(max(places) + 1), bucket(t), sorted(n for n in taps if lo <= n <= hi)
         without = self.without_keys(cache, lo, hi, ahead + t)
-        ids = [required(ctx.ids)] if self.network.embeds else []
+        ids = [ctx.known_ids()] if self.network.embeds else []
         layers = self.select_layers(lo, hi, ctx.adapters)
         recurrent = [cache.recurrent.index(layer) for layer in range(lo, hi) if layer in self.recurrent_layers]
         most = max((own[layer] for own in pending for layer in recurrent), default=0)

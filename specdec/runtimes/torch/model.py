@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import memory
-from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import States
 from specdec.models import families
@@ -202,9 +201,10 @@ class Network:
 
         store: memory of a captured pass for keys, values and states; None: ``ctx.cache`` stores them.
         """
-        cache, taps, end, ids = ctx.cache, ctx.taps, lo + len(layers), ctx.ids
+        cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
         start = cache.lengths[lo] if layers and store is None else None
-        first = self.embed(required(ids)) if self.embeds and layers else x
+        ids = ctx.known_ids() if self.embeds else None
+        first = x if ids is None else self.embed(ids)
         tables = self.tables_of(ctx) if store is None else store.tables
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
@@ -239,8 +239,8 @@ class Network:
                     h, routed, None if ctx.choose is None else partial(ctx.choose, index), store is not None
                 )
             x = self._add(x, h, norm_out)
-            if layer.embedded is not None:
-                x = x + layer.embedded(x, first, required(ids), layer.act)
+            if layer.embedded is not None and ids is not None:
+                x = x + layer.embedded(x, first, ids, layer.act)
             x = x if layer.scalar is None else x * layer.scalar
         if taps is not None and end in taps:
             taps[end] = x
@@ -276,13 +276,6 @@ class Network:
             table = table.to(self.device, torch.float32 if self.family.wide else self.dtype)
             self.tables[rotation] = table
         return table
-
-
-def required(ids: Tensor | None) -> Tensor:
-    """Return the token ids of a pass. Raises SpecDecError for None: a drafter does not tell them."""
-    if ids is None:
-        raise SpecDecError("the layers of this model read each token's embedding, which this drafter does not tell")
-    return ids
 
 
 def context(taps: dict[int, Tensor] | None = None, ids: Tensor | None = None) -> Pass:

@@ -75,7 +75,11 @@ class StaticCache:
     def _users(self) -> dict[int, RowEntries]:
         """Return the rows that have a lane, by lane."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
-        return {lane: row for lane, row in rows if row is not None and row.pointers[1] == self._begin(lane)}
+        return {
+            lane: row
+            for lane, row in rows
+            if row is not None and row.pointers.get(WHOLE, (0, 0, 0))[1] == self._begin(lane)
+        }
 
     def _begin(self, lane: int) -> int:
         return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
