@@ -138,8 +138,13 @@ BY_KIND = {
     "attention.shared_kv_layers": "num_kv_shared_layers",
     "attention.sliding_window_pattern": "sliding",  # this is no field of a config
     "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "rope.dimension_count_swa": "rotated_sliding",  # nor is this
     "rope.freq_base_swa": "rope_local_base_freq",
 }
+MISSING = {"enable_moe_block": "experts beside an MLP in each layer, which only the transformers runtime has"}
 SCALED = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -421,6 +426,8 @@ def check_fields(config: Any) -> None:
     """Raise SpecDecError for a config field that may change the output and that the model's family does not support."""
     family = FAMILIES[config.model_type]
     for name, value in _fields(config):
+        if value and name in MISSING:
+            raise SpecDecError(f"this '{config.model_type}' model has {MISSING[name]}")
         known = name in COMMON | IGNORED | family.fields or family.only.get(name) == value
         if not known and value not in (None, False, [], {}):
             raise SpecDecError(
@@ -457,7 +464,7 @@ def check_sizes(name: str, config: Any) -> None:
         each = getattr(text, key, None)
         if each is not None and layers is not None and len(each) < layers:
             raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
-    if text.model_type in FAMILIES and FAMILIES[text.model_type].fields >= PER_LAYER:
+    if getattr(text, "model_type", None) in FAMILIES and FAMILIES[text.model_type].fields >= PER_LAYER:
         _check_layers(name, text, layers or 0)
 
 

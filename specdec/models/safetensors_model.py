@@ -64,6 +64,8 @@ def write_parts(source: Source, folder: Path) -> None:
     text = pretrained.text_part(theirs)["config"].get_text_config()
     if text.model_type not in families.FAMILIES:
         raise SpecDecError(f"'{source.name}' is of the unknown type '{text.model_type}'")
+    if any(getattr(text, name, None) for name in families.MISSING):
+        raise SpecDecError(f"'{source.name}' needs transformers")
     if not isinstance(tokenizer, TokenizersBackend) or not isinstance(tokenizer.chat_template, str | None):
         raise SpecDecError(f"the tokenizer of '{source.name}' needs transformers")
     write_config(folder, Config(**text.to_dict()))
