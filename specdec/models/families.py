@@ -451,7 +451,7 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 def check_sizes(name: str, config: Any) -> None:
     """Raise SpecDecError for impossible or too large sizes in the ``config`` of the model called ``name``."""
     text = config.get_text_config()
-    values = {key: getattr(text, key, None) for key in SIZES}
+    values = {key: _field(text, key) for key in SIZES}
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
         values["sliding_window"] = None  # of no layer
     for key, value in values.items():
@@ -466,6 +466,14 @@ def check_sizes(name: str, config: Any) -> None:
             raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
     if getattr(text, "model_type", None) in FAMILIES and FAMILIES[text.model_type].fields >= PER_LAYER:
         _check_layers(name, text, layers or 0)
+
+
+def _field(config: Any, key: str) -> Any:
+    """Return a field of a config; None: there is none. If layers differ in it, it is what most of them have."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # a config of transformers wants to be asked for a layer
+        return config.to_dict().get(key)
 
 
 def _check_layers(name: str, config: Any, layers: int) -> None:

@@ -244,7 +244,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 ELASTIC = {
     "per_layer_config": {"1": {"head_dim": 64}, "3": {"head_dim": 64}},
     "hidden_size_per_layer_input": 32,
-    "vocab_size_per_layer_input": 97,
+    "vocab_size_per_layer_input": 128,
     "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,
 }

@@ -1,5 +1,6 @@
 """A tiny embedded model: its GGUF file, its name, and a stand-in for what must not be called."""
 
+import copy
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -277,7 +278,8 @@ def write_family(
     apart: whether the file is the companion that has only this layer.
     tensors: further tensors by name. in_blocks: the values of some of them in blocks of ``kind``.
     """
-    config = model.config
+    config = copy.copy(model.config)
+    config.allow_global_per_layer_attribute_access = True
     name, paired, more, metadata = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     count, own = config.num_hidden_layers + (predicts is not None), dict(model.named_parameters())
