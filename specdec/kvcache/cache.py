@@ -90,6 +90,7 @@ class KVCache:
     recurrent: numbers of the recurrent layers.
     shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
+    least: minimum number and size of the key heads of a buffer, for layers that have fewer or smaller ones.
     limit: maximum number of tokens of a row; 0: unknown. On a CPU, a row reserves addresses for so many, so that it
         grows without a copy.
     entries: the rows.
@@ -107,6 +108,7 @@ class KVCache:
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
         limit: int = 0,
+        least: tuple[int, int] = (0, 0),
     ) -> None:
         self.block = BLOCK
         self.device = torch.device(device)
@@ -117,6 +119,7 @@ class KVCache:
         self.recurrent = list(recurrent)
         self.shape = shape
         self.limit = limit
+        self.least = least
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
         self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -246,21 +249,21 @@ class KVCache:
             if start + t > (min(row.held, row.buffers[name].shape[3]) if name in row.buffers else 0):
                 self._grow(row, name, heads, start + t, max(size, v.shape[3]), k.dtype)
             for part, own in enumerate(parts):  # (H, T, d)
-                row.buffers[name][part, index, :, start : start + t, : own.shape[2]] = own
+                row.buffers[name][part, index, : len(own), start : start + t, : own.shape[2]] = own
         self.lengths[layer] = self.committed + ahead + t
-        return self.all_keys(layer, self.lengths[layer], multiple, (size, v.shape[3]))
+        return self.all_keys(layer, self.lengths[layer], heads, (size, v.shape[3]), multiple)
 
     def all_keys(
-        self, layer: int, length: int, multiple: int = 1, sizes: tuple[int | None, int | None] = (None, None)
+        self, layer: int, length: int, heads: int, sizes: tuple[int, int], multiple: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Return the keys and values [B, H, S, d] of ``layer``, as ``append`` does. S: ``length``, rounded up.
 
-        sizes: sizes d of keys and of values; None: those of the buffers.
+        heads, sizes: H, and the sizes d of keys and of values.
         """
         name, index = self._place_of(layer)
         end, made = -(-length // multiple) * multiple, list[Tensor]()
         for part, own in enumerate(sizes):
-            views = [row.buffers[name][part, index, :, :end, :own] for row in self.entries]
+            views = [row.buffers[name][part, index, :heads, :end, :own] for row in self.entries]
             views = [F.pad(view, (0, 0, 0, end - view.shape[1])) if view.shape[1] < end else view for view in views]
             made.append(views[0][None] if len(views) == 1 else torch.stack(views))
         return made[0], made[1]
@@ -276,6 +279,7 @@ class KVCache:
         """Let a row hold at least ``end`` slots, and the buffer ``name`` have them."""
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
+        heads, head_dim = max(heads, self.least[0]), max(head_dim, self.least[1])
         old = row.buffers.get(name)
         have = 0 if old is None else old.shape[3]
         held = max(row.held, self._slots(row, end, have))

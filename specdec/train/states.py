@@ -25,6 +25,7 @@ from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress
 from specdec.kvcache.cache import KVCache
+from specdec.models.families import key_sources
 from specdec.runtimes.target import Pass, Target
 from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
@@ -100,6 +101,12 @@ def compute_states(
         raise SpecDecError(
             f"layer {recurrent[0]} is recurrent, and training runs through layers with attention only; m2r2 learns "
             "from texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
+        )
+    sources = key_sources(target.model.config.get_text_config()) if wanted.kv else []
+    if shared := [layer for layer in wanted.kv if sources[layer] != layer]:
+        raise SpecDecError(
+            f"layer {shared[0]} reads the keys of another layer, and training runs through layers with keys of their "
+            "own; m2r2 learns from texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
         )
     index: dict[str, Any] = {
         "version": VERSION,

@@ -180,6 +180,7 @@ IN_BLOCKS: list[tuple[str, tuple[str, ...], dict[str, object]]] = [  # families,
     ("phi3", LARGE, {"hidden_size": 256, "intermediate_size": 512}),
     ("ministral3", ("Q4_K", "Q6_K"), WIDE),
     ("gemma", LARGE, WIDE),
+    ("gemma4_text", ("Q5_0", "Q8_0"), WIDE),
     ("qwen3_5_moe_text", ("Q4_K", "Q6_K"), WIDE | SHARED),
 ]
 
@@ -190,7 +191,7 @@ def in_blocks(
     """Return a tiny model whose linear layers have weights in GGUF blocks of ``kinds`` in turn."""
     model, each = model_of(family, **sizes), itertools.cycle(kinds)
     for name, module in [*model.named_modules()]:
-        if "proj" in name.rpartition(".")[2] or name == "lm_head":
+        if isinstance(module, torch.nn.Linear) and ("proj" in name.rpartition(".")[2] or name == "lm_head"):
             blocks = random_blocks(next(each), *module.weight.shape)
             model.set_submodule(name, BlockLinear(blocks, module.bias, torch.bfloat16))
     for layer in model.model.layers:

@@ -93,7 +93,8 @@ class CapturedTarget(TorchTarget):
 
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
-        return KVCache(self.num_layers, batch, self.device, layers=[self._attention_layers()], recurrent=recurrent)
+        layers, least = [self._attention_layers()], self.static.shape[1:]
+        return KVCache(self.num_layers, batch, self.device, layers=layers, recurrent=recurrent, least=least)
 
     def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
         """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""

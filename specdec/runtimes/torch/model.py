@@ -222,7 +222,8 @@ class Network:
                     there = cache.lengths[layer.source] - cache.committed
                     filled = None if cache.lengths[layer.source] >= ctx.mask.length else there
                     term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype, filled=filled)
-                    k, v = cache.all_keys(layer.source, ctx.mask.length, MULTIPLE)
+                    size = layer.mixer.size
+                    k, v = cache.all_keys(layer.source, ctx.mask.length, layer.mixer.kv_heads, (size, size), MULTIPLE)
                 elif store is None:
                     term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
                     k, v = cache.append(index, k, v, MULTIPLE)
