@@ -312,7 +312,8 @@ def key_sources(config: Any) -> list[int]:
 
     The last ``num_kv_shared_layers`` layers have no keys and values.
     """
-    count, kinds = int(config.num_hidden_layers), getattr(config, "layer_types", None)
+    count = int(config.num_hidden_layers)
+    kinds: Any = getattr(config, "layer_types", None)
     first = count - (getattr(config, "num_kv_shared_layers", None) or 0)
     return [n if n < first else max(m for m in range(first) if kinds[m] == kinds[n]) for n in range(count)]
 

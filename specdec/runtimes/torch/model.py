@@ -20,7 +20,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import States
 from specdec.models import families
 from specdec.models.families import Rotation
-from specdec.models.gguf.blocks import Blocks, named_weights, weight_rows
+from specdec.models.gguf.blocks import BlockLinear, Blocks, named_weights, weight_rows
 from specdec.models.native_model import NativeModel
 from specdec.runtimes.decoder_layer import has_experts, modules, recurrent
 from specdec.runtimes.target import Pass
@@ -89,23 +89,23 @@ class PerLayer(NamedTuple):
     """What a layer adds of its own embedding of each token: out(act(gate(x)) * embedding), after a norm.
 
     project: image of the first layer's input, [B, T, D] -> [B, T, P]. before: norm of it. scale: its factor.
-    read: returns the layer's embeddings [B, T, P] of token ids [B, T]. after: norm of the result.
+    part: the layer's columns among the embeddings of all layers. after: norm of the result.
     """
 
     project: Linear
     scale: float
     before: Norm
-    read: Callable[[Tensor], Tensor]
+    part: slice
     gate: Linear
     out: Linear
     after: Norm
 
-    def __call__(self, x: Tensor, first: Tensor, ids: Tensor, act: Linear) -> Tensor:
+    def __call__(self, x: Tensor, first: Tensor, rows: Tensor, act: Linear) -> Tensor:
         """Return what the layer adds to the residual ``x``, [B, T, D].
 
-        first: the input of the first layer, [B, T, D]. ids: the token ids, [B, T].
+        first: the input of the first layer, [B, T, D]. rows: the tokens' embeddings for all layers, [B, T, N P].
         """
-        own = (self.before(self.project(first) * self.scale) + self.read(ids)) * 2**-0.5
+        own = (self.before(self.project(first) * self.scale) + rows[..., self.part]) * 2**-0.5
         return self.after(self.out(act(self.gate(x)) * own))
 
 
@@ -143,7 +143,7 @@ class Network:
         self.tables = dict[Rotation, Tensor]()
         self.layers = list[Layer]()
         size = families.embedded_per_layer(config)
-        self.embeds = bool(size)
+        self.embeds, self.table_of_layers = bool(size), getattr(decoder, "embed_tokens_per_layer", None)
         each = zip(decoder.layers, self.rotations, windows, families.key_sources(config), strict=True)
         for n, (own, rotation, window, source) in enumerate(each):
             layer = self._layer(config, own, rotation, window, make, source)
@@ -152,20 +152,17 @@ class Network:
 
     def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
         """Return what a layer adds of its own embeddings: the columns ``part`` of those of all layers."""
-        table, rows = decoder.embed_tokens_per_layer, torch.arange(part.start, part.stop, device=self.device)
-        scale = table.embed_scale.to(self.device, self.dtype)
+        image: Any = decoder.per_layer_model_projection
         before, after = (
             norm_of(each, self.family) for each in (decoder.per_layer_projection_norm, own.post_per_layer_input_norm)
         )
 
-        def read(ids: Tensor) -> Tensor:
-            return weight_rows(table, ids.flatten())[:, part].view(*ids.shape, -1) * scale
-
         def project(x: Tensor) -> Tensor:
-            return F.linear(x, weight_rows(decoder.per_layer_model_projection, rows))
+            whole = isinstance(image, BlockLinear)
+            return F.linear(x, weight_rows(image, torch.arange(part.start, part.stop)) if whole else image.weight[part])
 
         gate, out = make([own.per_layer_input_gate]), make([own.per_layer_projection])
-        return PerLayer(project, decoder.embed_tokens.embedding_dim**-0.5, before, read, gate, out, after)
+        return PerLayer(project, decoder.embed_tokens.embedding_dim**-0.5, before, part, gate, out, after)
 
     def _layer(self, config: Any, own: Any, rotation: Any, window: int | None, make: Maker, source: int) -> Layer:
         family, act = self.family, ACTIVATIONS.get(families.activation(config), F.silu)
@@ -189,6 +186,12 @@ class Network:
         x = weight_rows(self.embedding, ids.flatten()).view(*ids.shape, -1)
         return x if self.scale is None else x * self.scale
 
+    def embed_for_layers(self, ids: Tensor) -> Tensor:
+        """Return the embeddings [B, T, N P] that layers read, for token ids [B, T]."""
+        table: Any = self.table_of_layers
+        rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)
+        return rows * table.embed_scale.to(rows.device, rows.dtype)
+
     def run(
         self,
         x: Tensor,
@@ -203,8 +206,9 @@ class Network:
         """
         cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
         start = cache.lengths[lo] if layers and store is None else None
-        ids = ctx.known_ids() if self.embeds else None
-        first = x if ids is None else self.embed(ids)
+        first = rows = x
+        if self.embeds:
+            first, rows = self.embed(ctx.known_ids()), self.embed_for_layers(ctx.known_ids())
         tables = self.tables_of(ctx) if store is None else store.tables
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
@@ -240,8 +244,8 @@ class Network:
                     h, routed, None if ctx.choose is None else partial(ctx.choose, index), store is not None
                 )
             x = self._add(x, h, norm_out)
-            if layer.embedded is not None and ids is not None:
-                x = x + layer.embedded(x, first, ids, layer.act)
+            if layer.embedded is not None:
+                x = x + layer.embedded(x, first, rows, layer.act)
             x = x if layer.scalar is None else x * layer.scalar
         if taps is not None and end in taps:
             taps[end] = x
