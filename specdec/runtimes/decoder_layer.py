@@ -113,8 +113,8 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
     else:
         own = layer.self_attn
         values = "v" if getattr(own, "v_proj", None) is not None else "k"  # some layers have one projection for both
-        parts = f"qk{values}" if hasattr(own, "k_proj") else "q"  # or read the keys and values of another layer
-        maps_in = ["self_attn.qkv_proj"] if hasattr(own, "qkv_proj") else [f"self_attn.{n}_proj" for n in parts]
+        each = f"qk{values}" if hasattr(own, "k_proj") else "q"  # or read the keys and values of another layer
+        maps_in = ["self_attn.qkv_proj"] if hasattr(own, "qkv_proj") else [f"self_attn.{n}_proj" for n in each]
         out = "self_attn.o_proj"
     names = {
         "qkv": maps_in,

@@ -29,7 +29,8 @@ def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
             f"cannot load model '{name}': GGUF files of Gemma 4 mixtures (26B-A4B) are not supported, since their "
             "experts stand beside an MLP; get the safetensors files"
         )
-    count, shared = values.get("num_hidden_layers"), values.get("num_kv_shared_layers", 0)
+    count: Any = values.get("num_hidden_layers")
+    shared = values.get("num_kv_shared_layers", 0)
     sliding, size, head = raw["sliding"], raw["global_head_dim"], values.get("head_dim")
     inner = _each(values.get("intermediate_size"), count)
     keys = _each(values.get("num_key_value_heads"), count)

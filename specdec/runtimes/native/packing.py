@@ -135,7 +135,13 @@ class PackedModel:
         self.rounded = any(item.rounded for item in packed)
         demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
         self._sizes = (
-            *(config.hidden_size, config.num_attention_heads, inner, rotated, (Heads * BUFFERS)(*self.buffers)),
+            *(
+                config.hidden_size,
+                config.num_attention_heads,
+                inner,
+                rotated,
+                (Heads * BUFFERS)(*(Heads(*each) for each in self.buffers)),
+            ),
             *(self.rounded, *self.mixture, self.family.round_after_weight),
             *(families.ACTIVATIONS.index(families.activation(config)), self.family.norm_over_heads),
             *(len(self.rotations), self.family.gated, self.family.norm_values, *families.mixer_of(config)),

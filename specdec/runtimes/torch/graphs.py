@@ -71,7 +71,7 @@ class CapturedTarget(TorchTarget):
     def static(self) -> StaticCache:
         """The keys, values and states of captured passes."""
         mixers = [layer.mixer for layer in self.network.layers]
-        attention = [mixers[n] for n in self._attention_layers()]
+        attention = [each for each in (mixers[n] for n in self._attention_layers()) if isinstance(each, Attention)]
         recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
         shape = len(attention), max(each.kv_heads for each in attention), max(each.size for each in attention)
         kinds = recurrent[0].kinds if recurrent else {}
@@ -256,19 +256,22 @@ class CapturedTarget(TorchTarget):
             visible = visible.scatter_(2, uncommitted[:, None].expand(-1, t, -1), tree)
             terms = dict[tuple[int | None, int, bool], Tensor]()
             for layer in self.network.layers:
-                for lacks in (False, True) if isinstance(layer.mixer, Attention) else ():
-                    key = layer.window, layer.mixer.groups, lacks
+                mixer = layer.mixer
+                for lacks in (False, True) if isinstance(mixer, Attention) else ():
+                    assert isinstance(mixer, Attention)
+                    key = layer.window, mixer.groups, lacks
                     if key in terms or (lacks and layer.source not in without):
                         continue
                     near = visible & (every < committed[:, None])[:, None] if lacks else visible
                     if layer.window is not None:
                         near = near & (positions[:, :, None] - at[:, None] < layer.window)
                     term = torch.zeros(near.shape, dtype=self.dtype, device=self.device).masked_fill_(~near, hidden)
-                    terms[key] = term.repeat_interleave(layer.mixer.groups, 1)[:, None]
+                    terms[key] = term.repeat_interleave(mixer.groups, 1)[:, None]
 
             def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 layer = self.network.layers[index]
                 mixer, own = layer.mixer, place_of[layer.source]
+                assert isinstance(mixer, Attention)
                 k_all, v_all = (each[own, :count, : mixer.kv_heads, :, : mixer.size] for each in (keys, values))
                 if layer.source == index:
                     to = place[:, None, :, None].expand_as(k)

@@ -176,8 +176,8 @@ class Network:
                 shared = Layer((), None, {"gate_up": ins, "down": down}, act, None, None, None).mlp  # type: ignore[arg-type]
             experts = Experts(own.mlp, families.mixture_of(config), self.numbers, act, shared)
         norms = tuple(norm_of(getattr(own, name), family) if name else None for name in family.norms)
-        shared = self.layers[source].mixer if source < len(self.layers) else None
-        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap, shared)  # type: ignore[arg-type]
+        read: Any = self.layers[source].mixer if source < len(self.layers) else None
+        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap, read)
         scalar = own.layer_scalar.detach() if family.scales_layers else None
         return Layer(norms, attention, maps, act, experts, rotation, window, source, scalar=scalar)
 
