@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from specdec.runtimes.draft_path import DeviceChoice
 from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.draft import Draft
-from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.drafter import Drafter, Given, Traits
 from specdec.speculation.ngram import Grower, Prior, SortedTexts, Texts
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
@@ -152,11 +151,7 @@ class NgramDrafter(Drafter):
         return draft_best(found, limit, self.nodes, state)
 
     def candidates(
-        self,
-        state: State,
-        limit: int,
-        given: Sequence[Candidates] | None = None,
-        choice: DeviceChoice | None = None,
+        self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None
     ) -> list[Candidates]:
         if self.reading is not None:
             self.corpus, counted = self.reading.result()

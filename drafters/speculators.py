@@ -32,6 +32,7 @@ from specdec.runtimes.torch.linear import Linear, for_drafting
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
+from specdec.speculation.drafter import Given, Trees
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 
@@ -281,13 +282,7 @@ class PublicHeadDrafter(PairDrafter):
     def new_cache(self) -> KVCache:
         return KVCache(len(self.network.layers), 1, self.device)
 
-    def candidates(
-        self,
-        state: State,
-        limit: int,
-        given: Sequence[Candidates] | None = None,
-        choice: DeviceChoice | None = None,
-    ) -> list[Candidates] | DeviceTree | None:
+    def candidates(self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None) -> Trees:
         if not self._drafts_tree(state):
             return None
         limit = min(limit, self.network.deepest or limit)
@@ -322,7 +317,7 @@ class PublicHeadDrafter(PairDrafter):
         limit: int,
         width: int,
         choice: DeviceChoice | None,
-        given: Sequence[Candidates] | None = None,
+        given: Given = None,
     ) -> list[Candidates] | DeviceTree:
         prices, device = state.prices, state.cache.device
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)

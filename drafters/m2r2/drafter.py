@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from specdec.runtimes.target import Target
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
-from specdec.speculation.drafter import Traits
+from specdec.speculation.drafter import Given, Traits, Trees
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 
@@ -140,13 +139,7 @@ class M2R2Drafter(ChainDrafter):
                 self.vocabulary = DraftVocabulary(fits.target, self.network.draft_vocab, fits.head)
         return fits.version > 0
 
-    def candidates(
-        self,
-        state: State,
-        limit: int,
-        given: Sequence[Candidates] | None = None,
-        choice: DeviceChoice | None = None,
-    ) -> list[Candidates] | DeviceTree | None:
+    def candidates(self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None) -> Trees:
         if not self._ready():
             return [Candidates.none() for _ in state.ids]
         if not self._drafts_by_levels(state):
@@ -168,7 +161,7 @@ class M2R2Drafter(ChainDrafter):
         found = state.target.draft_rows(cache, roots, path, limits)
         return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]
 
-    def _width(self, state: State, given: Sequence[Candidates] | None = None) -> int:
+    def _width(self, state: State, given: Given = None) -> int:
         """Return the number of children of each node: 1 in a batch of several rows, where siblings do not pay."""
         trees = bool(self.nodes) or (len(state.ids) == 1 and (bool(state.prices) or given is not None))
         return self.width if trees else 1

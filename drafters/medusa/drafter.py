@@ -19,7 +19,7 @@ from specdec.runtimes.torch.linear import rms_unit
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
-from specdec.speculation.drafter import Drafter, Traits
+from specdec.speculation.drafter import Drafter, Given, Traits
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import MOST_NODES, Choice, likeliest_paths
@@ -103,11 +103,7 @@ class MedusaDrafter(Drafter):
         return draft_best(found, limit, self.nodes, state)
 
     def candidates(
-        self,
-        state: State,
-        limit: int,
-        given: Sequence[Candidates] | None = None,
-        choice: DeviceChoice | None = None,
+        self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None
     ) -> list[Candidates] | DeviceTree:
         logits, prices = self._logits(state)[:, : min(limit, self.network.heads)].float(), state.prices  # (B, K, V')
         tables = upload(prices.tables, logits.device, torch.float32) if prices and prices.tables else None
@@ -127,7 +123,7 @@ class MedusaDrafter(Drafter):
         state: State,
         logits: Tensor,
         tables: Tensor | None,
-        given: Sequence[Candidates] | None,
+        given: Given,
         choice: DeviceChoice,
     ) -> DeviceTree:
         """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths.

@@ -30,7 +30,9 @@ class Mask:
     ancestors: Tensor | None = None
 
     def __init__(self, query: Tensor, keys: Tensor, visible: Tensor | None) -> None:
-        self.query, self.length, self._given = query, keys.shape[1], (keys, visible)
+        self.query = query
+        self.length = keys.shape[1]
+        self._given = keys, visible
         self.memo: dict[object, Tensor | None] = {}
 
     def _keys_and_visible(self) -> tuple[Tensor, Tensor | None]:

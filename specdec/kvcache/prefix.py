@@ -33,7 +33,9 @@ class Prefix:
         [count] = cache.rows
         if count > len(ids):
             raise ValueError(f"a cache of {count} tokens does not belong to a text of {len(ids)}")
-        self.ids, self.cache, self.scope = list(ids[:count]), cache, scope
+        self.ids = list(ids[:count])
+        self.cache = cache
+        self.scope = scope
         self.key = _key(self.ids, scope)
         self.nbytes = cache.nbytes + cache.state_bytes * cache.num_states
         self.points = [self.key[: SCOPE + TOKEN * n] for n in {count} | cache.checkpoints(0) if 0 < n <= count]

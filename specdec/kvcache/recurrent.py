@@ -121,10 +121,12 @@ class RowStates(ABC):
 
     def copy(self) -> Self:
         """Return a copy. Nothing may be uncommitted."""
-        made, pending = self.empty(), max(self.pending, default=0)
+        made = self.empty()
         made.states = self.snapshot()
-        made.inputs, made.pending = self.inputs[:, :pending].clone(), type(self.pending)(*self.pending)
-        made.checkpoints, made.next_checkpoint = dict(self.checkpoints), self.next_checkpoint
+        made.inputs = self.inputs[:, : max(self.pending, default=0)].clone()
+        made.pending = type(self.pending)(*self.pending)
+        made.checkpoints = dict(self.checkpoints)
+        made.next_checkpoint = self.next_checkpoint
         return made
 
 

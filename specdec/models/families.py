@@ -26,7 +26,7 @@ IGNORED = {
     *("attention_dropout", "attn_implementation", "auto_map", "cache_implementation", "embd_pdrop"),
     *("initializer_range", "is_llama_config", "output_router_logits", "pretraining_tp", "quantization_config"),
     *("resid_pdrop", "router_aux_loss_coef", "router_jitter_noise", "torch_dtype", "transformers.js_config"),
-    *("unsloth_fixed", "unsloth_fixed_mtp", "unsloth_version", "use_cache"),
+    *("init_method", "unsloth_fixed", "unsloth_fixed_mtp", "unsloth_version", "use_cache"),
 }
 COMMON = {
     *("attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "layer_types"),
@@ -207,7 +207,14 @@ FAMILIES = {
         gguf="phi3",
         keys=WINDOW,
     ),
-    "granite": Family(mlp_bias=True, fields=frozenset(SCALED.values()), gguf="granite", interleaved=True, keys=SCALED),
+    "granite": Family(
+        mlp_bias=True,
+        fields=frozenset(SCALED.values()),
+        only={"normalization_function": "rmsnorm"},
+        gguf="granite",
+        interleaved=True,
+        keys=SCALED | {"expert_shared_feed_forward_length": "intermediate_size"},  # of a dense Granite 4
+    ),
     "olmo2": Family(AFTER, round_after_weight=True, norm_over_heads=True, wide=True, gguf="olmo2"),
     "smollm3": Family(
         mlp_bias=True, fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}), gguf="smollm3", interleaved=True
@@ -452,9 +459,12 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 def check_sizes(name: str, config: Any) -> None:
     """Raise SpecDecError for impossible or too large sizes in the ``config`` of the model called ``name``."""
     text = config.get_text_config()
-    values = {key: _field(text, key) for key in SIZES}
+    fields = text.to_dict()  # of a size that differs by layer, transformers has no attribute
+    values = {key: fields[key] if key in fields else getattr(text, key, None) for key in SIZES}
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
         values["sliding_window"] = None  # of no layer
+    if getattr(text, "model_type", "") == "granitemoehybrid" and values["num_local_experts"] == 0:  # as most of them
+        values |= {"num_local_experts": None, "num_experts_per_tok": None}
     for key, value in values.items():
         if value is not None and not (type(value) is int and 0 < value < SIZES[key]):
             raise SpecDecError(f"cannot load model '{name}': its config says that {key} is {str(value)[:60]!r}")
@@ -467,14 +477,6 @@ def check_sizes(name: str, config: Any) -> None:
             raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
     if getattr(text, "model_type", None) in FAMILIES and FAMILIES[text.model_type].fields >= PER_LAYER:
         _check_layers(name, text, layers or 0)
-
-
-def _field(config: Any, key: str) -> Any:
-    """Return a field of a config; None: there is none. If layers differ in it, it is what most of them have."""
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:  # a config of transformers wants to be asked for a layer
-        return config.to_dict().get(key)
 
 
 def _check_layers(name: str, config: Any, layers: int) -> None:

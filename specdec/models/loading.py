@@ -55,8 +55,7 @@ def load(
     place = find_device(device, kind)
     change = None if adapter is None else (os.fspath(adapter), adapters.find(os.fspath(adapter)))
     source = find_source(name, revision)
-    may_be_native = source.entry is None and place.type == "cpu" and not trust_remote_code
-    if may_be_native and safetensors_model.is_supported(source.folder, kind):
+    if source.entry is None and not trust_remote_code and safetensors_model.is_supported(source.folder, kind, place):
         write = functools.partial(safetensors_model.write_parts, source)
         source = replace(source, entry=prepare.prepare_folder(source.name, source.folder, write))
     found, tokenizer = _config(source, trust_remote_code), _tokenizer(source, trust_remote_code)
@@ -125,9 +124,9 @@ def _native(
         file: TensorFile = source.file or safetensors_file.read_header(source.weight_files())
         if source.file is None and found.num_hidden_layers > len(file.tensors):
             return None
-        model, made, keep = NativeModel(found, dtype), list[torch.Tensor](), True
+        model, made = NativeModel(found, dtype), list[torch.Tensor]()
+        keep = place.type == "cpu" and dtype == torch.bfloat16
         if source.file is not None:
-            keep = place.type == "cpu" and dtype == torch.bfloat16
             gguf_model.build(source.name, source.file, model, keep)
         elif (built := safetensors_model.build(source.name, file, model)) is None:
             return None

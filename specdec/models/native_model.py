@@ -25,7 +25,7 @@ from specdec.models.families import (
     key_sources,
     mixture_of,
 )
-from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, dense_weights
+from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, to_transformers
 from specdec.models.packed import Origin
 from specdec.models.rotary import Rotary
 from specdec.models.tensor_file import TensorFile
@@ -332,7 +332,8 @@ def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    state.update((prefix + name, values) for name, values in dense_weights(model).items())
+    for path, made in to_transformers(model):
+        state.update(made.state_dict(prefix=f"{prefix}{path}."))
 
 
 def _share(own: NativeModel, made: Any) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from specdec.base import memory
 from specdec.base.errors import SpecDecError
-from specdec.models import families, weights
+from specdec.models import families, granite4, weights
 from specdec.models.config import CONFIG, Config, write_config, write_generation
-from specdec.models.native_model import Experts, NativeModel
+from specdec.models.native_model import Experts, NativeModel, transformers_config
 from specdec.models.safetensors_file import TEXT_NAMES
 from specdec.models.source import Source
 from specdec.models.tensor_file import PLAIN, TensorFile, TensorInfo
@@ -33,22 +33,27 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they , or ?"
 
 
-def is_supported(folder: Path, dtype: str | torch.dtype) -> bool:
-    """Return whether the model in ``folder`` can become a ``NativeModel`` in ``dtype``, by its config.
+def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -> bool:
+    """Return whether the model in ``folder`` becomes a ``NativeModel``, by its config.
 
+    In bfloat16 on the CPU, all known families do. A dense Granite 4 always does: transformers has another class for it.
     dtype: "auto" is the config's.
     """
     try:
         whole = json.loads((folder / CONFIG).read_text("utf-8"))
         text = whole.get("text_config") or whole
-        fields = whole | text
-        family = families.FAMILIES.get(fields.get("model_type"))
+        fields = granite4.as_granite(whole | text)
+        other = fields.get("model_type") != (whole | text).get("model_type")
+        family = families.FAMILIES.get(fields.get("model_type", ""))
         stored = fields.get("dtype") or fields.get("torch_dtype")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # transformers says what is wrong
         return False
     if family is None or fields.get("quantization_config"):
         return False
-    return str(stored if dtype == "auto" else dtype).removeprefix("torch.") == "bfloat16"
+    if other and dtype != "auto":
+        return True
+    in_bfloat16 = str(stored if dtype == "auto" else dtype).removeprefix("torch.") == "bfloat16"
+    return in_bfloat16 and (other or device.type == "cpu")
 
 
 def write_parts(source: Source, folder: Path) -> None:
@@ -62,13 +67,18 @@ def write_parts(source: Source, folder: Path) -> None:
 
     theirs, tokenizer = pretrained.read_config(source), pretrained.read_tokenizer(source)
     text = pretrained.text_part(theirs)["config"].get_text_config()
+    fields = text.to_dict()
     if text.model_type not in families.FAMILIES:
-        raise SpecDecError(f"'{source.name}' is of the unknown type '{text.model_type}'")
+        fields = granite4.as_granite(fields)
+        if fields["model_type"] not in families.FAMILIES:
+            raise SpecDecError(f"'{source.name}' is of the unknown type '{text.model_type}'")
+        fields = transformers_config(fields).to_dict()
+        families.check_fields(Config(**fields))  # which a Granite of transformers would leave out
     if any(getattr(text, name, None) for name in families.MISSING):
         raise SpecDecError(f"'{source.name}' needs transformers")
     if not isinstance(tokenizer, TokenizersBackend) or not isinstance(tokenizer.chat_template, str | None):
         raise SpecDecError(f"the tokenizer of '{source.name}' needs transformers")
-    write_config(folder, Config(**text.to_dict()))
+    write_config(folder, Config(**fields))
     try:
         settings = GenerationConfig.from_pretrained(source.folder)
     except OSError:  # there is no such file
@@ -99,6 +109,8 @@ def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | Non
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     config, found = model.config, dict[str, list[TensorInfo]]()
+    if config.model_type == "granite":
+        tensors = granite4.renamed(tensors)
     for parameter, values in weights.unfilled(model):
         if (infos := _tensors_of(parameter, tuple(values.shape), model, tensors)) is None:
             return None

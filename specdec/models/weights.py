@@ -70,7 +70,7 @@ def fill(
     for path, module in experts.items():
         infos = tensors_of(f"{path}.down_proj", module, found)
         packed = _experts(module, file, infos, dtype)
-        model.set_submodule(path, packed if keep and stays(module, infos) else packed.dense())
+        model.set_submodule(path, packed if keep and stays(module, infos) else packed.to_transformers())
     if model.config.tie_word_embeddings:
         _tie(model)
     return made

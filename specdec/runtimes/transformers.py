@@ -1,7 +1,16 @@
 """The fallback runtime: any decoder-only Hugging Face model, through its own ``forward``.
 
-During a call, gates replace the model's decoder layers and skip layers, or set or record hidden states. Position
-embeddings, rotary tables, final norms and logit caps are the model's own.
+``TransformersTarget.layers`` runs layers [lo, hi) by a call of the model's ``forward``, in which these parts of the
+model are replaced:
+
+    part of the model                 during the call
+    decoder layers 0 to N - 1         ``_Gate``: the first one puts the call's ``x`` in the place of the embeddings; all
+                                      run their layer if it is in [lo, hi), and record states
+    recurrent mixer of such a layer   ``_Mixer``: runs it from the states in the ``KVCache``
+    argument ``past_key_values``      ``_Bridge``: the ``KVCache`` with the interface of transformers' ``Cache``
+    argument ``attention_mask``       the call's mask, in the form that the layers take (``with_mask``)
+
+So position embeddings, rotary tables, final norms and logit caps are the model's own.
 """
 
 from __future__ import annotations
@@ -30,137 +39,6 @@ from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.target import GivenLinear, Pass, Target
 
 STEPPED_TOKENS = 16  # up to this many tokens, running them one by one is faster than a scan of a whole chunk
-
-
-class _Bridge(Cache):
-    """A ``KVCache`` with the interface of transformers' ``Cache``, for attention layers and recurrent mixers.
-
-    states: states of the recurrent layer that runs.
-    adapted: whether adapters are applied in this call.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__(layers=[])
-        self.kv = cache
-        self.states: States = {}
-        self.adapted = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return self.kv.append(layer_idx, key_states, value_states)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.kv.lengths[layer_idx]
-
-    # A recurrent mixer reads its convolution and recurrent states here, and stores the states after its tokens.
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return True  # else one token's convolution changes its state in place
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return bool(self.states)
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.states.get(("conv", state_idx))
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        state = self.states.get(("recurrent", state_idx))
-        if state is not None:  # one token's update may change it in place
-            state = self.states["recurrent", state_idx] = state.clone()
-        return state
-
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
-    ) -> Tensor:
-        old = self.states.get(("conv", state_idx))
-        full = conv_states if old is None else torch.cat((old, conv_states), -1)
-        size = conv_kernel_size or full.shape[-1]
-        self.states["conv", state_idx] = F.pad(full, (max(size - full.shape[-1], 0), 0))[..., -size:]
-        return full
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        self.states["recurrent", state_idx] = recurrent_states
-        return recurrent_states
-
-    def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
-        """Return ``mixer`` as a function of its states. most: maximum tokens that run one by one after earlier ones."""
-
-        def run(x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
-            self.states, self.adapted, single = dict(states), adapted, bool(states) and x.shape[1] <= most
-            try:
-                if not single:
-                    return mixer(x), self.states
-                return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
-            finally:
-                self.adapted = True  # for the rest of the layer
-
-        return run
-
-
-@dataclass
-class _Call:
-    """One call of the model on layers [lo, hi).
-
-    x: input of layer ``lo`` [B, T, D]; None: the model's embeddings, which are then the result.
-    mask, taps: as in ``Pass``. result: the output, set by the gates.
-    """
-
-    x: Tensor | None = None
-    lo: int = 0
-    hi: int = 0
-    mask: Mask | None = None
-    taps: dict[int, Tensor] = field(default_factory=dict)
-    result: Tensor | None = None
-
-
-class _Wrapper(nn.Module):
-    """A module that replaces ``inner`` during one call. Other attributes are those of ``inner``."""
-
-    def __init__(self, inner: nn.Module, *others: Any) -> None:
-        super().__init__()
-        self.parts = (inner, *others)  # in a tuple, they are not registered: the model keeps its own module tree
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.parts[0], name)
-
-
-class _Gate(_Wrapper):
-    """Replaces decoder layer ``index`` during a call: runs it if it is in [lo, hi), and sets and records states."""
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        inner, owner, index, call = self.parts
-        if index == 0:
-            call.result = hidden
-            hidden = hidden if call.x is None else call.x
-        if call.lo <= index < call.hi:
-            if index in call.taps:
-                call.taps[index] = hidden
-            args, kwargs = owner.with_mask(index, args, kwargs, call.mask)
-            out = inner(hidden, *args, **kwargs)
-            hidden, *beside = out if isinstance(out, tuple) else (out,)
-            owner.extra_outputs = len(beside) if isinstance(out, tuple) else None
-            if index == call.hi - 1:
-                call.result = hidden
-                if call.hi in call.taps:
-                    call.taps[call.hi] = hidden
-        return owner.as_output(hidden)
-
-
-class _Mixer(_Wrapper):
-    """Replaces the recurrent mixer of layer ``index``, whose states are then in the ``KVCache``."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        inner, index, bridge, tree = self.parts
-        arguments = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
-        # Mamba (recognized by ``dt_proj``) scans several tokens only from an empty state; Mamba 2 pads them to a chunk.
-        most = math.inf if hasattr(inner, "dt_proj") else 1.0
-        if most == 1 and hasattr(inner, "A_log") and hasattr(inner, "D"):
-            most = STEPPED_TOKENS
-        advance = bridge.advance(lambda x: inner(x, *args, **arguments), most)
-        out: Tensor = bridge.kv.run_recurrent(index, hidden_states, tree, advance)
-        return out
 
 
 class TransformersTarget(Target):
@@ -318,6 +196,163 @@ class TransformersTarget(Target):
         if self.mask_index is not None and len(args) > self.mask_index:
             return (*args[: self.mask_index], mask.memo[key], *args[self.mask_index + 1 :]), kwargs
         return args, kwargs | {"attention_mask": mask.memo[key]}
+
+
+@dataclass
+class _Call:
+    """One call of the model on layers [lo, hi).
+
+    x: input of layer ``lo`` [B, T, D]; None: the model's embeddings, which are then the result.
+    mask, taps: as in ``Pass``. result: the output, set by the gates.
+    """
+
+    x: Tensor | None = None
+    lo: int = 0
+    hi: int = 0
+    mask: Mask | None = None
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    result: Tensor | None = None
+
+
+class _Replacement(nn.Module):
+    """A module that replaces ``inner`` during one call. Other attributes are those of ``inner``."""
+
+    inner: Any
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["inner"] = inner  # not registered as a submodule: the model keeps its own module tree
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+class _Gate(_Replacement):
+    """Replaces decoder layer ``index`` of ``target`` during ``call``."""
+
+    def __init__(self, inner: nn.Module, target: TransformersTarget, index: int, call: _Call) -> None:
+        super().__init__(inner)
+        self.target = target
+        self.index = index
+        self.call = call
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer if it is in [lo, hi), and return the states after it in the form of the model's layers.
+
+        hidden: the states before the layer [B, T, D]; for layer 0, the model's embeddings.
+        """
+        call, target, index = self.call, self.target, self.index
+        if index == 0:
+            call.result = hidden
+            hidden = hidden if call.x is None else call.x
+        if call.lo <= index < call.hi:
+            if index in call.taps:
+                call.taps[index] = hidden
+            args, kwargs = target.with_mask(index, args, kwargs, call.mask)
+            out = self.inner(hidden, *args, **kwargs)
+            hidden, *others = out if isinstance(out, tuple) else (out,)
+            target.extra_outputs = len(others) if isinstance(out, tuple) else None
+            if index == call.hi - 1:
+                call.result = hidden
+                if call.hi in call.taps:
+                    call.taps[call.hi] = hidden
+        return target.as_output(hidden)
+
+
+class _Mixer(_Replacement):
+    """Replaces the recurrent mixer of a layer during a call: it reads and leaves its states in the ``KVCache``.
+
+    index: number of the layer. bridge: the cache of the call.
+    tree: which earlier tokens of the draft each token follows (``Mask.ancestors``); None: all.
+    """
+
+    def __init__(self, inner: nn.Module, index: int, bridge: _Bridge, tree: Tensor | None) -> None:
+        super().__init__(inner)
+        self.index = index
+        self.bridge = bridge
+        self.tree = tree
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the mixer's output [B, T, D] for ``hidden_states`` [B, T, D]. It runs without an attention mask."""
+        arguments = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
+        advance = self.bridge.advance(lambda x: self.inner(x, *args, **arguments), self._most_stepped())
+        out: Tensor = self.bridge.kv.run_recurrent(self.index, hidden_states, self.tree, advance)
+        return out
+
+    def _most_stepped(self) -> float:
+        """Return the maximum number of tokens that run one by one after earlier ones."""
+        if hasattr(self.inner, "dt_proj"):  # Mamba scans several tokens only from an empty state
+            return math.inf
+        if hasattr(self.inner, "A_log") and hasattr(self.inner, "D"):  # Mamba 2 pads them to a chunk
+            return STEPPED_TOKENS
+        return 1
+
+
+class _Bridge(Cache):
+    """A ``KVCache`` with the interface of transformers' ``Cache``, for attention layers and recurrent mixers.
+
+    states: states of the recurrent layer that runs.
+    adapted: whether adapters are applied in this call.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(layers=[])
+        self.kv = cache
+        self.states: States = {}
+        self.adapted = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.kv.append(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.kv.lengths[layer_idx]
+
+    # A recurrent mixer reads its convolution and recurrent states here, and stores the states after its tokens.
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return True  # else one token's convolution changes its state in place
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return bool(self.states)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.get(("conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        state = self.states.get(("recurrent", state_idx))
+        if state is not None:  # one token's update may change it in place
+            state = self.states["recurrent", state_idx] = state.clone()
+        return state
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        old = self.states.get(("conv", state_idx))
+        full = conv_states if old is None else torch.cat((old, conv_states), -1)
+        size = conv_kernel_size or full.shape[-1]
+        self.states["conv", state_idx] = F.pad(full, (max(size - full.shape[-1], 0), 0))[..., -size:]
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        self.states["recurrent", state_idx] = recurrent_states
+        return recurrent_states
+
+    def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
+        """Return ``mixer`` as a function of its states. most: maximum tokens that run one by one after earlier ones."""
+
+        def run(x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
+            self.states, self.adapted, single = dict(states), adapted, bool(states) and x.shape[1] <= most
+            try:
+                if not single:
+                    return mixer(x), self.states
+                return torch.cat([mixer(token) for token in x.split(1, 1)], 1), self.states
+            finally:
+                self.adapted = True  # for the rest of the layer
+
+        return run
 
 
 def _adapter_hook(target: TransformersTarget, down: Tensor, up: Tensor) -> Any:

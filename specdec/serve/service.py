@@ -166,7 +166,7 @@ class Service:
             text = str(self.tokenizer.get_chat_template(tools=chat.tools or None))
         if text not in self.templates:
             others = {"messages", *self.tokenizer.special_tokens_map}
-            others.update(inspect.signature(self.tokenizer.apply_chat_template).parameters)
+            others.update(inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() - {"documents"})
             arguments = frozenset(re.findall(r"\w+", text)) - others
             self.templates[text] = ChatTemplate(find_format(text), find_thoughts(text), arguments)
         return self.templates[text]

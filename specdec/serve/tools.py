@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import dataclass
@@ -9,7 +10,19 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from specdec.serve.parts import BETWEEN, TEXT, THOUGHT, AnswerParser, Format, Make, Part, Parts, Schemas, new_id
+from specdec.serve.parts import (
+    BETWEEN,
+    LONGEST_FENCE,
+    TEXT,
+    THOUGHT,
+    AnswerParser,
+    Format,
+    Make,
+    Part,
+    Parts,
+    Schemas,
+    new_id,
+)
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -117,6 +130,29 @@ class QwenXml(Format):
         yield make(value if _is_json(value) else json.dumps(value, ensure_ascii=False))
 
 
+class Lfm(JsonCalls):
+    """The format of LFM2: a list of Python calls with literals as keyword arguments, or of JSON objects."""
+
+    marks, end = ("<|tool_call_start|>",), "<|tool_call_end|>"
+    special = "<|tool_call_start|>", "<|tool_call_end|>"
+
+    def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
+        source = answer.source
+        while not (start := source.text.lstrip(BETWEEN)) and not source.last:
+            yield None
+        if start.startswith("{"):
+            yield from super().calls(answer, mark)
+            return
+        text = yield from source.upto(self.end)
+        found = python_calls(text)
+        for name, arguments in found or []:
+            if make := (yield from answer.begin_call(name, f"{name}({arguments})")):
+                yield make(arguments)
+        if found is None:
+            yield TEXT(text)
+        yield from source.skip()
+
+
 class Gemma(Format):
     """The format of Gemma, in which names and keys have no quotes, and strings have special ones.
 
@@ -180,7 +216,7 @@ class Harmony(Format):
 
 
 PLAIN, HERMES, MISTRAL, MISTRAL_NAMED, LLAMA = Format(), Hermes(), Mistral(), MistralNamed(), Llama()
-QWEN_XML, HARMONY = QwenXml(), Harmony()
+QWEN_XML, HARMONY, LFM = QwenXml(), Harmony(), Lfm()
 GEMMA = Gemma("<|tool_call>", "<tool_call|>", '<|"|>')
 FUNCTION_GEMMA = Gemma("<start_function_call>", "<end_function_call>", "<escape>")
 
@@ -203,6 +239,8 @@ def find_format(template: str) -> Format:
     for found in (GEMMA, FUNCTION_GEMMA):
         if found.marks[0] in template:
             return found
+    if "List of tools: " in template:
+        return LFM
     if HERMES.marks[0] in template:
         return QWEN_XML if "<function=" in template else HERMES
     if MISTRAL.marks[0] in template and "[CALL_ID]" not in template:
@@ -236,6 +274,24 @@ def tool_grammar(tools: Schemas) -> Grammar:
         lines.append(f'call_{n}: {head} arguments_{n} "}}"')
         lines.append(f"arguments_{n}: %json {json.dumps((schema or NO_ARGUMENTS) | {'x-guidance': JSON_FORM})}")
     return Grammar("\n".join(lines))
+
+
+def python_calls(text: str) -> list[tuple[str, str]] | None:
+    """Return the names and the arguments, as JSON text, of the Python calls in ``text``, a list or one call.
+
+    None: there is anything else in it.
+    """
+    try:
+        body = ast.parse(text.strip(), mode="eval").body if len(text) <= LONGEST_FENCE else None
+        found = list[tuple[str, str]]()
+        for call in body.elts if isinstance(body, ast.List) else [body]:
+            if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+                return None
+            arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+            found.append((ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
+        return found
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
 
 
 def types(schema: Any) -> set[str]:

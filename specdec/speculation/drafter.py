@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ from specdec.speculation.state import State
 
 if TYPE_CHECKING:
     from specdec.runtimes.target import Target
+
+# The argument ``given`` of ``Drafter.candidates``, and what it returns.
+Given: TypeAlias = Sequence[Candidates] | None
+Trees: TypeAlias = list[Candidates] | DeviceTree | None
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ class Drafter(ABC):
     ) -> list[Candidates] | DeviceTree | None:
         """Return each row's tree of candidate tokens after its root, at most ``limit`` deep, with probabilities.
 
-        Return None if this drafter has no candidates in this step; then the draft of ``propose`` is used.
+        With a ``choice``, the trees may be on the device. Return None if this drafter has no candidates in this step;
+        then the draft of ``propose`` is used.
 
         given: the candidates of each row that n-grams have; a drafter may draft levels after them, too. None: none.
         choice: rule by which the device selects nodes from both drafters' candidates; None: the host selects.

@@ -27,7 +27,7 @@ from specdec.train.evaluate import evaluate
 from specdec.train.method import RunContext, TrainingMethod, agreement_name
 from specdec.train.neurons import choose_neurons
 from specdec.train.settings import Positive, Share, TrainSettings
-from specdec.train.states import StateSelection
+from specdec.train.states import NO_PATH, StateSelection
 from specdec.train.student import Teacher, draft_steps, fit_projections, shift_right
 
 STEPS = 4  # drafted tokens per step in evaluation
@@ -160,8 +160,8 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     """Return the draft path that ``settings`` describe for ``target``, scaled to its depth.
 
     The linear layers in the segments have adapters; without segments, those in the early layers, except key and value
-    projections, because early layers use the base model's keys and values. Raises SpecDecError for invalid paths and
-    if there would be nothing to train.
+    projections, because early layers use the base model's keys and values. Scaled segments leave out recurrent layers.
+    Raises SpecDecError for invalid paths and if there would be nothing to train.
     """
     adapters: dict[int, list[str]] = {}
     early, scale = not settings.segments, target.num_layers / (settings.layers_of or target.num_layers)
@@ -170,6 +170,8 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     ends = [(int(min(round(lo * scale), most)), round(hi * scale)) for lo, hi in settings.segments]
     segments = tuple((lo, max(hi, lo + 1)) for lo, hi in ends)
     stops = dict(zip((hi for _, hi in settings.segments), (hi for _, hi in segments), strict=True))
+    if settings.layers_of and target.recurrent_layers:
+        segments = tuple(dict.fromkeys(each for lo, hi in segments for each in _without_states(target, lo, hi)))
     exits = tuple(stops.get(layer) or round(layer * scale) for layer in settings.exits)
     path = M2R2Path(exit_layer, segments, settings.final_projection, settings.rank, {}, exits, settings.neurons)
     path.check(target.num_layers)
@@ -184,6 +186,23 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
     if not any(adapters.values()) and not settings.final_projection:
         raise SpecDecError("setting 'adapt' names no linear map of this model, so there is nothing to train")
     return dataclasses.replace(path, adapters=adapters)
+
+
+def _without_states(target: Target, lo: int, hi: int) -> list[tuple[int, int]]:
+    """Return the longest ranges of layers within [lo, hi) that are not recurrent.
+
+    If all layers there are recurrent, it is the nearest layer that is not. Raises SpecDecError if there is none.
+    """
+    found = [layer for layer in range(target.num_layers) if layer not in target.recurrent_layers]
+    if not found:
+        raise SpecDecError(f"all layers of this model are recurrent, {NO_PATH}")
+    nearest = min(found, key=lambda layer: abs(2 * layer + 1 - lo - hi))
+    chosen = [layer for layer in found if lo <= layer < hi] or [nearest]
+    begins = [layer for layer in chosen if layer - 1 not in chosen]
+    ends = [layer + 1 for layer in chosen if layer + 1 not in chosen]
+    ranges = list(zip(begins, ends, strict=True))
+    longest = max(end - begin for begin, end in ranges)
+    return [(begin, end) for begin, end in ranges if end - begin == longest]
 
 
 def path_states(path: M2R2Path, num_layers: int) -> StateSelection:

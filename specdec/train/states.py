@@ -33,6 +33,10 @@ from specdec.train.output import writing
 INDEX, VERSION = "index.json", 1
 SHARD_ANSWERS = 256  # answers per shard
 EVERY_TOKEN = "ids", "k.", "v."  # prefixes of tensors with an entry for every token; all others begin at ``first``
+NO_PATH = (
+    "and training runs through layers with attention only; m2r2 learns from texts of this model by itself (specdec "
+    "learn MODEL), and medusa runs no layer"
+)
 PASS_TOKENS = 1024  # tokens per forward pass, padding included: intermediate results fit into the CPU cache
 READOUT_ROWS = 256  # positions per call of the output head
 SUM_ROWS = 8  # positions per log-sum-exp in float32
@@ -70,6 +74,15 @@ class AnswerStates:
     log_z: Tensor
 
 
+def check_layers(target: Target, wanted: StateSelection) -> None:
+    """Raise SpecDecError if ``wanted.kv`` has a recurrent layer of ``target``, because its states are not stored."""
+    if recurrent := sorted(target.recurrent_layers.intersection(wanted.kv)):
+        raise SpecDecError(f"layer {recurrent[0]} is recurrent, {NO_PATH}")
+    sources = key_sources(target.model.config.get_text_config()) if wanted.kv else []
+    if shared := [layer for layer in wanted.kv if sources[layer] != layer]:
+        raise SpecDecError(f"layer {shared[0]} reads the keys of another layer, {NO_PATH}")
+
+
 def first_stored(prompt: int) -> int:
     """Return the first position whose hidden states are stored, after a prompt of ``prompt`` tokens."""
     return max(prompt - 2, 0)
@@ -95,19 +108,8 @@ def compute_states(
 
     progress: shows the number of finished tokens. name: names these states in its bar.
     Raises SpecDecError if the folder holds states of another model or of other answers, for damaged or missing shards,
-    for a full disk, and if ``wanted.kv`` has a recurrent layer, because its states are not stored.
+    and for a full disk.
     """
-    if recurrent := sorted(target.recurrent_layers.intersection(wanted.kv)):
-        raise SpecDecError(
-            f"layer {recurrent[0]} is recurrent, and training runs through layers with attention only; m2r2 learns "
-            "from texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
-        )
-    sources = key_sources(target.model.config.get_text_config()) if wanted.kv else []
-    if shared := [layer for layer in wanted.kv if sources[layer] != layer]:
-        raise SpecDecError(
-            f"layer {shared[0]} reads the keys of another layer, and training runs through layers with keys of their "
-            "own; m2r2 learns from texts of this model by itself (specdec learn MODEL), and medusa runs no layer"
-        )
     index: dict[str, Any] = {
         "version": VERSION,
         "fingerprint": target.fingerprint,
@@ -198,7 +200,7 @@ def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tens
     taps: its keys are layers; the values are replaced by the inputs of these layers [B, L, D].
     """
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-    given = Pass(positions, cache.register(0, positions), cache, taps, ids=ids)
+    given = Pass(positions, cache.register(0, positions), cache, taps)
     return target.layers(target.embed(ids, positions), 0, target.num_layers, given)
 
 
@@ -212,7 +214,7 @@ def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerS
             split["ids"][i],
             prompt,
             first_stored(prompt),
-            {n: (split[f"k.{n}"][i], split[f"v.{n}"][i]) for n in wanted.kv},
+            {n: (split[f"k.{n}"][i], split[f"v.{n}"][i]) for n in wanted.kv if f"k.{n}" in split},
             {layer: split[f"hidden.{layer}"][i] for layer in wanted.hidden},
             split["best"][i],
             split["log_z"][i],

@@ -92,6 +92,8 @@ def _prepare(
     if settings.init:
         _note_other_base(settings.init, target, progress.console)
     method = lookup(settings.method)(settings, target)
+    wanted = method.teacher_states()
+    states.check_layers(target, wanted)
     data.check_token_ids(items, target.vocab_size)
     data.check_holdout(items, held, tokenizer.decode)
     known = known_answers(output, decoder, items)
@@ -113,7 +115,7 @@ def _prepare(
         vocab = torch.tensor(chosen, dtype=torch.int32)
     vocab = None if vocab is None else vocab.to(target.device)
     method.prepare(RunContext(output, train, decoder.target, progress))
-    parts, wanted = {"train": train, "eval": held_out}, method.teacher_states()
+    parts = {"train": train, "eval": held_out}
     records = [
         states.compute_states(output / STATES / name, decoder.target, part, wanted, progress, name)
         for name, part in parts.items()

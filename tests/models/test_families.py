@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from passes import IN_BLOCKS
 from safetensors.torch import save_file
 from targets import needs_native
-from tiny import greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
-from tiny_gguf import ARCHITECTURES, TYPES
+from tiny import ROPES, greedy_reference, model_of, rough_model, save_tiny, save_tiny_moe, sizes_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 from zoo import PROMPTS, run
 
@@ -64,7 +61,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # what configs of published checkpoint
         **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "output_gate_type": "swish"},
     },
     "phi3": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}},
-    "smollm3": {"max_window_layers": 28, "pretraining_tp": 2, "use_sliding_window": False},
+    "smollm3": {
+        **{"max_window_layers": 28, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4, "pretraining_tp": 2},
+        **{"rope_scaling": None, "rope_theta": 5e6, "sliding_window": None, "use_sliding_window": False},
+    },
+    "ministral3": {"rope_parameters": ROPES["ministral3"] | {"beta_fast": 32.0, "beta_slow": 1.0, "type": "yarn"}},
+    "granite": {"attention_bias": False, "mlp_bias": False, "normalization_function": "rmsnorm", "init_method": "mup"},
     "olmoe": {"clip_qkv": None},
 }
 
@@ -105,22 +107,6 @@ def test_the_text_model_of_a_multimodal_checkpoint_runs_natively(tmp_path, monke
     native = loading.load(tmp_path, dtype="bfloat16")[0]
     target, note = make_target(native)
     assert isinstance(native, NativeModel) and target.runtime == "native", note
-
-
-def test_the_table_of_the_docs_says_what_runs_and_how_it_is_tested() -> None:
-    """From the lists that the tests named there run through; families that differ in nothing share a row."""
-    rows = dict[str, list[str]]()
-    for family in sorted(tiny.FAMILIES | tiny.HYBRIDS, key=lambda name: name not in families.FAMILIES):
-        runs = ["`native`", "`torch`"] * (family in families.FAMILIES) + ["`transformers`"]
-        file = ARCHITECTURES.get(family, [""])[0]
-        lists = {"native": families.FAMILIES, "blocks": [row[0] for row in IN_BLOCKS], "files": ARCHITECTURES}
-        tested = ["generate", *(name for name in lists if family in lists[name])]
-        rest = " | ".join([", ".join(runs), "all" if file else "", ", ".join(tested)])
-        rows.setdefault(rest, []).append(f"`{family}`" + f" (`{file}`)" * (file not in ("", family)))
-    table = [f"| {', '.join(names)} | {rest} |" for rest, names in rows.items()]
-    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
-    assert "\n".join(table) in page
-    assert f"All types of blocks: {', '.join(TYPES)}." in page
 
 
 def test_so_is_one_of_the_rotation() -> None:

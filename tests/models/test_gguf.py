@@ -15,8 +15,8 @@ import pytest
 import torch
 from passes import apart
 from refusals import refused
-from tiny import ROPES, SMALL, rough_model, sizes_of
-from tiny_gguf import ARCHITECTURES, write_family, write_gguf, write_model
+from tiny import SMALL, rough_model
+from tiny_gguf import ARCHITECTURES, file_sizes, write_family, write_gguf, write_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -55,30 +55,12 @@ def reference(path: Path, dtype: torch.dtype = torch.bfloat16):
     return load(path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
 
 
-def sizes(family: str) -> dict:
-    """Of a model whose config a GGUF file can hold: windows and layers without rotation are in their usual order."""
-    found = sizes_of(family)
-    if family == "ministral3":
-        found["rope_parameters"] = ROPES[family]
-    if family in ("granite", "olmo2", "smollm3", "qwen2", "olmoe"):
-        found |= {"hidden_size": 128, "head_dim": 32}
-    if family == "smollm3":
-        found["no_rope_layer_interval"] = 4
-    if family == "gemma3_text":
-        found |= {"num_hidden_layers": 7, "layer_types": None}
-    if family in ("gemma2", "gemma3_text"):
-        found["query_pre_attn_scalar"] = 32
-    if family == "gpt_oss":
-        found["swiglu_limit"] = 7.0
-    return found
-
-
 @pytest.mark.parametrize(
     ("family", "older"), [*((family, False) for family in ARCHITECTURES), ("qwen3_next", True)], ids=str
 )
 def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path, family, older):
     """Config, numbers and logits, in float32; where transformers reads such files, it reads the same model."""
-    source = rough_model(family, **sizes(family))
+    source = rough_model(family, **file_sizes(family))
     path = write_family(tmp_path / "it.gguf", source, older=older)
     model, _ = loading.load(path, dtype="float32")
     given, ours = source.config.to_dict(), model.transformers().config.to_dict()
@@ -99,10 +81,26 @@ def test_a_file_of_each_family_is_the_model_that_it_was_made_of(cache, tmp_path,
             assert torch.equal(value, theirs), name
 
 
+def test_the_file_of_a_dense_granite_4_is_a_granite(cache, tmp_path):
+    """llama.cpp's converter writes what a hybrid needs, too: keys by layer, and sizes of layers that are not there."""
+    source = rough_model("granite", **file_sizes("granite"))
+    ssm = dict.fromkeys(("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank"), 4)
+    more = {f"ssm.{key}": value for key, value in ssm.items()} | {"attention.head_count_kv": [2] * 4}
+    more |= {"expert_count": 0, "expert_used_count": 0, "expert_shared_feed_forward_length": 96}
+    more |= {"feed_forward_length": 128}
+    model, _ = loading.load(write_family(tmp_path / "it.gguf", source, metadata=more), dtype="float32")
+    ids = torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        assert apart(model(ids).logits, source(ids).logits) < 1e-4
+    more["attention.head_count_kv"] = [2, 0, 2, 0]
+    with refused(r"says that num_key_value_heads is '\[2, 0, 2, 0\]'"):
+        loading.load(write_family(tmp_path / "other.gguf", source, metadata=more), dtype="float32")
+
+
 def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path):
     """As in Phi-4-mini. The self-check of a runtime compares with the model, so the model has to be right."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
-    source = rough_model("phi3", **(sizes("phi3") | {"hidden_size": 256, "rope_parameters": rope}))
+    source = rough_model("phi3", **(file_sizes("phi3") | {"hidden_size": 256, "rope_parameters": rope}))
     model, _ = loading.load(write_family(tmp_path / "it.gguf", source), dtype="bfloat16")
     assert model.config.rope_parameters["partial_rotary_factor"] == 0.75
     target, note = make_target(model)
@@ -115,7 +113,7 @@ def test_heads_of_which_a_part_rotates_are_those_of_the_file(cache, tmp_path):
 
 def test_the_window_of_a_phi3_file_is_that_of_its_model(cache, tmp_path):
     """As in Phi-3-mini-4k. Files of models without a window say 0."""
-    source = rough_model("phi3", **(sizes("phi3") | {"sliding_window": 8}))
+    source = rough_model("phi3", **(file_sizes("phi3") | {"sliding_window": 8}))
     model, _ = loading.load(write_family(tmp_path / "it.gguf", source), dtype="float32")
     target, note = make_target(model, "transformers")
     ids = torch.arange(5, 45)[None]
@@ -170,7 +168,7 @@ def test_types_that_cannot_be_read_are_refused_in_one_sentence(cache, tmp_path, 
 def test_memory_is_checked_for_what_a_model_will_hold(cache, tmp_path, family, monkeypatch):
     """Also where types of blocks are unpacked; those that gates have beside others are, and experts in blocks are not
     counted: they may stay on the disk."""
-    source = rough_model(family, **sizes(family), tie_word_embeddings=True)
+    source = rough_model(family, **file_sizes(family), tie_word_embeddings=True)
     path = write_family(tmp_path / "it.gguf", source, "Q8_0", gates="Q5_0" if family == "qwen3_next" else "")
     for kinds in KINDS, ():
         with monkeypatch.context() as patch:
@@ -195,7 +193,7 @@ def test_memory_is_checked_for_what_a_model_will_hold(cache, tmp_path, family, m
 @pytest.mark.parametrize(("family", "kind"), [("gpt_oss", "Q8_0"), ("qwen3_moe", "F16")])
 def test_experts_that_stay_in_the_file_are_those_of_the_model(cache, tmp_path, family, kind):
     """In each of its forms, and with the same fingerprint."""
-    path = write_family(tmp_path / "it.gguf", rough_model(family, **sizes(family)), kind)
+    path = write_family(tmp_path / "it.gguf", rough_model(family, **file_sizes(family)), kind)
     model, dense = loading.load(path)[0], loading.load(path)[0]
     assert isinstance(model.model.layers[1].mlp.experts, BlockExperts)
     densify(dense)
@@ -215,7 +213,7 @@ def test_experts_that_stay_in_the_file_are_those_of_the_model(cache, tmp_path, f
 )
 def test_a_matrix_of_two_tensors_stays_in_blocks_if_one_type_has_both(cache, tmp_path, kind, gates, kept, capsys):
     """The first one of recurrent layers of Qwen3-Next; its rows are those of the tensors, by key head."""
-    source = rough_model("qwen3_next", **sizes("qwen3_next") | WIDE)
+    source = rough_model("qwen3_next", **file_sizes("qwen3_next") | WIDE)
     path = write_family(tmp_path / "it.gguf", source, kind, gates)
     model, _ = loading.load(path)
     assert (f"of type {kind} with {gates}" in capsys.readouterr().err) == (kept is None)
@@ -233,7 +231,7 @@ def test_a_matrix_of_two_tensors_stays_in_blocks_if_one_type_has_both(cache, tmp
 
 @pytest.mark.parametrize(("gates", "said"), [("Q5_0", False), ("IQ4_NL", True)])
 def test_a_note_says_what_all_experts_take_if_there_are_no_kernels_for_some(cache, tmp_path, gates, said, capsys):
-    path = write_family(tmp_path / "it.gguf", rough_model("qwen3_moe", **sizes("qwen3_moe")), "Q8_0", gates)
+    path = write_family(tmp_path / "it.gguf", rough_model("qwen3_moe", **file_sizes("qwen3_moe")), "Q8_0", gates)
     assert isinstance(loading.load(path)[0].model.layers[0].mlp.experts, BlockExperts) != said
     found = [each for name, each in read_header(path).tensors.items() if name.endswith("exps.weight")]
     need, stored = 2 * sum(math.prod(each.shape) for each in found), sum(each.nbytes for each in found)
@@ -243,7 +241,7 @@ def test_a_note_says_what_all_experts_take_if_there_are_no_kernels_for_some(cach
 
 @pytest.mark.parametrize("shape", [None, (128, 32), (64, 64)])
 def test_one_of_two_tensors_that_does_not_fit_is_named(cache, tmp_path, shape):
-    path = write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **sizes("qwen3_next")))
+    path = write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **file_sizes("qwen3_next")))
     file, name = read_header(path), "blk.2.attn_gate.weight"
     model = NativeModel(gguf_model.config_of("it", file), torch.bfloat16)
     gguf_model.check_tensors("it", file, model)
@@ -255,7 +253,7 @@ def test_one_of_two_tensors_that_does_not_fit_is_named(cache, tmp_path, shape):
 
 
 def test_value_heads_that_are_not_equally_many_for_each_key_head_are_refused(cache, tmp_path):
-    file = read_header(write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **sizes("qwen3_next"))))
+    file = read_header(write_family(tmp_path / "it.gguf", rough_model("qwen3_next", **file_sizes("qwen3_next"))))
     file.metadata["qwen3next.ssm.group_count"] = 3
     with pytest.raises(SpecDecError, match="4 value heads for 3 key heads"):
         gguf_model.config_of("it", file)
@@ -298,7 +296,7 @@ def test_a_model_in_blocks_decodes_in_every_runtime(cache, tmp_path, runtime):
     ],
 )
 def test_broken_scales_are_named(cache, tmp_path, family, tensor, scale, weight):
-    path = write_family(tmp_path / "it.gguf", rough_model(family, **sizes(family)), "Q8_0")
+    path = write_family(tmp_path / "it.gguf", rough_model(family, **file_sizes(family)), "Q8_0")
     info = read_header(path).tensors[f"blk.1.{tensor}.weight"]
     with path.open("r+b") as file:
         file.seek(info.offset)
@@ -309,7 +307,7 @@ def test_broken_scales_are_named(cache, tmp_path, family, tensor, scale, weight)
 
 @pytest.mark.parametrize(("call", "ends"), [("<|call|>", ["<|return|>", "<|call|>"]), ("X", ["<|return|>", "<|end|>"])])
 def test_where_a_turn_has_several_messages_the_end_of_one_does_not_end_it(cache, tmp_path, call, ends):
-    path = write_family(tmp_path / "it.gguf", rough_model("gpt_oss", **sizes("gpt_oss")))
+    path = write_family(tmp_path / "it.gguf", rough_model("gpt_oss", **file_sizes("gpt_oss")))
     file = read_header(path)
     tokens, kinds = file.metadata["tokenizer.ggml.tokens"].texts, file.metadata["tokenizer.ggml.token_type"]
     for token, text in zip((1, 2, 5, 6), ("<s>", "<|return|>", "<|end|>", call), strict=True):

@@ -79,7 +79,11 @@ def test_experts_that_become_dense_are_those_of_transformers(cache: Path, tmp_pa
     source = rough_model("qwen3_moe", **sizes_of("qwen3_moe"))
     model, _ = loading.load(write_family(tmp_path / "it.gguf", source, "Q8_0"))
     ids = torch.arange(1, 9)[None]
-    expected = model(ids).logits
+    expected, whole = model(ids).logits, model.transformers()
+    with temporarily_dense(whole):
+        assert apart(whole(ids).logits.float(), expected.float()) < 0.02
+    experts = [module for module in model.modules() if isinstance(module, BlockExperts)]
+    assert experts and all(values.is_meta for each in experts for values in each.own[0].parameters())  # no copy stays
     with temporarily_dense(model):
         assert apart(model(ids).logits.float(), expected.float()) < 0.02
         assert not any(isinstance(module, BlockExperts) for module in model.transformers().modules())

@@ -15,7 +15,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 from spies import noted
 from targets import needs_native
-from tiny import save_native, save_tiny_moe
+from tiny import save_granite4, save_native, save_tiny_moe
 from tiny_gguf import write_model
 from tiny_tokenizers import special_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -87,6 +87,38 @@ def test_the_model_of_a_folder_is_that_of_transformers(tmp_path: Path, family: s
     if library.runs():
         target, note = make_target(model)
         assert target.runtime == "native", note
+
+
+def test_a_dense_granite_4_is_a_granite(tmp_path: Path) -> None:
+    """Its checkpoint has the type of the hybrids, and gate and up in one tensor."""
+    folder = save_granite4(tmp_path / "it")
+    model, _ = loading.load(folder)
+    assert isinstance(model, NativeModel) and model.config.model_type == "granite"
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(model(ids).logits, theirs(folder)(ids).logits)
+    if library.runs():
+        target, note = make_target(model)
+        assert target.runtime == "native", note
+    wide, _ = loading.load(folder, dtype="float32")  # as training does
+    assert isinstance(wide, NativeModel) and identity.fingerprint(wide) == identity.fingerprint(model)
+    assert torch.allclose(wide(ids).logits, theirs(folder, torch.float32)(ids).logits, atol=1e-5)
+    assert make_target(wide)[0].runtime == "torch"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["linear_attention", "full_attention"] * 2},
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"position_embedding_type": None},
+        {"attention_gate": "sigmoid"},  # unknown
+    ],
+)
+def test_other_models_of_that_type_run_in_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model, _ = loading.load(save_granite4(tmp_path / "it", **changes))
+    assert type(model).__name__ == "GraniteMoeHybridForCausalLM"
+    with pytest.raises(SpecDecError, match="is unknown to the native runtime"):
+        make_target(model, "native")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -23,6 +23,41 @@ def test_reasoning_is_apart_from_the_answer(text: str, template: str) -> None:
     assert back.status_code == 200
 
 
+# How the templates of Qwen3.5's small models, which think if they are told to, and of Ministral 3 end or mark thoughts.
+OFF = (
+    "{{ messages[0].content }}<think>\n"
+    "{% if enable_thinking is not defined or not enable_thinking %}\n</think>\n\n{% endif %}"
+)
+MARKED = "{{ messages[0].content }}{# [THINK] [/THINK] #}"
+
+
+@pytest.mark.parametrize(
+    ("text", "template", "how", "reasoning"),
+    [
+        ("Three.", OFF, {}, None),
+        ("Red, green.\n</think>\n\nThree.", OFF, {"chat_template_kwargs": {"enable_thinking": True}}, "Red, green."),
+        ("Red, green.\n</think>\n\nThree.", OFF, {"reasoning_effort": "high"}, "Red, green."),
+        ("[THINK]Red, green.[/THINK]Three.", MARKED, {}, "Red, green."),
+        ("Three.", MARKED, {}, None),
+    ],
+)
+def test_reasoning_of_small_models(text: str, template: str, how: dict[str, Any], reasoning: str | None) -> None:
+    with answering(text, template=template) as server:
+        message = server.chat(**how).json()["choices"][0]["message"]
+    assert message.get("reasoning_content") == reasoning and message["content"] == "Three."
+
+
+def test_documents_are_given_to_a_template_that_has_them() -> None:
+    """As Granite's; another template has no such argument."""
+    template = "{% for each in documents or [] %}{{ each.text }}{% endfor %}{{ messages[0].content }}"
+    given = {"chat_template_kwargs": {"documents": [{"text": "abc"}]}}
+    with answering("A", template=template) as server:
+        counts = [server.chat(**each).json()["usage"]["prompt_tokens"] for each in ({}, given)]
+    assert counts[1] == counts[0] + 3
+    with answering("A") as server:
+        assert server.chat(**given).status_code == 400
+
+
 def test_thoughts_of_a_message_are_given_to_the_template() -> None:
     template = "{% for m in messages %}{{ m.content }}{{ m.reasoning_content or '' }}{% endfor %}"
     with answering("A", template=template) as server:

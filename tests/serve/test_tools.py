@@ -20,6 +20,7 @@ from specdec.serve.tools import (
     GEMMA,
     HARMONY,
     HERMES,
+    LFM,
     LLAMA,
     MISTRAL,
     MISTRAL_NAMED,
@@ -78,6 +79,8 @@ XML = (
     '{"sync": true}\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>'
 )
 GEMMAS = '<|tool_call>call:write{path:<|"|>a "b".py<|"|>,mode:420,opts:{d:[1,<|"|>x:{<|"|>],sync:true}}<tool_call|>'
+PYTHON = "write(path='a \"b\".py', mode=420, opts={'sync': True, 'to': None})"
+ODD = "[now(1)]", "now", "[now(a=b'x')]", "[now(a=1e999)]", "now(a=print(1))", "[now(**{'a': 1})]", "-" * 9000 + "1", ""
 WRITTEN = {"path": 'a "b".py', "text": "def f():\n    return '<x>'\n", "mode": 420, "opts": {"sync": True}}
 Blocks = list[tuple[str, ...]]
 RECORDED: list[tuple[Format, str, Blocks, list[tuple[str, Any]]]] = [
@@ -97,6 +100,13 @@ RECORDED: list[tuple[Format, str, Blocks, list[tuple[str, Any]]]] = [
     (FUNCTION_GEMMA, "<start_function_call>call:weather{city:<escape>Rome<escape>,days:3}<end_function_call>",
      [], [("weather", {"city": "Rome", "days": 3})]),
     (LLAMA, '<|python_tag|>{"name": "now", "parameters": {}}', [], [("now", {})]),
+    (LFM, f"<|tool_call_start|>[{PYTHON}, now()]<|tool_call_end|>It is warm.", [("text", "It is warm.")],
+     [("write", {"path": 'a "b".py', "mode": 420, "opts": {"sync": True, "to": None}}), ("now", {})]),
+    (LFM, "Well. <|tool_call_start|>now()", [("text", "Well.")], [("now", {})]),
+    (LFM, '<|tool_call_start|>[{"name": "now", "arguments": {}}]<|tool_call_end|>', [], [("now", {})]),
+    (LFM, '[{"name": "now", "arguments": {}}]', [], [("now", {})]),
+    *[(LFM, f"<|tool_call_start|>{odd}<|tool_call_end|>", [("text", odd)], []) for odd in ODD],
+    (LFM, "<|tool_call_start|>[rm(path='/')]<|tool_call_end|>", [("text", "rm({\"path\": \"/\"})")], []),
 ]  # fmt: skip
 OPTIONS = {"anyOf": [{"type": "object"}, {"type": "null"}]}
 MEMBERS = {"path": {"type": "string"}, "text": {"type": "string"}, "mode": {"type": "integer"}, "opts": OPTIONS}
@@ -183,6 +193,7 @@ def test_forms_are_found_in_templates() -> None:
     assert find_format("tools <tool_call><function=x>") is QWEN_XML
     assert find_format("tools <|tool_call>") is GEMMA and find_format("tools <start_function_call>") is FUNCTION_GEMMA
     assert find_format("<|channel|> <|message|>") is HARMONY
+    assert find_format("tools List of tools: <|tool_list_start|>[") is find_format("tools List of tools: [") is LFM
     assert find_format("<tool_call>") is find_format("tools") is find_format("tools <tool_call><arg_key>") is PLAIN
     assert find_thoughts("x </think>") == REASONING and find_thoughts("x") is None
 

@@ -20,9 +20,19 @@ def save_tiny(folder: Path, context: int = 4096, **sizes: int) -> Path:
     return _save(folder, "llama", {"max_position_embeddings": context, **sizes})
 
 
+def save_model(folder: Path, family: str) -> Path:
+    """Write a folder of a small float32 model of ``family``, as ``save_tiny`` does."""
+    return _save(folder, family, {})
+
+
 def save_native(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.bfloat16, **more: object) -> Path:
     """Write a folder as ``save_tiny`` does, of a family and with sizes that the native runtime supports."""
     return _save(folder, kind, sizes_of(kind) | more, dtype)
+
+
+def save_granite4(folder: Path, **more: object) -> Path:
+    """Write a folder of a dense Granite 4 of bfloat16 weights."""
+    return _save(folder, "granitemoehybrid", DENSE_GRANITE4 | more, torch.bfloat16)
 
 
 def save_tiny_moe(folder: Path, kind: str = "mixtral", dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -193,6 +203,25 @@ HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
         "moe_intermediate_size": 16,
         "num_dense_layers": 1,
     },
+}
+
+
+DENSE_GRANITE4: dict[str, object] = {  # as published: the type of the hybrids, no recurrent layer and no experts
+    "layer_types": ["attention"] * 4,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 96,
+    "intermediate_size": 128,
+    "hidden_size": 128,
+    "mamba_n_heads": 8,
+    "mamba_expand": 2,
+    "position_embedding_type": "rope",
+    "attention_multiplier": 0.1,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 0.8,
+    "init_method": "mup",
+    "normalization_function": "rmsnorm",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from tiny import rough_model
+from tiny import ROPES, rough_model, sizes_of
 from tokenizers import pre_tokenizers
 
 from specdec.models.gguf.blocks import KINDS
@@ -257,6 +257,24 @@ def _replace(writer: gguf.GGUFWriter, key: str, values: list[int]) -> None:
     writer.add_array(f"gemma4.{key}", values)
 
 
+def file_sizes(family: str) -> dict[str, Any]:
+    """Of a model whose config a GGUF file can hold: windows and layers without rotation are in their usual order."""
+    found: dict[str, Any] = sizes_of(family)
+    if family == "ministral3":
+        found["rope_parameters"] = ROPES[family]
+    if family in ("granite", "olmo2", "smollm3", "qwen2", "olmoe"):
+        found |= {"hidden_size": 128, "head_dim": 32}
+    if family == "smollm3":
+        found["no_rope_layer_interval"] = 4
+    if family == "gemma3_text":
+        found |= {"num_hidden_layers": 7, "layer_types": None}
+    if family in ("gemma2", "gemma3_text"):
+        found["query_pre_attn_scalar"] = 32
+    if family == "gpt_oss":
+        found["swiglu_limit"] = 7.0
+    return found
+
+
 def write_family(
     path: Path,
     model: Any,
@@ -268,6 +286,7 @@ def write_family(
     apart: bool = False,
     tensors: Mapping[str, np.ndarray] = {},
     in_blocks: Mapping[str, np.ndarray] = {},
+    metadata: Mapping[str, Any] = {},
 ) -> Path:
     """Write a model of transformers as a GGUF file, as llama.cpp's converter does.
 
@@ -277,10 +296,11 @@ def write_family(
     predicts: the decoder layer of a prediction layer, as a model of one layer; None: there is none.
     apart: whether the file is the companion that has only this layer.
     tensors: further tensors by name. in_blocks: the values of some of them in blocks of ``kind``.
+    metadata: further metadata of the architecture: numbers, or lists of them.
     """
     config = copy.copy(model.config)
     config.allow_global_per_layer_attribute_access = True
-    name, paired, more, metadata = ARCHITECTURES[config.model_type]
+    name, paired, more, fields = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     count, own = config.num_hidden_layers + (predicts is not None), dict(model.named_parameters())
     names, writer = gguf.get_tensor_name_map(architecture, count), gguf.GGUFWriter(path, name)
@@ -293,10 +313,12 @@ def write_family(
         own |= {f"model.layers.{count - 1}.{part}": value for (_, found, part), value in inside if found}
     rope = config.rope_parameters
     writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
-    for key, field in metadata.items():
+    for key, field in fields.items():
         if (value := getattr(config, field)) is not None:
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
             add(f"{name}.{key}", value)
+    for key, value in metadata.items():
+        (writer.add_array if isinstance(value, list) else writer.add_uint32)(f"{name}.{key}", value)
     if name == "phi3":
         size = config.hidden_size // config.num_attention_heads
         writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))

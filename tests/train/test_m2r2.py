@@ -44,3 +44,25 @@ def test_given_paths_scale_with_the_depth_of_the_model() -> None:
         target.linears = lambda layer: {"mlp.up_proj": (8, 8)}  # type: ignore[assignment, method-assign, return-value]
         path = path_of(load_settings(M2R2Settings, "m2r2", None, given), target)
         assert (path.exit_layer, path.segments, path.final_projection) == (0, (segment,), True)
+
+
+LFM2 = [2, 5, 8, 10, 12, 14]  # of 16 layers those with attention
+
+
+@pytest.mark.parametrize(
+    ("layers", "attention", "segments"),
+    [
+        (24, range(3, 24, 4), ((19, 20),)),  # Qwen3.5 0.8B and 2B
+        (32, range(3, 32, 4), ((23, 24), (27, 28))),  # 4B
+        (16, LFM2, ((12, 13),)),
+        (40, [5, 15, 25, 35], ((35, 36),)),  # Granite 4: none in the range
+        (52, [35, 38, 39, 41, 43], ((38, 40),)),  # Nemotron-H: attention with the MLP behind it, not an MLP alone
+    ],
+)
+def test_given_paths_leave_out_recurrent_layers(layers: int, attention: list[int], segments: tuple[object]) -> None:
+    target = TransformersTarget(tiny_model("lfm2"))
+    target.num_layers, target.recurrent_layers = layers, frozenset(range(layers)) - {*attention}
+    target.linears = lambda layer: {"mlp.up_proj": (8, 8)}  # type: ignore[assignment, method-assign, return-value]
+    path = path_of(load_settings(M2R2Settings, "m2r2", "m2r2", {}), target)
+    assert path.segments == segments
+    assert sorted(path.adapters) == [layer for lo, hi in segments for layer in range(lo, hi)]  # type: ignore[misc]

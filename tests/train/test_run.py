@@ -14,7 +14,7 @@ import yaml
 from lora import save_lora
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_model
+from tiny import save_granite4, save_native, save_tiny, tiny_model
 from tiny_gguf import write_gguf
 from training import Killed, Tokens, checkpoint_of, evaluations, recipe
 from typer.testing import CliRunner
@@ -23,6 +23,7 @@ from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.models import drafter_folder, loading
+from specdec.runtimes.native import library
 from specdec.train import data, trainer
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
@@ -319,3 +320,39 @@ def test_the_command_answers_prompts_trains_and_leaves_a_drafter(tmp_path: Path)
     again = CliRunner().invoke(app, [*command, "--steps", "4", "--resume"])
     assert again.exit_code == 0, again.output
     assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "refused"),
+    [
+        ("m2r2", "qwen3_5_text", ""),
+        ("m2r2", "lfm2", ""),
+        ("m2r2", "granitemoehybrid", ""),  # a dense one, which is read as another family in all dtypes
+        ("m2r2-paper", "qwen3_5_text", "layer 0 is recurrent, and training runs through layers with attention only"),
+        ("m2r2", "falcon_h1", "all layers of this model are recurrent"),
+    ],
+)
+def test_a_model_with_recurrent_layers_trains_on_its_attention_layers(
+    tmp_path: Path, method: str, kind: str, refused: str
+) -> None:
+    """With the preset; what cannot be trained is refused before the model answers prompts."""
+    folder, output, native = tmp_path / "model", tmp_path / "out", kind in ("granitemoehybrid", "qwen3_5_text")
+    if kind == "granitemoehybrid":
+        save_granite4(folder)
+    else:
+        save_native(folder, kind, torch.bfloat16 if native else torch.float32)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"What is {n} and {n}?" for n in range(9)))
+    given = f"--model {folder} --prompts {tmp_path / 'prompts.txt'} --output {output} --steps 2"
+    more = "--set max_new_tokens=8 --set eval_fraction=0.3 --set rows=2 --set window=8 --set minutes=null"
+    done = CliRunner().invoke(app, ["train", method, *given.split(), *more.split()])
+    if refused:
+        assert done.exit_code == 2 and refused in " ".join(done.stderr.split())
+        assert not (output / "answers.jsonl").exists()
+        return
+    assert done.exit_code == 0, done.output
+    assert drafter_folder.read_config(output)["path"]["segments"] == [[3, 4]]
+    plain, decoder = (SpecDecoder.from_pretrained(str(folder), drafter=name) for name in ("none", str(output)))
+    out = decoder.generate("What is 3?", max_new_tokens=20, num_speculative_tokens=3, ignore_eos=True)
+    assert decoder.target.runtime == (("native" if library.runs() else "torch") if native else "transformers")
+    assert out.token_ids == plain.generate("What is 3?", max_new_tokens=20, ignore_eos=True).token_ids
+    assert out.metrics.num_draft_tokens > 0

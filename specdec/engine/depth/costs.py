@@ -1,10 +1,33 @@
-"""What passes and drafts cost: a formula, corrected by the times of real steps."""
+"""What passes and drafts cost: formulas, corrected by the times of real steps.
+
+A pass over n tokens takes
+
+    seconds = speed * error(n) * sqrt((1 + read * c)^2 + (multiply * n + attend * a)^2) / sqrt(1 + multiply^2)
+
+with c cached tokens in all rows, and a pairs of a token and a cached token of its row. The first square is the time of
+reading the weights (which is 1) and the cached tokens, the second one that of multiplying the tokens by both
+(``TokenCosts``). The root at the end makes the formula 1 for one token and an empty cache, so that speed is the seconds
+of such a pass. error(n) is what the formula does not know: 1 for one token, a value of its own for 2, 4, 8, .. tokens,
+and interpolated for other numbers.
+
+Drafting takes
+
+    seconds = draft + first(exit) + levels * level(exit)
+
+where a draft without levels has the first part only, and
+
+    part = (share of a pass * speed + overhead) * error(part, number of rows)
+
+The speed and the errors are estimated from the times of steps, as logarithms: the logarithm of a pass's time is the sum
+of theirs and of the formula's. A Kalman filter keeps the mean and the covariance of them.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,18 +35,21 @@ from pydantic.dataclasses import dataclass
 from specdec.runtimes.draft_path import NEAR
 from specdec.runtimes.target import TokenCosts
 
-MOST_TOKENS = 1024  # of the largest pass that has a cost of its own
-TYPICAL_TOKENS = 4  # that a step drafts
-# Errors of the formula, as logarithms: from one number of tokens to its double, and of other figures.
-SPREAD, OTHER_SPREAD = 0.15, 0.5
-NOISE, DRAFT_NOISE = 0.1, 0.3  # of the times of passes and of drafts, likewise
+MOST_TOKENS = 1024  # tokens of the largest pass that has a cost of its own
+TYPICAL_TOKENS = 4  # tokens that a step drafts
+# Standard deviations, of logarithms.
+SPREAD = 0.15  # of error(2 n) from error(n), before any time is known
+OTHER_SPREAD = 0.5  # of the error of a part of drafting, and of a speed that an earlier process has measured
+NOISE = 0.1  # of the time of a pass from its expectation
+DRAFT_NOISE = 0.3  # of the time of drafting from its expectation
 DRIFT = 0.01  # of the machine's speed, from step to step
 OUTLIER = 0.5  # errors of passes beyond this count less
 MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
 SURE = 2.5  # standard deviations by which a time can be too short by chance
-FIXED = 0.02  # assumed cost of a draft beside its levels, and of the first level beyond a further one, in passes
-OVERHEAD = 0.00015  # seconds that the first level is assumed to cost beyond that
-LEVEL, FIRST, DRAFT = "level", "first", "draft"
+# Assumed costs of drafting.
+FIXED = 0.02  # of a draft without its levels, and of the first level beyond a further one, in passes
+OVERHEAD = 0.00015  # of the first level beyond that, in seconds
+LEVEL, FIRST, DRAFT = "level", "first", "draft"  # the parts of drafting
 
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
@@ -41,54 +67,45 @@ class Costs:
     trials: list[list[float]] = Field(default_factory=list)
 
 
-class CostModel:
-    """Seconds of passes over tokens of several rows, and of drafting.
+class LogError(NamedTuple):
+    """An estimated logarithm of measured over expected seconds. mean: the estimate. variance: that of its error."""
 
-    A pass reads the weights and the cached tokens once, and multiplies each of its tokens by both: for n tokens of one
-    row with c cached ones it takes sqrt((1 + c * read)^2 + (n * (multiply + c * attend))^2), in passes over no token
-    with an empty cache (``TokenCosts``). A level costs its share of a pass. The machine's present speed and the errors
-    of the formula are estimated together from the times of steps, by a Kalman filter of the logarithms. The errors of
-    two numbers of tokens are the more alike, the nearer they are.
+    mean: float
+    variance: float
+
+
+class CostModel:
+    """Estimates seconds of passes over tokens of several rows, and of drafting; the module has the formulas.
 
     costs: the constants ``multiply``, ``read`` and ``attend`` of the formula.
     shares: for each exit, cost of drafting one level as a share of a pass.
-    earlier: costs from an earlier process; None: there are none.
+    places: for each number of tokens n, (whole part, fraction) of log2(n).
+    state: logarithms of speed, error(2), error(4), .., as far as passes were as large.
+    covariance: of the errors of ``state``.
+    known: whether the speed is.
+    others: estimates of the errors of drafting by (part, exit), and then by number of rows.
+    seen: the parts that have been timed once; the first time of a part does not count.
     """
 
     def __init__(self, costs: TokenCosts, shares: Sequence[float], earlier: Costs | None = None) -> None:
+        """Begin with the formulas, or with the costs of an ``earlier`` process; None: there are none."""
         self.costs = costs
         self.shares = [max(share, 1e-4) for share in shares]
-        # Of each number of tokens: its place among 1, 2, 4, ..
-        self.place = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
-        self.state = [0.0]  # the speed, which is the error at one token, and the errors at 2, 4, .. over it, if known
-        self.covariance = [[1.0]]  # of the state
-        self.known = False  # whether the speed is
-        self.others: dict[tuple[str, int], dict[int, list[float]]] = {}  # by rows, errors and their variances
+        self.places = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
+        self.state = [0.0]
+        self.covariance = [[1.0]]
+        self.known = False
+        self.others: dict[tuple[str, int], dict[int, LogError]] = {}
         self.seen = set[tuple[str, int]]()
         if earlier is not None and earlier.passes:
-            # Errors count half: what a busy machine made look dear would not be tried, and so not be corrected.
-            speed, *errors = earlier.passes[: int(math.log2(MOST_TOKENS)) + 1]
-            self._reach(len(errors))
-            self.state[:] = [speed, *(error / 2 for error in errors)]
-            self.covariance[0][0], self.known = OTHER_SPREAD**2, True
-            for name, error in earlier.others.items():
-                kind, exit, rows = name.split(" ")
-                self.others.setdefault((kind, int(exit)), {})[int(rows)] = [error / 2, OTHER_SPREAD**2 / 4]
+            self._restore(earlier)
+
+    # -- passes -------------------------------------------------------------------------------------------------------
 
     @property
     def speed(self) -> float:
         """Logarithm of the seconds of a pass over one token with an empty cache."""
         return self.state[0]
-
-    def formula(self, tokens: int, cached: int, attended: int) -> float:
-        """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
-
-        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
-        attended: number of pairs of a token of the pass and a cached token of its row.
-        """
-        multiply, read, attend = self.costs
-        cost = (1 + read * cached) ** 2 + (multiply * tokens + attend * attended) ** 2
-        return 0.5 * (math.log(cost) - math.log1p(multiply**2))
 
     def passing(self, contexts: Sequence[int], most: int) -> list[float]:
         """Return the seconds of passes over the root of each row and 0, 1, .. ``most`` drafted tokens.
@@ -98,7 +115,7 @@ class CostModel:
         rows, cached, least = len(contexts), sum(contexts), min(contexts)
         errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
         for tokens in range(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1):
-            below, share = self.place[tokens]
+            below, share = self.places[tokens]
             lower, upper = errors[min(int(below), last)], errors[min(int(below) + 1, last)]
             formula = self.formula(tokens, cached, cached + (tokens - rows) * least)
             seconds.append(math.exp(self.speed + formula + lower + share * (upper - lower)))
@@ -111,37 +128,38 @@ class CostModel:
         base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
         return [(own - base) / some for own in seconds]
 
-    def level(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting one level to exit ``exit``. contexts: number of cached tokens of each row."""
-        return self._other(LEVEL, exit, contexts)
+    def formula(self, tokens: int, cached: int, attended: int) -> float:
+        """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
 
-    def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
-        return self._other(FIRST, exit, contexts)
-
-    def drafting(self, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting that do not depend on the number of levels."""
-        return self._other(DRAFT, 0, contexts)
+        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
+        attended: number of pairs of a token of the pass and a cached token of its row.
+        """
+        multiply, read, attend = self.costs
+        cost = (1 + read * cached) ** 2 + (multiply * tokens + attend * attended) ** 2
+        return 0.5 * (math.log(cost) - math.log1p(multiply**2))
 
     def add_pass(self, tokens: int, seconds: float, cached: int = 0, attended: int = 0) -> None:
         """Update the estimates with the ``seconds`` of a pass; its sizes ``tokens``, ... are as in ``formula``."""
         tokens = min(tokens, MOST_TOKENS)
-        seen = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
+        measured = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
         if not self.known:
-            self.state[0], self.known = seen, True
-        place, share = self.place[tokens]
-        self._reach(math.ceil(place + share))
+            self.state[0] = measured
+            self.known = True
+        # The measured value is a sum of entries of the state, times weights, and of noise.
+        place, share = self.places[tokens]
         weights = {int(place): 1 - share} | ({int(place) + 1: share} if share else {}) | {0: 1.0}
-        error = seen - sum(weight * self.state[n] for n, weight in weights.items())
-        gains = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
-        variance, noise = sum(weight * gains[n] for n, weight in weights.items()), NOISE**2 * max(error / OUTLIER, 1.0)
-        more = _doubt(error, variance, noise)  # the machine has become faster
-        self.covariance[0][0] += more
-        gains[0] += more
-        total = variance + more + noise
-        self.state = [own + gain * error / total for own, gain in zip(self.state, gains, strict=True)]
-        for n, (row, gain) in enumerate(zip(self.covariance, gains, strict=True)):
-            row[:] = [own - gain / total * other for own, other in zip(row, gains, strict=True)]
+        self._reach(max(weights))
+        error = measured - sum(weight * self.state[n] for n, weight in weights.items())
+        covariances = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
+        variance = sum(weight * covariances[n] for n, weight in weights.items())
+        noise = NOISE**2 * max(error / OUTLIER, 1.0)
+        faster = _doubt(error, variance, noise)  # how much faster the machine may have become
+        self.covariance[0][0] += faster
+        covariances[0] += faster
+        total = variance + faster + noise
+        self.state = [own + each * error / total for own, each in zip(self.state, covariances, strict=True)]
+        for n, (row, each) in enumerate(zip(self.covariance, covariances, strict=True)):
+            row[:] = [own - each / total * other for own, other in zip(row, covariances, strict=True)]
             row[n] += DRIFT**2 / (10 if n else 1)
 
     def _reach(self, number: int) -> None:
@@ -154,46 +172,79 @@ class CostModel:
             for row, new in zip(self.covariance, [*last, last[-1] + SPREAD**2], strict=True):
                 row.append(new)
 
+    # -- drafts -------------------------------------------------------------------------------------------------------
+
+    def level(self, exit: int, contexts: Sequence[int]) -> float:
+        """Return the seconds of drafting one level to exit ``exit``. contexts: number of cached tokens of each row."""
+        return self._part(LEVEL, exit, contexts)
+
+    def first(self, exit: int, contexts: Sequence[int]) -> float:
+        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
+        return self._part(FIRST, exit, contexts)
+
+    def drafting(self, contexts: Sequence[int]) -> float:
+        """Return the seconds of drafting that do not depend on the number of levels."""
+        return self._part(DRAFT, 0, contexts)
+
+    def _part(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
+        """Return the estimated seconds of a part of drafting. kind: name of the part, such as "level"."""
+        share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
+        if kind == LEVEL:
+            share *= 1 + self.costs.read * sum(min(own, NEAR) for own in contexts)
+        return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts)).mean)
+
+    def _error(self, kind: str, exit: int, rows: int) -> LogError:
+        """Return the error of a part of drafting, from the nearest number of rows that has been measured."""
+        known = self.others.get((kind, exit), {})
+        if rows in known:
+            return known[rows]
+        nearest = min(known, key=lambda other: abs(math.log(other / rows)), default=None)
+        return LogError(0.0 if nearest is None else known[nearest].mean, OTHER_SPREAD**2)
+
     def add_draft(self, exit: int, contexts: Sequence[int], levels: int, seconds: float) -> None:
         """Update the estimates with the time of drafting ``levels`` levels; uncertain and large parts change most."""
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
             self.seen.update(parts)
             return
-        each = {part: number * self._other(*part, contexts) for part, number in parts.items()}
-        rows, expected = len(contexts), sum(each.values())
+        rows = len(contexts)
+        each = {part: number * self._part(*part, contexts) for part, number in parts.items()}
+        expected = sum(each.values())
+        # An error of a part changes the logarithm of the sum by the part's share of the sum.
+        shares = {part: own / expected for part, own in each.items()}
         errors = {part: self._error(*part, rows) for part in parts}
-        gains = {part: errors[part][1] * own / expected for part, own in each.items()}
+        covariances = {part: errors[part].variance * share for part, share in shares.items()}
+        variance = sum(covariances[part] * share for part, share in shares.items())
         error = math.log(max(seconds, 1e-9) / expected)
-        variance = sum(gains[part] * own / expected for part, own in each.items())
         doubt = 1 + _doubt(error, variance, DRAFT_NOISE**2) / variance
         total = doubt * variance + DRAFT_NOISE**2
         error = min(error, MOST_DEVIATIONS * math.sqrt(total))
-        for part, (own, variance) in errors.items():
-            gain = doubt * gains[part]
-            left = doubt * variance - gain**2 / total + DRIFT**2
-            self.others.setdefault(part, {})[rows] = [own + gain * error / total, left]
+        for part, own in errors.items():
+            covariance = doubt * covariances[part]
+            left = doubt * own.variance - covariance**2 / total + DRIFT**2
+            self.others.setdefault(part, {})[rows] = LogError(own.mean + covariance * error / total, left)
 
-    def _other(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
-        """Return the estimated seconds of a part of drafting. kind: name of the part, such as "level"."""
-        share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
-        if kind == LEVEL:
-            share *= 1 + self.costs.read * sum(min(own, NEAR) for own in contexts)
-        return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts))[0])
-
-    def _error(self, kind: str, exit: int, rows: int) -> list[float]:
-        """Return a drafting cost's [logarithm of measured over formula, variance], from the nearest number of rows."""
-        known = self.others.get((kind, exit), {})
-        if rows in known:
-            return known[rows]
-        nearest = min(known, key=lambda other: abs(math.log(other / rows)), default=rows)
-        return [known.get(nearest, [0.0])[0], OTHER_SPREAD**2]
+    # -- other processes ----------------------------------------------------------------------------------------------
 
     def kept(self) -> Costs:
         """Return the estimates to store for later processes, without ``hits`` and ``trials``."""
-        each = ((*key, rows, error) for key, known in self.others.items() for rows, (error, _) in known.items())
+        each = ((*key, rows, error.mean) for key, known in self.others.items() for rows, error in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
+
+    def _restore(self, earlier: Costs) -> None:
+        """Begin with the costs of an earlier process.
+
+        Errors count half: what a busy machine made look dear would not be tried, and so not be corrected.
+        """
+        speed, *errors = earlier.passes[: int(math.log2(MOST_TOKENS)) + 1]
+        self._reach(len(errors))
+        self.state[:] = [speed, *(error / 2 for error in errors)]
+        self.covariance[0][0] = OTHER_SPREAD**2
+        self.known = True
+        for name, error in earlier.others.items():
+            kind, exit, rows = name.split(" ")
+            self.others.setdefault((kind, int(exit)), {})[int(rows)] = LogError(error / 2, OTHER_SPREAD**2 / 4)
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:

@@ -133,7 +133,8 @@ class AutoDepth:
         self.exits = range(len(self.shares))
         self.model = CostModel(self.token, self.shares, self.earlier)
         self.size = self.tables if self.has_probabilities else 0, len(self.shares), self.max_depth
-        self.common, self.rows = History(*self.size, memory=MEMORY), weakref.WeakSet[History]()
+        self.common = History(*self.size, memory=MEMORY)
+        self.rows = weakref.WeakSet[History]()
         if self.earlier is not None:
             earlier = self.earlier.hits, self.earlier.trials
             for counts, hits, trials in zip(self.common.all_counts(), *earlier, strict=False):

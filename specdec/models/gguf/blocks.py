@@ -7,6 +7,7 @@ A model loaded from such a file has ``BlockLinear`` and ``BlockEmbedding`` modul
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,17 @@ class _BlockModule(_OfBlocks):
         memory.release(self.blocks.data)  # the system reads the pages again from the file
         return values
 
+    def to_transformers(self, weight: nn.Parameter | None = None) -> nn.Linear | nn.Embedding:
+        """Return an ordinary module with the parameter ``weight`` [out, in]; None: the dequantized blocks."""
+        with without_memory():
+            made = self._without_weight()
+        made.weight = nn.Parameter(self.weight, requires_grad=False) if weight is None else weight
+        return made.train(self.training)
+
+    def _without_weight(self) -> nn.Linear | nn.Embedding:
+        """Return an ordinary module of the same shape, whose weight is still to be set."""
+        raise NotImplementedError
+
 
 class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
     """A linear layer without gradients whose weight stays in blocks.
@@ -168,7 +180,9 @@ class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
     def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = blocks.shape
-        self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
+        self.blocks = blocks
+        self.dtype = dtype
+        self.unpack = dequantize
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,6 +191,11 @@ class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
             bias = None if self.bias is None else self.bias[rows]
             parts.append(F.linear(x, self.unpack(self.blocks, rows, self.dtype), bias))
         return torch.cat(parts, -1)
+
+    def _without_weight(self) -> nn.Linear:
+        made = nn.Linear(self.in_features, self.out_features)
+        made.bias = self.bias
+        return made
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -201,12 +220,22 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
         nn.Module.__init__(self)
         self.embed_scale = None if embed_scale is None else embed_scale.detach()  # not as a buffer
         self.num_embeddings, self.embedding_dim = blocks.shape
-        self.blocks, self.dtype, self.unpack = blocks, dtype, dequantize
+        self.blocks = blocks
+        self.dtype = dtype
+        self.unpack = dequantize
+        # What ``nn.Embedding`` would set to its defaults.
         self.padding_idx = self.max_norm = None
-        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.scaled(self.unpack(self.blocks, ids.flatten(), self.dtype).view(*ids.shape, -1))
+
+    def _without_weight(self) -> ScaledEmbedding:
+        made = ScaledEmbedding(self.num_embeddings, self.embedding_dim)
+        made.embed_scale = self.embed_scale
+        return made
 
 
 class BlockExperts(_OfBlocks):
@@ -256,14 +285,15 @@ class BlockExperts(_OfBlocks):
             out.index_add_(0, rows, result.to(out.dtype))
         return out
 
-    def dense(self) -> nn.Module:
-        """Return the model's own module of experts, with parameters of equal values instead of blocks."""
+    def to_transformers(self) -> nn.Module:
+        """Return a copy of the model's own module of experts, with parameters of equal values instead of blocks."""
+        made = copy.deepcopy(self.own[0])
         pairs = zip(*map(self.expert, range(len(self.down))), strict=True)
         for name, values in zip(EXPERTS, pairs, strict=True):
-            setattr(self.own[0], name, nn.Parameter(torch.stack(values), requires_grad=False))
+            setattr(made, name, nn.Parameter(torch.stack(values), requires_grad=False))
         for name, bias in self.named_parameters():
-            setattr(self.own[0], name, bias)
-        return self.own[0]
+            setattr(made, name, bias)
+        return made
 
 
 def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
@@ -396,71 +426,44 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
     return chosen
 
 
-def _check_room(model: Any) -> None:
-    """Raise SpecDecError if the dequantized weights need more memory than is free."""
+def to_transformers(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, ordinary module with equal values) for all modules of ``model`` with weights in blocks.
+
+    Modules that share a weight share the parameter. The model stays as it is. Raises SpecDecError if the dequantized
+    weights need more memory than is free.
+    """
     found = {id(weight): weight for _, weight in named_weights(model) if isinstance(weight, Blocks)}
     if need := sum(math.prod(weight.shape) for weight in found.values()) * model.dtype.itemsize:
         check_memory(str(model.config._name_or_path), need)
-
-
-def dense_weights(model: Any) -> dict[str, Tensor]:
-    """Return the weights in blocks, dequantized, by the names that ordinary modules would give them.
-
-    Modules that share a weight share the tensor. Raises SpecDecError if the dequantized weights need more memory than
-    is free.
-    """
-    _check_room(model)
-    found, made = dict[str, Tensor](), dict[int, Tensor]()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, BlockExperts):
-            pairs = zip(*map(module.expert, range(len(module.down))), strict=True)
-            found |= {f"{path}.{name}": torch.stack(each) for name, each in zip(EXPERTS, pairs, strict=True)}
-        if isinstance(module, _BlockModule):
-            if id(module.blocks) not in made:
-                made[id(module.blocks)] = module.weight
-            found[f"{path}.weight"] = made[id(module.blocks)]
-    return found
-
-
-def densify(model: Any) -> None:
-    """Replace all modules of ``model`` with weights in blocks by ordinary ones with equal values, in place.
-
-    Raises SpecDecError if the dequantized weights need more memory than is free.
-    """
-    _check_room(model)
     weights: dict[int, nn.Parameter] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, BlockExperts):
-            model.set_submodule(name, module.dense())
-        if isinstance(module, _BlockModule):
-            blocks = module.blocks
-            if id(blocks) not in weights:
-                weights[id(blocks)] = nn.Parameter(module.weight, requires_grad=False)
-            made: Any
-            with without_memory():
-                if isinstance(module, BlockEmbedding):
-                    made = ScaledEmbedding(blocks.shape[0], blocks.inputs)
-                    made.embed_scale = module.embed_scale
-                else:
-                    made = nn.Linear(blocks.inputs, blocks.shape[0])
-                    made.bias = module.bias
-            made.weight = weights[id(blocks)]
-            model.set_submodule(name, made.train(module.training))
+            yield path, module.to_transformers()
+        elif isinstance(module, _BlockModule):
+            made: Any = module.to_transformers(weights.get(id(module.blocks)))
+            weights[id(module.blocks)] = made.weight
+            yield path, made
+
+
+def densify(model: nn.Module) -> None:
+    """Replace all modules of ``model`` with weights in blocks by those of ``to_transformers``, in place."""
+    for path, made in to_transformers(model):
+        model.set_submodule(path, made)
 
 
 @contextmanager
 def temporarily_dense(model: nn.Module) -> Iterator[None]:
-    """Dequantize all weights of ``model`` during the ``with`` block (see ``densify``), and restore the blocks after it.
+    """Replace modules as ``densify`` does during the ``with`` block, and restore the blocks after it.
 
     For callers that run the model's own ``forward`` many times. No effect on models without blocks.
     """
     modules = model.named_modules(remove_duplicate=False)
-    replaced = [(name, module) for name, module in modules if isinstance(module, _BlockModule | BlockExperts)]
+    replaced = [(path, module) for path, module in modules if isinstance(module, _OfBlocks)]
     densify(model)
     try:
         yield
     finally:
-        for name, module in replaced:
-            model.set_submodule(name, module)
+        for path, module in replaced:
+            model.set_submodule(path, module)
         if replaced:
             memory.trim_heap()

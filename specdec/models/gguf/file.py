@@ -46,7 +46,9 @@ class Strings(Sequence[str]):
     """
 
     def __init__(self, data: bytes, count: int, name: str) -> None:
-        self.data, self.size, self.name = data, count, name
+        self.data = data
+        self.size = count
+        self.name = name
 
     @functools.cached_property
     def texts(self) -> list[str]:
@@ -154,7 +156,8 @@ class _HeaderReader:
     """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: the model's name in messages."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
-        self.data, self.size = data, len(data)
+        self.data = data
+        self.size = len(data)
         self.at = 4  # after the magic bytes
         self.elements = 0  # of all arrays so far
         self.name = name

@@ -38,6 +38,8 @@ FLOATS = {
 IGNORED = {
     *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "attention.value_length_swa"),
     *("rope.dimension_sections", "tensor_data_layout"),
+    # Of recurrent layers, which a dense Granite 4 names and lacks: layers that are there have tensors.
+    *("ssm.conv_kernel", "ssm.group_count", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"),
 }
 SCALING = {  # metadata keys after "rope.scaling.", and the fields of a config's ``rope_parameters``
     "factor": "factor",
@@ -95,6 +97,8 @@ def config_of(name: str, file: GGUFFile) -> Config:
             values[f"{part}_token_id"] = file.metadata[f"tokenizer.ggml.{key}_token_id"]
     scaling = {key.removeprefix("rope.scaling."): own.pop(key) for key in list(own) if key.startswith("rope.scaling.")}
     for key, value in own.items():
+        if isinstance(value, list) and len(value) == own.get("block_count") and len(set(value)) == 1:
+            value = value[0]  # one number for each layer
         if key in keys:
             values[keys[key]] = value
         elif value and key not in IGNORED:

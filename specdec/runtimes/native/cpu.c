@@ -49,7 +49,7 @@ EXPORT int specdec_open(int most) { return supported() < most ? supported() : mo
 #include <cpuid.h>
 #include <sys/syscall.h>
 
-int specdec_pairs_agree_avx512(void);
+int specdec_pairs_agree_avx512(void), specdec_tiles_agree_avx512(void);
 
 static int has_avxvnni(void) {
     unsigned a, b, c, d;
@@ -65,7 +65,8 @@ static int supported(void) {
           specdec_pairs_agree_avx512()))
         return has_avxvnni() ? AVXVNNI : AVX2;
     int tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 22 & 1 && d >> 24 & 1; /* AMX-BF16, AMX-TILE */
-    return tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? AMX : AVX512; /* ARCH_REQ_XCOMP_PERM: tile data */
+    tiles = tiles && syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM: tile data */
+    return tiles && specdec_tiles_agree_avx512() ? AMX : AVX512;
 }
 
 /* The best instruction set of this CPU that has kernels, `most` at most; 0: none. Call it first. */

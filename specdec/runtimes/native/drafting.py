@@ -50,7 +50,17 @@ class TreeDrafter:
 
     levels: maximum number of levels. width: number of children of a node.
     drafted: maximum number of tokens of a row that run through the path.
+    positions, roots: position and token of each row's root.
+    sampled: how each row samples; read if the rows are not greedy.
+    given: the candidates of each row from another drafter.
+    tables: calibration tables of each row, one for each of its three kinds of candidates.
     found: scores, tokens and parents of the candidates, and the heads' probability of each.
+    rates: ``TreeLimits.rate`` of each level.
+    stages: the projections of the path, each but the last with the layers after it.
+    calls: the kernels' arguments for the layers of each stage that has some.
+    alive: objects that ``struct`` points to.
+    struct: the arguments of the kernel that drafts.
+    heads, tokens: output heads of the path, and the token ids of their outputs (None: all tokens).
     allowed: pointers to the masks of the tokens of a level.
     masks: function that makes these masks; None: all tokens are allowed.
     held: the tensors behind ``allowed``, to keep them alive.
@@ -58,10 +68,14 @@ class TreeDrafter:
     """
 
     def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:
-        self.segments, self.drafted = path.segments, 1 + (levels - 1) * (width if rows == 1 else 1)
-        self.rows, self.positions, self.roots = rows, (ctypes.c_int64 * rows)(), (INT * rows)()
+        self.segments = path.segments
+        self.drafted = 1 + (levels - 1) * (width if rows == 1 else 1)
+        self.rows = rows
+        self.positions = (ctypes.c_int64 * rows)()
+        self.roots = (INT * rows)()
         self.sampled = (Sampled * rows)()
-        self.given, self.tables = (library.Given * rows)(), (FLOAT * KNOTS * 3 * rows)()
+        self.given = (library.Given * rows)()
+        self.tables = (FLOAT * KNOTS * 3 * rows)()
         count = levels * width * max(width, rows) + MOST_GIVEN * rows
         self.found = (FLOAT * count)(), (INT * count)(), (INT * count)(), (FLOAT * count)()
         self.rates = (FLOAT * levels)()
@@ -82,20 +96,31 @@ class TreeDrafter:
             stage.model, stage.call = ctypes.addressof(model), ctypes.addressof(call)
             self.calls.append(call)
             self.alive.append(model)
+        scores, ids, parents, raw = (ctypes.addressof(each) for each in self.found)
         self.struct = TreeDraft(
-            *(len(maps), levels, width, rows, ctypes.addressof(self.roots), ctypes.addressof(self.stages)),
-            *(ctypes.addressof(target.embedding.struct), None),
-            *((POINTER * 2)(), (INT * 2)(), None),
-            *(target.final_norm.data_ptr(), target.eps, UNIT_EPS, 0.0, 0.0),
-            *(ctypes.addressof(self.rates), None, None),
-            *(ctypes.addressof(self.found[out]) for out in (0, 3, 1, 2)),
-            *(None, ctypes.addressof(self.allowed), None, None),
+            stages=len(maps),
+            levels=levels,
+            width=width,
+            sequences=rows,
+            roots=ctypes.addressof(self.roots),
+            stage=ctypes.addressof(self.stages),
+            embedding=ctypes.addressof(target.embedding.struct),
+            norm=target.final_norm.data_ptr(),
+            eps=target.eps,
+            unit_eps=UNIT_EPS,
+            rates=ctypes.addressof(self.rates),
+            scores=scores,
+            raw=raw,
+            ids=ids,
+            parents=parents,
+            allowed=ctypes.addressof(self.allowed),
         )
         self.follow(target, path)
 
     def follow(self, target: Kernels, path: DraftPath) -> None:
         """Use the present output heads of ``path``, which may have changed since the last draft."""
-        self.heads, self.tokens = [target.head(head) for head in path.heads], path.tokens
+        self.heads = [target.head(head) for head in path.heads]
+        self.tokens = path.tokens
         self.struct.head[:] = [*(ctypes.addressof(head.struct) for head in self.heads), None][:2]
         self.struct.outputs[:] = [*(head.width for head in self.heads), 0][:2]
         self.struct.tokens = pointer(path.tokens)
@@ -115,7 +140,8 @@ class TreeDrafter:
         before = roots.place * final.shape[2] * final.element_size()  # bytes
         forbidden = None if roots.forbidden is None else roots.forbidden.contiguous()
         struct.forbidden = None if forbidden is None else forbidden.data_ptr()
-        self.positions[:], self.roots[:] = list(roots.positions), list(roots.tokens)
+        self.positions[:] = list(roots.positions)
+        self.roots[:] = list(roots.tokens)
         if roots.sampled is not None:
             for own, given in zip(self.sampled, roots.sampled, strict=True):
                 own.seed, own.stream, own.place, temperature, own.top_k, own.top_p, own.min_p, _ = given
@@ -127,11 +153,9 @@ class TreeDrafter:
             call.threads = cores.threads()
             stage.carried = call.x = state.data_ptr() + before
         struct.final = final.data_ptr() + before
-        struct.level, struct.node, self.rates[:] = (
-            limits.level,
-            limits.node,
-            [*map(limits.rate, range(len(self.rates)))],
-        )
+        struct.level = limits.level
+        struct.node = limits.node
+        self.rates[:] = [*map(limits.rate, range(len(self.rates)))]
         if roots.tables is not None:
             for into, tables in zip(self.tables, roots.tables, strict=True):
                 for kind, table in enumerate(tables):
@@ -143,12 +167,14 @@ class TreeDrafter:
                 alive += [(INT * each.count)(*tokens), (INT * each.count)(*parents), (FLOAT * each.count)(*raw[0])]
                 each.tokens, each.parents, each.p = map(ctypes.addressof, alive[-3:])
         struct.given = None if roots.given is None else ctypes.addressof(self.given)
-        self.masks, call_mask = masks, None if masks is None else library.MaskCall(self._mask)
+        self.masks = masks
+        call_mask = None if masks is None else library.MaskCall(self._mask)
         struct.mask = None if call_mask is None else ctypes.cast(call_mask, POINTER)
         count = target.lib.specdec_draft_tree(ctypes.byref(struct))
         for lo, hi in segments:
             cache.trim(self.drafted, lo, hi)
-        self.masks, self.held = None, []
+        self.masks = None
+        self.held = []
         if self.error is not None:
             raise self.error
         done(count)

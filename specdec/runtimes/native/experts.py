@@ -68,7 +68,10 @@ class Counters:
 class _Layer:
     """The experts of one layer in the file.
 
-    begin: offset of the layer's part in the file, in bytes. memory: the mapped part, uint8.
+    file: the file of all layers.
+    begin: offset of the layer's part in the file, in bytes.
+    used: bytes of the part that are allocated.
+    mapping, memory: the mapped part, as a map and as uint8.
     places: offset in the part and bytes of each expert.
     there: numbers of the experts in memory, the least recently used first.
     ahead: numbers of the experts that are being read ahead.
@@ -76,10 +79,14 @@ class _Layer:
 
     def __init__(self, file: BinaryIO, begin: int, most: int) -> None:
         os.ftruncate(file.fileno(), begin + most)  # takes no space yet
-        self.file, self.begin, self.used = file, begin, 0
+        self.file = file
+        self.begin = begin
+        self.used = 0
         self.mapping = mmap.mmap(file.fileno(), most, offset=begin)
         self.memory = torch.frombuffer(self.mapping, dtype=torch.uint8)
-        self.places, self.there, self.ahead = list[tuple[int, int]](), dict[int, None](), set[int]()
+        self.places = list[tuple[int, int]]()
+        self.there = dict[int, None]()
+        self.ahead = set[int]()
 
     def allocate(self, size: int) -> Tensor:
         """Return ``size`` bytes for the expert that is being written, aligned to a cache line.
@@ -125,6 +132,7 @@ class MappedExperts:
     slots: number of experts of a layer that stay in memory.
     shape: number of layers with experts, experts of a layer, and bytes of the largest expert.
     counters: statistics since the start.
+    last: the layer whose experts were demanded last; empty: none were.
     call: C callback (``_demand``) that the kernels call before they read a layer's experts.
     unread: whether experts of the last pass could not be read.
     forecasts: forecasts of the experts to read ahead; None: nothing is read ahead.
@@ -133,9 +141,13 @@ class MappedExperts:
     def __init__(self, budget: float) -> None:
         if not (0 < budget <= 1 or (isinstance(budget, int) and budget > 1)):
             raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
-        self.budget, self.layers, self.counters = budget, dict[int, _Layer](), Counters()
-        self.slots, self.shape = 0, (0, 0, 0)
-        self.last, self.lock = list[_Layer](), threading.Lock()  # the layer whose experts were demanded last
+        self.budget = budget
+        self.layers = dict[int, _Layer]()
+        self.counters = Counters()
+        self.slots = 0
+        self.shape = (0, 0, 0)
+        self.last = list[_Layer]()
+        self.lock = threading.Lock()
         self.call: Any = Demand(self._demand)
         self.forecasts: Forecasts | None = None
         self.unread = False

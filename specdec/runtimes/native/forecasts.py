@@ -29,6 +29,10 @@ class Forecast:
     targets: numbers of the later layers, n of them.
     routers: weights of their routers [n, E, D], for residuals at unit RMS.
     top_k: number of experts that a token uses in a layer.
+    weight, bias: the fitted routers [n E, D] and [n E], which read the earlier residual.
+    sums: sums of all training rows, for the next fit; None: no fit follows.
+    rows, count: training rows that are not in ``sums`` yet, in parts, and their number.
+    next_fit: number of training rows at the next fit.
     """
 
     def __init__(self, targets: list[int], routers: Tensor, top_k: int) -> None:
@@ -39,8 +43,9 @@ class Forecast:
         self.bias = torch.zeros(len(self.weight))
         self.slope = 4 / float(self.weight.norm(dim=1).mean().clamp_min(1e-6))  # log-odds of a need per unit of a logit
         self.sums: Sums | None = Sums(self.weight.shape[1], len(self.weight))
-        self.rows, self.count = list[tuple[Tensor, Tensor]](), 0
-        self.next_fit = FIRST  # rows
+        self.rows = list[tuple[Tensor, Tensor]]()
+        self.count = 0
+        self.next_fit = FIRST
 
     def logits(self, x: Tensor) -> Tensor:
         """Return estimated logits [T, n, E] of the targets' routers for residuals ``x`` [T, D] at unit RMS."""
@@ -77,11 +82,13 @@ class Forecast:
             return False
         x, logits = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
         self.sums.add(x, logits - x @ self.routers.T)
-        self.rows, self.count = [], 0
+        self.rows = []
+        self.count = 0
         if self.sums.rows < self.next_fit:
             return False
         found = result(self.sums.solve(RIDGE))
-        self.weight, self.bias = self.routers + found[:, :-1], found[:, -1].clone()
+        self.weight = self.routers + found[:, :-1]
+        self.bias = found[:, -1].clone()
         self.next_fit *= 2
         if self.sums.rows >= LAST:
             self.sums = None

@@ -40,106 +40,102 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # compiled for every instruction set: t
 }
 
 
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Return fields of a structure that all have the type ``kind``. names: their names, with spaces between them."""
+    return [(name, kind) for name in names.split()]
+
+
 class LinearPart(ctypes.Structure):
-    _fields_ = (("kind", INT), ("end", INT), ("tiles", POINTER))
+    _fields_ = (*_fields(INT, "kind end"), ("tiles", POINTER))
 
 
 class Linear(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("rounded", "out", "inp", "count")),
-        *((name, FLOAT) for name in ("scale", "cap")),
-        *((name, POINTER) for name in ("parts", "bias", "proxy", "error_bounds")),
+        *_fields(INT, "rounded out inp count"),
+        *_fields(FLOAT, "scale cap"),
+        *_fields(POINTER, "parts bias proxy error_bounds"),
     )
 
 
 class Table(ctypes.Structure):
-    _fields_ = (
-        *(("type", INT), ("columns", INT), ("stride", LONG)),
-        *(("data", POINTER), ("order", POINTER), ("scale", FLOAT)),
-    )
+    _fields_ = (*_fields(INT, "type columns"), ("stride", LONG), *_fields(POINTER, "data order"), ("scale", FLOAT))
 
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        *((name, Linear) for name in ("qkv", "out", "gate_up", "down", "router", "rates")),
-        *(("gates", POINTER), ("sums", POINTER)),
-        *((f"norm_{name}", POINTER) for name in ("in", "mlp", "attended", "out", "q", "k")),
-        *((name, POINTER) for name in ("sinks", "convolution", "decay", "decay_bias", "norm_mixed")),
-        *((f"embedded_{name}", Linear) for name in ("in", "gate", "out")),
-        *(("embedded", Table), ("norm_embedded", POINTER), ("norm_added", POINTER), ("scale", FLOAT)),
-        *((name, INT) for name in ("rotary_q", "rotary_k", "rotated", "place", "tiled", "buffer", "reads")),
+        *_fields(Linear, "qkv out gate_up down router rates"),
+        *_fields(POINTER, "gates sums"),
+        *_fields(POINTER, "norm_in norm_mlp norm_attended norm_out norm_q norm_k"),
+        *_fields(POINTER, "sinks convolution decay decay_bias norm_mixed"),
+        *_fields(Linear, "embedded_in embedded_gate embedded_out"),
+        ("embedded", Table),
+        *_fields(POINTER, "norm_embedded norm_added"),
+        ("scale", FLOAT),
+        *_fields(INT, "rotary_q rotary_k rotated place tiled buffer reads"),
     )
 
 
 class Heads(ctypes.Structure):
-    _fields_ = (("count", INT), ("size", INT))
+    _fields_ = _fields(INT, "count size")
 
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("hidden", "heads", "inner", "rotated")),
+        *_fields(INT, "hidden heads inner rotated"),
         ("buffers", Heads * BUFFERS),
-        *(
-            (n, INT)
-            for n in (
-                "rounded",
-                "experts",
-                "top_k",
-                "normalize_top_k",
-                "round_after_weight",
-                "activation",
-                "across",
-                "tables",
-                "gated",
-                "normed_values",
-            )
-        ),
-        *((n, INT) for n in ("recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps")),
-        *((n, FLOAT) for n in ("eps", "scale", "cap", "limit", "alpha")),
-        *(("demand", POINTER), ("embedding", POINTER), ("layers", POINTER)),
+        ("rounded", INT),
+        *_fields(INT, "experts top_k normalize_top_k"),
+        *_fields(INT, "round_after_weight activation across tables gated normed_values"),
+        *_fields(INT, "recurrent key_heads value_heads key_dim value_dim taps"),
+        *_fields(FLOAT, "eps scale cap limit alpha"),
+        *_fields(POINTER, "demand embedding layers"),
     )
 
 
 class SequenceArgs(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("tokens", "start", "committed", "filled")),
-        *(("capacity", INT * BUFFERS), ("keys", POINTER * BUFFERS), ("values", POINTER * BUFFERS), ("trees", POINTER)),
-        *((n, INT) for n in ("held", "slots")),
-        *((n, POINTER) for n in ("states", "ahead", "inputs", "pending")),
+        *_fields(INT, "tokens start committed filled"),
+        ("capacity", INT * BUFFERS),
+        *_fields(POINTER * BUFFERS, "keys values"),
+        ("trees", POINTER),
+        *_fields(INT, "held slots"),
+        *_fields(POINTER, "states ahead inputs pending"),
     )
 
 
 class Call(ctypes.Structure):
     _fields_ = (
-        *((n, INT) for n in ("count", "tokens", "lo", "hi", "threads", "windows", "cache", "near")),
-        *((n, POINTER) for n in ("sequences", "spans", "x", "positions", "ids", "rotary", "window", "taps", "routed")),
+        *_fields(INT, "count tokens lo hi threads windows cache near"),
+        *_fields(POINTER, "sequences spans x positions ids rotary window taps routed"),
     )
 
 
 class Stage(ctypes.Structure):
-    _fields_ = tuple((name, POINTER) for name in ("projection", "carried", "model", "call"))
+    _fields_ = _fields(POINTER, "projection carried model call")
 
 
 class Sampled(ctypes.Structure):
     _fields_ = (
-        *(("seed", ctypes.c_uint64), ("stream", ctypes.c_uint64), ("place", LONG)),
-        *((name, FLOAT) for name in ("sharpness", "top_p", "min_p")),
+        *_fields(ctypes.c_uint64, "seed stream"),
+        ("place", LONG),
+        *_fields(FLOAT, "sharpness top_p min_p"),
         ("top_k", INT),
     )
 
 
 class Given(ctypes.Structure):
-    _fields_ = (("count", INT), *((name, POINTER) for name in ("tokens", "parents", "p")))
+    _fields_ = (("count", INT), *_fields(POINTER, "tokens parents p"))
 
 
 class TreeDraft(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("stages", "levels", "width", "sequences")),
-        *((name, POINTER) for name in ("roots", "stage", "embedding", "final")),
-        *(("head", POINTER * 2), ("outputs", INT * 2), ("tokens", POINTER), ("norm", POINTER)),
-        *((name, FLOAT) for name in ("eps", "unit_eps", "level", "node")),
-        *((name, POINTER) for name in ("rates", "tables", "given", "scores", "raw")),
-        *((name, POINTER) for name in ("ids", "parents", "mask", "allowed", "forbidden", "sampled")),
+        *_fields(INT, "stages levels width sequences"),
+        *_fields(POINTER, "roots stage embedding final"),
+        *(("head", POINTER * 2), ("outputs", INT * 2)),
+        *_fields(POINTER, "tokens norm"),
+        *_fields(FLOAT, "eps unit_eps level node"),
+        *_fields(POINTER, "rates tables given scores raw"),
+        *_fields(POINTER, "ids parents mask allowed forbidden sampled"),
     )
 
 

@@ -30,14 +30,17 @@ class _Arena:
     CHUNK, PAGE = 32 << 20, 2 << 20
 
     def __init__(self) -> None:
-        self.chunk, self.used, self.lock = torch.empty(0, dtype=torch.uint8), 0, threading.Lock()
+        self.chunk = torch.empty(0, dtype=torch.uint8)
+        self.used = 0  # bytes of the chunk
+        self.lock = threading.Lock()
 
     def allocate(self, size: int) -> Tensor:
         with self.lock:
             if self.used + size > self.chunk.numel():
                 memory = torch.empty(max(size, self.CHUNK) + self.PAGE, dtype=torch.uint8)
                 library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
-                self.chunk, self.used = memory[-memory.data_ptr() % self.PAGE :], 0
+                self.chunk = memory[-memory.data_ptr() % self.PAGE :]
+                self.used = 0
             begin, self.used = self.used, self.used + -(-size // 64) * 64
             return self.chunk[begin : begin + size]
 
@@ -77,7 +80,8 @@ class Packed:
         kept: the file to read the tiles from, or to add them to.
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
         """
-        self.inp, self.width = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        self.inp = weights[0].shape[1]
+        self.width = sum(weight.shape[0] for weight in weights)
         if self.inp % 32 or any(weight.shape[0] % 16 for weight in weights[:-1]):
             raise SpecDecError(
                 "the native runtime takes linear maps of multiples of 16 outputs and 32 inputs; one has "
@@ -98,12 +102,22 @@ class Packed:
         self.parts = (LinearPart * len(weights))()
         for part, weight, (kind, tiles) in zip(self.parts, weights, packed, strict=True):
             end += -(-weight.shape[0] // 16)
-            part.kind, part.end, part.tiles = kind, end, tiles.data_ptr()
+            part.kind = kind
+            part.end = end
+            part.tiles = tiles.data_ptr()
         self.bias = None if bias is None else F.pad(bias.detach().float(), (0, -self.width % 16)).contiguous()
         self.rounded = BF16 not in self.kinds
         self.proxy: Tensor | None = None
-        pointers = ctypes.addressof(self.parts), pointer(self.bias), None, None
-        self.struct = Linear(self.rounded, 16 * end, self.inp, len(weights), scale, cap, *pointers)
+        self.struct = Linear(
+            rounded=self.rounded,
+            out=16 * end,
+            inp=self.inp,
+            count=len(weights),
+            scale=scale,
+            cap=cap,
+            parts=ctypes.addressof(self.parts),
+            bias=pointer(self.bias),
+        )
 
     @property
     def kinds(self) -> set[int]:
@@ -188,7 +202,8 @@ class GrowingTiles:
     """
 
     def __init__(self, capacity: int, inp: int) -> None:
-        self.kind, self.rows = _draft_kind(capacity, inp), 0
+        self.kind = _draft_kind(capacity, inp)
+        self.rows = 0
         self.size = library.load().specdec_tiles_bytes(self.kind, 1, inp // 32)  # of 16 rows
         self.tiles = _arena.allocate(-(-capacity // 16) * self.size)
 
@@ -215,8 +230,14 @@ class RowTable:
         rows = weight.rows if isinstance(weight, Blocks) else None
         kind = gguf.GGMLQuantizationType[weight.kind] if isinstance(weight, Blocks) else -1
         self.alive = weight.data.contiguous(), rows
+        data, order = self.alive
         self.struct = Table(
-            kind, self.columns, self.alive[0].stride(0) * self.alive[0].itemsize, *map(pointer, self.alive), scale
+            type=kind,
+            columns=self.columns,
+            stride=data.stride(0) * data.itemsize,
+            data=pointer(data),
+            order=pointer(order),
+            scale=scale,
         )
 
     def __call__(self, index: Tensor) -> Tensor:

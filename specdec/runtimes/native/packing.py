@@ -1,6 +1,15 @@
 """A model's weights as the native kernels read them: structures of ``native.h``, and the tiles that these point to.
 
-Packs layers, experts, output heads, and layers with merged adapters. GGUF blocks keep their codes and scales.
+    PackedModel.struct: Model      sizes and factors of the model, and a pointer to its layers
+      Layer [N]                    of each layer:
+        qkv, out, gate_up, down    linear layers, those that read the same input joined into one slot (``mixer.slots``)
+        router, gates, sums        of a mixture: its router, and the two linear layers of each expert
+        norms, rotary_q, ...       pointers to other parameters, and indices of rotary tables
+    PackedModel.embedding          the table of token embeddings
+    PackedModel.head(...)          output heads, packed at their first use
+    PackedModel.merged(...)        a copy of ``struct`` in which some layers have merged adapters, for drafts
+
+A linear layer (``Packed``) is tiles of 16 outputs and 32 inputs. GGUF blocks keep their codes and scales.
 """
 
 from __future__ import annotations
@@ -62,8 +71,13 @@ class PackedModel:
     numbers: factors and caps of the model.
     mixture: number of experts, and of those that a token uses.
     experts: the experts, if only a share of them is in memory; else None.
+    expert_maps: the linear layers of all experts.
     kinds: the tile formats of all layers' weights (``library.BF16`` ...).
     rounded: whether some products quantize activations to 8 bits.
+    _orders: for each layer, the rows of its weights in the order of packing (``mixer.row_orders``).
+    _layers: the structures of the layers. _alive: objects that the structures point to.
+    _heads: the packed output heads. _own_head: the model's own among them; None: it is not packed yet.
+    _changed: with adapters merged, the model, its layers, and the linear layers that differ, by layer.
     """
 
     def __init__(
@@ -82,165 +96,76 @@ class PackedModel:
         them to. rounding: block format that layers are quantized to; None: none. expert_cache, expert_prefetch: as in
         ``make_target``.
         """
-        self.config = config = model.config
+        self.config = model.config
         self.decoder: Any = model.model
-        layers = self.decoder.layers
-        recurrent = [decoder_layer.recurrent(layer) for layer in layers]
-        if rounding is not None:
-            for layer in layers:
-                _round(layer, rounding, paged=expert_cache is not None)
         self.lock = lock
         self.own_head = own_head
         self.kept = kept
-        self.family = families.FAMILIES[config.model_type]
-        self.numbers = families.numbers_of(config)
-        self.mixture = families.mixture_of(config)
-        self._orders = [mixer.row_orders(layer) for layer in layers]
-        self._layers = (Layer * len(layers))()
-        self._alive: list[Any] = []  # objects that the structures point to
-        self.expert_maps: list[Packed] = []
+        self.family = families.FAMILIES[self.config.model_type]
+        self.numbers = families.numbers_of(self.config)
+        self.mixture = families.mixture_of(self.config)
+        self.eps = float(self.config.rms_norm_eps)
         if expert_cache is not None and not self.mixture.experts:
-            raise SpecDecError(f"model type '{config.model_type}' has no experts; leave out the expert cache")
+            raise SpecDecError(f"model type '{self.config.model_type}' has no experts; leave out the expert cache")
+        layers = self.decoder.layers
+        if rounding is not None:
+            for layer in layers:
+                _round(layer, rounding, paged=expert_cache is not None)
         if expert_cache is None:
             expert_cache = _room_for_experts(model)
         self.experts = None if expert_cache is None else MappedExperts(expert_cache)
+        self.expert_maps: list[Packed] = []
+        self._orders = [mixer.row_orders(layer) for layer in layers]
+        self._layers = (Layer * len(layers))()
+        self._alive: list[Any] = []
         self.embedding = RowTable(matrix(self.decoder.embed_tokens), self.numbers.embeddings)
-        self.embeds, self.sources = bool(families.embedded_per_layer(config)), families.key_sources(config)
+        self.embeds = bool(families.embedded_per_layer(self.config))
+        self.sources = families.key_sources(self.config)
         self.buffers = key_buffers(model, self.sources)
-        places = {n: (buffer, place) for buffer, own in enumerate(self.buffers.values()) for place, n in enumerate(own)}
-        rotations = families.rotations(config)
-        self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
-        for n, (layer, struct, pair) in enumerate(zip(layers, self._layers, rotations, strict=True)):
-            struct.reads, struct.scale = self.sources[n] != n, 1.0
-            struct.buffer, struct.place = places.get(self.sources[n]) or (0, recurrent[:n].count(True))
-            self._pack_layer(n, layer, rounding)
-            struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
-            struct.rotated = 0 if pair is None else self._rotated(pair[0])
+        self._pack_layers(rounding)
         if self.experts is not None:
             self.experts.begin(self.mixture.top_k)
             if expert_prefetch:
                 self.experts.forecasts = Forecasts(self._routers(layers), self.mixture.top_k)
             self._alive.append(self.experts)
-        inner = max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self.expert_maps), 0)
-        inner = max(inner, families.embedded_per_layer(config))
-        attention: Any = layers[recurrent.index(False)].self_attn
-        rotated = max((layer.rotated for layer in self._layers), default=0)
-        if rotated < int(attention.head_dim) and any(each.beta for each in self.rotations):
-            raise SpecDecError(
-                "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
-            )
-        self.final_norm, self.eps = self._norm(self.decoder.norm), float(config.rms_norm_eps)
         packed = [*self.expert_maps, *self._maps()]
         self.kinds = set().union(*(item.kinds for item in packed))
         self.rounded = any(item.rounded for item in packed)
-        demand = None if self.experts is None else ctypes.cast(self.experts.call, POINTER)
-        self._sizes = (
-            *(
-                config.hidden_size,
-                config.num_attention_heads,
-                inner,
-                rotated,
-                (Heads * BUFFERS)(*(Heads(*each) for each in self.buffers)),
-            ),
-            *(self.rounded, *self.mixture, self.family.round_after_weight),
-            *(families.ACTIVATIONS.index(families.activation(config)), self.family.norm_over_heads),
-            *(len(self.rotations), self.family.gated, self.family.norm_values, *families.mixer_of(config)),
-            *(self.eps, float(attention.scaling), self.numbers.scores_cap, *self.numbers[-2:], demand),
-            ctypes.addressof(self.embedding.struct),
-        )
-        self.struct = Model(*self._sizes, ctypes.addressof(self._layers))
+        self.struct = self._model()
+        self.final_norm = self._norm(self.decoder.norm)
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._own_head: Packed | None = None
-        # With adapters merged: the model, its layers, and the linear layers that differ, by layer.
         self._changed: WeakKeyDictionary[Adapters, tuple[Model, Any, dict[int, Any]]] = WeakKeyDictionary()
 
-    def _maps(self) -> list[Packed]:
-        return [item for item in self._alive if isinstance(item, Packed)]
+    # -- the layers ---------------------------------------------------------------------------------------------------
 
-    @property
-    def bytes_of_layers(self) -> int:
-        """Return the bytes of weights that a pass of one token through all layers reads, without the output head."""
-        experts, taken, _ = self.mixture
-        own = sum(item.nbytes for item in self._maps())
-        return own + sum(item.nbytes for item in self.expert_maps) * taken // max(experts, 1)
+    def _pack_layers(self, rounding: str | None) -> None:
+        """Fill the structures of all layers. rounding: as in the constructor."""
+        recurrent = [decoder_layer.recurrent(layer) for layer in self.decoder.layers]
+        places = {n: (buffer, place) for buffer, own in enumerate(self.buffers.values()) for place, n in enumerate(own)}
+        rotations = families.rotations(self.config)
+        self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
+        for n, (layer, struct, pair) in enumerate(zip(self.decoder.layers, self._layers, rotations, strict=True)):
+            struct.reads, struct.scale = self.sources[n] != n, 1.0
+            struct.buffer, struct.place = places.get(self.sources[n]) or (0, recurrent[:n].count(True))
+            struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
+            struct.rotated = 0 if pair is None else self._rotated(pair[0])
+            self._pack_slots(n, layer)
+            if self.family.scales_layers:
+                struct.scale = float(layer.layer_scalar)
+            if self.embeds:
+                self._pack_embedded(n, layer)
+            if decoder_layer.has_experts(layer):
+                self._pack_experts(n, layer.mlp, rounding)
+            if recurrent[n]:
+                struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
+                for name, values in mixer.parameters(layer.linear_attn, self.config.rms_norm_eps).items():
+                    self._point(struct, name, values)
+            self._pack_norms(struct, layer)
 
-    @property
-    def weights_per_byte(self) -> float:
-        """Return the mean number of weights in a byte, without experts and output heads."""
-        maps = self._maps()
-        return sum(item.inp * item.width for item in maps) / max(sum(item.nbytes for item in maps), 1)
-
-    @property
-    def weight_format(self) -> str:
-        """Return the bits of the layers' weights as text, such as "4 and 6 bits"."""
-        return " and ".join(str(width) for width in sorted({BITS[kind] for kind in self.kinds})) + " bits"
-
-    def head(self, head: nn.Linear | None) -> Packed:
-        """Return the output head ``head``, packed at its first use; None: the model's own."""
-        if head is None and self._own_head is not None:
-            return self._own_head
-        module: Any = self.own_head if head is None else head
-        with self.lock:
-            packed = self._heads.get(module)
-            if packed is None:
-                packed = self._pack_head(module) if head is None else self._pack_draft_head(head)
-                self._heads[module] = packed
-            if head is None:
-                self._own_head = packed
-        return packed
-
-    def share_heads(self, other: PackedModel) -> None:
-        """Take the packed output heads of ``other``, a model of the same family; heads of both are packed once."""
-        self._heads = other._heads
-
-    def prepare_head(self, head: nn.Linear) -> Generator[None]:
-        """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
-        if head in self._heads:
-            return
-        packed = yield from linear.packing(head.weight, head.bias, self.numbers.logits, self.numbers.logits_cap)
-        with self.lock:
-            self._heads.setdefault(head, packed)
-
-    def _pack_head(self, module: Any) -> Packed:
-        weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
-        packed = Packed([weight], module.bias, False, *numbers, kept=self.kept)
-        if isinstance(weight, Blocks) and packed.nbytes > max(BOUNDED_SHARE * self.bytes_of_layers, BOUNDED_BYTES):
-            packed.bound_argmax(weight, self.kept)
-        self.release(weight)
-        return packed
-
-    def _pack_draft_head(self, module: Any) -> Packed:
-        """Pack a head for drafts. The tiles of a head in blocks go to a file, for later processes."""
-        weight, name = matrix(module), None
-        if isinstance(weight, Blocks) and self.kept is not None:
-            name = self.kept.name(weight)
-
-        def pack(file: PackedFile | None) -> Packed:
-            made = None
-            if isinstance(module, GrowingLinear):
-                module.memory.packed = module.memory.packed or linear.GrowingTiles(*module.memory.values.shape)
-                made = module.memory.packed.extend(weight)
-            elif file is not None:
-                made = linear.draft_tiles(weight.shape, lambda: weight, "head", file)
-            numbers = self.numbers.logits, self.numbers.logits_cap
-            packed = Packed([weight], module.bias, draft_only=True, scale=numbers[0], cap=numbers[1], made=made)
-            release(weight)
-            return packed
-
-        return self._keeping(name, weight.shape.numel(), pack)
-
-    def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
-        """Return what ``pack`` makes, given an open file with room for ``weights`` draft weights, or None.
-        name: identifies what the weights depend on; None: there is no file."""
-        if self.kept is None or name is None:
-            return pack(None)
-        digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
-        made = using(self.kept.of_drafts(digest, 2 * weights), pack)
-        drop_old(self.kept.path.parent, DRAFTS, MOST_DRAFTS)
-        return made
-
-    def _pack_layer(self, index: int, layer: Any, rounding: str | None) -> None:
-        struct, orders = self._layers[index], self._orders[index]
+    def _pack_slots(self, index: int, layer: Any) -> None:
+        """Pack the linear layers of a layer that is no expert, slot by slot."""
+        orders = self._orders[index]
         for slot, pairs in mixer.slots(layer).items():
             rates = slot == "rates"  # few weights, which stay exact: in 16 bits
             whole = [module.weight.detach() if rates else matrix(module) for _, module in pairs]
@@ -254,29 +179,7 @@ class PackedModel:
             packed = Packed(weights, bias, scale=self._scale(slot), kept=self.kept)
             self.release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
-            setattr(struct, slot, packed.struct)
-        if decoder_layer.has_experts(layer):
-            self._pack_experts(index, layer.mlp, rounding)
-        if decoder_layer.recurrent(layer):
-            struct.tiled = not isinstance(mixer.columns(matrix(layer.linear_attn.out_proj)), slice)
-            for name, values in mixer.parameters(layer.linear_attn, self.config.rms_norm_eps).items():
-                self._alive.append(values)
-                setattr(struct, name, values.data_ptr())
-        if self.family.scales_layers:
-            struct.scale = float(layer.layer_scalar)
-        if self.embeds:
-            self._pack_embedded(index, layer)
-        attention = getattr(layer, "self_attn", None)
-        fields = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
-        norms = {field: getattr(layer, name) for field, name in fields if name}
-        norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
-        for name, module in norms.items():
-            weight = self._norm(module)
-            self._alive.append(weight)
-            setattr(struct, f"norm_{name}", weight.data_ptr())
-        if attention is not None and hasattr(attention, "sinks"):
-            self._alive.append(attention.sinks.detach().float())
-            struct.sinks = self._alive[-1].data_ptr()
+            setattr(self._layers[index], slot, packed.struct)
 
     def _pack_embedded(self, index: int, layer: Any) -> None:
         """Pack what layer ``index`` adds of its own embedding of each token."""
@@ -352,6 +255,22 @@ class PackedModel:
         self.expert_maps += gates + sums
         self._alive.append(made)
 
+    def _pack_norms(self, struct: Layer, layer: Any) -> None:
+        """Let the structure point to the layer's norms, and to its attention sinks."""
+        attention = getattr(layer, "self_attn", None)
+        fields = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
+        norms = {field: getattr(layer, name) for field, name in fields if name}
+        norms |= {n: getattr(attention, f"{n}_norm") for n in "qk" if hasattr(attention, f"{n}_norm")}
+        for name, module in norms.items():
+            self._point(struct, f"norm_{name}", self._norm(module))
+        if attention is not None and hasattr(attention, "sinks"):
+            self._point(struct, "sinks", attention.sinks.detach().float())
+
+    def _point(self, struct: Layer, field: str, values: Tensor) -> None:
+        """Let a field of a structure point to ``values``, which live as long as this object."""
+        self._alive.append(values)
+        setattr(struct, field, values.data_ptr())
+
     def _routers(self, layers: Any) -> dict[int, Tensor]:
         """Return the routers [E, D] by layer, multiplied by the norm before them: they act on residuals at unit RMS."""
         norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
@@ -368,6 +287,139 @@ class PackedModel:
         """Return the factor by which the kernels multiply the outputs of the linear layers in ``slot``."""
         return self.numbers.results if slot in ("out", "down") else 1.0
 
+    def _maps(self) -> list[Packed]:
+        return [item for item in self._alive if isinstance(item, Packed)]
+
+    def _model(self) -> Model:
+        """Return the structure of the model, whose layers are packed."""
+        config, recurrent = self.config, families.mixer_of(self.config)
+        attention: Any = next(each.self_attn for each in self.decoder.layers if not decoder_layer.recurrent(each))
+        rotated = max((layer.rotated for layer in self._layers), default=0)
+        inner = max(families.embedded_per_layer(config), *(layer.down.inp for layer in self._layers))
+        if rotated < int(attention.head_dim) and any(each.beta for each in self.rotations):
+            raise SpecDecError(
+                "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
+            )
+        return Model(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            buffers=(Heads * BUFFERS)(*(Heads(*each) for each in self.buffers)),
+            inner=max(inner, *(item.inp for item in self.expert_maps), 0),
+            rotated=rotated,
+            rounded=self.rounded,
+            experts=self.mixture.experts,
+            top_k=self.mixture.top_k,
+            normalize_top_k=self.mixture.normalize_top_k,
+            round_after_weight=self.family.round_after_weight,
+            activation=families.ACTIVATIONS.index(families.activation(config)),
+            across=self.family.norm_over_heads,
+            tables=len(self.rotations),
+            gated=self.family.gated,
+            normed_values=self.family.norm_values,
+            recurrent=recurrent.layers,
+            key_heads=recurrent.key_heads,
+            value_heads=recurrent.value_heads,
+            key_dim=recurrent.key_dim,
+            value_dim=recurrent.value_dim,
+            taps=recurrent.taps,
+            eps=self.eps,
+            scale=float(attention.scaling),
+            cap=self.numbers.scores_cap,
+            limit=self.numbers.limit,
+            alpha=self.numbers.alpha,
+            demand=None if self.experts is None else ctypes.cast(self.experts.call, POINTER),
+            embedding=ctypes.addressof(self.embedding.struct),
+            layers=ctypes.addressof(self._layers),
+        )
+
+    # -- what the layers are ------------------------------------------------------------------------------------------
+
+    @property
+    def bytes_of_layers(self) -> int:
+        """Return the bytes of weights that a pass of one token through all layers reads, without the output head."""
+        experts, taken, _ = self.mixture
+        own = sum(item.nbytes for item in self._maps())
+        return own + sum(item.nbytes for item in self.expert_maps) * taken // max(experts, 1)
+
+    @property
+    def weights_per_byte(self) -> float:
+        """Return the mean number of weights in a byte, without experts and output heads."""
+        maps = self._maps()
+        return sum(item.inp * item.width for item in maps) / max(sum(item.nbytes for item in maps), 1)
+
+    @property
+    def weight_format(self) -> str:
+        """Return the bits of the layers' weights as text, such as "4 and 6 bits"."""
+        return " and ".join(str(width) for width in sorted({BITS[kind] for kind in self.kinds})) + " bits"
+
+    # -- output heads -------------------------------------------------------------------------------------------------
+
+    def head(self, head: nn.Linear | None) -> Packed:
+        """Return the output head ``head``, packed at its first use; None: the model's own."""
+        if head is None and self._own_head is not None:
+            return self._own_head
+        module: Any = self.own_head if head is None else head
+        with self.lock:
+            packed = self._heads.get(module)
+            if packed is None:
+                packed = self._pack_head(module) if head is None else self._pack_draft_head(head)
+                self._heads[module] = packed
+            if head is None:
+                self._own_head = packed
+        return packed
+
+    def share_heads(self, other: PackedModel) -> None:
+        """Take the packed output heads of ``other``, a model of the same family; heads of both are packed once."""
+        self._heads = other._heads
+
+    def prepare_head(self, head: nn.Linear) -> Generator[None]:
+        """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
+        if head in self._heads:
+            return
+        packed = yield from linear.packing(head.weight, head.bias, self.numbers.logits, self.numbers.logits_cap)
+        with self.lock:
+            self._heads.setdefault(head, packed)
+
+    def _pack_head(self, module: Any) -> Packed:
+        weight, numbers = matrix(module), (self.numbers.logits, self.numbers.logits_cap)
+        packed = Packed([weight], module.bias, False, *numbers, kept=self.kept)
+        if isinstance(weight, Blocks) and packed.nbytes > max(BOUNDED_SHARE * self.bytes_of_layers, BOUNDED_BYTES):
+            packed.bound_argmax(weight, self.kept)
+        self.release(weight)
+        return packed
+
+    def _pack_draft_head(self, module: Any) -> Packed:
+        """Pack a head for drafts. The tiles of a head in blocks go to a file, for later processes."""
+        weight, name = matrix(module), None
+        if isinstance(weight, Blocks) and self.kept is not None:
+            name = self.kept.name(weight)
+
+        def pack(file: PackedFile | None) -> Packed:
+            made = None
+            if isinstance(module, GrowingLinear):
+                module.memory.packed = module.memory.packed or linear.GrowingTiles(*module.memory.values.shape)
+                made = module.memory.packed.extend(weight)
+            elif file is not None:
+                made = linear.draft_tiles(weight.shape, lambda: weight, "head", file)
+            numbers = self.numbers.logits, self.numbers.logits_cap
+            packed = Packed([weight], module.bias, draft_only=True, scale=numbers[0], cap=numbers[1], made=made)
+            release(weight)
+            return packed
+
+        return self._keeping(name, weight.shape.numel(), pack)
+
+    def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
+        """Return what ``pack`` makes, given an open file with room for ``weights`` draft weights, or None.
+        name: identifies what the weights depend on; None: there is no file."""
+        if self.kept is None or name is None:
+            return pack(None)
+        digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
+        made = using(self.kept.of_drafts(digest, 2 * weights), pack)
+        drop_old(self.kept.path.parent, DRAFTS, MOST_DRAFTS)
+        return made
+
+    # -- layers with merged adapters ----------------------------------------------------------------------------------
+
     def merged(self, adapters: Adapters | None, lo: int, hi: int) -> Model:
         """Return the model with ``adapters`` merged into layers [lo, hi) and quantized, for drafts. Cached."""
         if adapters is None or not any(adapters.changes(layer) for layer in range(lo, hi)):
@@ -375,7 +427,9 @@ class PackedModel:
         with self.lock:
             if adapters not in self._changed:
                 own = (Layer * len(self._layers))(*self._layers)
-                self._changed[adapters] = Model(*self._sizes, ctypes.addressof(own)), own, {}
+                copy = Model.from_buffer_copy(self.struct)
+                copy.layers = ctypes.addressof(own)
+                self._changed[adapters] = copy, own, {}
             model, layers, packed = self._changed[adapters]
             if missing := [layer for layer in range(lo, hi) if layer not in packed]:
 

@@ -96,14 +96,16 @@ class NativeTarget(Target):
         self.packed = PackedModel(model, self.lock, self.own_head, kept, rounding, expert_cache, expert_prefetch)
         self.experts = self.packed.experts
         self.embedding = self.packed.embedding
-        self.final_norm, self.eps = self.packed.final_norm, self.packed.eps
+        self.final_norm = self.packed.final_norm
+        self.eps = self.packed.eps
         self.int8_cache = False
-        self.rotary, self._positions = decoder.rotary_emb, 0  # number of positions in the rotary tables
+        self.rotary = decoder.rotary_emb
+        self._positions = 0  # number of positions in the rotary tables
         if self.packed.rounded:
             self.activations = "8 bits"
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
-        self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))
+        self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))  # index in _spans
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self.weight_format = self.packed.weight_format + (", rounded" if rounding else "")
         if like is not None:
@@ -123,7 +125,8 @@ class NativeTarget(Target):
             if kept is not None:
                 kept.notes[self.lib.level] = self.logit_difference
         if kv_cache == "int8":  # after the self-check: it is lossy
-            self.int8_cache, self.kv_cache = True, "8 bits (lossy)"
+            self.int8_cache = True
+            self.kv_cache = "8 bits (lossy)"
         self.packed.release(*mapped(model))  # reading a part of a large page may have loaded its neighbors again
         memory.trim_heap()
 
@@ -260,7 +263,9 @@ class NativeTarget(Target):
         cache.claim(lo, hi, counts, list(self.packed.buffers), torch.bfloat16)
         sequences = (SequenceArgs * len(rows))()
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
-            sequence.tokens, sequence.start, sequence.committed = count, row.count + ahead, row.count
+            sequence.tokens = count
+            sequence.start = row.count + ahead
+            sequence.committed = row.count
             sequence.filled = row.count + filled
             for buffer, name in enumerate(cache.names):
                 sequence.capacity[buffer], sequence.keys[buffer], sequence.values[buffer] = row.pointers[name]
@@ -268,16 +273,24 @@ class NativeTarget(Target):
                 held = row.states.arguments(ahead, count, whole)
                 sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
         rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
-        call.count, call.tokens, call.cache = len(rows), sum(counts), cache.int8
-        call.sequences, call.rotary = ctypes.addressof(sequences), ctypes.addressof(rotary[1])
+        call.count = len(rows)
+        call.tokens = sum(counts)
+        call.cache = cache.int8
+        call.sequences = ctypes.addressof(sequences)
+        call.rotary = ctypes.addressof(rotary[1])
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
         """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
-        call = Call(0, 0, lo, hi, cores.threads(), len(self.window_sizes))
-        call.spans, call.window = ctypes.addressof(self._spans), ctypes.addressof(self._window)
-        call.taps = ctypes.addressof(self._no_taps)
-        return call
+        return Call(
+            lo=lo,
+            hi=hi,
+            threads=cores.threads(),
+            windows=len(self.window_sizes),
+            spans=ctypes.addressof(self._spans),
+            window=ctypes.addressof(self._window),
+            taps=ctypes.addressof(self._no_taps),
+        )
 
     def head(self, head: nn.Linear | None) -> Packed:
         return self.packed.head(head)
@@ -302,7 +315,8 @@ class NativeTarget(Target):
                     widest = max((table.shape[2] for table in made), default=0)
                     tables = [F.pad(table, (0, widest - table.shape[2])).contiguous() for table in made]
                     pointers = (POINTER * len(tables))(*(table.data_ptr() for table in tables))
-                    self._tables, self._positions = (tables, pointers), every
+                    self._tables = tables, pointers
+                    self._positions = every  # last: other threads read it without the lock
         return self._tables
 
 

@@ -12,10 +12,11 @@ from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass
 
 pytestmark = [needs_native, pytest.mark.usefixtures("two_threads")]
-LENGTH, PATH = 150, [0, 2, 3, 6, 7]  # PATH: nodes of a tree that are committed, across the border of two blocks of keys
+LENGTH = 395  # values of the first 128 keys are added in chains: blocks of 64 that end 256 positions before the token
+PATH = [0, 2, 3, 6, 7]  # nodes of a tree that are committed, across the border of two blocks of keys
 CASES = [  # families, types of their matrices, sizes
     ("llama", ["Q4_1"], {}),
-    ("mistral", ["Q4_1"], {"sliding_window": 70}),
+    ("mistral", ["Q4_1"], {"sliding_window": 330}),
     ("gpt_oss", ["MXFP4"], WIDE | {"sliding_window": 70}),
     ("gemma2", ["Q4_1"], {}),
 ]
@@ -62,11 +63,11 @@ def test_bits_depend_on_the_visible_keys_alone(family, kinds, changes, kv_cache,
             single = chain(target, x, list(range(1, LENGTH + 1)))
             found.append(single)
             assert single.isfinite().all() and single.std() > 0
-            for ends in ([LENGTH], [61, 66, 126, 142, LENGTH], [1, 65, 129, 131, LENGTH]):
+            for ends in ([LENGTH], [61, 66, 126, 142, 318, LENGTH], [1, 65, 129, 131, 317, 322, 383, LENGTH]):
                 assert torch.equal(chain(target, x, ends), single), (level, ends)
             # A tree whose committed path has other slots before it is committed: at a border of blocks, and not.
             tree = tree_of([-1, 0, 0, 2, 1, 0, 3, 6])
-            for start in 20, 59, 61, 125:
+            for start in 20, 59, 61, 125, 317, 380:
                 cache = target.new_cache()
                 states(target, cache, x[:, :start], list(range(start)))
                 nodes = x[:, start : start + 1].repeat(1, 8, 1) * 3
@@ -75,7 +76,8 @@ def test_bits_depend_on_the_visible_keys_alone(family, kinds, changes, kv_cache,
                 assert torch.equal(got[:, PATH], single[:, start : start + len(PATH)]), (level, start)
                 rest = x[:, start + len(PATH) :]
                 assert torch.equal(states(target, cache, rest, []), single[:, start + len(PATH) :]), (level, start)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    if family != "gpt_oss":  # routers are in bf16, whose products are added in an order of each build's own
+        assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])

@@ -213,7 +213,7 @@ def test_experts_with_biases_are_rounded_like_others() -> None:
     target = NativeTarget(model, "int8")  # agrees with the model's own pass
     assert all(item.kinds == {library.Q8} for item in target.packed.expert_maps)
     assert target.bytes_read < NativeTarget(model_of("gpt_oss")).bytes_read
-    after = model.model.layers[0].mlp.experts.dense()
+    after = model.model.layers[0].mlp.experts.to_transformers()
     assert 0 < apart(after.gate_up_proj, before) < 0.01 and torch.equal(after.gate_up_proj_bias, biases)
 
 

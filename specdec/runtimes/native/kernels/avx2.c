@@ -115,7 +115,11 @@ static void to_rows(const uint32_t *vnni, int features, int tokens, uint8_t *out
 
 static inline int reads_vnni(const Linear *map) { return 0; }
 
-static inline int tiles_score(const bf16 *keys, int d, const uint32_t *queries, int columns, float *to, int stride) { return 0; }
+static inline int attends_in_tiles(void) { return 0; }
+static inline void arrange_rows(const bf16 *from, int numbers, bf16 *to) {}
+static inline void arrange_columns(int d, uint32_t *pairs) {}
+static inline void tiles_score(const bf16 *rows, int count, int d, const uint32_t *queries, int columns, float *to, int stride) {}
+static inline void tiles_values(const uint32_t *weights, const uint32_t *values, int d, float *out) {}
 
 static inline int score_few(const bf16 *rows, int left, int d, const uint32_t *queries, int columns, float *to, const uint8_t *one,
     const uint8_t *other) { return 0; }

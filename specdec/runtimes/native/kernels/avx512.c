@@ -98,8 +98,8 @@ INLINE void score_few_rows(int lanes, int keys, const bf16 *rows, int d, const u
     const uint8_t *other) {
     const int together = 16 / lanes, vectors = keys / together;
     __m512i four[16]; /* pairs of each key, in its lanes */
-    W sum[16];
-    for (int i = 0; i < vectors; i++) sum[i] = set_w(0);
+    W sum[16], first[16], total[16]; /* of a chain, of the one before it, of all */
+    for (int i = 0; i < vectors; i++) sum[i] = first[i] = total[i] = set_w(0);
     for (int k = 0; k < d; k += 8) {
         for (int i = 0; one && i < keys * 16; i += 64) {
             _mm_prefetch((const char *)one + keys * 2 * k + i, _MM_HINT_T1);
@@ -123,14 +123,19 @@ INLINE void score_few_rows(int lanes, int keys, const bf16 *rows, int d, const u
         ADD(2);
         ADD(3);
 #undef ADD
+        for (int i = 0; k % 16 == 8 && i < vectors; i++) {
+            if (k % 32 == 8) first[i] = sum[i];
+            else total[i] = add_w(total[i], add_w(first[i], sum[i]));
+            sum[i] = set_w(0);
+        }
     }
     for (int i = 0; i < vectors; i++) {
         float *at = to + 16 * together * i;
         if (lanes == 8) {
-            _mm256_store_ps(at, _mm512_castps512_ps256(sum[i])), _mm256_store_ps(at + 16, _mm512_extractf32x8_ps(sum[i], 1));
+            _mm256_store_ps(at, _mm512_castps512_ps256(total[i])), _mm256_store_ps(at + 16, _mm512_extractf32x8_ps(total[i], 1));
         } else {
-            _mm_store_ps(at, _mm512_castps512_ps128(sum[i])), _mm_store_ps(at + 16, _mm512_extractf32x4_ps(sum[i], 1));
-            _mm_store_ps(at + 32, _mm512_extractf32x4_ps(sum[i], 2)), _mm_store_ps(at + 48, _mm512_extractf32x4_ps(sum[i], 3));
+            _mm_store_ps(at, _mm512_castps512_ps128(total[i])), _mm_store_ps(at + 16, _mm512_extractf32x4_ps(total[i], 1));
+            _mm_store_ps(at + 32, _mm512_extractf32x4_ps(total[i], 2)), _mm_store_ps(at + 48, _mm512_extractf32x4_ps(total[i], 3));
         }
     }
 }

@@ -274,6 +274,7 @@ static void set_columns(const Pass *p, const Layer *layer, const Sequence *seque
         const int64_t last = sequence->trees ? p->c->positions[begin + token] + 1 : sequence->start + token + 1;
         const int64_t from = span && span < last ? last - span : 0, seen = sequence->trees ? sequence->committed : last, end = seen < filled ? seen : filled;
         a->first[col / 16][col % 16] = (float)from, a->end[col / 16][col % 16] = (float)end;
+        a->chained[col / 16][col % 16] = (float)(last - LATE < end ? last - LATE : end);
         if (from < r->first) r->first = (int)from;
         if (end > r->end) r->end = (int)end;
         for (int s = 0; sequence->trees && s < behind && sequence->committed + s < filled; s++)
@@ -304,7 +305,7 @@ static void attend_all(Pass *p, int index, Attention *a, int me, int n) {
         if (r.columns <= 0) continue;
         set_columns(p, layer, sequence, c->window[index], begin, kv, first, &r);
         for (int col = 0; own && col < r.columns; col++) sinks[col] = own[kv * h->group + (first + col) % h->group];
-        attend(&r, own ? sinks : NULL, column_blocks_of(p, h, sequence) == 1, m->rounded);
+        attend(&r, own ? sinks : NULL, column_blocks_of(p, h, sequence) == 1);
         for (int col = 0; col < r.columns; col++) {
             int row = begin + (first + col) / h->group, head = kv * h->group + (first + col) % h->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;

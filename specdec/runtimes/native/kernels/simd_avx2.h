@@ -181,6 +181,7 @@ static inline W load_w(const float *p) { return _mm256_loadu_ps(p); }
 static inline void store_w(float *p, W v) { _mm256_storeu_ps(p, v); }
 static inline W set_w(float v) { return _mm256_set1_ps(v); }
 static inline W mul_w(W a, W b) { return _mm256_mul_ps(a, b); }
+static inline W add_w(W a, W b) { return _mm256_add_ps(a, b); }
 static inline W fma_w(W a, W b, W c) { return _mm256_fmadd_ps(a, b, c); }
 static inline W fnma_w(W a, W b, W c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline W whole_w(Codes v) { return _mm256_cvtepi32_ps(v); }
