@@ -118,6 +118,7 @@ class DraftModelDrafter(ChainDrafter):
         accepted = [common_prefix(own, row[n:-1]) for own, n, row in zip(fed, cache.rows, ids, strict=True)]
         if any(accepted):
             cache.commit([list(range(n)) for n in accepted])
+            cache.evict()
         else:
             cache.trim(cache.lengths[0] - cache.committed)
         last = self.draft_target.vocab_size - 1  # padding of the target's embedding may lie beyond it

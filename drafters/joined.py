@@ -17,11 +17,19 @@ from specdec.speculation.drafter import Drafter
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best, worth_scoring
 
-from .ngram import NgramDrafter
+from .ngram import NgramDrafter, NgramRow
 
 # The sources of candidates: n-grams where the other drafter has no candidate, where it has others, and that drafter.
 NGRAM_ALONE, NGRAM_WITH_OTHERS, OTHER = range(3)
 UNKNOWN = 0.5  # raw probability of a token whose drafter has none, until calibration knows better
+
+
+class JoinedRow(NgramRow):
+    """What a ``JoinedDrafter`` keeps of one row: what n-grams keep, and ``other``, the other drafter's state of it."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.other = other
 
 
 class JoinedDrafter(Drafter):
@@ -49,27 +57,25 @@ class JoinedDrafter(Drafter):
             cost_key=f"{self.other.name} {own.cost_key}",
         )
 
-    def begin(self) -> tuple[Any, Any]:
-        return self.ngram.begin(), self.other.begin()
+    def begin(self) -> JoinedRow:
+        return JoinedRow(self.other.begin())
 
-    def end(self, row_state: tuple[Any, Any], ids: list[int], start: int, learn: bool = True) -> None:
-        self.ngram.end(row_state[0], ids, start, learn)
-        self.other.end(row_state[1], ids, start, learn)
+    def end(self, row_state: JoinedRow, ids: list[int], start: int, learn: bool = True) -> None:
+        self.ngram.end(row_state, ids, start, learn)
+        self.other.end(row_state.other, ids, start, learn)
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        self.other.observe([own for _, own in row_states], paths, taps)
+        self.other.observe([row.other for row in row_states], paths, taps)
 
-    def withdraw(self, row_state: tuple[Any, Any]) -> None:
-        self.other.withdraw(row_state[1])
+    def withdraw(self, row_state: JoinedRow) -> None:
+        self.other.withdraw(row_state.other)
 
     def propose(self, state: State, limit: int) -> Draft:
-        of_ngram, of_other = (
-            replace(state, row_states=[own[number] for own in state.row_states], exit=None) for number in range(2)
-        )
+        of_other = replace(state, row_states=[row.other for row in state.row_states], exit=None)
         if state.threshold is not None:  # n-grams have no confidence by which tokens could be accepted
             return self.other.propose(of_other, limit)
         nodes, prices = self.ngram.nodes, state.prices
-        given = self.ngram.candidates(of_ngram, limit)
+        given = self.ngram.candidates(state, limit)
         alone = worth_scoring(given, limit, nodes, prices)
         most = limit
         if prices is not None:
@@ -88,7 +94,7 @@ class JoinedDrafter(Drafter):
         if not any(each.tokens for each in found):
             return draft_best(given, limit, nodes, state, 0, alone)
         levels = max(each.levels() for each in found)
-        return draft_best(self.ngram.candidates(of_ngram, limit, found), limit, nodes, state, levels, alone)
+        return draft_best(self.ngram.candidates(state, limit, found), limit, nodes, state, levels, alone)
 
     def _proposed(self, state: State, limit: int) -> list[Candidates]:
         """Return the tree that ``other.propose`` drafts, as the candidates of each row."""

@@ -22,6 +22,7 @@ from specdec.kvcache.mask import Mask
 from specdec.models import prediction_layer
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import for_drafting
+from specdec.runtimes.torch.static_cache import Lanes
 
 from .pairs import PairDrafter
 
@@ -75,11 +76,12 @@ class MTPDrafter(PairDrafter):
         own = self.head.draft_target
         if (own.hidden_size, own.vocab_size) != (target.hidden_size, target.vocab_size):
             raise SpecDecError("the multi-token prediction layer is of another model; its sizes differ")
-        self.layers = (target.num_layers,)
+        self.layers, self.inner = (target.num_layers,), target.hidden_size
+        self.keys = None if own.keys is None else (1, *own.keys)
         super().bind(target)
 
     def new_cache(self) -> KVCache:
-        return self.head.draft_target.new_cache()
+        return self.head.draft_target.new_cache() if self.static is None else super().new_cache()
 
     def inputs(self, states: Tensor) -> Tensor:
         made: Tensor = self.head.final_norm(states)
@@ -91,9 +93,9 @@ class MTPDrafter(PairDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.head.draft_target.readout(outputs)
 
-    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache | Lanes) -> Tensor:
         x = self.head.inputs(self.target.embed(tokens, positions), states)
-        return self.head.draft_target.layers(x, 0, 1, Pass(positions, mask, cache))
+        return self.head.draft_target.layers(x, 0, 1, Pass(positions, mask, cache))  # type: ignore[arg-type]
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:

@@ -167,8 +167,9 @@ class NgramDrafter(Drafter):
         if self.size and row_state.store is None:
             row_state.store = self._store(state.scopes[row])
             row_state.kept = self.kept.get(state.scopes[row])
-        row_state.texts.add(ids[row_state.seen :])
-        row_state.seen = len(ids)
+        if row_state.seen < len(ids):
+            row_state.texts.add(ids[row_state.seen :])
+            row_state.seen = len(ids)
         texts: list[tuple[Texts | SortedTexts | None, float]]
         texts = [(self.corpus, CORPUS_WEIGHT), (self.own_corpus, STORE_WEIGHT)]
         texts += [(row_state.store, STORE_WEIGHT), (row_state.texts, OWN_WEIGHT)]
@@ -177,6 +178,5 @@ class NgramDrafter(Drafter):
         priced = state.prices or Prices(())
         tables = priced.tables[row] if priced.tables else ()
         # Nodes that are worth half their price are found, too: calibration learns from them.
-        every = self.nodes is not None or learned is not None
-        nodes = () if every else [price / 2 for price in priced.nodes]
+        nodes = () if self.nodes is not None else [price / 2 for price in priced.nodes]
         return self.grower(ids, sources, limit, learned, state.masks(row), noise, tables=tables, prices=nodes)

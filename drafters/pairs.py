@@ -9,23 +9,42 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specdec.base.devices import is_asynchronous, upload
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
+from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
-from specdec.runtimes.torch.draft import Step, states_of
+from specdec.runtimes.torch.draft import Rules, Step, given_of, grow_captured, noise_of, states_of
+from specdec.runtimes.torch.static_cache import SPARE, TOKENS, Lanes, StaticCache, bucket
+from specdec.speculation.candidates import Candidates
+from specdec.speculation.device_draft import DeviceDraft, choice_of
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Traits
 from specdec.speculation.state import State
 
 from .chain import ChainDrafter, ChainRow, Readout
+
+
+class Pairs(NamedTuple):
+    """The root of each row, from which levels are drafted.
+
+    tokens, positions: int64 [B, 1] each. last: output of the drafter's layers for the root's pair, [B, 1, D'].
+    sure: whether the greedy token after each node is the one that is accepted, as far as is known.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    last: Tensor
+    sure: bool
 
 
 class PairRow(ChainRow):
@@ -49,6 +68,10 @@ class PairDrafter(ChainDrafter):
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     target: the model.
+    keys: number of layers of ``run``, key heads of each, and the size of a head, if ``run`` takes ``Lanes`` in place of
+        a ``KVCache``; None: it does not.
+    inner: D', the size of the outputs of ``run``.
+    static: the keys and values of all rows where drafts are captured; None: they are not.
     """
 
     shift: ClassVar[int]
@@ -56,13 +79,17 @@ class PairDrafter(ChainDrafter):
     tokens: Tensor | None = None
     cost_key: str
     target: Target
+    keys: tuple[int, int, int] | None
+    inner: int
+    static: StaticCache | None = None
 
-    @abstractmethod
     def new_cache(self) -> KVCache:
         """Return an empty cache of one row."""
+        assert self.keys is not None
+        return KVCache(self.keys[0], 1, self.target.device, layers=[range(self.keys[0])])
 
     @abstractmethod
-    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache | Lanes) -> Tensor:
         """Run T pairs of each row after the pairs in ``cache``; return the layers' output, [B, T, D'].
 
         tokens, positions: the pairs' tokens and positions, int64 [B, T] each. states: the pairs' states, [B, T, D'].
@@ -83,6 +110,8 @@ class PairDrafter(ChainDrafter):
 
     def bind(self, target: Target) -> None:
         self.target = target
+        if self.keys is not None:
+            self.static = target.static_cache(range(self.keys[0]), self.keys[1:])
         self.traits = Traits(
             (self.name,),
             taps=tuple(sorted(set(self.layers))),
@@ -101,26 +130,35 @@ class PairDrafter(ChainDrafter):
                 row.states.append(states[b, upload(path, states.device)])
 
     def propose(self, state: State, limit: int) -> Draft:
+        choice = choice_of(replace(state, prices=None), limit, self.nodes or limit, 1)
+        tree = None if choice is None else self.draft_captured(state, limit, 1, choice)
+        if tree is not None:
+            return DeviceDraft(tree, state, limit, chain=True)
         cache = self.catch_up(state)
-        step = functools.cache(lambda: self.levels(state, cache))  # not made if no token is drafted
+        step = functools.cache(lambda: self.levels(self.pairs(state), cache))  # not made if no token is drafted
 
         def read(token: Tensor, _: Tensor) -> Readout:
             return Readout(step()(token, torch.zeros_like(token), None)[:, 0])
 
         return self.chain(state, limit, read, self.tokens)
 
-    def levels(self, state: State, cache: KVCache) -> Step:
+    def pairs(self, state: State) -> Pairs:
+        """Return the roots of all rows, whose pairs have run."""
+        last = torch.cat([row.last for row in state.row_states])
+        return Pairs(state.roots, state.positions, last, state.sampler.best_allowed)
+
+    def levels(self, pairs: Pairs, cache: KVCache | Lanes) -> Step:
         """Return the function that computes the draft logits of one level after the other, as ``grow`` calls it.
 
         cache: the KV cache of all rows, as ``catch_up`` returns it.
         """
-        outputs, level = torch.cat([row.last for row in state.row_states]), 0  # (B, 1, D')
-        roots, last = state.positions, state.target.context - 1
+        outputs, level, most = pairs.last, 0, self.target.context - 1
 
         def step(tokens: Tensor, parents: Tensor, paths: Tensor | None) -> Tensor:
             nonlocal outputs, level
             if level:
-                positions = ((roots + level).clamp_max(last) - self.shift).expand_as(tokens)  # other rows may go deeper
+                at = (pairs.positions + level).clamp_max(most) - self.shift  # other rows may go deeper
+                positions = at.expand_as(tokens)
                 mask = cache.register(0, positions, None if paths is None else paths[..., 1:])
                 states = self.fed(states_of(outputs, parents))
                 outputs = self.run(tokens, states, positions, mask, cache)
@@ -128,6 +166,73 @@ class PairDrafter(ChainDrafter):
             return self.logits(outputs)
 
         return step
+
+    def slots(self, levels: int, keep: int) -> int:
+        """Return how many uncommitted slots a draft needs. levels, keep: as in ``grow``."""
+        return (levels - 1) * keep
+
+    def draft_captured(
+        self,
+        state: State,
+        levels: int,
+        width: int,
+        choice: DeviceChoice,
+        given: Sequence[Candidates] | None = None,
+    ) -> DeviceTree | None:
+        """Run the pairs of new tokens, draft, and select nodes in one captured function; None: it cannot be captured.
+
+        levels, width: as in ``TreeLimits``. given: the candidates of n-grams; None: there are none.
+        """
+        static, target, rows = self.static, self.target, state.row_states
+        batch, keep = len(rows), width if len(rows) == 1 else 1
+        if static is None or not torch.is_inference_mode_enabled() or self.slots(levels, keep) > SPARE:
+            return None
+        if batch * max(sum(map(len, row.states)) for row in rows) > TOKENS:  # a prompt
+            self.catch_up(state)
+        counts = [sum(map(len, row.states)) for row in rows]
+        size, device = bucket(max(1, *counts)), target.device
+        none = torch.zeros(0, len(self.layers) * target.hidden_size, dtype=target.dtype, device=device)
+        parts = [row.states[0] if len(row.states) == 1 else torch.cat([none, *row.states]) for row in rows]
+        states = torch.stack([F.pad(part, (0, 0, 0, size - len(part))) for part in parts])
+        last = [row.last if len(row.last) else none.new_zeros(1, 1, self.inner) for row in rows]
+        numbers = list[list[int]]()  # of each row: root, its position, position of the first pair, counts, tokens
+        for ids, count, position in zip(state.ids, counts, state.cache.rows, strict=True):
+            first = len(ids) - count
+            numbers.append([ids[-1], position, first - self.shift, count, *ids[first:], *[0] * (size - count)])
+        prices, sampled = state.prices, state.sampler.sampled(state.ids)
+        tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
+        rules = Rules(self.tokens, tables, given=given_of(given, device))
+        if sampled is not None:
+            noise, sampling = noise_of(sampled, levels, target.vocab_size, device)
+            rules = rules._replace(noise=noise, sampling=sampling)
+        sure, most = state.sampler.best_allowed, target.context - 1
+        with target.lock:
+            cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
+            places = static.place(cache.entries, cache.committed + size + self.slots(levels, keep))
+            lanes = static.lanes(bucket(max(places) + 1), places, cache.rows)
+
+            def step(whole: Any, rows: Any) -> tuple[Step, Sequence[Tensor]]:
+                (numbers, _), (ints, states, last) = whole, rows
+                own = Lanes(static, numbers, lanes.total)
+                root, position, first, counts, tokens = ints.split((1, 1, 1, 1, size), 1)
+                positions = (first + static.block[:size]).clamp(max=most)
+                outputs = self.run(tokens, self.inputs(states), positions, own.register(0, positions), own)
+                own.keep(counts[:, 0])
+                end = outputs.gather(1, (counts - 1).clamp(min=0)[..., None].expand(-1, 1, outputs.shape[2]))
+                last = torch.where(counts[..., None] > 0, end, last)
+                return self.levels(Pairs(root, position, last, sure), own), [last]
+
+            key, given_rows = ("pairs", self, sure), (upload(numbers, device), states, torch.cat(last))
+            limits = TreeLimits(levels, width)
+            roots = given_rows[0][:, :1]
+            found, [last_ones] = grow_captured(
+                target, key, step, roots, limits, rules, choice, keep, (), given_rows, lanes
+            )
+            cache.commit([range(count) for count in counts])
+            for row, own in zip(rows, last_ones.clone().split(1), strict=True):
+                row.last, row.states = own, []
+        assert isinstance(found, DeviceTree)
+        return found
 
     def catch_up(self, state: State) -> KVCache:
         """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows."""

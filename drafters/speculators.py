@@ -22,7 +22,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from specdec.base import options
 from specdec.base.devices import is_asynchronous, upload, without_memory
 from specdec.base.errors import SpecDecError, one_line
-from specdec.kvcache.cache import KVCache
 from specdec.models import drafter_folder, hub
 from specdec.models.names import display_name
 from specdec.runtimes.draft_path import WIDTH, DeviceChoice, DeviceTree, TreeLimits
@@ -273,31 +272,29 @@ class PublicHeadDrafter(PairDrafter):
     def bind(self, target: Target) -> None:
         head, config = self.network, self.network.config
         head.freeze(target)
-        self.device, self.layers = target.device, config.layers
+        self.layers, self.inner = config.layers, config.width
+        self.keys = len(head.layers), config.kv_heads, config.head_dim
         few = config.vocab < target.vocab_size
         first = torch.arange(config.vocab, device=target.device) if few else None
         self.tokens = head.tokens if head.d2t is not None else first
         super().bind(target)
 
-    def new_cache(self) -> KVCache:
-        return KVCache(len(self.network.layers), 1, self.device)
-
     def candidates(self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None) -> Trees:
         if not self._drafts_tree(state):
             return None
         limit = min(limit, self.network.deepest or limit)
-        return self._tree(state, self.catch_up(state), limit, self.width, choice, None if choice is None else given)
+        return self._tree(state, limit, self.width, choice, None if choice is None else given)
 
     def propose(self, state: State, limit: int) -> Draft:
         limit = min(limit, self.network.deepest or limit)
         if not self._drafts_tree(state):
             return super().propose(state, limit)
-        cache = self.catch_up(state)
         if self.traits.has_probabilities and state.prices is not None and not state.prices.levels():
+            self.catch_up(state)
             return draft_best([Candidates.none() for _ in state.ids], limit, self.nodes, state)
         width = self.width if self.nodes or state.prices else 1
         choice = choice_of(state, limit, self.nodes, width)
-        found = self._tree(state, cache, limit, width, choice)
+        found = self._tree(state, limit, width, choice)
         if isinstance(found, DeviceTree):
             return DeviceDraft(found, state, limit, chain=width == 1)
         return draft_best(found, limit, self.nodes, state, max(own.levels() for own in found))
@@ -313,17 +310,19 @@ class PublicHeadDrafter(PairDrafter):
     def _tree(
         self,
         state: State,
-        cache: KVCache,
         limit: int,
         width: int,
         choice: DeviceChoice | None,
         given: Given = None,
     ) -> list[Candidates] | DeviceTree:
-        prices, device = state.prices, state.cache.device
+        tree = None if choice is None else self.draft_captured(state, limit, width, choice, given)
+        if tree is not None:
+            return tree
+        prices, device, cache = state.prices, state.cache.device, self.catch_up(state)
         limits = TreeLimits(limit, width) if prices is None else prices.limits(limit, width)
         tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
         masks = state.masks(0) if choice is None and len(state.ids) == 1 else None
         rules = Rules(self.tokens, tables, given=given_of(given, device), masks=masks)
         waits = choice is None and not is_asynchronous(device)
-        found = taken(grow(self.levels(state, cache), state.roots, limits, rules, waits=waits), choice)
+        found = taken(grow(self.levels(self.pairs(state), cache), state.roots, limits, rules, waits=waits), choice)
         return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]

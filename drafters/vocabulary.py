@@ -44,6 +44,7 @@ class DraftVocabulary:
     added: token ids of the rows' texts that are not in ``trained``.
     added_head: the output head for ``added``; None: ``added`` is empty.
     forbidden: whether a row has not seen an added token, bool [B, len(added)]; None: every row has seen all of them.
+    contexts: those of the last step's rows.
     """
 
     def __init__(self, target: Target, trained: Tensor | None, head: nn.Linear | None = None) -> None:
@@ -57,6 +58,7 @@ class DraftVocabulary:
         self.added: list[int] = []
         self.added_head: GrowingLinear | None = None
         self.forbidden: Tensor | None = None
+        self.contexts: list[Context] = []
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
         """Add the new tokens of the texts of all rows; each row drafts only those of its own text.
@@ -65,9 +67,13 @@ class DraftVocabulary:
         """
         if self.trained is None:
             return
+        known, self.contexts, changed = self.contexts, [*contexts], False
         for context, ids in zip(contexts, state.ids, strict=True):
+            before = len(context.added)
             context.added.update((token, None) for token in ids[context.read :] if token not in self.trained_ids)
-            context.read = len(ids)
+            context.read, changed = len(ids), changed or len(context.added) > before
+        if known == self.contexts and not changed:
+            return
         seen = dict.fromkeys(token for context in contexts for token in context.added)
         wanted = [token for token in seen if token not in self.trained_ids]  # a row may have begun with another drafter
         there = set(self.added)
@@ -92,10 +98,15 @@ class DraftVocabulary:
 
     def logits(self, final: Tensor) -> Tensor:
         """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
-        logits = self.target.readout(final, self.head)
-        if self.added_head is None:
-            return logits
-        added = self.target.readout(final, self.added_head)  # (B, T, added)
-        if self.forbidden is not None:
-            added = added.masked_fill(self.forbidden[:, None], float("-inf"))
-        return torch.cat((logits, added), -1)
+        return read_out(self.target, final, self.heads, self.forbidden)
+
+
+def read_out(target: Target, final: Tensor, heads: Sequence[nn.Linear | None], forbidden: Tensor | None) -> Tensor:
+    """Return the joined logits [B, T, V'] of output heads, from final states [B, T, D].
+
+    heads, forbidden: as in ``DraftVocabulary``.
+    """
+    first, *added = (target.readout(final, head) for head in heads)
+    if added and forbidden is not None:
+        added = [added[0].masked_fill(forbidden[:, None], float("-inf"))]
+    return torch.cat((first, *added), -1) if added else first

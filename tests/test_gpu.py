@@ -77,10 +77,10 @@ def test_captured_passes_are_few_and_their_cache_is_released(monkeypatch: pytest
     decoder = SpecDecoder(tiny_model("llama").to(DEVICE), drafter=PromptLookupDrafter())
     target = decoder.target
     assert isinstance(target, CapturedTarget) and target.static is not None
-    target.captured.clear()
+    target.captured_functions.clear()
     for rows in (1, 2, 3, 1):
         decoder.generate_batch(zoo.PROMPTS[:rows], max_new_tokens=ROWS)
-    assert 0 < len(target.captured) <= 24
+    assert 0 < len(target.captured_functions) <= 24
     monkeypatch.setattr(static_cache, "KEPT", 0)
     decoder.generate(zoo.PROMPTS[0], max_new_tokens=ROWS)
     gc.collect()

@@ -15,8 +15,9 @@ from specdec.kvcache.mask import Mask
 from specdec.models.gguf.blocks import weight_rows
 from specdec.runtimes.target import Target
 from specdec.runtimes.torch.draft import Step, states_of
-from specdec.speculation.state import State
+from specdec.runtimes.torch.static_cache import Lanes
 
+from ..pairs import Pairs
 from ..speculators import PublicHeadDrafter, read_head
 from .network import DFLASH, DSPARK, BlockConfig, BlockHead, with_confidence
 
@@ -46,7 +47,7 @@ class DSparkDrafter(PublicHeadDrafter):
         made: Tensor = self.network.hidden_norm(self.network.map("fc", states))
         return made
 
-    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache | Lanes) -> Tensor:
         turns = self.network.rotary[0](states, positions)
         for n in range(self.network.config.depth):
             cache.append(n, *self.network.keys_and_values(n, states, turns))
@@ -55,13 +56,16 @@ class DSparkDrafter(PublicHeadDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.network.map("head", outputs)
 
-    def levels(self, state: State, cache: KVCache) -> Step:
-        network, config, sure = self.network, self.network.config, state.sampler.best_allowed
-        states = self.block(state, cache)  # (B, S, D')
+    def slots(self, levels: int, keep: int) -> int:
+        return self.network.config.block
+
+    def levels(self, pairs: Pairs, cache: KVCache | Lanes) -> Step:
+        network, config, sure = self.network, self.network.config, pairs.sure
+        states = self.block(pairs, cache)  # (B, S, D')
         logits, slot = self.logits(states), 0
         memory = states.new_zeros(len(states), 1, config.rank)
         if config.first:  # the text's last token is known, and the Markov head has seen it
-            *_, memory = network.follow(state.roots, states[:, :1], memory)
+            *_, memory = network.follow(pairs.tokens, states[:, :1], memory)
             slot = 1
 
         def step(tokens: Tensor, parents: Tensor, paths: Tensor | None) -> Tensor:
@@ -74,20 +78,21 @@ class DSparkDrafter(PublicHeadDrafter):
 
         return step
 
-    def block(self, state: State, cache: KVCache) -> Tensor:
+    def block(self, pairs: Pairs, cache: KVCache | Lanes) -> Tensor:
         """Return the states [B, S, D'] of the block after each row's text.
 
         cache: the KV cache of all rows, as ``catch_up`` returns it. It keeps the block's keys and values, uncommitted.
         """
-        config, roots, target = self.network.config, state.positions, self.target
+        config, roots, target = self.network.config, pairs.positions, self.target
         slots = torch.arange(config.block, device=roots.device)
-        tokens, positions = torch.where(slots == 0, state.roots, config.mask_token), roots + slots  # (B, S)
+        tokens, positions = torch.where(slots == 0, pairs.tokens, config.mask_token), roots + slots  # (B, S)
         # Heads are trained on the model's embeddings without its factors, positions or projections
         embedded = weight_rows(target.model.get_input_embeddings(), tokens.flatten()).unflatten(0, tokens.shape)
         if embedded.shape[-1] != target.hidden_size:
             embedded = target.embed(tokens, positions.clamp_max(target.context - 1))
         # A window counts from the block's first token for all of them: they share its position in the masks
-        places, every = roots.expand(-1, config.block), torch.ones(config.block, config.block, dtype=torch.bool)
+        places, size = roots.expand(-1, config.block), (config.block, config.block)
+        every = torch.ones(size, dtype=torch.bool, device=roots.device)
         full = cache.register(0, places, every).bool_mask()
         near = cache.register(0, places, every.tril() if config.causal else every)
 

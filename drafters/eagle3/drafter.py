@@ -13,6 +13,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.static_cache import Lanes
 
 from ..speculators import PublicHeadDrafter, read_head
 from .network import KIND, Eagle3, Eagle3Config
@@ -45,7 +46,7 @@ class Eagle3Drafter(PublicHeadDrafter):
     def logits(self, outputs: Tensor) -> Tensor:
         return self.network.logits(outputs)
 
-    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+    def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache | Lanes) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache.append(0, k, v)
             return F.scaled_dot_product_attention(q, keys, values, mask.bool_mask(), enable_gqa=True)

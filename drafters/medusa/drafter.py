@@ -14,7 +14,7 @@ from specdec.base.devices import upload
 from specdec.models import drafter_folder
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits, calibrated
 from specdec.runtimes.target import GivenLinear, Target
-from specdec.runtimes.torch.draft import Rules, choose, given_of, grow, limits_of
+from specdec.runtimes.torch.draft import FixedHeads, Rules, Step, fixed_heads, given_of, grow_captured
 from specdec.runtimes.torch.linear import rms_unit
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
@@ -24,7 +24,7 @@ from specdec.speculation.state import State
 from specdec.speculation.tree_builder import draft_best
 from specdec.speculation.trees import MOST_NODES, Choice, likeliest_paths
 
-from ..vocabulary import Context, DraftVocabulary
+from ..vocabulary import Context, DraftVocabulary, read_out
 from . import public
 from .network import Medusa
 
@@ -82,7 +82,7 @@ class MedusaDrafter(Drafter):
         return cls(drafter_folder.load(folder, target.vocab_size, make), nodes)
 
     def bind(self, target: Target) -> None:
-        network = self.network
+        network, self.target = self.network, target
         network.freeze(target)
         self.vocabulary = DraftVocabulary(target, network.draft_vocab)
         if self.output_heads is not None:
@@ -105,10 +105,18 @@ class MedusaDrafter(Drafter):
     def candidates(
         self, state: State, limit: int, given: Given = None, choice: DeviceChoice | None = None
     ) -> list[Candidates] | DeviceTree:
-        logits, prices = self._logits(state)[:, : min(limit, self.network.heads)].float(), state.prices  # (B, K, V')
-        tables = upload(prices.tables, logits.device, torch.float32) if prices and prices.tables else None
+        levels, prices, device = min(limit, self.network.heads), state.prices, state.cache.device
+        tables = upload(prices.tables, device, torch.float32) if prices and prices.tables else None
+        if self.output_heads is None:
+            self.vocabulary.follow(state, [row.context for row in state.row_states])
+        finals = [row.final for row in state.row_states]  # (1, 1, D) each
+        final = finals[0] if len(finals) == 1 else torch.cat(finals)
         if choice is not None:
-            return self._on_device(state, logits, tables, given, choice)
+            return self._on_device(state, final, levels, tables, given, choice)
+        vocabulary = self.vocabulary
+        logits = self._logits(final, state.roots, state.positions, vocabulary.heads, vocabulary.forbidden)[
+            :, :levels
+        ].float()
         tables = None if tables is None else tables[:, 0]
         every = _best(logits, self.vocabulary.tokens, tables)  # one read
         return [
@@ -121,20 +129,34 @@ class MedusaDrafter(Drafter):
     def _on_device(
         self,
         state: State,
-        logits: Tensor,
+        final: Tensor,
+        levels: int,
         tables: Tensor | None,
         given: Given,
         choice: DeviceChoice,
     ) -> DeviceTree:
-        """Build the tree on the device from logits [B, K, V'] of K heads, which are the same after all paths.
+        """Build the tree on the device. The logits of a head are the same after all paths.
 
+        final: final states [B, 1, D] of the tokens before the roots. levels: number of levels.
         tables: calibration tables of the rows; None: no calibration. given: candidates of n-grams; None: none.
         """
-        levels = iter(logits.split(1, 1))
-        rules = Rules(self.vocabulary.tokens, tables, given=given_of(given, logits.device))
-        limits = TreeLimits(logits.shape[1], RANKS)
-        grown = grow(lambda *_: next(levels), state.roots, limits, rules, keep=choice.nodes, waits=False)
-        return choose(grown, choice.nodes, *limits_of(choice, len(logits), logits.device))
+        vocabulary = self.vocabulary
+        heads = fixed_heads(vocabulary.heads, vocabulary.tokens, vocabulary.forbidden, len(final))
+        if heads is None:
+            heads = FixedHeads(vocabulary.heads, vocabulary.tokens, vocabulary.forbidden)
+
+        def step(_: Any, rows: Any) -> tuple[Step, Sequence[Tensor]]:
+            final, roots, positions, forbidden = rows
+            every = self._logits(final, roots, positions, heads.heads, forbidden)[:, :levels].float()
+            each = iter(every.split(1, 1))
+            return (lambda *_: next(each)), ()
+
+        roots, rules = state.roots, Rules(heads.tokens, tables, given=given_of(given, final.device))
+        limits, keep, rows = TreeLimits(levels, RANKS), choice.nodes, (final, roots, state.positions, heads.forbidden)
+        key = "medusa", self, *heads.heads
+        found, _ = grow_captured(state.target, key, step, roots, limits, rules, choice, keep, (), rows)
+        assert isinstance(found, DeviceTree)
+        return found
 
     def _likeliest(
         self, state: State, row: int, logits: Tensor, table: Tensor | None, best: list[list[list[float]]]
@@ -158,17 +180,26 @@ class MedusaDrafter(Drafter):
 
         return likeliest_paths(after, self.nodes or MOST_NODES)
 
-    def _logits(self, state: State) -> Tensor:
-        """Return the logits of all K heads over the draft vocabulary, [B, K, V']."""
-        finals = [row.final for row in state.row_states]  # (1, 1, D) each
-        final = finals[0] if len(finals) == 1 else torch.cat(finals)
-        target = state.target
+    def _logits(
+        self,
+        final: Tensor,
+        roots: Tensor,
+        positions: Tensor,
+        heads: Sequence[nn.Linear | None],
+        forbidden: Tensor | None,
+    ) -> Tensor:
+        """Return the logits of all K heads over the draft vocabulary, [B, K, V'].
+
+        final: final states [B, 1, D] of the tokens before the roots.
+        roots, positions: tokens and their positions, int64 [B, 1] each.
+        heads, forbidden: as in ``DraftVocabulary``.
+        """
+        target = self.target
         if self.output_heads is not None:
             y = self.network(target.readout(final, self.norm)[:, 0])  # (B, K, D)
             return torch.stack([F.linear(y[:, k], weight) for k, weight in enumerate(self.output_heads)], 1)
-        root = rms_unit(target.embed(state.roots, state.positions)[:, 0]) if self.network.rooted else None
-        self.vocabulary.follow(state, [row.context for row in state.row_states])
-        return self.vocabulary.logits(self.network(rms_unit(final)[:, 0], root))
+        root = rms_unit(target.embed(roots, positions)[:, 0]) if self.network.rooted else None
+        return read_out(target, self.network(rms_unit(final)[:, 0], root), heads, forbidden)
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         states = taps[self.traits.taps[0]]

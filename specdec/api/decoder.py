@@ -486,9 +486,8 @@ class SpecDecoder:
         """
         disk = None
         if prefix_cache is not None:
-            recurrent = bool(self.target.recurrent_layers)
-            own = identity.numbers(self.target, identity.content(self.target.model))
-            disk = PrefixDisk(prefix_cache, prefix_cache_size, own, recurrent)
+            own, empty = identity.numbers(self.target, identity.content(self.target.model)), self.target.new_cache(0)
+            disk = PrefixDisk(prefix_cache, prefix_cache_size, own, bool(empty.recurrent), empty.window)
         try:
             engine = self.stepped_engine(
                 num_speculative_tokens,

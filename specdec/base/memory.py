@@ -1,4 +1,4 @@
-"""Release memory of weights that are mapped from a file and not used for a while. Works on Linux.
+"""Release memory that is not used for a while, above all of weights that are mapped from a file. Works on Linux.
 
 safetensors files are mapped into memory. Unchanged pages can be dropped, and the system reads them again from the file
 when they are used. So a runtime with its own copy of a weight does not need memory for the model's copy.
@@ -7,6 +7,7 @@ when they are used. So a runtime with its own copy of a weight does not need mem
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,9 +33,17 @@ def release(*tensors: Tensor) -> int:
         size, begin = mmap.PAGESIZE, tensor.data_ptr()
         first, last = -(-begin // size), (begin + tensor.nbytes) // size  # whole pages only
         if last > first and _unchanged(first, last - first):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONT_NEED)
+            _libc().madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size), _DONT_NEED)
             freed += (last - first) * size
     return freed
+
+
+def discard(tensor: Tensor) -> None:
+    """Drop the pages that lie wholly in ``tensor``, a contiguous one in anonymous memory; they read as zeros then."""
+    size, begin = mmap.PAGESIZE, tensor.data_ptr()
+    first, last = -(-begin // size) * size, (begin + tensor.nbytes) // size * size
+    if last > first:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
 
 
 def free_memory(device: torch.device) -> int:
@@ -48,6 +57,11 @@ def trim_heap() -> None:
     """Make glibc return freed memory to the system, for use after large allocations. No effect without glibc."""
     with suppress(AttributeError, OSError, TypeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _unchanged(first: int, count: int) -> bool:

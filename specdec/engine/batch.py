@@ -93,6 +93,7 @@ class Batch:
         taps, whole_prompts = self._taps(), self.drafter is not None and self.drafter.traits.whole_prompts
         states: list[Tensor] | None = [] if any(row.prompt_logprobs for row in rows) else None
         last = run_tokens(self.target, cache, parts, taps, whole_prompts, states)  # (B, 1, D)
+        cache.evict()
         if states is not None:
             for row, start, own in zip(rows, starts, states, strict=True):
                 self._add_prompt_logprobs(row, start, own)
@@ -198,6 +199,7 @@ class Batch:
         # Commit
         slots = scores.slots(paths)
         self.cache.commit(slots)
+        self.cache.evict()
         self._observe(self.state.row_states, paths, scores.taps)
         self.drafter_behind = False
         self.timer.mark("commit")
@@ -235,7 +237,8 @@ class Batch:
             return [[] for _ in self.rows]
         found = []
         for b, row in enumerate(self.rows):
-            constraint, limit = row.sampler.constraint, min(self._deepest(b), FORCED)
+            constraint = row.sampler.constraint
+            limit = 0 if constraint is None else min(self._deepest(b), FORCED)
             found.append(constraint.forced(row.ids, limit) if constraint is not None and limit else [])
         return found
 

@@ -229,7 +229,7 @@ class Engine:
             events += self._deliver(batch.rows)
         if not (decoding and batch.rows):
             self._notify()
-        new = dict[Request, list[int]]()
+        new: dict[Request, list[int]] = {}
         for row, tokens in events:  # a row that ends its prefill beside others decodes in the same step
             new[row] = new.get(row, []) + tokens
         return list(new.items())

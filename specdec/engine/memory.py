@@ -10,7 +10,7 @@ import torch
 from specdec.engine.batch import Batch
 from specdec.engine.request import Request
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.prefix import PrefixStore, blocks
+from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.target import Target
 
@@ -105,15 +105,15 @@ class Memory:
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
         """Return the bytes by which buffers and states grow if each row gets ``tokens``, and ``new`` rows begin."""
-        batch, prefilling, now = self.batch.cache, self.prefilling, 0
-        then = [blocks(slots, batch.block) for slots in new]
+        batch, prefilling, now = self.batch.cache, self.prefilling, 0.0
+        then = [batch.new_capacity(slots) for slots in new]
         for cache, ends in ((batch, batch.rows), (prefilling.cache, [len(row.ids) for row in prefilling.rows])):
             if cache is not None:
                 now += sum(cache.capacities([0] * cache.batch))
                 then += cache.capacities([end + tokens for end in ends])
         # Where a pass pads its rows, each may grow as much as the longest.
         slots = sum(then) if self.batch.target.ragged else len(then) * max(then, default=0)
-        return max(slots - now, 0) * self.token_bytes + len(new) * self.state_bytes
+        return int(max(slots - now, 0) * self.token_bytes) + len(new) * self.state_bytes
 
 
 @torch.inference_mode()

@@ -168,7 +168,7 @@ class PhaseTimer:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
+        self.device = None if device is None or device.type == "cpu" else device
         self.seconds = dict[str, float]()
         self.step = dict[str, float]()
         self._last = time.perf_counter()

@@ -29,7 +29,8 @@ class Scheduler:
     chunk: maximum number of prompt tokens in a step. prefixes, disk: cached prefixes in memory and on disk; None: none.
 
     A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
-    and one every ``CHECKPOINT`` tokens.
+    and one every ``CHECKPOINT`` tokens. With windowed layers, whose slots before the last window are dropped, a prompt
+    gets one where another text branches off, and one at its end.
     """
 
     def __init__(
@@ -235,10 +236,11 @@ class Scheduler:
         counts, budget = [], self.chunk if self.batch.rows else self.chunk * len(left)
         for row, n, count in zip(prefilling.rows, cache.rows, left, strict=True):
             count = min(count, self.chunk, budget)
-            if self.batch.target.recurrent_layers:
+            if cache.has_checkpoints:
                 count = min([count, *(fork - n for fork in row.fork_positions if fork > n)])
-                if self.disk is not None and (end := (n + count) // self.disk.chunk * self.disk.chunk) > n:
-                    count = end - n  # a checkpoint on disk is at the end of a chunk
+            chunk = self.disk.chunk if self.disk is not None and cache.recurrent else 1
+            if (end := (n + count) // chunk * chunk) > n:
+                count = end - n  # a checkpoint on disk is at the end of a chunk
             counts.append(count)
             budget -= count
         began = time.perf_counter()
@@ -246,7 +248,9 @@ class Scheduler:
         self._count_saved(complete, sum(counts), time.perf_counter() - began)
         for b, (row, n) in enumerate(zip(prefilling.rows, cache.rows, strict=True)):
             if self.memory.prefixes is not None and (
-                n in row.fork_positions or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)
+                n in row.fork_positions
+                or n - cache.resumable(b, n - 1) >= max(CHECKPOINT, n // 4)
+                or (cache.window and row in complete)  # the next turn may leave out a part of the answer
             ):
                 cache.checkpoint(b)
         if complete and (own := prefilling.remove(complete)) is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from specdec.speculation.draft import Draft, ancestors, check_tokens
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.state import State
 from specdec.speculation.verifier import Verifier
+
+LIKELIEST = 64  # tokens at a position of a constrained row that a device returns, so that few steps read it again
 
 
 @dataclass
@@ -76,13 +80,15 @@ class _Scorer:
         # Run
         tokens, positions = state.block(draft)  # (B, 1 + M)
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
-        ctx = Pass(positions, cache.register(exit_layer, positions, tree), cache, taps, ids=tokens)
+        mask, embedded = cache.register(exit_layer, positions, tree), draft.states is None
+        ctx = Pass(positions, mask, cache, taps, ids=tokens, in_place=embedded)
         x = target.layers(x, exit_layer, target.num_layers, ctx)
         # Choose, and read drafted tokens that only the device has
         # A device had better choose after all tokens at once, unless masks come from the host.
         along = not verifier.needs_probabilities and (sampler.best_allowed or not is_asynchronous(cache.device))
         p, fault, order, unread = None, None, None, draft.unread
-        row_logits = dict[int, Tensor]()
+        row_logits: dict[int, Tensor] = {}
+        likely: list[Tensor] = []
         if sampler.plain_greedy and readout not in taps and not self.logit_rows:
             *read, chosen = target.greedy_tokens(x, *unread)
         else:
@@ -95,6 +101,7 @@ class _Scorer:
                 tokens = largest(logits) if some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)
                 if is_asynchronous(cache.device):
                     self._make_masks()
+                    likely = [_likeliest(logits)] if any(row.masked_greedy for row in sampler.rows) else []
             else:
                 every = range(1 + len(draft.parents))
                 scores = sampler.scores(logits, lambda: [self._prefixes(b, every) for b in range(len(state.ids))])
@@ -105,10 +112,10 @@ class _Scorer:
                 if verifier.needs_probabilities and not sampler.greedy:
                     p, certain = scores.softmax(-1), [b for b, row in enumerate(sampler.rows) if row.greedy]
                     p[certain] = _point_masses(tokens[certain], target.vocab_size)
-            *read, chosen = download(*unread, tokens)  # [B][M], [B][1 + M]
+            *read, chosen = download(*unread, *likely, tokens)  # [B][M], [B][(1 + M) 2 k], [B][1 + M]
+        others = [_Likeliest.of(row, len(own)) for row, own in zip(read.pop(), chosen, strict=True)] if likely else []
         if read:
             order = draft.receive(read[0])
-
             if fault := check_tokens(draft.lists(), cache.batch, len(draft.parents), target.vocab_size):
                 draft.listed = [[-1] * len(draft.parents)] * cache.batch
         if order is not None and len(order) > 1:
@@ -116,7 +123,8 @@ class _Scorer:
         for b, row in enumerate(sampler.rows):
             if along and not row.plain_greedy:
                 best = chosen[b] if row.masked_greedy else None
-                chosen[b] = self._choose_along(b, range(1 + len(draft.parents)), logits[b], best)
+                more = others[b] if others else []
+                chosen[b] = self._choose_along(b, range(1 + len(draft.parents)), logits[b], best, more)
         return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
 
     def _reorder(self, order: list[list[int]], chosen: list[list[int]], p: Tensor | None) -> Tensor | None:
@@ -213,12 +221,20 @@ class _Scorer:
                 for path in ([], *self.draft.paths(b)):
                     row.constraint.mask([*self.state.ids[b][row.constraint.start :], *path])
 
-    def _choose_along(self, b: int, nodes: Sequence[int], logits: Tensor, best: list[int] | None) -> list[int]:
+    def _choose_along(
+        self,
+        b: int,
+        nodes: Sequence[int],
+        logits: Tensor,
+        best: list[int] | None,
+        others: Sequence[_Likeliest] = (),
+    ) -> list[int]:
         """Return the target's choice after each of the T block tokens ``nodes`` of row ``b``.
 
         Logits are processed only along accepted tokens, since choices after other tokens do not count.
         logits: raw logits after the tokens, [T, V].
         best: argmax of each of them, [T], if the row takes the best token that its constraint allows; else None.
+        others: the likeliest tokens of each of them, [T]; (): they were not read.
         """
         row, chosen = self.state.sampler.rows[b], [0] * len(nodes)
         texts = {0: self.state.ids[b]}  # of the accepted tokens
@@ -235,7 +251,7 @@ class _Scorer:
                 scores = sampler.scores(own, lambda text=text: [[text]])  # type: ignore[misc]
                 chosen[t] = int(sampler.choose(scores, [[len(text)]]))
             else:
-                chosen[t] = _best_allowed(row, texts[node], own, best[t])
+                chosen[t] = _best_allowed(row, texts[node], own, best[t], others[t] if others else None)
         return chosen
 
     def _prefixes(self, b: int, nodes: Sequence[int]) -> Sequence[Sequence[int]]:
@@ -246,18 +262,53 @@ class _Scorer:
         return [block[node] for node in nodes]
 
 
-def _best_allowed(row: RowSampler, text: Sequence[int], logits: Tensor, best: int) -> int:
+class _Likeliest(NamedTuple):
+    """The likeliest k tokens at a position, best first, and their logits."""
+
+    ids: list[int]
+    logits: list[float]
+
+    @classmethod
+    def of(cls, row: list[int], count: int) -> list[_Likeliest]:
+        """Take apart a row of ``_likeliest``, for each of its ``count`` positions."""
+        whole = np.array(row).reshape(count, 2, -1)
+        logits = whole[:, 1].astype(np.int32).view(np.float32)
+        return [cls(*each) for each in zip(whole[:, 0].tolist(), logits.tolist(), strict=True)]
+
+    def best(self, allowed: Tensor) -> int | None:
+        """Return the first of the best tokens that ``allowed``, bool [V], contains; None: it may be another token."""
+        there = [(token, logit) for token, logit in zip(self.ids, self.logits, strict=True) if allowed[token]]
+        # Tokens that are not here may be as likely as the last one that is
+        if not there or there[0][1] == self.logits[-1] or not math.isfinite(there[0][1]):
+            return None
+        return min(token for token, logit in there if logit == there[0][1])
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Return the ids of the ``LIKELIEST`` likeliest tokens at each position, and the bits of their logits.
+
+    logits: [B, T, V]. Returns int64 [B, T 2 k].
+    """
+    values, ids = logits.float().topk(min(LIKELIEST, logits.shape[-1]))
+    return torch.stack((ids, values.view(torch.int32).long()), 2).flatten(1)
+
+
+def _best_allowed(
+    row: RowSampler, text: Sequence[int], logits: Tensor, best: int, others: _Likeliest | None = None
+) -> int:
     """Return the best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
 
-    best: the argmax of ``logits``.
+    best: the argmax of ``logits``. others: the likeliest tokens; None: they are not known.
     """
     constraint = row.constraint
     assert constraint is not None
     mask = constraint.mask(text[constraint.start :])
     if mask is None or best < 0 or mask[best]:
         return -1 if mask is None else best
+    if others is not None and (found := others.best(mask)) is not None:
+        return found
     ids = torch.from_numpy(np.flatnonzero(mask.numpy()))  # in one thread: waking a team takes longer
-    at = int(largest(logits.index_select(2, ids.to(logits.device)))) if len(ids) else -1
+    at = int(largest(logits.index_select(2, upload(ids, logits.device)))) if len(ids) else -1
     return int(ids[at]) if at >= 0 else -1
 
 

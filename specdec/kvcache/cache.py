@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Self
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.base.devices import upload
+from specdec.kvcache import window as windows
 from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
 
@@ -45,6 +46,9 @@ class RowEntries:
     pointers: capacity in slots of each buffer, and the addresses of its keys and of its values, by name.
     states: the states of the recurrent layers; None: the model has no recurrent layers.
     lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
+    dropped: ranges of committed slots, in order, that the windowed layers hold no longer (``KVCache.evict``).
+    window_checkpoints: numbers of tokens before which the windowed layers still hold a window.
+    sharers: all rows that share a buffer, this one included, by its name: what one of them holds stays in memory.
     """
 
     def __init__(self, states: RowStates | None = None) -> None:
@@ -55,6 +59,9 @@ class RowEntries:
         self.pointers = dict[str, tuple[int, int, int]]()
         self.states = states
         self.lent = False
+        self.dropped: tuple[windows.Range, ...] = ()
+        self.window_checkpoints = frozenset[int]()
+        self.sharers = dict[str, weakref.WeakSet[RowEntries]]()
 
     @property
     def slots(self) -> int:
@@ -62,9 +69,11 @@ class RowEntries:
         return max((buffer.shape[-2] for buffer in self.buffers.values()), default=0)
 
     def shared(self) -> RowEntries:
-        """Return this row as it is now, with the same buffers: committed entries never change."""
+        """Return this row as it is now, with the same buffers: committed entries that a row holds never change."""
         made = copy.copy(self)
-        made.buffers, made.pointers = dict(self.buffers), dict(self.pointers)
+        made.buffers, made.pointers, made.sharers = dict(self.buffers), dict(self.pointers), dict(self.sharers)
+        for rows in made.sharers.values():
+            rows.add(made)
         return made
 
     def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
@@ -77,6 +86,14 @@ class RowEntries:
         self.lent = lent
         begin = buffer.data_ptr()
         self.pointers[name] = buffer.shape[-2], begin, begin + buffer.nbytes // 2
+        self.sharers[name] = weakref.WeakSet([self])
+
+    def window_slots(self, slots: int, window: int) -> int:
+        """Return how many of the row's first ``slots`` slots windowed layers hold, or will hold at most."""
+        begin = self.dropped[-1][1] if self.dropped else 0
+        before = sum(end - start for start, end in windows.held(self.dropped, begin))
+        most = window + windows.MARGIN + 2 * BLOCK + max(windows.FIRST - before, 0)  # until the next ``evict``
+        return before + min(slots - begin, max(most, self.count - begin))
 
 
 class KVCache:
@@ -93,6 +110,10 @@ class KVCache:
     least: minimum number and size of the key heads of a buffer, for layers that have fewer or smaller ones.
     limit: maximum number of tokens of a row; 0: unknown. On a CPU, a row reserves addresses for so many, so that it
         grows without a copy.
+    window: number of slots before a token that the windowed layers see; 0: ``evict`` drops nothing.
+    windowed: numbers of the windowed layers; as an attribute, their indices in each buffer, by its name. The others,
+        ``unlimited``, see all slots.
+    widths: number of all key heads' elements in a layer, for each buffer; (): all buffers are alike.
     entries: the rows.
     lengths: number of filled slots of each layer, in the row with most committed tokens.
     draft_positions: positions of the uncommitted slots, int64 [B, U].
@@ -108,6 +129,9 @@ class KVCache:
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
         limit: int = 0,
+        window: int = 0,
+        windowed: Sequence[int] = (),
+        widths: Sequence[int] = (),
         least: tuple[int, int] = (0, 0),
     ) -> None:
         self.block = BLOCK
@@ -120,6 +144,14 @@ class KVCache:
         self.shape = shape
         self.limit = limit
         self.least = least
+        self.window = window
+        each = dict(zip(self.names, layers or (), strict=False))
+        gone = {*windowed} if window else set()
+        self.windowed = {name: [n for n, layer in enumerate(own) if layer in gone] for name, own in each.items()}
+        self.unlimited = {name: [n for n, layer in enumerate(own) if layer not in gone] for name, own in each.items()}
+        sizes = dict(zip(self.names, widths or [1] * len(each), strict=False))
+        total = sum(sizes[name] * len(own) for name, own in each.items())
+        self._share = sum(sizes[name] * len(own) for name, own in self.windowed.items()) / max(total, 1)
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
         self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -162,9 +194,21 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the slots that all rows hold, without recurrent states."""
-        held = [(x, min(row.held, x.shape[-2])) for row in self.entries for x in row.buffers.values()]
-        return sum(buffer.nbytes // buffer.shape[-2] * slots for buffer, slots in held)
+        """Return the bytes of the slots that all rows hold, without recurrent states and dropped slots."""
+        total = 0.0
+        for row in self.entries:
+            for name, x in row.buffers.items():
+                share = len(self.windowed.get(name, ())) / x.shape[1]
+                total += x.nbytes // x.shape[-2] * self._whole_slots(row, min(row.held, x.shape[-2]), share)
+        return int(total)
+
+    def _whole_slots(self, row: RowEntries, slots: int, share: float | None = None) -> float:
+        """Return how many slots of all layers take the memory of a row's first ``slots`` slots.
+
+        share: part of the memory that is of windowed layers; None: as in all buffers together.
+        """
+        share = self._share if share is None else share
+        return slots - share * (slots - row.window_slots(slots, self.window)) if share else slots
 
     @property
     def num_states(self) -> int:
@@ -181,10 +225,18 @@ class KVCache:
         for row, count in zip(self.entries, slots, strict=True):
             row.expected = count
 
-    def capacities(self, ends: Sequence[int]) -> list[int]:
-        """Return the number of slots that each row would hold after growing to ``ends`` tokens."""
+    def capacities(self, ends: Sequence[int]) -> list[float]:
+        """Return the number of slots that each row would hold after growing to ``ends`` tokens.
+
+        A slot that only a part of the layers hold counts as this part.
+        """
         pairs = zip(self.entries, ends, strict=True)
-        return [row.held if end <= row.held else self._slots(row, end, row.slots) for row, end in pairs]
+        held = [(row, row.held if end <= row.held else self._slots(row, end, row.slots)) for row, end in pairs]
+        return [self._whole_slots(row, slots) for row, slots in held]
+
+    def new_capacity(self, slots: int) -> float:
+        """Return the number of slots, counted as in ``capacities``, that a new row holds which expects ``slots``."""
+        return self._whole_slots(RowEntries(), -(-slots // self.block) * self.block)
 
     def _slots(self, row: RowEntries, end: int, have: int) -> int:
         """Return the number of slots that a row holds after it has grown to ``end`` tokens. have: capacity before."""
@@ -268,6 +320,10 @@ class KVCache:
             made.append(views[0][None] if len(views) == 1 else torch.stack(views))
         return made[0], made[1]
 
+    def uncommitted(self, layer: int) -> int:
+        """Return the number of uncommitted slots that ``layer`` has filled."""
+        return self.lengths[layer] - self.committed
+
     def _place_of(self, layer: int) -> tuple[str, int]:
         """Return the name of the buffer of ``layer``, and the layer's index in it."""
         if self.layers is None:
@@ -288,10 +344,21 @@ class KVCache:
             # Grow by at least a quarter: without a known limit, each entry is copied a bounded number of times.
             made = self._buffer((2, layers, heads, max(held, grown(have)), head_dim), dtype)
             if old is not None:
-                filled = min(have, row.held)
-                made[:, :, :, :filled] = old[:, :, :, :filled]
+                self._copy(row, name, made, min(have, row.held))
             row.put(name, made, held if self.device.type == "cpu" else None)
         row.held = max(row.held, held)
+
+    def _copy(self, row: RowEntries, name: str, to: Tensor, count: int) -> None:
+        """Copy the first ``count`` slots of a row's buffer ``name`` to another, without those that are dropped."""
+        source = row.buffers[name]
+        if not row.dropped:
+            to[..., :count, :] = source[..., :count, :]
+            return
+        for layer in self.unlimited[name]:
+            to[:, layer, :, :count] = source[:, layer, :, :count]
+        for layer in self.windowed[name]:
+            for begin, end in windows.held(row.dropped, count):
+                to[:, layer, :, begin:end] = source[:, layer, :, begin:end]
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a buffer [..., slots, d] of zeros. On a CPU, it has slots up to ``limit`` if there are addresses."""
@@ -317,10 +384,10 @@ class KVCache:
 
         Raises ValueError for committed slots, which cannot be dropped.
         """
-        for layer in range(lo, len(self.lengths) if hi is None else hi):
-            if self.lengths[layer] - count < self.committed:
-                raise ValueError(f"cannot trim {count} slots of layer {layer}: only uncommitted ones can be dropped")
-            self.lengths[layer] -= count
+        left = [length - count for length in self.lengths[lo:hi]]
+        if min(left, default=self.committed) < self.committed:
+            raise ValueError(f"cannot trim {count} slots of layers from {lo} on: only uncommitted ones can be dropped")
+        self.lengths[lo:hi] = left
 
     def roll_back(self) -> None:
         """Drop all uncommitted slots and states, in all layers and rows."""
@@ -336,14 +403,33 @@ class KVCache:
         """
         for row, path in zip(self.entries, paths, strict=True):
             n, count = row.count, len(path)
-            if count and path[-1] != count - 1:  # else the slots are in place
-                index = upload([n + slot for slot in path], self.device)
+            for to, slot in enumerate(path):
+                if slot == to:
+                    continue
                 for buffer in row.buffers.values():
-                    buffer[..., n : n + count, :] = buffer[..., index, :]
+                    buffer[..., n + to, :] = buffer[..., n + slot, :]
             if row.states is not None:
                 row.states.commit(path)
             row.count += count
         self._settle()
+
+    def evict(self) -> None:
+        """Drop the committed slots of windowed layers that no window sees any more, and release their memory.
+
+        Kept are the first ones, for drafts, and those before the end of a row and before its checkpoints. Slots that
+        another row shares and holds stay in memory.
+        """
+        for row in self.entries if self.window else ():
+            if not row.dropped and row.count <= self.window + windows.MARGIN:
+                continue
+            gone = windows.outside(row.count, self.window, row.window_checkpoints, row.dropped)
+            if gone != row.dropped:
+                row.dropped = gone
+                for name, layers in self.windowed.items():
+                    unused = gone
+                    for other in row.sharers[name]:
+                        unused = windows.intersection(unused, other.dropped)
+                    windows.release(row.buffers[name], layers, unused)
 
     def _settle(self) -> None:
         self.lengths = [self.committed] * len(self.lengths)
@@ -366,21 +452,39 @@ class KVCache:
     def resumable(self, row: int, count: int) -> int:
         """Return how many of the first ``count`` committed tokens of ``row`` another text can begin with.
 
-        That is ``count``, or with recurrent layers the largest number with a checkpoint; 0: none.
+        That is ``count``, or the largest number with a checkpoint (recurrent layers) and a whole window before it
+        (windowed layers); 0: none.
         """
-        if not self.recurrent or count == self.entries[row].count:
-            return count
-        return max((n for n in self.checkpoints(row) if n <= count), default=0)
+        own, before = self.entries[row], -1
+        while count not in (before, own.count):
+            before = count
+            if own.states is not None:
+                count = max((n for n in own.states.checkpoints if n <= count), default=0)
+            count = windows.resumable(count, self.window, own.dropped)
+        return count
 
     def checkpoints(self, row: int) -> set[int]:
-        """Return the numbers of tokens after which recurrent states of ``row`` are stored."""
-        states = self.entries[row].states
-        return set() if states is None else set(states.checkpoints)
+        """Return the numbers of tokens at which checkpoints of ``row`` are stored that it can be resumed from."""
+        own = self.entries[row]
+        stored = own.window_checkpoints if own.states is None else own.states.checkpoints
+        return {count for count in stored if self.resumable(row, count) == count}
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether rows can be resumed at their end and at checkpoints, and not everywhere."""
+        return bool(self.recurrent or self.window)
 
     def checkpoint(self, row: int) -> None:
-        """Store a checkpoint of the recurrent states of ``row`` after its committed tokens; no effect without any."""
-        if (states := self.entries[row].states) is not None:
-            states.checkpoint(self.entries[row].count)
+        """Store a checkpoint of ``row`` after its committed tokens; no effect where it can be resumed everywhere.
+
+        With recurrent layers it has their states. With windowed layers, their slots of a window are not dropped; the
+        last few checkpoints of a row stay (``window.thinned``).
+        """
+        own = self.entries[row]
+        if own.states is not None:
+            own.states.checkpoint(own.count)
+        if self.window:
+            own.window_checkpoints = windows.thinned((*own.window_checkpoints, own.count))
 
     def of(self, entries: list[RowEntries]) -> Self:
         """Return a cache of the same kind with the rows ``entries``, of which nothing may be uncommitted."""
@@ -402,8 +506,10 @@ class KVCache:
         for name, buffer in own.buffers.items() if count else ():
             held = -(-max(count, capacity) // PAGE) * PAGE
             made.put(name, self._buffer((*buffer.shape[:-2], held, buffer.shape[-1]), buffer.dtype), held)
-            made.buffers[name][..., :count, :] = buffer[..., :count, :]
+            self._copy(own, name, made.buffers[name], count)
         made.count = count
+        made.dropped = windows.intersection(own.dropped, [(0, count)])
+        made.window_checkpoints = frozenset(n for n in own.window_checkpoints if n <= count)
         return self.of([made])
 
     def take(self, row: int) -> Self:
@@ -433,9 +539,24 @@ class KVCache:
     # -- reading and writing entries ----------------------------------------------------------------------------------
 
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
-        """Return a copy on the CPU of the buffers of ``row`` for the committed tokens [start, end), by name."""
-        found = self.entries[row].buffers.items()
-        return {name: buffer[..., start:end, :].to("cpu", copy=True).contiguous() for name, buffer in found}
+        """Return a copy on the CPU of the buffers of ``row`` for the committed tokens [start, end), by name.
+
+        Without those of windowed layers.
+        """
+        parts = {name: buffer[..., start:end, :] for name, buffer in self.entries[row].buffers.items()}
+        if self.window:
+            return {name: part[:, self.unlimited[name]].contiguous() for name, part in parts.items()}
+        return {name: part.to("cpu", copy=True).contiguous() for name, part in parts.items()}
+
+    def read_window(self, row: int, start: int, end: int) -> dict[str, Tensor]:
+        """Return what ``read`` leaves out: the windowed layers' part for the tokens [start, end), by name.
+
+        {} if any of it is dropped.
+        """
+        own = self.entries[row]
+        if windows.intersection(own.dropped, [(start, end)]):
+            return {}
+        return {name: own.buffers[name][..., start:end, :][:, each] for name, each in self.windowed.items() if each}
 
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
         """Return the recurrent states of ``row`` after ``count`` tokens on the CPU, by key as text.
@@ -456,34 +577,44 @@ class KVCache:
         [row], count = self.entries, 0
         for part in parts:
             for name, values in part.items():
-                *outer, slots, size = values.shape
+                parts_of, layers, heads, slots, size = values.shape
                 if name not in row.buffers:
                     held = -(-capacity // PAGE) * PAGE
-                    row.put(name, self._buffer((*outer, held, size), values.dtype), held)
+                    shape = parts_of, layers + len(self.windowed.get(name, ())), heads, held, size
+                    row.put(name, self._buffer(shape, values.dtype), held)
                 view = row.buffers[name][..., count : count + slots, :]
-                if self.device.type == "cpu":  # PyTorch's threads would wait for each other at the end of each part
-                    view.view(torch.uint8).numpy()[...] = values.view(torch.uint8).numpy()
+                if self.window:
+                    _write(view, self.unlimited[name], values)
+                elif self.device.type == "cpu":
+                    _write(view, None, values)
                 else:
                     view.copy_(values)
             count += slots
         return count
 
-    def resume(self, count: int, states: dict[str, Tensor]) -> None:
+    def restore_window(self, start: int, part: dict[str, Tensor]) -> None:
+        """Write the part of windowed layers, as ``read_window`` returns it, for the tokens from ``start`` on."""
+        [row] = self.entries
+        for name, values in part.items():
+            _write(row.buffers[name][..., start : start + values.shape[-2], :], self.windowed[name], values)
+
+    def resume(self, count: int, states: dict[str, Tensor], dropped: Sequence[windows.Range] = ()) -> None:
         """Commit the first ``count`` tokens that ``restore`` has written.
 
         states: the recurrent states after them, as ``read_states`` returns them; {} without recurrent layers.
+        dropped: the ranges of slots, in order, that ``restore_window`` has not written; () without windowed layers.
         """
         [row] = self.entries
         if row.states is not None:
             keys = {name: tuple(int(x) if x.isdigit() else x for x in name.split(" ")) for name in states}
             row.states.begin(count, {keys[name]: state.to(self.device) for name, state in states.items()})
-        row.count = count
+        row.count, row.dropped = count, tuple(dropped)
         self._settle()
 
     def of_layer(self, layer: int, row: int) -> dict[str, Tensor]:
         """Return the keys "k" and values "v" of a row's filled slots in ``layer``, each [S, H, d].
 
-        The tensors may be views. {} if the layer stores no keys.
+        The tensors may be views. {} if the layer stores no keys. Slots that ``evict`` has dropped are undefined.
         """
         own = self.entries[row]
         name, index = self._place_of(layer) if self.layers is None or layer in self._places else ("", 0)
@@ -492,6 +623,18 @@ class KVCache:
         filled = own.buffers[name][:, index, :, : self.lengths[layer] - self.committed + own.count]
         parts = dequantize_rows(filled, torch.bfloat16) if self.int8 else filled
         return {part: values.transpose(0, 1) for part, values in zip("kv", parts, strict=True)}
+
+
+def _write(view: Tensor, layers: Sequence[int] | None, values: Tensor) -> None:
+    """Write ``values`` [2, n, H, T, d] into n ``layers`` of ``view`` [2, N', H, T, d], both on the CPU.
+
+    layers: indices of the layers; None: all. PyTorch's threads would wait for each other at the end of each part.
+    """
+    to, written = view.view(torch.uint8).numpy(), values.view(torch.uint8).numpy()
+    if layers is None:
+        to[...] = written
+    for at, layer in enumerate(layers or ()):
+        to[:, layer] = written[:, at]
 
 
 def quantize_rows(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Cached prefixes on disk: keys and values of texts in chunks, which later requests and processes load.
 
 The name of a chunk's file is a hash of the model's identity (``identity.numbers``), the scope of its text, and all
-tokens up to its end. So a chunk is found only by its text. Recurrent states after a chunk have a file of their own.
+tokens up to its end. So a chunk is found only by its text. Recurrent states after a chunk have a file of their own, and
+so have the keys and values of windowed layers, if the text's row still holds them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from specdec.base.errors import SpecDecError, SpecDecWarning, one_line
 from specdec.base.files import write_atomically
+from specdec.kvcache import window as windows
 from specdec.kvcache.cache import KVCache
 
 CHUNK = 64  # tokens of a chunk; a prompt computes fewer than that many again
@@ -58,6 +60,8 @@ class PrefixDisk:
     limit: maximum bytes of all files; the least recently used ones are evicted.
     identity: text that identifies the model and the runtime; files with another identity are not found.
     recurrent: whether the model has recurrent layers, so that a text can be resumed only after a chunk with states.
+    window: number of slots before a token that windowed layers see, so that a text can be resumed only after chunks
+        with their keys and values; 0: the runtime keeps those of all layers.
     sizes: bytes of each file by its name, the least recently used first.
     held: bytes of all files.
     queries, hits: number of tokens that were looked up, and of those that were loaded.
@@ -67,11 +71,12 @@ class PrefixDisk:
     Raises SpecDecError if another process uses the folder.
     """
 
-    def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False) -> None:
+    def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False, window: int = 0) -> None:
         self.folder = folder
         self.limit = limit
         self.identity = identity
         self.recurrent = recurrent
+        self.window = window
         self.chunk = CHUNK
         self.sizes = OrderedDict[str, int]()
         self.held = self.queries = self.hits = self.pending = 0
@@ -128,16 +133,56 @@ class PrefixDisk:
             parts = (part or {} for part in takewhile(bool, chain.from_iterable(groups)))
             count = cache.restore(parts, max(capacity, CHUNK * len(names)))
         del names[count // CHUNK :]
+        seen = self._load_windows(cache, names)
         while self.recurrent and names and not states:
             name = _states(names[-1])
             if not (states := (self._read(name) if name in self.sizes else None) or {}):
                 names.pop()
+                seen = self._load_windows(cache, names)
         if names:
-            cache.resume(CHUNK * len(names), states)
-            self.hits += CHUNK * len(names)
-            files = [*names, _states(names[-1])] if self.recurrent else names
+            count = CHUNK * len(names)
+            gone = windows.held([(CHUNK * n, CHUNK * n + CHUNK) for n in seen], count) if self.window else ()
+            cache.resume(count, states, gone)
+            self.hits += count
+            files = [*names, *(_window(names[n]) for n in seen)]
+            files += [_states(names[-1])] if self.recurrent else []
             self.jobs.put(partial(self._note, files))
         return cache
+
+    def _load_windows(self, cache: KVCache, names: list[str]) -> list[int]:
+        """Fill ``cache`` with the windowed layers' part of the chunks ``names`` that a next token sees.
+
+        Removes chunks from the end of ``names`` after which such a part is missing. Returns the indices of the chunks
+        whose part was read, in order; [] without windowed layers.
+        """
+        self._shorten(names)
+        while self.window and names:
+            missing = None
+            seen = sorted({0, *self._before(len(names))})
+            for n in reversed(seen):
+                part = self._read(_window(names[n]))
+                if part:
+                    cache.restore_window(CHUNK * n, part)
+                elif n in self._before(len(names)):
+                    missing = n
+                    break
+                else:  # the first slots, which only drafts see
+                    seen.remove(n)
+            if missing is None:
+                return seen
+            del names[missing:]
+            self._shorten(names)
+        return []
+
+    def _before(self, count: int) -> range:
+        """Return the indices of the chunks that a token after ``count`` chunks sees through a window."""
+        return range(max(count - -(-self.window // CHUNK), 0), count)
+
+    def _shorten(self, names: list[str]) -> None:
+        """Remove chunks from the end of ``names`` until a text can be resumed after the last one."""
+        there = [not self.window or _window(name) in self.sizes for name in names]
+        while names and not all(there[n] for n in self._before(len(names))):
+            names.pop()
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
         """Let the thread write the chunks of the text ``ids`` of tenant ``scope`` that are not stored yet.
@@ -158,15 +203,18 @@ class PrefixDisk:
             self.thread.join()
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
-        digest = hashlib.sha256(f"{self.identity}\n{LAYOUT} {CHUNK}\n{scope or ''}\n".encode())
+        parts = f"{LAYOUT} {CHUNK} {self.window}" if self.window else f"{LAYOUT} {CHUNK}"
+        digest = hashlib.sha256(f"{self.identity}\n{parts}\n{scope or ''}\n".encode())
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()
 
     def _there(self, ids: Sequence[int], scope: str | None) -> list[str]:
         names = list(takewhile(self.sizes.__contains__, self._names(ids, scope)))
+        self._shorten(names)
         while self.recurrent and names and _states(names[-1]) not in self.sizes:
             names.pop()
+            self._shorten(names)
         return names
 
     def _path(self, name: str) -> Path:
@@ -229,10 +277,14 @@ class PrefixDisk:
         self._note(chunks)
         for n, chunk in enumerate(chunks):
             end = (n + 1) * CHUNK
-            for name in [chunk, _states(chunk)] if self.recurrent else [chunk]:
+            reads = {chunk: partial(cache.read, 0, end - CHUNK, end)}
+            if self.window:
+                reads[_window(chunk)] = partial(cache.read_window, 0, end - CHUNK, end)
+            if self.recurrent:
+                reads[_states(chunk)] = partial(cache.read_states, 0, end)
+            for name, read in reads.items():
                 if name not in self.sizes and self.writable:
-                    part = cache.read(0, end - CHUNK, end) if name is chunk else cache.read_states(0, end)
-                    if not part:
+                    if not (part := read()):
                         continue
                     data = save(part, {"name": name, "crc": str(_crc(part))})
                     if not self._make_room(len(data), used):
@@ -280,6 +332,10 @@ class PrefixDisk:
 
 def _states(chunk: str) -> str:
     return hashlib.sha256(f"{chunk} states".encode()).hexdigest()
+
+
+def _window(chunk: str) -> str:
+    return hashlib.sha256(f"{chunk} window".encode()).hexdigest()
 
 
 def _crc(part: Tensors) -> int:

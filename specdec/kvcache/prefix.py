@@ -1,8 +1,8 @@
 """Cached prefixes: texts whose keys and values stay cached after their requests, for prompts with the same beginning.
 
 An index holds the texts as sorted bytes, so that the text with the longest common prefix is a neighbor of the search
-position: a search makes few comparisons. A text with recurrent states can be resumed at its checkpoints, and the part
-of the text up to each checkpoint is also in the index.
+position: a search makes few comparisons. A text with recurrent states or dropped slots can be resumed at its
+checkpoints, and the part of the text up to each checkpoint is also in the index.
 """
 
 from __future__ import annotations
@@ -95,9 +95,10 @@ class PrefixStore:
         best = next(reversed(self._holders[point]))
         if (most := best.cache.resumable(0, shared)) < shared:
             point = next(self._beginnings(key), b"")
-            if not (most := _tokens(len(point))):
+            if _tokens(len(point)) > most:
+                most, best = _tokens(len(point)), next(reversed(self._holders[point]))
+            if not most:
                 return None, 0, shared
-            best = next(reversed(self._holders[point]))
         self._texts.move_to_end(best.key)
         return best, most, shared
 
@@ -137,11 +138,6 @@ class PrefixStore:
                 yield point
             else:  # shorter beginnings are sorted before the common prefix
                 index = bisect_right(self._points, key[:alike], hi=index)
-
-
-def blocks(tokens: int, block: int) -> int:
-    """Round ``tokens`` up to a multiple of ``block``, the slots that a buffer grows by."""
-    return -(-tokens // block) * block
 
 
 def _key(ids: Sequence[int], scope: str | None) -> bytes:

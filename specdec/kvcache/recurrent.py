@@ -25,8 +25,9 @@ INPUT_MULTIPLE = 16  # the capacity of the buffer of inputs is a multiple of thi
 ALL_LAYERS = "states"  # the key of the states of all layers in one tensor
 States = dict[tuple[str, int], Tensor]  # of one layer, by kind and number, each [B, ...]; {} before the first token
 StatesByKey = dict[tuple[Hashable, ...], Tensor]  # of all layers of a row
-# Inputs [B, T, D], the states before them, whether adapters act -> outputs [B, T, D], the states after the inputs.
-Advance = Callable[[Tensor, States, bool], tuple[Tensor, States]]
+# Inputs [B, T, D], the states before them, whether adapters act, and in a captured pass further arguments of
+# ``runtimes.torch.model.Layer.advance`` -> outputs [B, T, D], the states after the inputs.
+Advance = Callable[..., tuple[Tensor, States]]
 
 
 class StateShape(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -26,6 +26,7 @@ from specdec.runtimes.torch.draft import PathStep, grow, rules_of, taken
 
 if TYPE_CHECKING:
     from specdec.runtimes.native.experts import MappedExperts
+    from specdec.runtimes.torch.static_cache import InLanes, Lanes, StaticCache
 
 LEAST_ROWS = 64  # of a matrix that grows, for which there is memory
 # Bytes that are read from memory / multiplications in the same time.
@@ -52,6 +53,8 @@ class Target(ABC):
     tokenizer: the model's tokenizer, for drafters with a model of their own; None: unknown.
     recurrent_layers: numbers of the recurrent layers, with which a text can be resumed only at checkpoints.
     experts: the expert cache; None: all experts are in memory.
+    keys: number of key heads and size of each, if layers can run in ``Lanes`` in place of a ``KVCache``; None: they
+        cannot.
     """
 
     runtime: str
@@ -63,6 +66,7 @@ class Target(ABC):
     tokenizer: Any = None
     recurrent_layers: frozenset[int] = frozenset()
     experts: MappedExperts | None = None
+    keys: tuple[int, int] | None = None
 
     # -- what a subclass must give -------------------------------------------------------------------------------------
 
@@ -133,22 +137,11 @@ class Target(ABC):
         sampled draft with their noise. The cache is unchanged afterwards.
         roots: last tokens and states of the rows. limits: limits of the tree's growth.
         """
-        choice = roots.choice
-        waits, before = self.device.type == "cpu", upload([*roots.positions], self.device)
+        choice, waits = roots.choice, self.device.type == "cpu"
         rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)
         final, *carried = (x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
-
-        def positions(x: Tensor, level: int) -> Tensor:
-            return (before[:, None] + level).clamp(max=self.context - 1).expand(x.shape[:2])
-
-        def run(number: int, x: Tensor, level: int, paths: Tensor | None, ids: Tensor) -> Tensor:
-            (lo, hi), at = path.segments[number], positions(x, level)
-            mask = cache.register(lo, at, paths)
-            return self.layers(x, lo, hi, Pass(at, mask, cache, adapters=path.adapters, ids=ids))
-
-        heads = [lambda x, head=head: self.readout(x, head) for head in path.heads]
-        embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
-        step = PathStep(path, final, carried, embed, run, heads, rules.forbidden)
+        before = upload([*roots.positions], self.device)
+        step = self.path_step(cache, path, path.heads, before, final, carried, rules.forbidden)
         try:
             tokens = upload([[token] for token in roots.tokens], self.device)
             grown = grow(step, tokens, limits, rules, waits=waits and choice is None)
@@ -156,6 +149,62 @@ class Target(ABC):
             for lo, hi in path.segments:
                 cache.trim(cache.lengths[lo] - cache.committed, lo, hi)
         return taken(grown, choice)
+
+    def path_step(
+        self,
+        cache: KVCache | Lanes,
+        path: DraftPath,
+        heads: Sequence[nn.Linear | None],
+        before: Tensor,
+        final: Tensor,
+        carried: Sequence[Tensor],
+        forbidden: Tensor | None,
+    ) -> PathStep:
+        """Return the function that runs the tokens of a level along ``path``, in ``cache``.
+
+        heads: as in ``DraftPath``. before: positions of the roots, int64 [B].
+        final, carried, forbidden: as in ``PathStep``.
+        """
+
+        def positions(x: Tensor, level: int) -> Tensor:
+            return (before[:, None] + level).clamp(max=self.context - 1).expand(x.shape[:2])
+
+        def run(number: int, x: Tensor, level: int, paths: Tensor | None, ids: Tensor) -> Tensor:
+            (lo, hi), at = path.segments[number], positions(x, level)
+            mask = cache.register(lo, at, paths)
+            return self.layers(x, lo, hi, Pass(at, mask, cache, adapters=path.adapters, ids=ids))  # type: ignore[arg-type]
+
+        readouts = [lambda x, head=head: self.readout(x, head) for head in heads]
+        embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
+        return PathStep(path, final, carried, embed, run, readouts, forbidden)
+
+    def captured(
+        self,
+        key: Sequence[Any],
+        function: Callable[[Any, Any], Sequence[Tensor]],
+        whole: Any,
+        rows: Any,
+        lanes: InLanes | None = None,
+    ) -> list[Tensor]:
+        """Return the tensors [B, ...] that ``function(whole, rows)`` returns.
+
+        A runtime may record the function once for each ``key`` and shapes of its arguments, and replay it. It may add
+        padding to the rows, and the next call may write over what this one has returned.
+
+        key: all else that the function depends on; it stays alive with the recorded function.
+        function: reads no result, and uses no tensor but its arguments, ``lanes``, and what never moves.
+        whole, rows: nested tuples of tensors and None. Tensors of ``rows`` are [B, ...].
+        lanes: where the rows are in a static cache (``static_cache``). The function then gets ``(lanes.numbers,
+            whole)``. None: the function uses none.
+        """
+        return list(function(whole, rows))
+
+    def static_cache(self, layers: Sequence[int], keys: tuple[int, int]) -> StaticCache | None:
+        """Return an empty static cache for captured functions; None: this runtime captures none.
+
+        layers: numbers of the layers. keys: their number of key heads, and the size of each.
+        """
+        return None
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
         """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
@@ -213,6 +262,7 @@ class Pass:
     ids: token ids, int64 [B, T], which layers with embeddings of their own read; None: unknown.
     choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
         has its own routers; None: the experts with the largest logits.
+    in_place: whether the pass may write its output over its input.
     """
 
     positions: Tensor
@@ -223,6 +273,7 @@ class Pass:
     routed: Tensor | None = None
     choose: Callable[[int, Tensor], Tensor] | None = None
     ids: Tensor | None = None
+    in_place: bool = False
 
     def known_ids(self) -> Tensor:
         """Return ``ids``. Raises SpecDecError if they are unknown."""
@@ -254,11 +305,16 @@ class GivenLinear(nn.Linear):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
 
+class WholeMemory(GivenLinear):
+    """A linear layer whose weight other layers still change. Nothing may copy it."""
+
+
 class RowMemory:
     """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
 
     values: [capacity, in]. used: number of rows that are set; these never change, and the others are 0.
     packed: the rows in a runtime's own format; None: not made yet.
+    whole: a linear layer with all rows, also those that are set later.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
@@ -266,6 +322,7 @@ class RowMemory:
         self.values[: len(rows)] = rows
         self.used = len(rows)
         self.packed: Any = None
+        self.whole = WholeMemory(self.values)
 
 
 class GrowingLinear(GivenLinear):

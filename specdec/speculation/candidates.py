@@ -55,7 +55,7 @@ class Candidates(NamedTuple):
     def path(self, tokens: Sequence[int]) -> list[int]:
         """Return the indices of the nodes along ``tokens`` from the root, up to the first token that the tree lacks."""
         nodes = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
-        found = list[int]()
+        found: list[int] = []
         for token in tokens:
             if (node := nodes.get((found[-1] + 1 if found else 0, token))) is None:
                 break

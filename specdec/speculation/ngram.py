@@ -206,7 +206,7 @@ class Grower:
         for name, into, table in zip(("table", "beside", "learned_table"), self.tables, tables, strict=False):
             into[:] = [*table]
             setattr(struct, name, ctypes.addressof(into))
-        alive = list[Any]()  # what the structure points to
+        alive: list[Any] = []  # what the structure points to
         struct.learned = 0 if learned is None else len(learned.tokens)
         if learned is not None and learned.tokens:
             parts = [(INT * struct.learned)(*learned.tokens), (INT * struct.learned)(*learned.parents)]
@@ -216,7 +216,7 @@ class Grower:
         struct.sampled = noise is not None
         if noise is not None:
             (struct.seed, struct.stream), struct.position = noise[0].key.tolist(), noise[1]
-        error = list[BaseException]()
+        error: list[BaseException] = []
         struct.allowed = ANY if masks is None else self._allowed(masks, error)
         count = self.lib.specdec_ngram_grow(ctypes.byref(struct))
         if error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from operator import itemgetter
 
@@ -49,6 +48,9 @@ def in_one_shape(
     A node of the common shape is the n-th child of its parent; a row that lacks the node has -1. The second value has,
     for each row, the block index of the root and of each of its nodes.
     """
+    if len(trees) == 1:
+        [(tokens, parents)] = trees
+        return Draft([[*tokens]], tuple(parents), device=device), [[*range(1 + len(tokens))]]
     shape: list[int] = []  # the parent of each node
     found: dict[tuple[int, int], int] = {}  # (parent, rank among its children) -> block index
     table, indices = [], []
@@ -83,8 +85,8 @@ def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, pri
         ]
         every.sort(key=itemgetter(0), reverse=True)
         count = prices.take([net for net, _ in every]) if nodes is None else sum(counts)
-        taken = Counter(row for _, row in every[:count])
-        counts = [taken[row] for row in range(len(rows))]
+        taken = [row for _, row in every[:count]]
+        counts = [taken.count(row) for row in range(len(rows))]
     return [found.best(count) for found, count in zip(rows, counts, strict=True)]
 
 

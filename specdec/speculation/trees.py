@@ -80,7 +80,7 @@ class Prices:
             return self.nodes[min(max(scored, nodes), most)]
 
         for level in range(max(map(len, self.rates), default=0)):
-            chances = list[float]()
+            chances: list[float] = []
             for row, rates in enumerate(self.rates):
                 if level >= len(rates):
                     on[row] = 0.0

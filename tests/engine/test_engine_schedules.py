@@ -40,6 +40,7 @@ from specdec.engine.logprobs import TokenLogprob, prompt_logprobs, token_logprob
 from specdec.engine.memory import PrefillBatch, cache_sizes
 from specdec.engine.request import Handle, Request
 from specdec.engine.scheduler import Scheduler
+from specdec.kvcache import window
 from specdec.kvcache.prefix import Prefix, PrefixStore
 from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.prefill import run_tokens
@@ -52,8 +53,8 @@ from specdec.speculation.state import State
 from specdec.verifiers.exact import ExactVerifier
 
 CONTEXT, MOST, BEHIND, TOP = 128, 12, 6, 2  # BEHIND: tokens that the oracle knows of behind the last one
-KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurrent layers
-    *(pytest.param(kind, marks=needs_native) for kind in ("native", "native recurrent")),
+KINDS = [  # the native runtime is ten times as fast; "recurrent", "window": with recurrent or windowed layers
+    *(pytest.param(kind, marks=needs_native) for kind in ("native", "native recurrent", "native window")),
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transformers", "recurrent")),
 ]
 
@@ -61,7 +62,8 @@ KINDS = [  # the native runtime is ten times as fast; "recurrent": with recurren
 @functools.cache
 def target_of(kind: str) -> Target:
     if kind.startswith("native"):
-        return NativeTarget(model_of("llama" if kind == "native" else "qwen3_5_text"))
+        families = {"native": "llama", "native recurrent": "qwen3_5_text", "native window": "gemma3_text"}
+        return NativeTarget(model_of(families[kind]))
     return TransformersTarget(tiny_model("llama" if kind == "transformers" else "qwen3_next"))
 
 
@@ -341,9 +343,11 @@ class Schedules(RuleBasedStateMachine):
         self.swapped[self.kind] += self.version() - version
         self.check_caches()
         stats, scheduled = self.engine.stats(), self.engine.scheduler
-        caches = filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))
-        checkpoints = sum(own.num_states - own.batch for own in caches)  # for them, room is made in the next step
-        over = stats.kv_bytes - scheduled.memory.state_bytes * checkpoints > scheduled.memory.limit
+        caches = [*filter(None, (self.engine.batch.cache, scheduled.prefilling.cache))]
+        checkpoints = scheduled.memory.state_bytes * sum(own.num_states - own.batch for own in caches)
+        slots = sum(len(row.window_checkpoints) for own in caches for row in own.entries) * (5 + 4 + 2)  # of a half
+        checkpoints += slots * scheduled.memory.token_bytes // 2
+        over = stats.kv_bytes - checkpoints > scheduled.memory.limit  # for them, room is made in the next step
         assert not over or (stats.running <= 1 and not self.kept())  # alone, a row has what it takes
 
     def kept(self) -> list[Prefix]:
@@ -564,6 +568,21 @@ def small_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def dropped(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Slots are dropped early, and have something wrong in them from then on. Returns how many were dropped."""
+    count = Counter[str]()
+
+    def spoil(buffer: torch.Tensor, layers: Sequence[int], ranges: Sequence[tuple[int, int]]) -> None:
+        for layer, (begin, end) in itertools.product(layers, ranges):
+            buffer[:, layer, :, begin:end] = 5.0
+            count["slots"] += end - begin
+
+    for name, value in {"FIRST": 2, "MARGIN": 4, "STEP": 2, "release": spoil}.items():
+        monkeypatch.setattr(window, name, value)
+    return count
+
+
+@pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What happens in a schedule does not depend on the machine's speed."""
     made = Clock(tick=1e-3)
@@ -597,8 +616,9 @@ def run_schedules(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_do_not_depend_on_the_schedule(kind: str) -> None:
+def test_answers_do_not_depend_on_the_schedule(kind: str, dropped: Counter[str]) -> None:
     run_schedules(kind, (), examples(kind, 12))
+    assert bool(dropped["slots"]) == (kind == "native window")
 
 
 @pytest.mark.parametrize("kind", KINDS)

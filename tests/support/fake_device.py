@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("standin")  # type: ignore[no-untyped-call]
@@ -28,25 +27,51 @@ VIEWS = {
     *("empty_strided", "expand", "lift_fresh", "new_empty", "permute", "select", "slice", "split", "split_with_sizes"),
     *("squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view"),
 }
-reads, uploads, launches, replays = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+reads, uploads, launches, replays, recordings = (Counter[str]() for _ in range(5))
 captured = [False]  # whether a captured function runs
 
 
-def record(run: Callable[[], None]) -> Callable[[], None]:
-    """A recorder that runs the function again."""
+class Trace:
+    """The operations of a captured function, with the addresses of tensors that were made outside of it."""
 
-    def replay() -> None:
+    def __init__(self) -> None:
+        self.seen, self.made, self.inside = list[tuple[Any, ...]](), list[Tensor](), set[int]()
+
+    def add(self, name: str, given: Sequence[Tensor], found: Any) -> None:
+        places = (each.untyped_storage().data_ptr() for each in given)
+        self.seen.append((name, *("made" if place in self.inside else place for place in places)))
+        for each in found if isinstance(found, list | tuple) else [found]:
+            if isinstance(each, Tensor):
+                self.made.append(each)  # no other tensor may get its memory
+                self.inside.add(each.untyped_storage().data_ptr())
+
+
+trace: list[Trace] = []  # of the captured function that runs
+
+
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """A recorder that runs the function again, and fails where a graph would do something else."""
+
+    def replay() -> list[tuple[Any, ...]]:
         captured[0] = True
         replays["replay"] += 1
         waits = reads.total(), uploads.total()
+        trace[:] = [Trace()]
         try:
             run()
         finally:
             captured[0] = False
+            [own], trace[:] = list(trace), []
         assert waits == (reads.total(), uploads.total()), f"a captured function waits: {reads} {uploads}"
+        return own.seen
 
-    replay()
-    return replay
+    recorded = replay()
+    recordings["record"] += 1
+
+    def again() -> None:
+        assert replay() == recorded, "a graph would do what was recorded, on the same memory"
+
+    return again
 
 
 class Remote(Tensor):
@@ -106,10 +131,20 @@ def _index(index: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.__name__.partition(".")[0]
-    given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-    own = [each for each in given if isinstance(each, Remote)]
-    others = [each for each in given if not isinstance(each, Remote) and each.dim()]
-    if own and others and name not in ("copy_", "_to_copy"):
+    own, others = list[Remote](), list[Tensor]()
+
+    def unwrap(each: Any) -> Any:  # ``tree_map`` takes many times as long
+        if isinstance(each, Remote):
+            own.append(each)
+            return each.raw
+        if isinstance(each, Tensor):
+            others.append(each)
+        if isinstance(each, list | tuple):
+            return [unwrap(part) for part in each]
+        return each
+
+    inner, named = [unwrap(each) for each in args], {key: unwrap(each) for key, each in kwargs.items()}
+    if own and name not in ("copy_", "_to_copy") and any(each.dim() for each in others):
         if name not in INDEXED:
             raise RuntimeError(f"{func} of tensors on several devices")
         uploads[name] += 1
@@ -119,7 +154,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         launches[name] += 1
     made = bool(own)
     if (target := kwargs.get("device")) is not None:
-        made, kwargs = torch.device(target).type == "standin", kwargs | {"device": torch.device("cpu")}
+        made, named = torch.device(target).type == "standin", named | {"device": torch.device("cpu")}
         if name == "_to_copy" and own and not made:
             reads["to"] += 1
         if name == "_to_copy" and made and not own:
@@ -131,15 +166,19 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             uploads[name] += 1
     if name == "_local_scalar_dense":
         made = False
-    inner, named = tree_map(lambda each: each.raw if isinstance(each, Remote) else each, (args, kwargs))
-    back = {id(each.raw): each for each in own} | {id(each): each for each in given}
+    back = {id(each.raw): each for each in own} | {id(each): each for each in others}
 
     def wrap(found: Any) -> Any:
+        if isinstance(found, list | tuple):
+            return tuple(wrap(part) for part in found) if isinstance(found, tuple) else [wrap(part) for part in found]
         if not isinstance(found, Tensor):
             return found
         return back[id(found)] if id(found) in back else Remote(found) if made else found
 
-    return tree_map(wrap, func(*inner, **named))
+    result = func(*inner, **named)
+    if trace:
+        trace[0].add(name, [*(each.raw for each in own), *others], result)
+    return wrap(result)
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:

@@ -5,6 +5,7 @@ tests in a process of their own.
 """
 
 import copy
+import functools
 import warnings
 from statistics import median
 from typing import Any
@@ -13,18 +14,38 @@ import fake_device
 import pytest
 import torch
 from fake_device import FakeDevice, move
+from scripted import made
 from tiny import greedy_reference, tiny_model
-from zoo import EVERY, PROMPTS, other_model, run
+from zoo import EOS, EVERY, PROMPTS, FixedExit, new_tokens, other_model, run, together
 
 from specdec.base.errors import SpecDecWarning
+from specdec.base.options import SamplingParams
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.engine.batch import Batch
+from specdec.engine.request import Request
 from specdec.models import identity
+from specdec.runtimes.target import Target
 from specdec.runtimes.torch.graphs import CapturedTarget
 from specdec.runtimes.torch.target import TorchTarget
+from specdec.speculation.constraints import Json
+from specdec.speculation.drafter import Drafter
+from specdec.speculation.sampling import RowSampler
 
 # Operations outside captures, and replays, of a step with one row, once all is captured.
-LAUNCHES = {"none": (10, 2), "m2r2 (tree)": (30, 3), "m2r2: two projections, no early layer": (30, 3)}
+LAUNCHES = {
+    "none": (10, 2),
+    "m2r2 (tree)": (30, 3),
+    "m2r2: two projections, no early layer": (30, 3),
+    "medusa": (30, 3),
+    "medusa (tree)": (30, 3),
+    "eagle3": (35, 3),
+    "eagle3 (tree)": (35, 3),
+    "dspark": (35, 3),
+    "dspark (tree)": (35, 3),
+    "mtp": (35, 3),
+}
+COUNT = 14  # tokens of an answer
 SAMPLING = 20  # more operations, of rows that are sampled
 # Reads of a step, with one row and with three.
 ONE = 1, 1
@@ -48,7 +69,6 @@ READS: dict[str, tuple[int, int]] = {
     "draft-model": ONE,
     "early-exit": (2, 2),
     "deed": (2, 2),
-    "m2r2: three early exits": (2, 2),
     "m2r2: an early exit, one behind a projection": (2, 2),
 }
 
@@ -59,16 +79,9 @@ MORE: list[tuple[str, str, float, tuple[int, int]]] = [
     *(("qwen3_5_text", name, 0.0, ONE) for name in ("none", "ngram (tree)", "medusa")),
     ("gpt_oss", "none", 0.0, ONE),
     ("qwen3_next", "none", 0.0, ONE),
-    *(("llama", name, 0.8, ONE) for name in ("none", "m2r2 (tree)", "ngram+m2r2 (tree)", "medusa (tree)")),
+    *(("llama", name, 0.8, ONE) for name in ("none", "m2r2 (tree)", "ngram+m2r2 (tree)", "medusa (tree)", "eagle3")),
 ]
 CASES = [*(("llama", name, 0.0, most) for name, most in READS.items()), *MORE]
-
-
-def target_of(family: str) -> CapturedTarget:
-    model = copy.deepcopy(tiny_model(family, max_position_embeddings=512))
-    move(model)
-    with torch.no_grad(), FakeDevice():
-        return CapturedTarget(model, record=fake_device.record)
 
 
 def on_device(target: CapturedTarget) -> DraftModelDrafter:
@@ -78,45 +91,117 @@ def on_device(target: CapturedTarget) -> DraftModelDrafter:
     return DraftModelDrafter(CapturedTarget(model, record=fake_device.record))
 
 
+class Steps:
+    """Counts what each step of a batch does: reads, uploads that wait, operations outside captures, replays."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.counts = list[tuple[int, ...]]()
+        step = Batch.step
+
+        def counted(batch: Batch, *given: Any) -> Any:
+            counts = (
+                fake_device.reads,
+                fake_device.uploads,
+                fake_device.launches,
+                fake_device.replays,
+                fake_device.recordings,
+            )
+            for count in counts:
+                count.clear()
+            made = step(batch, *given)
+            self.counts.append(tuple(count.total() for count in counts))
+            return made
+
+        patch.setattr(Batch, "step", counted)
+
+    def median(self) -> list[float]:
+        """Reads and uploads, of all steps; operations and replays, of those in which nothing is captured."""
+        settled = [own for own in self.counts if not own[4]]
+        assert settled, self.counts
+        return [*(median(own[n] for own in (self.counts if n < 2 else settled)) for n in range(4))]
+
+
+def with_all(drafter: Drafter) -> Drafter:
+    """Move a drafter's modules to the device."""
+    for part in (drafter, *(getattr(drafter, name, drafter) for name in ("ngram", "other"))):
+        for each in vars(part).values():
+            move(each)
+    return drafter
+
+
+@functools.cache
+def plain(family: str, count: int, sampling: tuple[tuple[str, float], ...]) -> list[list[int]]:
+    """What plain decoding on the host answers; without noise, it is what the model's own code does."""
+    model = tiny_model(family, max_position_embeddings=512)
+    out, _ = run(TorchTarget(model), EVERY["none"](TorchTarget(model)), PROMPTS, count, **dict(sampling))
+    assert sampling or out == [greedy_reference(model, prompt, count) for prompt in PROMPTS]
+    return out
+
+
+@functools.cache
+def target_of(family: str) -> CapturedTarget:
+    """One target for all drafters, so that each of them finds what others have captured."""
+    model = copy.deepcopy(tiny_model(family, max_position_embeddings=512))
+    move(model)
+    with torch.no_grad(), FakeDevice():
+        return CapturedTarget(model, record=fake_device.record)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_device.install(monkeypatch)
+    monkeypatch.setattr(identity, "fingerprint", lambda *_: "x")
+    warnings.simplefilter("error", SpecDecWarning)  # a drafter that fails is left out
+
+
 @pytest.mark.parametrize(("family", "name", "temperature", "bounds"), CASES)
 def test_reads_and_uploads_of_a_step(
     monkeypatch: pytest.MonkeyPatch, family: str, name: str, temperature: float, bounds: tuple[int, int]
 ) -> None:
-    model, step = tiny_model(family, max_position_embeddings=512), Batch.step
     how: dict[str, Any] = {"temperature": temperature, "seed": 3} if temperature else {}
-    expected = run(TorchTarget(model), EVERY["none"](TorchTarget(model)), PROMPTS, 20, **how)[0]
-    fake_device.install(monkeypatch)
-    monkeypatch.setattr(identity, "fingerprint", lambda *_: "x")
+    expected = plain(family, COUNT, tuple(how.items()))
     target = target_of(family)
     for prompts, most in zip((PROMPTS[1:2], PROMPTS), bounds, strict=True):
-        found = list[tuple[int, ...]]()
-
-        def counted(self: Batch, *given: Any) -> Any:
-            counts = fake_device.reads, fake_device.uploads, fake_device.launches, fake_device.replays
-            for count in counts:
-                count.clear()
-            made = step(self, *given)
-            found.append(tuple(count.total() for count in counts))  # noqa: B023
-            return made
-
         with torch.no_grad(), FakeDevice(), monkeypatch.context() as patch:
-            drafter = on_device(target) if name == "draft-model" else EVERY[name](target)
-            for part in (drafter, *(getattr(drafter, name, drafter) for name in ("ngram", "other"))):
-                for each in vars(part).values():
-                    move(each)
+            drafter = on_device(target) if name == "draft-model" else with_all(EVERY[name](target))
             if name in LAUNCHES and len(prompts) == 1:
-                run(target, drafter, prompts, 20, **how)
-            patch.setattr(Batch, "step", counted)
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", SpecDecWarning)  # a drafter that fails is left out
-                out, ran = run(target, drafter, prompts, 20, **how)
-        assert out == (expected if len(prompts) > 1 else expected[1:2])
-        assert temperature or out == [greedy_reference(model, prompt, 20) for prompt in prompts]
-        whole = [each.num_draft_tokens for each, tokens in zip(ran.metrics, out, strict=True) if len(tokens) == 20]
-        assert whole and (drafter.name == "none" or all(whole))  # others ended before anything could be drafted
-        reads, uploads, *ran_outside = map(median, zip(*found, strict=True))
-        assert reads <= most and uploads == 0, (fake_device.reads, fake_device.uploads)
+                run(target, drafter, prompts, COUNT, **how)
+            steps = Steps(patch)
+            out, ran = run(target, drafter, prompts, COUNT, **how)
+        assert out == (expected if len(prompts) > 1 else expected[1:2]), (out, expected)
+        whole = [each.num_draft_tokens for each, tokens in zip(ran.metrics, out, strict=True) if len(tokens) == COUNT]
+        assert whole and (drafter.name == "none" or all(whole)), whole  # others ended before anything could be drafted
+        reads, uploads, *ran_outside = steps.median()
+        assert reads <= most and uploads == 0, (reads, uploads, fake_device.reads, fake_device.uploads)
         if name in LAUNCHES and len(prompts) == 1:
             outside, replays = LAUNCHES[name]
             within = zip(ran_outside, (outside + (SAMPLING if temperature else 0), replays), strict=True)
-            assert all(count <= bound for count, bound in within), (ran_outside, fake_device.launches)
+            assert all(count <= bound for count, bound in within), (steps.counts, fake_device.launches)
+
+
+@pytest.mark.parametrize("name", ["none", "m2r2 (tree)", "eagle3"])
+def test_a_greedy_row_under_a_constraint_is_read_once_a_step(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The read has the likeliest tokens after each node, of which the host takes the best that is allowed.
+
+    Masks come from the host, so drafts have none. A step reads once more only if none of these tokens is allowed.
+    """
+    rule, model = (
+        Json({"type": "array", "items": {"type": "integer"}}),
+        tiny_model("llama", max_position_embeddings=512),
+    )
+
+    def answer(target: Target, drafter: Drafter) -> list[int]:
+        drafter.bind(target)
+        sampler = RowSampler(SamplingParams(), [made(rule).state(PROMPTS[0])])
+        request = Request(PROMPTS[0], COUNT, sampler, eos=frozenset([EOS]))
+        together(target, drafter, [request], FixedExit(4, None))
+        return new_tokens(request)
+
+    expected = answer(TorchTarget(model), NoDrafter())
+    target = target_of("llama")
+    with torch.no_grad(), FakeDevice(), monkeypatch.context() as patch:
+        drafter = with_all(EVERY[name](target))
+        steps = Steps(patch)
+        assert answer(target, drafter) == expected
+    reads, uploads = (median(own[n] for own in steps.counts) for n in range(2))
+    assert reads <= 1 and uploads == 0, (steps.counts, fake_device.reads, fake_device.uploads)

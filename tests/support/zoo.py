@@ -38,6 +38,7 @@ from specdec.engine.metrics import RequestMetrics
 from specdec.engine.request import Request, TokenLogprob
 from specdec.models import drafter_folder
 from specdec.runtimes.target import Target
+from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 from specdec.speculation.drafter import Drafter
@@ -281,7 +282,8 @@ def dspark(target: Target, kind: type[DSparkDrafter] = DSparkDrafter, /, **chang
 def mtp(target: Target) -> MTPDrafter:
     """Return an MTP drafter whose layer is random, in place of the layer that a checkpoint has."""
     d, place = target.hidden_size, (target.device, target.dtype)
-    own = TransformersTarget(second(target, num_hidden_layers=1, hidden_size=d).model.to(*place))
+    model = second(target, num_hidden_layers=1, hidden_size=d).model.to(*place)
+    own = target.beside(model) if isinstance(target, TorchTarget) else TransformersTarget(model)
     torch.manual_seed(4)
     norms = [torch.nn.LayerNorm(d, elementwise_affine=False) for _ in range(4)]
     join = torch.nn.Linear(2 * d, d).requires_grad_(False).to(*place)

@@ -104,19 +104,16 @@ class Outcome(NamedTuple):
         outcome = cls(
             [], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))]
         )
-        children, at = dict[int, list[int]](), 0
-        for node, parent in enumerate(found.parents):
-            children.setdefault(parent, []).append(node)
+        at = 0
         for token in tokens:
-            if not (nodes := children.get(at)):
-                break
+            children = [node for node, parent in enumerate(found.parents) if parent == at]
             at = 0
-            for node in nodes:
+            for node in children:
                 hit = found.tokens[node] == token
                 at = node + 1 if hit else at
                 for source, raw in enumerate(found.raw):
                     if raw[node] > 0:
-                        outcome.candidates.extend((source, *near, float(hit)) for near in _near(raw[node]))
+                        outcome.candidates.extend([(source, *near, float(hit)) for near in _near(raw[node])])
             if not at:
                 break
         return outcome
@@ -148,7 +145,8 @@ def table(row: History, common: History, source: int) -> list[float]:
 
 def rates(row: History, common: History, exit: int) -> list[float]:
     """Return, for each level of ``row``, the probability that it adds a right token that no other source has."""
-    own, others, rate, found = row.by_position[exit], common.by_position[exit], FIRST, list[float]()
+    own, others, rate = row.by_position[exit], common.by_position[exit], FIRST
+    found: list[float] = []
     for level in range(len(own.hits)):
         assumed = others.mean(level, rate, ROW_PRIOR_COUNT if level else PRIOR_COUNT)  # a level is much like the last
         rate = own.mean(level, assumed, ROW_PRIOR_COUNT)

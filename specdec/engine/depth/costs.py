@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from operator import mul
 from typing import NamedTuple
 
 from pydantic import Field
@@ -91,7 +92,7 @@ class CostModel:
         """Begin with the formulas, or with the costs of an ``earlier`` process; None: there are none."""
         self.costs = costs
         self.shares = [max(share, 1e-4) for share in shares]
-        self.places = [divmod(math.log2(max(n, 1)), 1.0) for n in range(MOST_TOKENS + 1)]
+        self.places = [(int(math.log2(n)), math.log2(n) % 1) for n in (1, *range(1, MOST_TOKENS + 1))]
         self.state = [0.0]
         self.covariance = [[1.0]]
         self.known = False
@@ -113,17 +114,24 @@ class CostModel:
         contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
         """
         rows, cached, least = len(contexts), sum(contexts), min(contexts)
-        errors, last, seconds = [0.0, *self.state[1:]], len(self.state) - 1, list[float]()
-        for tokens in range(min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS) + 1):
-            below, share = self.places[tokens]
-            lower, upper = errors[min(int(below), last)], errors[min(int(below) + 1, last)]
-            formula = self.formula(tokens, cached, cached + (tokens - rows) * least)
-            seconds.append(math.exp(self.speed + formula + lower + share * (upper - lower)))
+        multiply, read, attend = self.costs
+        reading, unit = 1 + read * cached, math.exp(self.speed) / math.hypot(1, multiply)
+        errors = [0.0, *self.state[1:]]
+        errors += [errors[-1]] * (2 + self.places[-1][0] - len(errors))  # of larger passes than any so far
+        first, last = min(rows, MOST_TOKENS), min(rows + most, MOST_TOKENS)
+        seconds = [
+            unit
+            * math.hypot(reading, multiply * tokens + attend * (cached + (tokens - rows) * least))
+            * math.exp((1 - share) * errors[below] + share * errors[below + 1])
+            for tokens, (below, share) in enumerate(self.places[first : last + 1], first)
+        ]
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def beyond(self, contexts: Sequence[int]) -> list[float]:
         """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
         rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
+        if max(contexts) == least:
+            return [0.0] * rows
         pairs = [cached + some * own for own in (least, *contexts)]
         base, *seconds = (math.exp(self.speed + self.formula(rows + some, cached, each)) for each in pairs)
         return [(own - base) / some for own in seconds]
@@ -147,11 +155,15 @@ class CostModel:
             self.known = True
         # The measured value is a sum of entries of the state, times weights, and of noise.
         place, share = self.places[tokens]
-        weights = {int(place): 1 - share} | ({int(place) + 1: share} if share else {}) | {0: 1.0}
-        self._reach(max(weights))
-        error = measured - sum(weight * self.state[n] for n, weight in weights.items())
-        covariances = [sum(weight * row[n] for n, weight in weights.items()) for row in self.covariance]
-        variance = sum(weight * covariances[n] for n, weight in weights.items())
+        self._reach(math.ceil(place + share))
+        weights = [0.0] * len(self.state)
+        if share:
+            weights[place + 1] = share
+        weights[place] = 1 - share
+        weights[0] = 1.0
+        error = measured - _dot(weights, self.state)
+        covariances = [_dot(weights, row) for row in self.covariance]
+        variance = _dot(weights, covariances)
         noise = NOISE**2 * max(error / OUTLIER, 1.0)
         faster = _doubt(error, variance, noise)  # how much faster the machine may have become
         self.covariance[0][0] += faster
@@ -245,6 +257,11 @@ class CostModel:
         for name, error in earlier.others.items():
             kind, exit, rows = name.split(" ")
             self.others.setdefault((kind, int(exit)), {})[int(rows)] = LogError(error / 2, OTHER_SPREAD**2 / 4)
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the sum of the products of the elements of ``a`` and ``b``, which are equally many."""
+    return sum(map(mul, a, b))
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:

@@ -28,7 +28,9 @@ from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-MAX_FIXED_DEPTH = 128  # of every policy: attention in the native runtime relies on drafts of less than LATE = 256 levels
+MAX_FIXED_DEPTH = (
+    128  # of every policy: attention in the native runtime relies on drafts of less than LATE = 256 levels
+)
 EXPLORATION_SHARE = 0.008  # share of the time that may be lost by exploring each choice that seems worse
 FADE = 0.9  # weight of the past per step in the present speed
 ASSUMED = TokenCosts(0.1)
@@ -80,7 +82,10 @@ class StepReport:
 
 
 class FixedDepth:
-    """Depth policy that always drafts to the same depth, at most ``MAX_FIXED_DEPTH``. plain_seconds: never known, so always None."""
+    """Depth policy that always drafts to the same depth, at most ``MAX_FIXED_DEPTH``.
+
+    plain_seconds: never known, so always None.
+    """
 
     plain_seconds: float | None = None
 

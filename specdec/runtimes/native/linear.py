@@ -212,8 +212,8 @@ class GrowingTiles:
         if len(weight) > self.rows:
             first = self.rows // 16  # a tile that is not full is packed again
             rows, address = weight.detach()[16 * first :], self.tiles.data_ptr() + first * self.size
-            table = RowTable(rows)
-            given = ctypes.byref(table.struct), len(rows), self.kind, address, None, cores.threads()
+            table, threads = RowTable(rows), min(cores.threads(), -(-len(rows) // 16))  # at most one for each tile
+            given = ctypes.byref(table.struct), len(rows), self.kind, address, None, threads
             done(library.load().specdec_pack_rounded(*given))
             self.rows = len(weight)
         return self.kind, self.tiles

@@ -7,6 +7,7 @@ Builds the kernels' arguments for a pass (pointers to keys, values and masks) an
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from specdec.base import cores, memory
 from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
-from specdec.kvcache.mask import RowMask
+from specdec.kvcache.mask import Chunk, RowMask
 from specdec.kvcache.recurrent import KernelStates
 from specdec.models import families, identity
 from specdec.models.gguf.blocks import BlockLinear, densify
@@ -106,6 +107,7 @@ class NativeTarget(Target):
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
         self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))  # index in _spans
+        self._windowed, self._longest_window = self._sliding()
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self.weight_format = self.packed.weight_format + (", rounded" if rounding else "")
         if like is not None:
@@ -137,13 +139,26 @@ class NativeTarget(Target):
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
         kinds = self.int8_cache, [*self.packed.buffers.values()], recurrent, self._states
-        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context)
+        sliding, widths = (self._longest_window, self._windowed), [count * size for count, size in self.packed.buffers]
+        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context, *sliding, widths)
+
+    def _sliding(self) -> tuple[list[int], int]:
+        """Return the layers whose keys and values are seen through sliding windows alone, and the longest window.
+
+        A layer's keys and values are also seen by the layers that share them.
+        """
+        seeing = dict[int, list[int | None]]()
+        for source, window in zip(self.packed.sources, self.windows, strict=True):
+            seeing.setdefault(source, []).append(window)
+        layers = [n for own in self.packed.buffers.values() for n in own]
+        found = [n for n in layers if all(_slides(window, self.context) for window in seeing[n])]
+        return found, max((window or 0 for n in found for window in seeing[n]), default=0)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
 
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=True)
+        y = x.to(torch.bfloat16, memory_format=torch.contiguous_format, copy=not ctx.in_place)
         taps = {} if ctx.taps is None else ctx.taps
         for layer in taps:
             if lo <= layer < hi:
@@ -318,6 +333,12 @@ class NativeTarget(Target):
                     self._tables = tables, pointers
                     self._positions = every  # last: other threads read it without the lock
         return self._tables
+
+
+def _slides(window: int | None, context: int) -> bool:
+    """Return whether layers of this window stop seeing the first tokens of a text, and their memory can be released."""
+    sliding = window is not None and not isinstance(window, Chunk) and window < context
+    return sliding and sys.platform.startswith("linux")
 
 
 def native_target(

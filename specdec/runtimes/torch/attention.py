@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdec.base.devices import upload
-from specdec.kvcache.mask import Mask, RowMask
+from specdec.kvcache.mask import Mask
 from specdec.models.families import Family
 
 Norm = Callable[[Tensor], Tensor]
@@ -57,22 +56,20 @@ def additive(
 
     It is made once for all layers, since SDPA would convert a boolean mask in every layer.
     window: attention window in tokens; None: no limit. groups: G, number of query heads that share a key head.
-    filled: number of uncommitted tokens that have keys; None: all have.
+    filled: number of uncommitted slots that have keys; None: all have.
     """
     key = "additive", window, groups, dtype, multiple, filled
     if key not in mask.memo:
         visible, (batch, t), length = mask.bool_mask(window), mask.query.shape, mask.length
         if filled is not None:
-            assert isinstance(mask, RowMask)
-            ends = upload([[[[n + filled]]] for n in mask.committed], mask.query.device)
-            there = torch.arange(length, device=mask.query.device) < ends  # (B, 1, 1, S)
+            there = mask.filled(filled)
             visible = there if visible is None else visible & there
         padding, term = -length % multiple, None
         if visible is not None or padding:
             # Finite, so that a query that sees nothing (padding) stays finite.
             hidden = torch.finfo(dtype).min / 2
             term = torch.zeros(batch, 1, t, length + padding, dtype=dtype, device=mask.query.device)
-            term[..., length:] = hidden
+            term[..., length:].fill_(hidden)
             if visible is not None:
                 term[..., :length].masked_fill_(~visible, hidden)
             term = term.repeat_interleave(groups, 2) if groups > 1 else term

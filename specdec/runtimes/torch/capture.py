@@ -1,12 +1,14 @@
 """Captured functions: on a GPU, launching many small kernels takes longer than running them.
 
 A captured function is recorded once, over tensors at fixed addresses, and replayed after these are filled. It must
-neither read its results nor depend on the host.
+neither read its results nor depend on the host. What it calls runs as it is: nothing is captured inside of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,22 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Function = Callable[..., Sequence[Tensor]]
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # a function -> its replay, on the same memory
+
+_thread = threading.local()
+
+
+def capturing() -> bool:
+    """Return whether this thread runs a captured function."""
+    return getattr(_thread, "inside", False)
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    _thread.inside = True
+    try:
+        yield
+    finally:
+        _thread.inside = False
 
 
 class CudaRecorder:
@@ -44,12 +62,15 @@ class Captured:
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], record: Record) -> None:
-        self.function, self.inputs = function, inputs
-        self.outputs = [torch.empty_like(y) for y in function(*inputs)]
+        self.function = function
+        self.inputs = inputs
+        with _inside():
+            self.outputs = [torch.empty_like(y) for y in function(*inputs)]
 
         def run() -> None:
-            for out, y in zip(self.outputs, function(*inputs), strict=True):
-                out.copy_(y)
+            with _inside():
+                for out, y in zip(self.outputs, function(*inputs), strict=True):
+                    out.copy_(y)
 
         self.replay = record(run)
 

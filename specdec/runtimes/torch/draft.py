@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from specdec.base.devices import upload
 from specdec.runtimes.draft_path import (
@@ -28,6 +30,10 @@ from specdec.runtimes.draft_path import (
     TreeLimits,
     calibrated,
 )
+
+if TYPE_CHECKING:
+    from specdec.runtimes.target import Target
+    from specdec.runtimes.torch.static_cache import InLanes
 
 # Tokens of a level, int64 [B, W], the indices of their parents in the level before, int64 [B, W], and which of all U
 # tokens run so far are on their paths, bool [B, W, U] (None: a chain) -> logits [B, W, V'], or [B, 1, V'] for all.
@@ -78,17 +84,23 @@ def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, wa
     vocab: as in ``Rules``. size: V, the size of the model's vocabulary.
     waits: whether the host may read which tokens compete, and then makes only their noise.
     """
-    device, sampled, sampling = roots.final.device, roots.sampled, None
-    noise: Any = None
+    device, noise, sampling = roots.final.device, None, None
     tables = None if roots.tables is None else upload(roots.tables, device, torch.float32)
-    if sampled is not None:
-        each = [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
-        sampling = upload(each, device, torch.float32)
-        noise = partial(_noise_of, sampled, size)
-        if not waits:
-            rows = [torch.stack([s.noise(s.place + level, size, None) for level in range(levels)]) for s in sampled]
-            noise = upload(torch.stack(rows), device, torch.float32)
+    if roots.sampled is not None:
+        noise, sampling = noise_of(roots.sampled, levels, size, device, waits)
     return Rules(vocab, tables, noise, sampling, given_of(roots.given, device), roots.forbidden, roots.masks)
+
+
+def noise_of(
+    sampled: Sequence[Sampled], levels: int, size: int, device: torch.device, waits: bool = False
+) -> tuple[Tensor | Callable[[int, Tensor], Tensor], Tensor]:
+    """Return ``noise`` and ``sampling`` of ``Rules`` for sampled rows. levels, size, waits: as in ``rules_of``."""
+    each = [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
+    sampling = upload(each, device, torch.float32)
+    if waits:
+        return partial(_noise_of, sampled, size), sampling
+    rows = [torch.stack([s.noise(s.place + level, size, None) for level in range(levels)]) for s in sampled]
+    return upload(torch.stack(rows), device, torch.float32), sampling
 
 
 def _noise_of(sampled: Sequence[Sampled], size: int, level: int, ids: Tensor) -> Tensor:
@@ -377,6 +389,78 @@ def choose(grown: LevelNodes, count: int, bounds: Tensor, prices: Tensor | None)
     there = picked < grown.scores.shape[1]
     packed = torch.cat((picked.masked_fill(~there, -1), grown.packed()), 1)
     return DeviceTree(own.tokens.masked_fill(~there, -1), ancestors.sum(-1) - 1, ancestors, packed, grown.raw.shape[1])
+
+
+class FixedHeads(NamedTuple):
+    """Output heads whose memory stays where it is, so that what is captured with them can be replayed as they grow.
+
+    heads: as in ``DraftPath``; the last one has all of its memory's rows, also those that are not used yet.
+    tokens: token id of each output, int64 [V']; None: the outputs are the token ids.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
+    """
+
+    heads: Sequence[Any]
+    tokens: Tensor | None
+    forbidden: Tensor | None
+
+
+def fixed_heads(
+    heads: Sequence[nn.Module | None], tokens: Tensor | None, forbidden: Tensor | None, batch: int
+) -> FixedHeads | None:
+    """Return fixed heads that draft as ``heads`` do for ``batch`` rows; None: the last one grows and has a bias."""
+    growing: Any = heads[-1]
+    if (memory := getattr(growing, "memory", None)) is None:
+        return FixedHeads(heads, tokens, forbidden)
+    if growing.bias is not None:
+        return None
+    spare = len(memory.values) - growing.out_features
+    if forbidden is None:
+        forbidden = torch.zeros(batch, growing.out_features, dtype=torch.bool, device=memory.values.device)
+    tokens = None if tokens is None else F.pad(tokens, (0, spare))
+    return FixedHeads([*heads[:-1], memory.whole], tokens, F.pad(forbidden, (0, spare), value=True))
+
+
+def grow_captured(
+    target: Target,
+    key: Sequence[Any],
+    step: Callable[[Any, Any], tuple[Step, Sequence[Tensor]]],
+    roots: Tensor,
+    limits: TreeLimits,
+    rules: Rules,
+    choice: DeviceChoice | None,
+    keep: int,
+    whole: Any,
+    rows: Any,
+    lanes: InLanes | None = None,
+) -> tuple[list[Nodes] | DeviceTree, list[Tensor]]:
+    """Grow candidates without the host, in one captured function where ``target`` captures.
+
+    Returns the candidates of each row, or with a ``choice`` the tree that the device selects, and other results.
+
+    key: what else the captured function depends on. step: makes the argument ``step`` of ``grow``, and other results
+    [B, ...], of ``whole`` and ``rows`` (as in ``Target.captured``). roots, limits, rules, keep: as in ``grow``; limits
+    have no costs here. lanes: the rows of a static cache; None: none is used.
+    """
+    batch, device = len(roots), roots.device
+    count = 1 << max(batch - 1, 0).bit_length() if lanes is None else lanes.total
+    bounds, prices = (None, None) if choice is None else limits_of(choice, count, device)
+    free, nodes = replace(limits, level=0.0, node=0.0), 0 if choice is None else choice.nodes
+
+    def function(given: Any, own: Any) -> Sequence[Tensor]:
+        numbers, (vocab, prices, whole) = (None, given) if lanes is None else given
+        tokens, rules, bounds, rows = own
+        make, others = step(whole if lanes is None else (numbers, whole), rows)
+        grown = grow(make, tokens, free, rules._replace(vocab=vocab), keep, choice is None and rules.given is not None)
+        if choice is None:
+            return [grown.packed(), *others]
+        return [*choose(grown, nodes, bounds, prices)[:4], *others]
+
+    name = *key, limits.levels, limits.width, keep, choice is None, nodes
+    every = roots, rules._replace(vocab=None), bounds, rows
+    found = target.captured(name, function, (rules.vocab, prices, whole), every, lanes)
+    if choice is None:
+        return [LevelNodes.unpacked(row, len(row) // 4) for row in found[0].tolist()], found[1:]
+    return DeviceTree(found[0], found[1], found[2], found[3], 1 if rules.given is None else 3), found[4:]
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -1,21 +1,23 @@
-"""The PyTorch runtime by captured passes and drafts (``capture``).
+"""The PyTorch runtime by captured functions (``capture``). These are captured:
 
-Numbers of rows and of tokens are rounded up to buckets, and a pass is captured once for each pair of them, and for a
-range of layers. Masks and rotary factors are made inside it. Attention runs over all slots of the static cache, with
-those masked that are not filled. When the cache grows, passes are captured again. Long blocks (prompts),
-drafters' heads, and a draft's tokens in recurrent layers run as they are.
+- a pass of at most ``TOKENS`` tokens through a range of layers, for each bucket of rows and of tokens
+- a draft with all of its levels, and the selection of its nodes (``draft.grow_captured``)
+- the readout of at most ``TOKENS`` states with the model's own head, as logits or as the best tokens
+
+Numbers of rows and of tokens are rounded up to buckets. A captured function reads and writes keys, values and states in
+the lanes of a static cache (``Lanes``), with those slots masked that are not filled, and makes masks and rotary factors
+itself. When that cache grows, what was captured over it is captured again. All else runs as it is: long blocks
+(prompts), and readouts with other heads outside of drafts.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base.devices import download, upload
@@ -24,46 +26,37 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import LayerStates
 from specdec.models.native_model import NativeModel
-from specdec.runtimes.draft_path import (
-    DeviceTree,
-    DraftPath,
-    DraftRoots,
-    LevelNodes,
-    Nodes,
-    TreeLimits,
-)
-from specdec.runtimes.target import GrowingLinear, Pass, largest
+from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
+from specdec.runtimes.target import Pass, largest
 from specdec.runtimes.torch.attention import Attention
-from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Record, flattened
+from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Record, capturing, flattened
 from specdec.runtimes.torch.delta_rule import DeltaRule
-from specdec.runtimes.torch.draft import PathStep, choose, grow, limits_of, rules_of
-from specdec.runtimes.torch.linear import dense
-from specdec.runtimes.torch.model import Layer, Store, context
-from specdec.runtimes.torch.static_cache import SPARE, StaticCache, bucket
+from specdec.runtimes.torch.draft import PathStep, fixed_heads, grow_captured, rules_of
+from specdec.runtimes.torch.static_cache import SPARE, TOKENS, InLanes, Lanes, LanesMask, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 64  # passes over more tokens are not captured
 CAPTURES = 64  # that are kept; the least recently used ones are dropped
-CACHED = "layers", "draft"  # what is captured over the static cache
 
 
 class CapturedTarget(TorchTarget):
     """The PyTorch runtime on a CUDA device, where passes are captured as CUDA graphs.
 
-    Captured passes share their buffers, so threads take turns under the model's lock. Raises SpecDecError as
+    Captured functions share their buffers, so threads take turns under the model's lock. Raises SpecDecError as
     ``TorchTarget`` does, and without a GPU.
 
     record: captures a function; None: a ``CudaRecorder``.
+    captured_functions: the captured functions by key. The first part of a key is the static cache that the function
+        uses, or None.
     """
 
     def __init__(self, model: NativeModel | PreTrainedModel, record: Record | None = None) -> None:
         if record is None and model.device.type != "cuda":
             raise SpecDecError(f"CUDA graphs need the model on a CUDA device, not on '{model.device}'")
         self.record = record or CudaRecorder(model.device)
-        self.captured: OrderedDict[Any, Captured] = OrderedDict()
+        self.captured_functions: OrderedDict[Any, Captured] = OrderedDict()
         self._chains = dict[tuple[int, int], Tensor]()
         super().__init__(model)
 
@@ -71,21 +64,31 @@ class CapturedTarget(TorchTarget):
     def static(self) -> StaticCache:
         """The keys, values and states of captured passes."""
         mixers = [layer.mixer for layer in self.network.layers]
-        attention = [each for each in (mixers[n] for n in self._attention_layers()) if isinstance(each, Attention)]
         recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
-        shape = len(attention), max(each.kv_heads for each in attention), max(each.size for each in attention)
         kinds = recurrent[0].kinds if recurrent else {}
-        how = self.dtype, self.device, self.lock, self._forget
-        return StaticCache(shape, *how, len(recurrent), kinds, self.hidden_size)
+        assert self.keys is not None
+        return self.static_cache(self._attention_layers(), self.keys, sorted(self.recurrent_layers), kinds)
 
     def _attention_layers(self) -> list[int]:
         """Return the numbers of the layers with keys and values of their own."""
         each = enumerate(self.network.layers)
         return [n for n, layer in each if isinstance(layer.mixer, Attention) and layer.source == n]
 
-    def _forget(self) -> None:
-        """Delete all captured functions, because the static cache has got new memory."""
-        self.captured = OrderedDict((key, each) for key, each in self.captured.items() if key[0] not in CACHED)
+    def static_cache(
+        self, layers: Sequence[int], keys: tuple[int, int], recurrent: Sequence[int] = (), kinds: Any = None
+    ) -> StaticCache:
+        """Return an empty static cache for captured functions.
+
+        layers: numbers of the attention layers. keys: their number of key heads, and the size of each.
+        recurrent, kinds: as in ``StaticCache``.
+        """
+        how = self.dtype, self.device, self.lock, self._forget
+        return StaticCache(layers, keys, *how, recurrent, kinds, self.hidden_size, self.num_layers)
+
+    def _forget(self, static: StaticCache) -> None:
+        """Delete all captured functions that use ``static``, because it has got new memory."""
+        kept = ((key, each) for key, each in self.captured_functions.items() if key[0] is not static)
+        self.captured_functions = OrderedDict(kept)
 
     @property
     def spare_bytes(self) -> int:
@@ -93,117 +96,133 @@ class CapturedTarget(TorchTarget):
 
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
-        layers, least = [self._attention_layers()], self.static.shape[1:]
+        layers, least = [self._attention_layers()], self.static.shape
         return KVCache(self.num_layers, batch, self.device, layers=layers, recurrent=recurrent, least=least)
 
-    def capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
+    def _capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
         """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
-        if key not in self.captured:
-            self.captured[key] = Captured(*make(), self.record)
-        self.captured.move_to_end(key)
-        if len(self.captured) > CAPTURES:
-            self.captured.popitem(last=False)
-        return self.captured[key]
+        functions = self.captured_functions
+        if key not in functions:
+            functions[key] = Captured(*make(), self.record)
+        functions.move_to_end(key)
+        if len(functions) > CAPTURES:
+            functions.popitem(last=False)
+        return functions[key]
+
+    @explain_memory
+    def captured(
+        self,
+        key: Sequence[Any],
+        function: Callable[[Any, Any], Sequence[Tensor]],
+        whole: Any,
+        rows: Any,
+        lanes: InLanes | None = None,
+    ) -> list[Tensor]:
+        own, own_shapes, rebuild_own = flattened(rows)
+        first, shapes, rebuild = flattened(whole if lanes is None else (lanes.numbers, whole))
+        count = bucket(len(own[0])) if lanes is None else lanes.total
+
+        def make() -> tuple[Function, Sequence[Tensor]]:
+            def flat(*inputs: Tensor) -> Sequence[Tensor]:
+                return function(rebuild(inputs[: len(first)]), rebuild_own(inputs[len(first) :]))
+
+            held = [x.clone() for x in first]
+            if lanes is not None:  # no row changes while the function is captured
+                held[0] = lanes.static.lanes(count).numbers
+            return flat, [*held, *(x.new_zeros(count, *x.shape[1:]) for x in own)]
+
+        sizes = count, shapes, tuple(shape and shape[1:] for shape in own_shapes)
+        with self.lock:
+            outputs = self._capture((None if lanes is None else lanes.static, *key, *sizes), make)(
+                first, own, None if lanes is None else lanes.rows
+            )
+            if lanes is None or lanes.rows is None:
+                return [out[: len(own[0])] for out in outputs]
+            return [out[lanes.rows] for out in outputs]
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
     @explain_memory
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
         (batch, t, _), mask, cache = x.shape, ctx.mask, ctx.cache
-        ahead = cache.lengths[lo] - cache.committed if lo < hi else 0
-        short = lo < hi and batch * t <= TOKENS and ahead + bucket(t) <= SPARE
+        if capturing() or lo == hi or not isinstance(mask, RowMask):
+            return super().layers(x, lo, hi, ctx)
+        ahead = cache.lengths[lo] - cache.committed
+        short = batch * t <= TOKENS and ahead + bucket(t) <= SPARE
         plain = ctx.routed is None and ctx.choose is None and torch.is_inference_mode_enabled()
-        if self.recurs(lo, hi):  # a draft's later tokens, and changed layers, run as they are
-            pending = max(max(states.pending, default=0) for states in cache.states)
-            plain = plain and not ahead and ctx.adapters is None and pending <= TOKENS
-        without = self.without_keys(cache, lo, hi, ahead + t)
-        plain = plain and all(cache.lengths[layer] == cache.committed for layer in without)
-        if not short or not plain or not isinstance(mask, RowMask):
+        pending = max((max(states.pending) for states in cache.states), default=0)
+        partly = any(cache.lengths[n] != cache.committed for n in self._without_keys(cache, lo, hi, ahead + t))
+        if not short or not plain or partly or pending > TOKENS:
             return super().layers(x, lo, hi, ctx)
         with self.lock:
             return self._run(x, lo, hi, ctx, mask, ahead)
 
-    def without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
-        """Return the layers before ``lo`` whose keys layers [lo, hi) read, and that lack those of uncommitted tokens.
+    def _sources(self, lo: int, hi: int) -> set[int]:
+        """Return the layers before ``lo`` whose keys and values layers [lo, hi) read."""
+        return {layer.source for layer in self.network.layers[lo:hi] if layer.source < lo}
+
+    def _without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
+        """Return which of ``_sources`` lack keys of uncommitted tokens.
 
         drafted: number of uncommitted tokens, those of the pass included.
         """
-        sources = {layer.source for layer in self.network.layers[lo:hi]}
-        return frozenset(n for n in sources if n < lo and cache.lengths[n] < cache.committed + drafted)
-
-    def recurs(self, lo: int, hi: int) -> bool:
-        """Return whether a layer of [lo, hi) is recurrent."""
-        return any(lo <= layer < hi for layer in self.recurrent_layers)
+        return frozenset(n for n in self._sources(lo, hi) if cache.uncommitted(n) < drafted)
 
     def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, ahead: int) -> Tensor:
         (batch, t, width), cache, taps, static = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps, self.static
         places = static.place(cache.entries, cache.committed + ahead + t)
-        cache.claim(lo, hi, [t] * batch, [static.shape[1:]], self.dtype)
+        without = self._without_keys(cache, lo, hi, ahead + t)
+        complete = self._sources(lo, hi) - without
+        cache.claim(lo, hi, [t] * batch, [static.shape], self.dtype)
+        count, size, tapped = bucket(max(places) + 1), bucket(t), sorted(n for n in taps if lo <= n <= hi)
         memo: dict[Any, Any] = mask.memo  # the ranges of layers of a step share a mask
-        states = [row for row in cache.states if isinstance(row, LayerStates)]
-        pending = [list(row.pending) for row in states]
+        pending, before, run = self._pending(cache, [(lo, hi)])
+        held = bucket(ahead) if run and ahead else 0
         key = "captured", static.slots, ahead, *places, *map(tuple, pending)
         if key not in memo:
             drafted = mask.drafted if isinstance(mask.drafted, Tensor) else torch.stack([*mask.drafted])
-            memo[key] = *self._numbers(cache.rows, places, ahead, pending), drafted, self._tree(mask, t, ahead)
-        numbers, lanes, positions, tree = memo[key]
-        count, size, tapped = bucket(max(places) + 1), bucket(t), sorted(n for n in taps if lo <= n <= hi)
-        without = self.without_keys(cache, lo, hi, ahead + t)
+            lanes = static.lanes(count, places, cache.rows, ahead, pending)
+            memo[key] = lanes, drafted, self._tree(mask, t, ahead)
+        lanes, positions, tree = memo[key]
         ids = [ctx.known_ids()] if self.network.embeds else []
         layers = self.select_layers(lo, hi, ctx.adapters)
-        recurrent = [cache.recurrent.index(layer) for layer in range(lo, hi) if layer in self.recurrent_layers]
-        most = max((own[layer] for own in pending for layer in recurrent), default=0)
-        before = bucket(most) if most else 0
-        for row in states:
-            row.ran(recurrent)
+        for row in cache.states:
+            assert isinstance(row, LayerStates)
+            row.ran(run)
+
+        def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor, *ids: Tensor) -> Sequence[Tensor]:
+            own = Lanes(static, numbers, count, before, held, complete)
+            query = positions.gather(1, (own.ahead + static.block[:size]).expand(count, -1))
+            seen = dict.fromkeys(tapped, x)
+            mask = LanesMask(own, query, positions, tree)
+            ctx = Pass(query, mask, own, seen, ids=ids[0] if ids else None)  # type: ignore[arg-type]
+            y = self.network.run(x, lo, layers, ctx)
+            return [y, *(seen[layer] for layer in tapped)]
 
         def make() -> tuple[Function, Sequence[Tensor]]:
-            stored = self.store(count)
-
-            def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor, *ids: Tensor) -> Sequence[Tensor]:
-                seen, store = dict.fromkeys(tapped, x), stored(numbers, size, positions, tree, before, without)
-                y = self.network.run(x, lo, layers, context(seen, *ids), store)
-                return [y, *(seen[layer] for layer in tapped)]
-
-            nobody, _ = self._numbers([], [], 0, count=count)
+            nobody = static.lanes(count).numbers
             tree = nobody.new_zeros(count, size, SPARE, dtype=torch.bool)
             own = [nobody.new_zeros(count, size) for _ in ids]
             return function, [nobody, x.new_zeros(count, size, width), nobody.new_zeros(count, SPARE), tree, *own]
 
         # Layers live as long as what is captured of them
-        held = self.capture(("layers", count, size, before, lo, hi, without, *tapped, *layers), make)
-        outputs = held([numbers], [x, positions, tree, *ids], lanes)
-        y, *seen = (out[:batch, :t].clone() if lanes is None else out[lanes, :t] for out in outputs)
+        sizes = count, size, before, held
+        function_of = self._capture((static, "layers", *sizes, lo, hi, without, *tapped, *layers), make)
+        outputs = function_of([lanes.numbers], [x, positions, tree, *ids], lanes.rows)
+        y, *seen = (out[:batch, :t].clone() if lanes.rows is None else out[lanes.rows, :t] for out in outputs)
         taps.update(zip(tapped, seen, strict=True))
         return y
 
-    def _numbers(
-        self,
-        committed: Sequence[int],
-        places: Sequence[int],
-        ahead: int,
-        pending: Sequence[Sequence[int]] = (),
-        count: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the argument ``numbers`` of ``store``, and the lane of each row, int64 [B].
+    def _pending(self, cache: KVCache, ranges: Sequence[tuple[int, int]]) -> tuple[list[list[int]], int, list[int]]:
+        """Return what a captured function has to know of recurrent layers in ``ranges`` [lo, hi).
 
-        The second value is None if rows 0, 1, .. are in lanes 0, 1, ..
-        committed: number of committed tokens of each row. places: the lane of each row.
-        ahead: number of uncommitted slots before the tokens of the pass.
-        pending: for each row, the number of pending tokens in each recurrent layer; (): there are none.
-        count: number of lanes, L; None: as many as the rows need.
+        That is for each row the number of pending tokens in each recurrent layer; the bucket of the largest one in the
+        ranges (0: none); and which of the recurrent layers are in the ranges, by their numbers among these.
         """
-        count = bucket(max(places) + 1) if count is None else count
-        filled, starts = [0] * count, [self.static.slots - SPARE] * count  # of a lane without a row
-        waiting = [[0] * count for _ in range(self.static.recurrent)]
-        for row, (lane, n) in enumerate(zip(places, committed, strict=True)):
-            filled[lane] = starts[lane] = n
-            for layer, tokens in enumerate(pending[row] if pending else ()):
-                waiting[layer][lane] = tokens
-        in_order = [*places] == list(range(len(places)))
-        whole = [*filled, *starts, ahead, *(tokens for own in waiting for tokens in own)]
-        numbers = upload([*whole, *(() if in_order else places)], self.device)
-        return numbers[: len(whole)], None if in_order else numbers[len(whole) :]
+        pending = [list(states.pending) for states in cache.states]
+        run = [n for n, layer in enumerate(cache.recurrent) if any(lo <= layer < hi for lo, hi in ranges)]
+        most = max((own[layer] for own in pending for layer in run), default=0)
+        return pending, bucket(most) if most else 0, run
 
     def _tree(self, mask: RowMask, t: int, ahead: int) -> Tensor:
         """Return which uncommitted slots each token of a pass sees, bool [B, T, U], or with further slots.
@@ -217,175 +236,40 @@ class CapturedTarget(TorchTarget):
             self._chains[t, ahead] = torch.ones(t, SPARE, dtype=torch.bool, device=self.device).tril(ahead)
         return self._chains[t, ahead].expand(len(mask.committed), -1, -1)
 
-    def store(self, count: int) -> Callable[..., Store]:
-        """Return a function that makes the ``Store`` of a captured pass over L = ``count`` lanes, inside the pass.
-
-        The function's arguments are:
-        numbers: for each lane the number of committed slots, then for each the index of the first uncommitted slot,
-            then the number of uncommitted slots before the tokens, then for each of R recurrent layers and each lane
-            the number of pending tokens: int64 [2 L + 1 + R L].
-        t: T.
-        places: positions of uncommitted slots, int64 [L, U], those of the tokens included.
-        tree: which of the uncommitted slots a token sees, bool [L, T, U].
-        before: maximum number of pending tokens.
-        without: layers before those of the pass whose uncommitted tokens have no keys.
-        """
-        static, device, mixers = self.static, self.device, [layer.mixer for layer in self.network.layers]
-        assert static.whole is not None
-        (keys, values), slots, hidden = static.whole, static.slots, torch.finfo(self.dtype).min / 2
-        every, block = torch.arange(slots, device=device), torch.arange(SPARE, device=device)
-        rotary = {each: self.network.table(each, slots) for each in self.network.used}
-        # The place of a layer among those of its kind that have states of their own
-        owners = [n for n, layer in enumerate(self.network.layers) if layer.source == n]
-        place_of = {n: sum(type(mixers[m]) is type(mixers[n]) for m in owners if m < n) for n in owners}
-
-        def store(
-            numbers: Tensor,
-            t: int,
-            places: Tensor,
-            tree: Tensor,
-            before: int = 0,
-            without: Collection[int] = (),
-        ) -> Store:
-            committed, starts, ahead, pending = numbers.split((count, count, 1, static.recurrent * count))
-            own = (ahead + block[:t]).expand(count, -1)  # (L, T), among uncommitted slots
-            place = starts[:, None] + own
-            positions, uncommitted = places.gather(1, own), starts[:, None] + block[: places.shape[1]]
-            at = every.repeat(count, 1).scatter_(1, uncommitted, places)  # (L, slots), positions of keys
-            visible = (every < committed[:, None])[:, None].repeat(1, t, 1)  # (L, T, slots)
-            visible = visible.scatter_(2, uncommitted[:, None].expand(-1, t, -1), tree)
-            terms = dict[tuple[int | None, int, bool], Tensor]()
-            for layer in self.network.layers:
-                mixer = layer.mixer
-                for lacks in (False, True) if isinstance(mixer, Attention) else ():
-                    assert isinstance(mixer, Attention)
-                    key = layer.window, mixer.groups, lacks
-                    if key in terms or (lacks and layer.source not in without):
-                        continue
-                    near = visible & (every < committed[:, None])[:, None] if lacks else visible
-                    if layer.window is not None:
-                        near = near & (positions[:, :, None] - at[:, None] < layer.window)
-                    term = torch.zeros(near.shape, dtype=self.dtype, device=self.device).masked_fill_(~near, hidden)
-                    terms[key] = term.repeat_interleave(mixer.groups, 1)[:, None]
-
-            def attend(index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                layer = self.network.layers[index]
-                mixer, own = layer.mixer, place_of[layer.source]
-                assert isinstance(mixer, Attention)
-                k_all, v_all = (each[own, :count, : mixer.kv_heads, :, : mixer.size] for each in (keys, values))
-                if layer.source == index:
-                    to = place[:, None, :, None].expand_as(k)
-                    k_all, v_all = k_all.scatter_(2, to, k), v_all.scatter_(2, to, v)
-                return k_all, v_all, terms[layer.window, mixer.groups, layer.source in without]
-
-            def recur(index: int, layer: Layer, h: Tensor) -> Tensor:
-                """Run pending tokens, which join the states, and those of the pass in one go."""
-                assert isinstance(layer.mixer, DeltaRule)
-                own, (_, t, _), chain = place_of[index], h.shape, block[:before, None] >= block[:before]
-                states = {key: each[own, :count] for key, each in static.states.items()}
-                inputs = static.inputs[own, :count]
-                kept = block[:before] < pending.view(-1, count)[own, :, None]  # (L, P)
-                first = F.pad(chain & kept[:, None], (0, t))  # (L, P, P + T)
-                then = torch.cat((kept[:, None].expand(-1, t, -1), tree[:, :, :t]), 2)
-                mapped = layer.map("qkv", torch.cat((inputs[:, :before], h), 1))
-                out, after = layer.mixer(mapped, states, torch.cat((first, then), 1), F.pad(kept, (0, t)))
-                for key, state in states.items():
-                    state.copy_(after[key])
-                there = (committed == starts)[:, None, None]  # other batches may have rows in the other lanes
-                inputs[:, :t] = torch.where(there, h, inputs[:, :t])
-                return layer.map("out", out[:, before:])
-
-            tables = {each: table[positions].unbind(-1) for each, table in rotary.items()}
-            return Store(tables, attend, recur)  # type: ignore[arg-type]
-
-        return store
-
     # -- drafts -------------------------------------------------------------------------------------------------------
 
     @explain_memory
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
-        keep, growing = 1 if len(roots.tokens) > 1 else limits.width, path.heads[-1]
-        fits = 1 + (limits.levels - 1) * keep <= SPARE and (
-            not isinstance(growing, GrowingLinear) or growing.bias is None
-        )
-        fits = fits and not any(self.recurs(lo, hi) for lo, hi in path.segments)
-        if not fits or roots.masks is not None or not torch.is_inference_mode_enabled():
+        keep = 1 if len(roots.tokens) > 1 else limits.width
+        pending, before, run = self._pending(cache, path.segments)
+        fits = 1 + (limits.levels - 1) * keep <= SPARE and before <= TOKENS
+        heads = fixed_heads(path.heads, path.tokens, roots.forbidden, len(roots.tokens))
+        if not fits or heads is None or roots.masks is not None or not torch.is_inference_mode_enabled():
             return super().draft_rows(cache, roots, path, limits)
         with self.lock:
-            return self._draft(cache, roots, path, limits, keep)
+            static = self.static
+            places = static.place(cache.entries, cache.committed + 1 + (limits.levels - 1) * keep)
+            lanes = static.lanes(bucket(max(places) + 1), places, cache.rows, 0, pending)
+            rules = rules_of(roots, heads.tokens, limits.levels, self.vocab_size, waits=False)
+            tokens = upload([[token] for token in roots.tokens], self.device)
+            states = [x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried)]
 
-    def _draft(
-        self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits, keep: int
-    ) -> list[Nodes] | DeviceTree:
-        """Draft all levels, and let the device take nodes, as one captured function. keep: as in ``grow``."""
-        choice = roots.choice
-        places = self.static.place(cache.entries, cache.committed + 1 + (limits.levels - 1) * keep)
-        numbers, lanes = self._numbers(cache.rows, places, 0)
-        count, batch, growing = bucket(max(places) + 1), len(roots.tokens), path.heads[-1]
-        heads = [head for head in path.heads if not isinstance(head, GrowingLinear)]
-        readouts, weights = [self.head_map(head) for head in heads], list[Any](heads)
-        rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits=False)
-        if isinstance(growing, GrowingLinear):  # all of its memory is read, so that it may grow
-            spare, forbidden = len(growing.memory.values) - growing.out_features, rules.forbidden
-            if forbidden is None:
-                forbidden = numbers.new_zeros(batch, growing.out_features, dtype=torch.bool)
-            vocab = None if rules.vocab is None else F.pad(rules.vocab, (0, spare))
-            rules = rules._replace(vocab=vocab, forbidden=F.pad(forbidden, (0, spare), value=True))
-            readouts.append(dense(growing.memory.values))
-            weights.append(growing.memory)
-        layers = [self.select_layers(lo, hi, path.adapters) for lo, hi in path.segments]
-        without = {layer.source for part in layers for layer in part}.difference(
-            *(range(lo, hi) for lo, hi in path.segments)
-        )
-        bounds, prices = (None, None) if choice is None else limits_of(choice, count, self.device)
-        tokens = upload([[token] for token in roots.tokens], self.device)
-        states = tuple(x[:, roots.place : roots.place + 1] for x in (roots.final, *roots.carried))
-        whole, sizes, rebuild = flattened((numbers, rules.vocab, prices))
-        own, own_sizes, rebuild_own = flattened((tokens, states, rules._replace(vocab=None), bounds))
+            def step(whole: Any, rows: Any) -> tuple[PathStep, Sequence[Tensor]]:
+                (numbers, _), [(final, *carried), forbidden] = whole, rows
+                own = Lanes(static, numbers, lanes.total, before)
+                return self.path_step(own, path, heads.heads, own.committed, final, carried, forbidden), ()
 
-        def make() -> tuple[Function, Sequence[Tensor]]:
-            stored = self.store(count)
-
-            def function(*inputs: Tensor) -> Sequence[Tensor]:
-                numbers, vocab, prices = rebuild(inputs[: len(whole)])
-                tokens, (final, *carried), rules, bounds = rebuild_own(inputs[len(whole) :])
-                seen, passes = list[Tensor](), list[Store]()
-
-                def run(number: int, x: Tensor, level: int, paths: Tensor | None, ids: Tensor) -> Tensor:
-                    if not number:  # all segments of a level see the same tokens
-                        t, ahead = x.shape[1], sum(part.shape[1] for part in seen)
-                        seen.append((numbers[:count, None] + level).expand(-1, t))
-                        tree = (
-                            paths
-                            if paths is not None
-                            else torch.ones(count, t, ahead + t, dtype=torch.bool, device=x.device)
-                        )
-                        at = torch.cat((numbers[: 2 * count], numbers[2 * count :] + ahead))  # no recurrent layer runs
-                        passes[:] = [stored(at, t, torch.cat(seen, 1), tree, without=without)]
-                    return self.network.run(x, path.segments[number][0], layers[number], context(ids=ids), passes[0])
-
-                embed = lambda tokens, level: self.network.embed(tokens)  # noqa: E731
-                read = [lambda x, head=head: self.network.readout(x, head) for head in readouts]
-                step = PathStep(path, final, carried, embed, run, read, rules.forbidden)
-                waits = rules.given is not None and choice is None
-                grown = grow(
-                    step, tokens, replace(limits, level=0.0, node=0.0), rules._replace(vocab=vocab), keep, waits
-                )
-                return [grown.packed()] if choice is None else choose(grown, choice.nodes, bounds, prices)[:4]
-
-            nobody, _ = self._numbers([], [], 0, count=count)
-            lane_inputs = [x.new_zeros(count, *x.shape[1:]) for x in own]
-            return function, [nobody, *(x.clone() for x in whole[1:]), *lane_inputs]
-
-        weights += [layer for part in layers for layer in part]
-        key = "draft", path, *weights, count, limits.levels, limits.width, keep, choice and choice.nodes
-        held = self.capture((*key, *sizes, *(size and size[1:] for size in own_sizes)), make)
-        found = [out[:batch] if lanes is None else out[lanes] for out in held(whole, own, lanes)]
-        if choice is not None:
-            return DeviceTree(found[0], found[1], found[2], found[3], 1 if rules.given is None else 3)
-        return [LevelNodes.unpacked(row, len(row) // 4) for row in found[0].tolist()]
+            # Layers and heads live as long as what is captured of them
+            layers = [layer for lo, hi in path.segments for layer in self.select_layers(lo, hi, path.adapters)]
+            key = "draft", path, before, *heads.heads, *layers
+            rows = states, heads.forbidden
+            found, _ = grow_captured(self, key, step, tokens, limits, rules, roots.choice, keep, (), rows, lanes)
+            for row in cache.states:
+                assert isinstance(row, LayerStates)
+                row.ran(run)
+            return found
 
     # -- readouts -----------------------------------------------------------------------------------------------------
 
@@ -405,11 +289,12 @@ class CapturedTarget(TorchTarget):
             return download(*also, self._read("largest", x, lambda states: largest(readout(states))))
 
     def _reads(self, x: Tensor) -> bool:
-        return x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
+        return not capturing() and x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
 
     def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``read(x)`` of states [B, T, D], captured under ``name``; the next call overwrites the result."""
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
-        held = self.capture((name, size), lambda: (lambda states: [read(states)], [x.new_zeros(size, 1, x.shape[2])]))
-        [found] = held((), [x.flatten(0, 1)[:, None]])
+        inputs = [x.new_zeros(size, 1, x.shape[2])]
+        function_of = self._capture((None, name, size), lambda: (lambda states: [read(states)], inputs))
+        [found] = function_of((), [x.flatten(0, 1)[:, None]])
         return found[:count].view(*x.shape[:2], *found.shape[2:])

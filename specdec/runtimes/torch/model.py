@@ -25,6 +25,7 @@ from specdec.models.native_model import NativeModel
 from specdec.runtimes.decoder_layer import has_experts, modules, recurrent
 from specdec.runtimes.target import Pass
 from specdec.runtimes.torch.attention import MULTIPLE, Attention, Norm, Rotary, additive, norm_of
+from specdec.runtimes.torch.capture import capturing
 from specdec.runtimes.torch.delta_rule import DeltaRule
 from specdec.runtimes.torch.experts import Experts
 from specdec.runtimes.torch.linear import Linear, low_rank, side_by_side
@@ -74,14 +75,27 @@ class Layer:
         gate, up = self.map("gate_up", x).chunk(2, -1)
         return self.map("down", self.act(gate) * up)
 
-    def advance(self, x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
+    def advance(
+        self,
+        x: Tensor,
+        states: States,
+        adapted: bool,
+        plain: int = 0,
+        paths: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, States]:
         """Run the mixer of a recurrent layer on ``x`` [B, T, D]; return its output and the new states.
 
-        adapted: whether to apply the low-rank terms.
+        adapted: whether to apply the low-rank terms. plain: number of first tokens to which they do not apply.
+        paths, kept: as in ``DeltaRule``.
         """
-        layer = self if adapted or self.base is None else self.base
         assert isinstance(self.mixer, DeltaRule)
-        out, after = self.mixer(layer.map("qkv", x), states)
+        base = self.base or self
+        layer = self if adapted else base
+        mapped = layer.map("qkv", x[:, plain:])
+        if plain:
+            mapped = torch.cat((base.map("qkv", x[:, :plain]), mapped), 1)
+        out, after = self.mixer(mapped, states, paths, kept)
         return layer.map("out", out), after
 
 
@@ -109,19 +123,6 @@ class PerLayer(NamedTuple):
         return self.after(self.out(act(self.gate(x)) * own))
 
 
-class Store(NamedTuple):
-    """Where a captured pass keeps keys, values and states.
-
-    tables: the rotary tables of the pass.
-    attend: stores new keys and values of a layer, and returns all of them and the mask.
-    recur: runs the mixer of a recurrent layer on its inputs [B, T, D], and keeps what roll-back needs.
-    """
-
-    tables: Tables
-    attend: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-    recur: Callable[[int, Layer, Tensor], Tensor]
-
-
 class Network:
     """The layers of a model of a known family as functions of PyTorch tensors.
 
@@ -140,7 +141,7 @@ class Network:
         self.scale = None if scale == 1 else torch.tensor(scale, dtype=self.dtype)
         self.rotations = families.rotations(config)
         self.used = {each for pair in self.rotations if pair is not None for each in pair}
-        self.tables = dict[Rotation, Tensor]()
+        self.tables = dict[tuple[Rotation, int], Tensor]()  # by number of positions
         self.layers = list[Layer]()
         size = families.embedded_per_layer(config)
         self.embeds, self.table_of_layers = bool(size), getattr(decoder, "embed_tokens_per_layer", None)
@@ -192,47 +193,33 @@ class Network:
         rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)
         return rows * table.embed_scale.to(rows.device, rows.dtype)
 
-    def run(
-        self,
-        x: Tensor,
-        lo: int,
-        layers: Sequence[Layer],
-        ctx: Pass,
-        store: Store | None = None,
-    ) -> Tensor:
-        """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D].
-
-        store: memory of a captured pass for keys, values and states; None: ``ctx.cache`` stores them.
-        """
+    def run(self, x: Tensor, lo: int, layers: Sequence[Layer], ctx: Pass) -> Tensor:
+        """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D]."""
         cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
-        start = cache.lengths[lo] if layers and store is None else None
+        start = cache.lengths[lo] if layers else None
         first = rows = x
         if self.embeds:
             first, rows = self.embed(ctx.known_ids()), self.embed_for_layers(ctx.known_ids())
-        tables = self.tables_of(ctx) if store is None else store.tables
+        tables = self.tables_of(ctx)
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
                 taps[index] = x
             norm_in, norm_mixed, norm_mlp, norm_out = layer.norms
             h = x if norm_in is None else norm_in(x)
-            if isinstance(layer.mixer, DeltaRule) and store is not None:
-                h = store.recur(index, layer, h)
-            elif isinstance(layer.mixer, DeltaRule):
+            if isinstance(layer.mixer, DeltaRule):
                 h = cache.run_recurrent(index, h, ctx.mask.ancestors, layer.advance)
             else:
                 rotation = None if layer.rotation is None else tuple(tables[each] for each in layer.rotation)
                 q, k, v, gate = layer.mixer.project(layer.map("qkv", h), rotation)  # type: ignore[arg-type]
-                if store is None and layer.source != index:
-                    there = cache.lengths[layer.source] - cache.committed
-                    filled = None if cache.lengths[layer.source] >= ctx.mask.length else there
-                    term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype, filled=filled)
-                    size = layer.mixer.size
-                    k, v = cache.all_keys(layer.source, ctx.mask.length, layer.mixer.kv_heads, (size, size), MULTIPLE)
-                elif store is None:
-                    term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
+                filled = None
+                if layer.source == index:
                     k, v = cache.append(index, k, v, MULTIPLE)
                 else:
-                    k, v, term = store.attend(index, k, v)
+                    size = layer.mixer.size
+                    k, v = cache.all_keys(layer.source, ctx.mask.length, layer.mixer.kv_heads, (size, size), MULTIPLE)
+                    if cache.lengths[layer.source] < cache.lengths[index] + x.shape[1]:
+                        filled = cache.uncommitted(layer.source)
+                term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype, filled=filled)
                 h = layer.map("out", layer.mixer(q, k, v, term, gate))
             x = self._add(x, h, norm_mixed)
             h = x if norm_mlp is None else norm_mlp(x)
@@ -240,9 +227,8 @@ class Network:
                 h = layer.mlp(h)
             else:
                 routed = None if ctx.routed is None else ctx.routed[:, index]
-                h = layer.experts(
-                    h, routed, None if ctx.choose is None else partial(ctx.choose, index), store is not None
-                )
+                choose = None if ctx.choose is None else partial(ctx.choose, index)
+                h = layer.experts(h, routed, choose, capturing())
             x = self._add(x, h, norm_out)
             if layer.embedded is not None:
                 x = x + layer.embedded(x, first, rows, layer.act)
@@ -272,20 +258,16 @@ class Network:
         return memo["rotary"]  # type: ignore[no-any-return]
 
     def table(self, rotation: Rotation, count: int) -> Tensor:
-        """Return cosines and signed sines for ``count`` positions or more, [positions, 1, rotated elements, 2]."""
-        table = self.tables.get(rotation)
-        if table is None or len(table) < count + POSITIONS // 2:
-            halves = rotation.tables(self.rotary, max(2 * count, POSITIONS), self.dtype)  # (positions, 2, rotated / 2)
-            cos, sin = halves.unbind(1)
+        """Return cosines and signed sines for ``count`` positions or more, [positions, 1, rotated elements, 2].
+
+        A table stays where it is: captured passes read it.
+        """
+        size = 1 << (max(2 * count, POSITIONS) - 1).bit_length()
+        if (rotation, size) not in self.tables:
+            cos, sin = rotation.tables(self.rotary, size, self.dtype).unbind(1)  # (positions, rotated / 2) each
             table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), -1)[:, None]
-            table = table.to(self.device, torch.float32 if self.family.wide else self.dtype)
-            self.tables[rotation] = table
-        return table
-
-
-def context(taps: dict[int, Tensor] | None = None, ids: Tensor | None = None) -> Pass:
-    """Return the context of a captured pass, which has no mask and no cache, since capturing would keep them alive."""
-    return Pass(None, None, None, taps, ids=ids)  # type: ignore[arg-type]
+            self.tables[rotation, size] = table.to(self.device, torch.float32 if self.family.wide else self.dtype)
+        return self.tables[rotation, size]
 
 
 @torch.inference_mode()

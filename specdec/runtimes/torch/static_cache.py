@@ -1,21 +1,26 @@
-"""Keys and values at fixed addresses, which captured passes read and write: each row of a batch has a lane.
+"""Keys and values at fixed addresses, which captured functions read and write: each row of a batch has a lane.
 
 The lanes and their slots grow by doubling. What is larger than ``KEPT`` is released when the last of its rows ends.
+Inside a captured function, ``Lanes`` takes the place of a ``KVCache``.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.base.devices import upload
 from specdec.kvcache.cache import WHOLE, RowEntries
-from specdec.kvcache.recurrent import LayerStates, StatesByKey
+from specdec.kvcache.mask import Mask
+from specdec.kvcache.recurrent import Advance, LayerStates, StatesByKey
 
+TOKENS = 64  # passes over more tokens are not captured
 SLOTS = 256  # fewest of a lane
 SPARE = 128  # slots behind those of a row, for drafted tokens and padding
 KEPT = 512 << 20  # bytes that stay for the next request, with the passes that are captured over them
@@ -26,40 +31,73 @@ def bucket(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
+class InLanes(NamedTuple):
+    """Where the B rows of a batch are among the first L lanes of ``static``.
+
+    numbers: what ``Lanes`` has to know, int64 [2 L + 1 + R L].
+    rows: the lane of each row, int64 [B]; None: rows 0, 1, .. are in lanes 0, 1, ..
+    total: L.
+    """
+
+    static: StaticCache
+    numbers: Tensor
+    rows: Tensor | None
+    total: int
+
+
 class StaticCache:
     """One tensor for the keys and values of all rows, at a fixed address, so that passes over it can be captured.
 
     Each row has one of L lanes.
 
-    shape: N, H and d: numbers of attention layers and heads, and the size of a head.
-    recurrent: number of recurrent layers, R. kinds: shape and dtype of a layer's states, by kind and number.
+    layers: numbers of the attention layers, N of them.
+    shape: H and d, number of heads and size of a head; the largest ones if layers differ.
+    lock: the lock of the target.
+    forget: called with this cache when ``whole`` is replaced, so that captured functions are invalid.
+    recurrent: numbers of the recurrent layers, R of them.
+    kinds: shape and dtype of a recurrent layer's states, by kind and number.
     width: D, the size of the inputs of recurrent layers.
+    num_layers: number of all layers, of which those may read keys and values that have none; 0: up to the last one of
+        ``layers`` and ``recurrent``.
     whole: the tensor [2, N, L, H, slots, d]; None: nothing is allocated.
+    every: the numbers of all slots, int64 [slots]. block: the numbers 0 to SPARE - 1, int64 [SPARE].
     states: recurrent states [R, L, ...] by kind and number.
     inputs: inputs of uncommitted or pending tokens, [R, L, SPARE, D].
     homes: for each lane, its part of ``states`` by layer, kind and number, and its part of ``inputs``.
-    lock: the lock of the target.
-    forget: called when ``whole`` is replaced, so that captured functions are invalid.
+    rows: the row that has last had each lane; None: none.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        layers: Sequence[int],
+        shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
         lock: Any,
-        forget: Callable[[], None],
-        recurrent: int = 0,
+        forget: Callable[[StaticCache], None],
+        recurrent: Sequence[int] = (),
         kinds: Mapping[tuple[str, int], tuple[tuple[int, ...], torch.dtype]] | None = None,
         width: int = 0,
+        num_layers: int = 0,
     ) -> None:
-        self.shape, self.dtype, self.device, self.lock, self.forget = shape, dtype, device, lock, forget
-        self.recurrent, self.kinds, self.width = recurrent, dict(kinds or {}), width
+        self.layers = list(layers)
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.lock = lock
+        self.forget = forget
+        self.recurrent = list(recurrent)
+        self.kinds = dict(kinds or {})
+        self.width = width
+        self.num_layers = max([num_layers, *(1 + layer for layer in (*layers, *recurrent))])
         self.whole: Tensor | None = None
+        self.every = torch.empty(0)
+        self.block = torch.arange(SPARE, device=device)
         self.states = dict[tuple[str, int], Tensor]()
-        self.inputs, self.homes = torch.empty(0), list[tuple[StatesByKey, Tensor]]()
+        self.inputs = torch.empty(0)
+        self.homes = list[tuple[StatesByKey, Tensor]]()
         self.placing = False
-        self.rows = list[weakref.ref[RowEntries] | None]()  # of each lane
+        self.rows = list[weakref.ref[RowEntries] | None]()
 
     @property
     def slots(self) -> int:
@@ -112,11 +150,12 @@ class StaticCache:
         return [lane_of[id(row)] for row in rows]
 
     def _allocate(self, rows: Sequence[RowEntries], slots: int) -> None:
-        layers, heads, size = self.shape
-        shape = 2, layers, bucket(len(rows)), heads, slots, size
-        self.forget()
+        heads, size = self.shape
+        shape = 2, len(self.layers), bucket(len(rows)), heads, slots, size
+        self.forget(self)
         self.whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.rows, count = [None] * shape[2], (self.recurrent, shape[2])
+        self.every = torch.arange(slots, device=self.device)
+        self.rows, count = [None] * shape[2], (len(self.recurrent), shape[2])
         make = functools.partial(torch.zeros, device=self.device)
         self.states = {key: make((*count, *own), dtype=dtype) for key, (own, dtype) in self.kinds.items()}
         self.inputs = make((*count, SPARE, self.width), dtype=self.dtype)
@@ -124,7 +163,7 @@ class StaticCache:
         for lane in range(shape[2]):
             home: StatesByKey = {}
             for key, whole in self.states.items():
-                home |= {(layer, *key): whole[layer, lane : lane + 1] for layer in range(self.recurrent)}
+                home |= {(layer, *key): whole[layer, lane : lane + 1] for layer in range(len(self.recurrent))}
             self.homes.append((home, self.inputs[:, lane]))
         for lane, row in enumerate(rows):
             self._move(row, lane)
@@ -148,6 +187,167 @@ class StaticCache:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
                     self.whole, self.rows, self.states, self.homes = None, [], {}, []
                     self.inputs = torch.empty(0)
-                    self.forget()
+                    self.forget(self)
             finally:
                 self.lock.release()
+
+    def lanes(
+        self,
+        count: int,
+        places: Sequence[int] = (),
+        committed: Sequence[int] = (),
+        ahead: int = 0,
+        pending: Sequence[Sequence[int]] = (),
+    ) -> InLanes:
+        """Return where rows are, for a captured function over ``count`` lanes.
+
+        places: the lane of each row. committed: number of committed tokens of each row.
+        ahead: number of uncommitted slots before the tokens of the pass.
+        pending: for each row, the number of pending tokens in each recurrent layer; (): there are none.
+        """
+        filled, starts = [0] * count, [self.slots - SPARE] * count  # of a lane without a row
+        waiting = [[0] * count for _ in self.recurrent]
+        for row, (lane, n) in enumerate(zip(places, committed, strict=True)):
+            filled[lane] = starts[lane] = n
+            for layer, tokens in enumerate(pending[row] if pending else ()):
+                waiting[layer][lane] = tokens
+        in_order = [*places] == list(range(len(places)))
+        whole = [*filled, *starts, ahead, *(tokens for own in waiting for tokens in own)]
+        numbers = upload([*whole, *(() if in_order else places)], self.device)
+        return InLanes(self, numbers[: len(whole)], None if in_order else numbers[len(whole) :], count)
+
+
+class Lanes:
+    """The first L lanes of a ``StaticCache`` in a captured function, which uses them as it would use a ``KVCache``.
+
+    numbers: of ``InLanes``: for each lane the number of committed slots, then for each the index of the first
+        uncommitted slot, then the number of uncommitted slots before the first pass, then for each of R recurrent
+        layers and each lane the number of pending tokens.
+    count: L. before: maximum number of pending tokens.
+    held: maximum number of uncommitted slots before the first pass, which recurrent layers read.
+    lengths: for each layer, the number of tokens that the function has run.
+    complete: layers that have run all of the function's tokens already. Layers that read a layer's keys and values, and
+        are neither after its run in the function nor read complete ones, see no uncommitted slots.
+    """
+
+    def __init__(
+        self,
+        static: StaticCache,
+        numbers: Tensor,
+        count: int,
+        before: int = 0,
+        held: int = 0,
+        complete: Iterable[int] = (),
+    ) -> None:
+        self.static = static
+        self.count = count
+        self.before = before
+        self.held = held
+        sizes = count, count, 1, len(static.recurrent) * count
+        self.committed, self.starts, self.ahead, self.pending = numbers.split(sizes)
+        self.lengths = [0] * static.num_layers
+        for layer in complete:
+            self.lengths[layer] = SPARE
+        self.drafted = numbers[:0]  # positions of the tokens that were run, [L, U]
+
+    def register(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> LanesMask:
+        """Return the mask of the next T tokens of each row, as ``KVCache.register`` does.
+
+        positions: int64 [L, T]. tree: bool [T, U] or [L, T, U]; None: a chain.
+        """
+        (count, t), ahead = positions.shape, self.lengths[layer]
+        self.drafted = torch.cat((self.drafted[:, :ahead], positions), 1) if ahead else positions
+        if tree is None:
+            tree = torch.ones(t, ahead + t, dtype=torch.bool, device=positions.device).tril(ahead)
+        return LanesMask(self, positions, self.drafted, tree.expand(count, -1, -1))
+
+    def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Store keys ``k`` and values ``v`` [L, H, T, d] of ``layer``; return those of all slots, [L, H, slots, d]."""
+        heads, t, size = k.shape[1:]
+        both = self.all_keys(layer, self.static.slots, heads, (size, v.shape[3]), multiple)
+        place = (self.starts + self.ahead + self.lengths[layer])[:, None] + self.static.block[:t]  # (L, T)
+        for part, new in zip(both, (k, v), strict=True):
+            part.scatter_(2, place[:, None, :, None].expand_as(new), new)
+        self.lengths[layer] += t
+        return both
+
+    def all_keys(
+        self, layer: int, length: int, heads: int, sizes: tuple[int, int], multiple: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [L, H, slots, d] of ``layer``, as ``append`` does.
+
+        length: number of slots. heads, sizes: H, and the sizes d of keys and of values.
+        """
+        whole, index = self.static.whole, self.static.layers.index(layer)
+        assert whole is not None and length == self.static.slots and length % multiple == 0
+        keys, values = (part[index, : self.count, :heads, :, :own] for part, own in zip(whole, sizes, strict=True))
+        return keys, values
+
+    def uncommitted(self, layer: int) -> int:
+        """Return how many of the function's tokens ``layer`` has run."""
+        return self.lengths[layer]
+
+    def run_recurrent(self, layer: int, x: Tensor, tree: Tensor, advance: Advance) -> Tensor:
+        """Run recurrent ``layer`` on the next T tokens ``x`` [L, T, D]; return its outputs [L, T, D].
+
+        Pending tokens join the states, and those of the pass run with them in one go. Keeps what roll-back needs.
+        tree: as in ``LanesMask``. advance: as in ``KVCache.run_recurrent``.
+        """
+        static, index, (count, t, _), run = (
+            self.static,
+            self.static.recurrent.index(layer),
+            x.shape,
+            self.lengths[layer],
+        )
+        plain, held = 0 if run else self.before, self.held + run
+        block, first = static.block, plain + held
+        states = {key: each[index, :count] for key, each in static.states.items()}
+        inputs = static.inputs[index, :count]
+        ahead = self.ahead + run
+        kept = block[:plain] < self.pending.view(-1, count)[index, :, None]  # (L, P)
+        own = (ahead + block[:t]).expand(count, t, -1)  # slots of the tokens among the uncommitted ones
+        earlier = tree[:, :, :held] & (block[:held] < ahead)
+        seen = torch.cat((kept[:, None].expand(-1, t, -1), earlier, tree.gather(2, own)), 2)  # (L, T, P + held + T)
+        # Earlier tokens on a token's path are on each other's
+        together = (seen.mT.float() @ seen.float() > 0).tril() | torch.eye(first + t, dtype=torch.bool, device=x.device)
+        out, after = advance(
+            torch.cat((inputs[:, :first], x), 1), states, True, plain, together, F.pad(kept, (0, held + t))
+        )
+        for key, state in states.items():
+            state.copy_(after[key])
+        there = (self.committed == self.starts)[:, None, None]  # other batches may have rows in the other lanes
+        slots = ahead + block[:t]
+        inputs.index_copy_(1, slots, torch.where(there, x, inputs.index_select(1, slots)))
+        return out[:, first:]
+
+    def keep(self, counts: Tensor) -> None:
+        """Commit the first ``counts`` [L] tokens of each row, which have run through all layers."""
+        self.committed, self.starts = self.committed + counts, self.starts + counts
+        self.lengths = [0] * len(self.lengths)
+
+
+class LanesMask(Mask):
+    """Which slots of its lane each token of a captured pass sees.
+
+    query: positions of the tokens, int64 [L, T]. drafted: positions of uncommitted slots, int64 [L, U].
+    tree: which of the uncommitted slots a token sees, bool [L, T, U].
+    """
+
+    def __init__(self, lanes: Lanes, query: Tensor, drafted: Tensor, tree: Tensor) -> None:
+        self.lanes = lanes
+        self.query = query
+        self.drafted = drafted
+        self.ancestors = tree
+        self.length = lanes.static.slots
+        self.memo = {}
+
+    def filled(self, count: int) -> Tensor:
+        return self.lanes.static.every < (self.lanes.committed + count)[:, None, None, None]
+
+    def _keys_and_visible(self) -> tuple[Tensor, Tensor | None]:
+        lanes, (count, t), every, tree = self.lanes, self.query.shape, self.lanes.static.every, self.ancestors
+        assert tree is not None
+        slots = lanes.starts[:, None] + lanes.static.block[: self.drafted.shape[1]]  # (L, U)
+        keys = every.repeat(count, 1).scatter_(1, slots, self.drafted)  # (L, slots)
+        visible = (every < lanes.committed[:, None])[:, None].repeat(1, t, 1)  # (L, T, slots)
+        return keys, visible.scatter_(2, slots[:, None].expand(-1, t, -1), tree)

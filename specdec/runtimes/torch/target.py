@@ -23,8 +23,9 @@ from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.native.linear import unpack_here
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.target import Pass, Target, WholeMemory
 from specdec.runtimes.torch import linear
+from specdec.runtimes.torch.attention import Attention
 from specdec.runtimes.torch.linear import Linear
 from specdec.runtimes.torch.model import Layer, Network
 
@@ -75,6 +76,8 @@ class TorchTarget(Target):
         self.network = Network(model, self.windows, lambda modules: self.make(*linear.fuse(modules)))  # type: ignore[arg-type]
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Layer]] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, Linear] = WeakKeyDictionary()
+        attention = [layer.mixer for layer in self.network.layers if isinstance(layer.mixer, Attention)]
+        self.keys = (max(own.kv_heads for own in attention), max(own.size for own in attention)) if attention else None
         self.logit_difference = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -93,7 +96,8 @@ class TorchTarget(Target):
         module = self.own_head if head is None else head
         if module not in self._heads:
             bias = getattr(module, "bias", None)
-            self._heads[module] = self.make(module.weight.detach(), None if bias is None else bias.detach())
+            make = linear.dense if isinstance(module, WholeMemory) else self.make
+            self._heads[module] = make(module.weight.detach(), None if bias is None else bias.detach())
         return self._heads[module]
 
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:

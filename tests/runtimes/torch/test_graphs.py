@@ -162,7 +162,7 @@ def test_weights_live_as_long_as_what_was_recorded_with_them() -> None:
     del adapters
     gc.collect()
     assert maps and all(each() is not None for each in maps)
-    target.captured.clear()
+    target.captured_functions.clear()
     gc.collect()
     assert all(each() is None for each in maps)
 
@@ -245,7 +245,7 @@ def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
 def test_a_mixed_load_is_captured_a_few_times() -> None:
     """Trees, chains and one to eight rows, whose numbers of tokens differ from step to step."""
     target, eager = CapturedTarget(tiny_model("llama"), record=Replay), TorchTarget(tiny_model("llama"))
-    target.captured.clear()
+    target.captured_functions.clear()
     for rows in (1, 2, 3, 5, 8, 7, 4, 1):
         caches = [each.new_cache(rows) for each in (target, eager)]
         for t in (9, 1, 5, 7, 3, 2, 4, 1)[: 8 if rows < 5 else 6]:
@@ -259,7 +259,7 @@ def test_a_mixed_load_is_captured_a_few_times() -> None:
                 found.append(runtime.readout(x))
                 cache.commit([list(range(1 + (t > 2) * (b % 2))) for b in range(rows)])
             torch.testing.assert_close(*found, atol=2e-5, rtol=1e-5)
-    assert len(target.captured) <= 24
+    assert len(target.captured_functions) <= 24
 
 
 @torch.inference_mode()
@@ -276,7 +276,7 @@ def test_the_cache_doubles_counts_and_is_released(monkeypatch: pytest.MonkeyPatc
     assert static.whole.shape[4] == 2 * slots
     cache.select([2])
     assert target.spare_bytes == 6 * lane
-    assert static.whole is not None and target.captured
+    assert static.whole is not None and target.captured_functions
     monkeypatch.setattr(static_cache, "KEPT", 0)
     memory = weakref.ref(static.whole)
     del cache
@@ -289,7 +289,7 @@ def test_a_full_device_says_so() -> None:
     target = CapturedTarget(tiny_model("llama"), record=Replay)
 
     target.record = Mock(side_effect=torch.OutOfMemoryError("tried to allocate 20 GiB"))
-    target.captured.clear()
+    target.captured_functions.clear()
     with pytest.raises(SpecDecError, match=r"the memory of this device is full; lower --kv-memory .*\(tried to"):
         next_logits(target, target.new_cache(1), torch.tensor([[5]]))
 
