@@ -127,7 +127,10 @@ def _pick(
     """Choose the next token of each chain from draft logits [B, V'], with the noise that the target's choice will have.
 
     Return the tokens, int64 [B, 1] (-1: none is allowed), and, if a row has a constraint, their probabilities [B, 1]
-    after all processing, else None. Each token is also appended to its row of ``prefixes``, the token ids so far.
+    after all processing, else None.
+
+    prefixes: the token ids of each row so far, to which the chosen token is appended.
+    vocab: the token ids of the logits, int64 [V']; None: all.
     """
     sampler, size = state.sampler, state.target.vocab_size
     if sampler.plain_greedy:

@@ -31,6 +31,7 @@ def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
     """Return the token ids of the package's texts, int32 [n], at most ``MAX_TOKENS``, with a -1 before each text.
 
     Return a single -1 if the tokenizer fails on the texts (a vocabulary of words may lack an unknown token).
+    vocab_size: V; ids that are not below it become -1.
     stop: raises Stopped between two batches of texts when the work is to end; None: it runs to the end.
     """
     found = np.array([-1], np.int32)

@@ -40,7 +40,7 @@ class DraftModelDrafter(ChainDrafter):
     Drafts nothing once the text is longer than the draft model's context. Raises SpecDecError, when bound, if the
     vocabularies differ.
 
-    draft_target: the runtime of the draft model.
+    draft_target (argument ``own``): the runtime of the draft model.
     tokenizer: the draft model's tokenizer, which must equal the target's; None: not known, and not compared.
     vocab: the token ids that both models have, int64 [V']; None: all.
     cache: the draft model's keys and values of ``rows``, the row states of the last step.
@@ -127,7 +127,10 @@ class DraftModelDrafter(ChainDrafter):
 
 
 def _difference(ours: Any, theirs: Any) -> str:
-    """Return a sentence about the first difference between two tokenizers' vocabularies; "" if they are equal."""
+    """Return a sentence about the first difference between two tokenizers' vocabularies; "": they are equal.
+
+    ours, theirs: the tokenizers of the model and of the draft model.
+    """
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):

@@ -97,7 +97,11 @@ class JoinedDrafter(Drafter):
         return draft_best(self.ngram.candidates(state, limit, found), limit, nodes, state, levels, alone)
 
     def _proposed(self, state: State, limit: int) -> list[Candidates]:
-        """Return the tree that ``other.propose`` drafts, as the candidates of each row."""
+        """Return the tree that ``other.propose`` drafts, as the candidates of each row, with assumed probabilities.
+
+        It is not scored as it is: its states are removed from the cache, and ``other`` forgets it. limit: maximum
+        depth.
+        """
         draft = self.other.propose(state, limit)
         if draft.states is not None:  # of a tree of other nodes, scoring begins at layer 0
             state.cache.trim(draft.states.shape[1], 0, draft.exit_layer)

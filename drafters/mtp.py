@@ -32,6 +32,8 @@ _heads: WeakKeyDictionary[Target, MTPHead] = WeakKeyDictionary()  # drafters of 
 @dataclass
 class MTPHead:
     """A prediction layer: norms of a token and of the state before it, a projection of both, a decoder layer, a norm.
+    A *pair* is a token and the state of the token before it (``drafters.pairs``).
+
     draft_target: the layer as a model of one layer, with its own norm and the model's output head.
     final_norm: module that is applied to the model's states before the layer reads them.
     norm: module that is applied to the layer's output before a drafted token's next pass reads it.
@@ -47,7 +49,10 @@ class MTPHead:
     feeds_norm: bool = True  # whether drafted tokens read the layer's output after its norm
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """Return the layer's input [B, T, D] for pairs of embeddings and states, [B, T, D] each."""
+        """Return the layer's input [B, T, D] for T pairs of each row.
+
+        embedded: the embeddings of the pairs' tokens. states: the states of the tokens before them. Both are [B, T, D].
+        """
         pair = self.token_norm(embedded), self.state_norm(states)
         x: Tensor = self.projection(torch.cat(pair if self.token_first else pair[::-1], -1))
         return x
@@ -137,7 +142,10 @@ def read_head(target: Target, source: str | None = None) -> MTPHead:
 
 @torch.inference_mode()
 def _check_finite(head: MTPHead, target: Target, name: str) -> None:
-    """Raise SpecDecError if the layer of the checkpoint ``name`` gives infinite values or NaN for two tokens."""
+    """Raise SpecDecError if the layer ``head`` gives infinite values or NaN for two tokens.
+
+    name: the name of its checkpoint, for the error.
+    """
     places = torch.arange(2, device=target.device)[None]
     embedded, cache = target.embed(places + target.vocab_size // 2, places), head.draft_target.new_cache()
     x = head.inputs(embedded, head.final_norm(embedded))

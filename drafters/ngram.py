@@ -43,7 +43,7 @@ CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
     """Read the package's corpus; return its texts, in which n-grams are looked up, and its token counts as a prior.
 
-    stop: raises Stopped when the work is to end.
+    vocab_size: V. stop: raises Stopped when the work is to end.
     """
     ids = shipped(tokenizer, vocab_size, stop)
     texts = Texts(len(ids))
@@ -54,6 +54,7 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
 
 
 def _save(kept: dict[str | None, KeptTexts]) -> None:
+    """Write all files, by scope, whose texts have changed."""
     for each in kept.values():
         each.save()
 
@@ -161,6 +162,11 @@ class NgramDrafter(Drafter):
         return [self._grown(state, row, min(limit, most), own) for row, (most, own) in rows]
 
     def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:
+        """Return the candidates of the row with batch index ``row``, at most ``limit`` deep; 0: an empty tree.
+
+        Adds the row's new tokens to its texts first. learned: the tree of another drafter, which is merged in; None:
+        none.
+        """
         if not limit:
             return Candidates.none(1 if learned is None else 3)
         row_state, ids, chooser = state.row_states[row], state.ids[row], state.sampler.rows[row]

@@ -39,7 +39,10 @@ class Reading:
     skipped: int = 0  # number of files that were skipped
 
     def pieces(self, bar: terminal.Bar) -> Iterator[str]:
-        """Yield the files' texts in parts of whole lines. Skips files that are binary, too large or unreadable."""
+        """Yield the files' texts in parts of whole lines. Skips files that are binary, too large or unreadable.
+
+        Counts the files in ``files`` and ``skipped``. bar: shows the megabytes done.
+        """
         done, whole = 0, sum(state.st_size for state in self.stats.values()) / 1e6
         for path, state in self.stats.items():
             text = "\0"
@@ -63,6 +66,7 @@ def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
 
     Raises SpecDecError if there is no text, or the tokenizer fails on it.
     place: a UTF-8 text file, or a folder, whose files are read recursively but for hidden ones.
+    vocab_size: V; ids that are not below it become -1.
     """
     if tokenizer is None:
         raise SpecDecError("a corpus of n-grams needs the model's tokenizer; give SpecDecoder one")
@@ -109,7 +113,12 @@ def _stats(place: Path) -> dict[Path, os.stat_result]:
 
 
 def _names(place: Path, texts: Reading, tokenizer: str, vocab_size: int) -> tuple[str, str]:
-    """Return two parts of the cached file's name: a hash of path and tokenizer, and a hash of the present files."""
+    """Return two parts of the cached file's name, in hexadecimal.
+
+    The first is a hash of the path ``place`` and the tokenizer, the second a hash of the present files.
+
+    tokenizer: text that identifies the tokenizer (``corpus.described``). vocab_size: V.
+    """
     owner = hashlib.sha256(f"{place.resolve()}\n{vocab_size}\n{tokenizer}".encode(errors="surrogateescape"))
     content = hashlib.sha256(repr((VERSION, MOST_TOKENS)).encode())
     for path, state in texts.stats.items():
@@ -118,7 +127,10 @@ def _names(place: Path, texts: Reading, tokenizer: str, vocab_size: int) -> tupl
 
 
 def _mapped(path: Path, vocab_size: int) -> Ints | None:
-    """Map a cached index file into memory, and check that all numbers are in range; None: missing or damaged."""
+    """Map a cached index file into memory, int32 [n], and check that all numbers are in range.
+
+    None: the file is missing or damaged. vocab_size: V, which the token ids must be below.
+    """
     try:
         found = np.memmap(path, np.int32, "r")
         version, count, *_ = found[:HEADER].tolist()

@@ -34,6 +34,8 @@ class KeptTexts:
     scope: as in ``Request``; None: requests without a scope.
     size: maximum number of tokens in the file.
     vocab_size: number of the tokenizer's tokens.
+    path: path of the file. pending: the tokens that are not in it yet. written: time of the last writing, in seconds of
+        ``time.monotonic``. warned: whether there was a warning.
     """
 
     def __init__(self, tokenizer: str, scope: str | None, size: int, vocab_size: int) -> None:
@@ -84,6 +86,7 @@ class KeptTexts:
             self.pending, self.written = [], time.monotonic()
 
     def _warn(self, message: str) -> None:
+        """Warn, the first time."""
         if not self.warned:
             warnings.warn(message, SpecDecWarning, stacklevel=2)
         self.warned = True
@@ -99,4 +102,5 @@ def forget() -> int:
 
 
 def _head(data: bytes) -> bytes:
+    """Return the beginning of a file with the token ids ``data``: ``MAGIC`` and their check sum."""
     return MAGIC + zlib.crc32(data).to_bytes(4, "little")

@@ -1,7 +1,9 @@
 """Drafters that run pairs: a token, and a state of the token before it, through layers with a KV cache of their own.
 
-The pair of a drafted token has the layers' own output instead of the state. Its entries leave the cache with the next
-step, which runs the pairs of all new tokens of the text.
+A *pair* is a token of the text or the draft together with the state of the token before it. That state is made of the
+model's states if the token before is in the text, and is the layers' own output if it is a drafted one. The layers'
+output for a pair predicts the token after the pair's. The keys and values of drafted tokens' pairs leave the cache with
+the next step, which runs the pairs of all new tokens of the text.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from specdec.kvcache.mask import Mask
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits
 from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.runtimes.target import Target
-from specdec.runtimes.torch.draft import Rules, Step, given_of, grow_captured, noise_of, states_of
+from specdec.runtimes.torch.captured_draft import grow_captured
+from specdec.runtimes.torch.draft import Rules, Step, given_of, noise_of, states_of
 from specdec.runtimes.torch.static_cache import SPARE, TOKENS, Lanes, StaticCache, bucket
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
@@ -35,7 +38,7 @@ from .chain import ChainDrafter, ChainRow, Readout
 
 
 class Pairs(NamedTuple):
-    """The root of each row, from which levels are drafted.
+    """The root of each row, whose pair has run, and from which levels are drafted. ``PairDrafter.pairs`` makes it.
 
     tokens, positions: int64 [B, 1] each. last: output of the drafter's layers for the root's pair, [B, 1, D'].
     sure: whether the greedy token after each node is the one that is accepted, as far as is known.
@@ -51,7 +54,7 @@ class PairRow(ChainRow):
     """What a ``PairDrafter`` keeps of one row.
 
     cache: keys and values of the pairs that were run.
-    states: the model's states of tokens whose pairs have not run yet, in parts [n, D'].
+    states: the model's states before the tokens whose pairs have not run yet, in parts [n, L D] of L ``layers``.
     last: output of the drafter's layers for the pair of the root, [1, 1, D'].
     """
 
@@ -64,7 +67,8 @@ class PairDrafter(ChainDrafter):
     """Base class of drafters with layers of their own, which run pairs of a token and the model's state before it.
 
     shift: position of a pair's token in the text minus the position that the drafter's layers see.
-    layers: the model's layers whose input states, concatenated, are a pair's state; N: the final state.
+    layers: the L layers of the model whose input states, concatenated, are the state of a pair (``inputs``); N: the
+        final state.
     tokens: the draft vocabulary, int64 [V']; None: all tokens.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     target: the model.
@@ -84,7 +88,7 @@ class PairDrafter(ChainDrafter):
     static: StaticCache | None = None
 
     def new_cache(self) -> KVCache:
-        """Return an empty cache of one row."""
+        """Return an empty cache of one row for the keys and values of the drafter's layers."""
         assert self.keys is not None
         return KVCache(self.keys[0], 1, self.target.device, layers=[range(self.keys[0])])
 
@@ -98,10 +102,13 @@ class PairDrafter(ChainDrafter):
 
     @abstractmethod
     def inputs(self, states: Tensor) -> Tensor:
-        """Return the argument ``states`` of ``run``, from the model's states in ``layers``, [B, T, n D]."""
+        """Return the argument ``states`` of ``run``, [B, T, D'], from the model's states in ``layers``, [B, T, L D]."""
 
     def fed(self, outputs: Tensor) -> Tensor:
-        """Return the argument ``states`` of ``run`` for drafted tokens, by default its own outputs [B, T, D']."""
+        """Return the argument ``states`` of ``run`` for tokens after drafted ones, [B, T, D'].
+
+        outputs: what ``run`` returned for these, [B, T, D']; by default it is returned as it is.
+        """
         return outputs
 
     @abstractmethod
@@ -143,13 +150,16 @@ class PairDrafter(ChainDrafter):
         return self.chain(state, limit, read, self.tokens)
 
     def pairs(self, state: State) -> Pairs:
-        """Return the roots of all rows, whose pairs have run."""
+        """Return the roots of all rows, their positions and the outputs of their pairs, which ``catch_up`` has run."""
         last = torch.cat([row.last for row in state.row_states])
         return Pairs(state.roots, state.positions, last, state.sampler.best_allowed)
 
     def levels(self, pairs: Pairs, cache: KVCache | Lanes) -> Step:
         """Return the function that computes the draft logits of one level after the other, as ``grow`` calls it.
 
+        Each call runs the pairs of a level's tokens; the first one reads the output for the root's pair instead.
+
+        pairs: the roots.
         cache: the KV cache of all rows, as ``catch_up`` returns it.
         """
         outputs, level, most = pairs.last, 0, self.target.context - 1
@@ -168,7 +178,10 @@ class PairDrafter(ChainDrafter):
         return step
 
     def slots(self, levels: int, keep: int) -> int:
-        """Return how many uncommitted slots a draft needs. levels, keep: as in ``grow``."""
+        """Return the number of uncommitted cache slots of a row that a draft needs.
+
+        levels: number of levels that are drafted. keep: number of nodes of each level that get children.
+        """
         return (levels - 1) * keep
 
     def draft_captured(
@@ -179,9 +192,12 @@ class PairDrafter(ChainDrafter):
         choice: DeviceChoice,
         given: Sequence[Candidates] | None = None,
     ) -> DeviceTree | None:
-        """Run the pairs of new tokens, draft, and select nodes in one captured function; None: it cannot be captured.
+        """Run the pairs of new tokens, draft, and select nodes, all in one captured function.
 
-        levels, width: as in ``TreeLimits``. given: the candidates of n-grams; None: there are none.
+        Return the selected nodes, which are on the device; None: it cannot be captured here, and nothing was drafted.
+
+        levels, width: as in ``TreeLimits``. choice: the rule by which nodes are selected.
+        given: the candidates of n-grams for each row, which the draft extends; None: there are none.
         """
         static, target, rows = self.static, self.target, state.row_states
         batch, keep = len(rows), width if len(rows) == 1 else 1
@@ -235,7 +251,10 @@ class PairDrafter(ChainDrafter):
         return found
 
     def catch_up(self, state: State) -> KVCache:
-        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows."""
+        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows.
+
+        Sets ``last`` of each row's ``PairRow``, and empties its ``states``.
+        """
         rows: list[PairRow] = state.row_states
         cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
         like = next((row.states[0][:0] for row in rows if row.states), None)
@@ -257,9 +276,10 @@ class PairDrafter(ChainDrafter):
 def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
     """Yield the pairs of each row up to its root in chunks of at most ``PASS_TOKENS`` pairs.
 
-    A chunk is a tuple: states [B, T, D], number of pairs of each row, token ids and positions, int64 [B, T] each.
+    A chunk is a tuple: states [B, T, L D], number of pairs of each row, token ids and positions, int64 [B, T] each.
+    Rows with fewer pairs are padded.
 
-    states: for each row, the states [n, D] before the last n tokens of its text.
+    states: for each row, the states [n, L D] before the last n tokens of its text.
     shift: position of a pair's token in the text minus the position that the drafter's layers see.
     """
     device, last = state.cache.device, state.target.context - 1

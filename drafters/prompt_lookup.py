@@ -75,6 +75,7 @@ class PromptLookupDrafter(Drafter):
         return merge([self._lookup(state, row, limit) for row in range(len(state.ids))], state.cache.device)[0]
 
     def _lookup(self, state: State, row: int, limit: int) -> list[list[int]]:
+        """Return the continuations to draft for the row of index ``row``, each of at most ``limit`` tokens."""
         index, ids = state.row_states[row], state.ids[row]
         index.add(ids)  # an n-gram enters it once its continuation is known, so the current suffix never finds itself
         found: dict[int, list[int]] = {}  # by first token

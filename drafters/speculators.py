@@ -114,8 +114,9 @@ class HeadConfig:
 
 
 class DecoderLayer(nn.Module):
-    """Holds a decoder layer's parameters under their names in the file.
+    """Holds a decoder layer's parameters under their names in the file; heads compute with them.
 
+    config: the sizes of the head.
     ins: input size of the projections to queries, keys and values.
     linear: makes the linear layer of a name, such as "mlp.up_proj", an input size and an output size.
     """
@@ -135,6 +136,7 @@ class DecoderLayer(nn.Module):
 class PublicHead(nn.Module):
     """Base class of heads. A subclass has the parameters by their names in the file, ``layers`` among them.
 
+    config: the sizes of the head.
     d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
     deepest: maximum number of tokens that it drafts one after the other; None: any.
     rotary: the rotary embedding, once ``freeze`` has made it.
@@ -173,7 +175,7 @@ class PublicHead(nn.Module):
         self._maps = {name: _as_one(group) for name, group in groups.items()}
 
     def map(self, group: str, x: Tensor) -> Tensor:
-        """Return the concatenated outputs [B, T, out] of the linear layers of ``group``, for inputs [B, T, in]."""
+        """Return the concatenated outputs [B, T, out] of the linear layers of ``group`` for ``x`` [B, T, in]."""
         return self._maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
@@ -233,6 +235,7 @@ class PublicHeadDrafter(PairDrafter):
     nodes: number of nodes of a tree; None: as many nodes as are worth their cost (``Prices``), or a chain if costs are
         not known.
     width: number of nodes of each level that get children.
+    network: the head.
     several: whether several rows draft trees, too.
     """
 
@@ -300,7 +303,11 @@ class PublicHeadDrafter(PairDrafter):
         return draft_best(found, limit, self.nodes, state, max(own.levels() for own in found))
 
     def _drafts_tree(self, state: State) -> bool:
-        """Return whether to draft a tree: rows are greedy, and ``nodes`` is set or the host may wait."""
+        """Return whether to draft a tree in this step, and not chains.
+
+        Rows must be greedy (one row, or any number if ``several``), and ``nodes`` be set or the host may wait for the
+        device.
+        """
         sampler, alone = state.sampler, len(state.ids) == 1
         verified = state.threshold is None and (
             sampler.best_allowed if alone else self.several and sampler.plain_greedy
@@ -315,6 +322,10 @@ class PublicHeadDrafter(PairDrafter):
         choice: DeviceChoice | None,
         given: Given = None,
     ) -> list[Candidates] | DeviceTree:
+        """Return a tree for each row, with ``width`` children of a node and at most ``limit`` levels.
+
+        With a ``choice`` it is on the device if that can draft it. choice, given: as in ``Drafter.candidates``.
+        """
         tree = None if choice is None else self.draft_captured(state, limit, width, choice, given)
         if tree is not None:
             return tree

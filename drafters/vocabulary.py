@@ -38,7 +38,7 @@ class DraftVocabulary:
     Call ``follow`` at the beginning of each step.
 
     target: the model.
-    trained: the token ids that the drafter was trained on, int [V']; None: all.
+    trained, trained_ids: the token ids that the drafter was trained on, int64 [V'], and the same as a set; None: all.
     head: the output head for ``trained``; as an argument, None: it is made of the model's. None: the model's own.
     tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
     added: token ids of the rows' texts that are not in ``trained``.
@@ -61,9 +61,9 @@ class DraftVocabulary:
         self.contexts: list[Context] = []
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
-        """Add the new tokens of the texts of all rows; each row drafts only those of its own text.
+        """Add the new tokens of all rows' texts to the draft vocabulary; each row drafts only those of its own text.
 
-        contexts: one context for each row of ``state``.
+        contexts: one context for each row of ``state``, which is brought up to date.
         """
         if self.trained is None:
             return

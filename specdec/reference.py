@@ -2,7 +2,6 @@
 
 The engine does the same with caches, batches and kernels. Its tests compare it with this module, which shares no code
 with it. Here each step computes the whole text again, for one text at a time. docs/how-it-works.md walks through it.
-
 All layers of a model attend to every earlier token. M2R2 knows the names of Llama's parts, which Qwen2 and Qwen3 share.
 
 Shapes: T tokens of text, M drafted tokens, S tokens of a pass, D hidden size, V vocabulary.
@@ -27,13 +26,10 @@ Processor = Callable[[Tensor, Tensor], Tensor]  # as in transformers: ids [1, T]
 
 @dataclass(frozen=True)
 class Tree:
-    """Drafted tokens. Node 0 is the root, and nodes 1 .. M are the tokens; a chain is a tree without branches.
+    """Drafted tokens. Node 0 is the root, and nodes 1 .. M are the tokens; a chain is a tree without branches."""
 
-    parents: the node before each token, [M]. A parent comes before its children.
-    """
-
-    tokens: Sequence[int] = ()
-    parents: Sequence[int] = ()
+    tokens: Sequence[int] = ()  # of the nodes 1 .. M
+    parents: Sequence[int] = ()  # the node before each of them, [M]; a parent comes before its children
 
     def path(self, node: int) -> list[int]:
         """Return the nodes from the root to ``node``, both included."""
@@ -80,7 +76,7 @@ def decode(
 
     draft: takes the text and the largest depth; returns a tree. By default nothing is drafted.
     depth: largest depth. The number of tokens that may still come bounds it, too.
-    ends: tokens that end the text.
+    sampling: how tokens are chosen; by default greedily. ends: tokens that end the text.
     """
     text, end, steps = list(prompt), len(prompt) + count, list[Step]()
     while len(text) < end and not (steps and text[-1] in ends):
@@ -97,7 +93,7 @@ def decode(
 
 
 def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
-    """Return logits [1 + M, V] after the root and after each drafted token, in one pass over text and tree."""
+    """Return logits [1 + M, V] after the root and after each drafted token, in one pass over ``text`` and ``tree``."""
     before, count = len(text) - 1, 1 + len(tree.tokens)
     sees = torch.ones(before + count, before + count, dtype=torch.bool).tril()  # (S, S): row i sees column j
     sees[before:, before:] = False
@@ -112,12 +108,12 @@ def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
 
 
 def mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``sees``, bool [S, S], as an attention mask [1, 1, S, S] that is added to attention scores."""
+    """Return ``sees``, bool [S, S], as an attention mask of ``dtype``, [1, 1, S, S], that is added to the scores."""
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 
 
 def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
-    """Return the token after the tokens ``before``, from its logits [V].
+    """Return the token after the tokens ``before``, prompt included, chosen from its logits [V] by ``sampling``.
 
     The largest of logits plus Gumbel noise is an exact draw from their softmax.
     """
@@ -130,7 +126,7 @@ def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
 
 
 def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
-    """Return standard Gumbel noise [V], V = ``size``, for the token at ``position``. No draft changes it."""
+    """Return standard Gumbel noise [V = ``size``] for the token at ``position``, made of seed, stream and position."""
     key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, position, 0], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw((size + 1) // 2)  # 64 random bits in each
     bits = torch.from_numpy((words.view(np.uint32)[:size] >> 1).astype(np.int32))
@@ -139,7 +135,7 @@ def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
 
 
 def verify(tree: Tree, chosen: Sequence[int]) -> list[int]:
-    """Return the nodes of the accepted path. chosen: the model's choice after the root and after each node."""
+    """Return the nodes of the accepted path, the root first. chosen: the model's choice after each node, [1 + M]."""
     path = [0]
     while (node := tree.child(path[-1], chosen[path[-1]])) is not None:
         path.append(node)
@@ -150,7 +146,10 @@ DraftLogits = Callable[[list[int], list[int]], Tensor]  # text, drafted tokens a
 
 
 def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Sampling = Sampling()) -> Tree:
-    """Return a chain of ``depth`` tokens, chosen with the noise with which the model will choose."""
+    """Return a chain of ``depth`` tokens after ``text``, chosen from draft ``logits`` as the model's are from its own.
+
+    By ``sampling`` both add the same Gumbel noise at a position, so similar logits mostly give the same token.
+    """
     tokens = list[int]()
     for _ in range(depth):
         tokens.append(choose(logits(text, tokens), [*text, *tokens], sampling))
@@ -158,9 +157,9 @@ def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Samp
 
 
 def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nodes: int) -> Tree:
-    """Return the likeliest ``nodes`` of a tree that is grown level by level (EAGLE-2, arXiv 2406.16858).
+    """Return the likeliest ``nodes`` nodes of a tree of ``depth`` levels after ``text`` (EAGLE-2, arXiv 2406.16858).
 
-    width: number of nodes of a level that get children, and number of their children.
+    width: number of nodes of a level that get children, and number of children of each, the likeliest by ``logits``.
     """
     level, found = [(0.0, list[int]())], list[tuple[float, list[int]]]()  # paths: log-probability, tokens
     for _ in range(depth):
@@ -185,8 +184,8 @@ class M2R2:
     """
 
     model: Any
-    path: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    path: Mapping[str, Any]  # exit_layer E; segments [[lo, hi], ..]; final_projection; adapters, names by layer
+    tensors: Mapping[str, Tensor]  # projections.*, adapters.* and, if the vocabulary is reduced, draft_vocab
 
     def logits(self, text: list[int], drafted: list[int]) -> Tensor:
         """Return the draft logits [V] of the token after ``text`` and the tokens ``drafted`` after it."""
@@ -229,7 +228,7 @@ class M2R2:
     def run(self, x: Tensor, sees: Tensor, positions: Tensor, lo: int, hi: int, adapted: int = 0) -> list[Tensor]:
         """Return the residuals before each of the layers [lo, hi) and after the last, from ``x`` [1, S, D].
 
-        Adapters act on the last ``adapted`` tokens.
+        sees: which tokens each sees, [S, S]. positions: [S]. Adapters act on the last ``adapted`` tokens.
         """
         residuals, parts = [x], self.model.model
         rotary = parts.rotary_emb(x, positions[None])

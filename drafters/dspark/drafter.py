@@ -79,9 +79,10 @@ class DSparkDrafter(PublicHeadDrafter):
         return step
 
     def block(self, pairs: Pairs, cache: KVCache | Lanes) -> Tensor:
-        """Return the states [B, S, D'] of the block after each row's text.
+        """Return the states [B, S, D'] of the block of S tokens after each row's text, after the head's norm.
 
-        cache: the KV cache of all rows, as ``catch_up`` returns it. It keeps the block's keys and values, uncommitted.
+        pairs: the roots, with which the blocks begin. cache: the KV cache of all rows, as ``catch_up`` returns it. It
+            keeps the block's keys and values, uncommitted.
         """
         config, roots, target = self.network.config, pairs.positions, self.target
         slots = torch.arange(config.block, device=roots.device)

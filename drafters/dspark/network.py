@@ -102,6 +102,8 @@ def _completed(layer: Mapping[str, Any], where: str, what: str) -> dict[str, Any
     """Return the entries of an untrusted ``transformer_layer_config``, completed by transformers' defaults.
 
     Raises SpecDecError for what transformers does not accept, and for layers that cannot be run.
+
+    layer: the entries. where, what: names of the head and of its kind in errors.
     """
     depth = options.check_int(f"num_hidden_layers {what}", layer.get("num_hidden_layers", 32), 1, DEPTH)
     try:
@@ -118,6 +120,7 @@ def _completed(layer: Mapping[str, Any], where: str, what: str) -> dict[str, Any
 class BlockHead(PublicHead):
     """A DFlash or DSpark head. If it drafts all tokens, its output head is the model's.
 
+    config: the sizes. The modules have their names in the file.
     d2t: as in ``PublicHead``.
     """
 

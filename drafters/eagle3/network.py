@@ -54,6 +54,10 @@ def default_taps(layers: int) -> tuple[int, ...]:
 class Eagle3(PublicHead):
     """An EAGLE-3 head. It runs pairs: a token's embedding, and the features of the token before it.
 
+    The features of a token of the text are made of the model's states (``fc``), those of a drafted token are the
+    layer's output. Other modules have their names in the file.
+
+    config: the sizes.
     d2t: as in ``PublicHead``.
     has_embedding: whether the head has an embedding of its own.
     biased: names of the linear layers with a bias, those of the decoder layer as in ``DecoderLayer``.

@@ -1,4 +1,4 @@
-"""Drafting through the model's first layers: one drafter, whose presets say where a token leaves.
+"""Drafting through the model's first layers: one base class, whose subclasses say where a token leaves.
 
 A drafted token runs layer by layer and leaves at an exit; its readout there is the draft. Its states are exact, so
 scoring resumes where the deepest token left. When a later token goes deeper, the layers that earlier tokens of the

@@ -26,7 +26,10 @@ from .passes import PartialPass, RoutedPass
 class ExitDrafter(ChainDrafter):
     """Base class of drafters whose tokens leave the model before its last layer, at an exit that a subclass chooses.
 
+    An *exit* is a place before a layer where the token's state is read for draft logits; exits are numbered from 0.
+
     network_class, network: the trained modules; None: the model's own norm and head compute draft logits.
+    vocabulary: the tokens that are drafted, with the output heads for them.
     level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     """
@@ -69,10 +72,16 @@ class ExitDrafter(ChainDrafter):
 
     @abstractmethod
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
-        """Run the last token to its exit, and return the fields of its ``Readout``. tokens: made by ``begin_draft``."""
+        """Run the last token to its exit, and return the fields of its ``Readout``.
+
+        tokens: the pass that ``begin_draft`` has made, with the tokens so far.
+        """
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
-        """Run the last token to ``layer``, which is exit number ``index``, and return the fields of its ``Readout``."""
+        """Run the last token to ``layer``, which is exit number ``index``, and return the fields of its ``Readout``.
+
+        tokens: the pass that ``begin_draft`` has made, with the tokens so far.
+        """
         h = tokens.to(layer)[:, -1:]
         logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]
         certainty = best_probability(logits)
@@ -123,6 +132,7 @@ class DeedDrafter(ExitDrafter):
     Each exit has a trained module; all share the model's output head. The paper trains a model together with its exits;
     here the model stays frozen.
 
+    network: the modules of the exits.
     exit_confidence: minimum probability of the best token, in [0, 1]; where drafts are not verified, the verifier's
         threshold takes its place.
     """

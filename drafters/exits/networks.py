@@ -46,18 +46,21 @@ class ExitHeads(nn.Module):
         return out
 
     def config(self) -> dict[str, Any]:
-        """Return what ``from_config`` needs, as entries of a drafter folder's config.json."""
+        """Return the entries "exits" and "width" of a drafter folder's config.json, which ``from_config`` reads."""
         return {"exits": list(self.exits), "width": self.width}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """Make untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit."""
+        """Make untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
+
+        config: has the entries "exits" and "width". draft_vocab: as in the class.
+        """
         width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
-    """Return ``exits`` as a tuple. Raises SpecDecError unless it lists rising layer numbers inside the model."""
+    """Return ``exits`` as a tuple. Raises SpecDecError unless it lists rising layers in 1 .. ``num_layers`` - 1."""
     layers = options.check_ints("exits", exits, 1)
     if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
         raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
@@ -68,6 +71,7 @@ class Routers(nn.Module):
     """A linear router for each layer from ``first`` on: a token runs the layer if its router's output is positive.
 
     first: number of layers that are always run, 1 <= first < N.
+    weight, bias: those of the routers, [N - first, D] and [N - first].
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
@@ -86,5 +90,8 @@ class Routers(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """Make untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit."""
+        """Make untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
+
+        config: has the entry "first". draft_vocab: as in the class.
+        """
         return cls(config.get("first", 0), target, draft_vocab)

@@ -14,9 +14,11 @@ from .networks import Routers
 class PartialPass:
     """Runs the tokens of a draft through the first layers, an earlier token at least as far as a later one.
 
+    Keys and values of the layers that are run go to ``cache``, uncommitted.
+
     groups: the tokens by the layer that they have reached, deepest first: layer, states [B, n, D], positions [B, n] and
         token ids [B, n].
-    count: number of tokens.
+    count: number of tokens of each row.
     """
 
     def __init__(self, target: Target, cache: KVCache) -> None:
@@ -50,7 +52,11 @@ class PartialPass:
         return self.groups[-1][1]
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """Run all tokens to the deepest layer that any has reached; return their states [B, n, D] and that layer."""
+        """Run all tokens to the deepest layer that any token has reached, so that scoring can resume there.
+
+        Return the input states of that layer, [B, n, D] for the n tokens in order, and its index; (None, 0): there is
+        no token.
+        """
         if not self.groups:
             return None, 0
         deepest = self.groups[0][0]
@@ -60,8 +66,9 @@ class PartialPass:
 class RoutedPass:
     """Runs the tokens of a draft through the first layers, and through the later layers that a router chooses.
 
-    A token that skips a layer gets keys and values there as soon as a later token runs the layer.
+    A token that skips a layer gets keys and values there, in ``cache``, as soon as a later token runs the layer.
 
+    routers: choose the layers; a layer runs if they choose it for any row.
     states: the state of each token after the first layers, [B, 1, D] each.
     skipped: for each routed layer, the inputs of tokens that have skipped it so far, [B, 1, D] each.
     ids: the ids of the tokens, [B, 1] each.
@@ -99,6 +106,8 @@ class RoutedPass:
 
     def finish(self) -> tuple[Tensor | None, int]:
         """Return all tokens' states [B, n, D] after the first layers, which are exact, and the number of these layers.
+
+        (None, 0): there is no token.
 
         The drafted tokens' keys and values of later layers, which are not exact, are removed from the cache.
         """

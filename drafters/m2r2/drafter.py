@@ -162,7 +162,10 @@ class M2R2Drafter(ChainDrafter):
         return found if isinstance(found, DeviceTree) else [Candidates(*nodes) for nodes in found]
 
     def _width(self, state: State, given: Given = None) -> int:
-        """Return the number of children of each node: 1 in a batch of several rows, where siblings do not pay."""
+        """Return the number of children of each node: 1 in a batch of several rows, where siblings do not pay.
+
+        given: as in ``Drafter.candidates``.
+        """
         trees = bool(self.nodes) or (len(state.ids) == 1 and (bool(state.prices) or given is not None))
         return self.width if trees else 1
 
@@ -192,7 +195,10 @@ class M2R2Drafter(ChainDrafter):
         return draft
 
     def _run_to_exit(self, tokens: PathPass, state: State) -> Readout:
-        """Run the last of ``tokens`` to the first exit with enough confidence, and return its ``Readout`` there."""
+        """Run the last token of ``tokens`` to the first exit with enough confidence, and return its ``Readout`` there.
+
+        The deep state that the token leaves there is set in its ``carry``, which the next token reads.
+        """
         path, routers = self.network.path, self.network.routers
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
         last = self.num_exits if state.exit is None else state.exit + 1
@@ -233,7 +239,7 @@ class M2R2Drafter(ChainDrafter):
         return self.draft_path
 
     def _states_before(self, row_states: list[M2R2Row]) -> list[Tensor]:
-        """Return the model's states of the token before each root, [B, 1, D] for each layer that the drafter reads."""
+        """Return the model's states of the token before each root: for each layer in ``Traits.taps``, [B, 1, D]."""
         parts = [
             [row.block[tap][row.index : row.index + 1, row.token : row.token + 1] for row in row_states]
             for tap in range(len(self.traits.taps))

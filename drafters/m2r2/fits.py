@@ -46,6 +46,10 @@ def learned_path(target: Target) -> M2R2Path:
 class Fits:
     """Sums over the training data of texts (``Rows``), and networks whose two projections are fitted to these sums.
 
+    The first projection makes the input of the draft path's segment, the second one the final state after it. ``Sums``
+    holds what ridge regression needs: sums of products of a projection's inputs and goals.
+
+    path: the draft path (``learned_path``). name, adapter: as ``model`` and ``adapter`` in ``Progress``.
     network: the network that drafts; before the first fit a network of zeros, which drafts nothing useful.
     head: the output head for the draft tokens of ``network``; None: the model's own head.
     newest: the output head for the tokens in ``vocabulary``; None: the model's own head.
@@ -84,6 +88,7 @@ class Fits:
     # -- what is kept -------------------------------------------------------------------------------------------------
 
     def _new_progress(self, fits: int = 0) -> Progress:
+        """Return the progress of a drafter that has learned nothing. fits: number of networks that have drafted."""
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
@@ -99,10 +104,15 @@ class Fits:
         return found
 
     def _new_sums(self) -> list[Sums]:
+        """Return empty sums for the two projections."""
         return [Sums(parts * self.target.hidden_size, self.target.hidden_size) for parts in (3, 2)]
 
     def _restore(self) -> None:
-        """Load the networks and counts that an earlier process has written, or begin with projections of zeros."""
+        """Set counts, vocabulary, networks, heads and progress from the file that an earlier process has written.
+
+        Without a file, projections are zeros, and the counts are those of the package's corpus. A file that cannot be
+        used is reported by a warning, and ignored. The sums are not read here (``opening``).
+        """
         target, store, size, d = self.target, self.store, self.target.vocab_size, self.target.hidden_size
         self.counts = torch.zeros(size, dtype=torch.long)
         self.stamp: Stamp = store.stamp()
@@ -130,11 +140,16 @@ class Fits:
         self.head = self.newest = None if self.vocabulary is None else target.reduced_head(self.vocabulary)
 
     def _kept(self, first: Tensor, second: Tensor, basis: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write, by name: projections of F inputs, [F + 1, D] each, counts and vocabulary."""
+        """Return the tensors to write by name: "fit.0", "fit.1", "basis", "counts" and, if it is reduced, "vocabulary".
+
+        first, second, basis: weight and bias of projections with F inputs, in one matrix [F + 1, D]: those of the
+            network that drafts, and the first one of ``basis``.
+        """
         more = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         return {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int()} | more
 
     def _panels(self, sums: list[Sums]) -> dict[str, Tensor]:
+        """Return the parts of the sums of both projections by name, "sums.PROJECTION.NUMBER"."""
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:

@@ -150,6 +150,7 @@ class Store:
     def save(self, progress: Progress, tensors: dict[str, Tensor], since: Stamp | None = None) -> bool:
         """Replace the file atomically; return whether it was written. Raises OSError, or an error of safetensors.
 
+        progress: what goes into its metadata. tensors: what goes into the file, by name.
         since: the last ``stamp()``; if the present one differs, the file was deleted, and is not written. None: it is
             written in any case.
         """
@@ -275,10 +276,12 @@ def forget(stems: set[str] | None = None) -> bool:
 
 
 def _files() -> list[Path]:
+    """Return the paths of all learned files, sorted by name."""
     return sorted(folder().glob("*.safetensors"))
 
 
 def _lock_of(path: Path) -> FileLock:
+    """Return the lock of the learned file ``path``, which the process has that writes the file."""
     return FileLock(f"{path}.lock", thread_local=False)
 
 
@@ -318,6 +321,7 @@ def _reading(path: Path) -> Iterator[Any]:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes with each new version of the file ``path``: inode and time of change in ns; None: no file."""
     with suppress(OSError):
         found = path.stat()
         return found.st_ino, found.st_mtime_ns

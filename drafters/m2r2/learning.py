@@ -84,6 +84,8 @@ class M2R2Learner(Learner):
 
     An error ends the learning with a warning, and no request fails.
 
+    The network has two projections: 0 to the segment's input (``Fits.basis`` has the latest), 1 to the final state.
+
     fits: the sums that were learned, and the networks fitted to them.
     replay: runs texts through the model again.
     baseline: the network in use as it was before the hold-out set was added to its training data.
@@ -191,9 +193,10 @@ class M2R2Learner(Learner):
         self.latest.bound()
 
     def _run(self, text: Text, basis: M2R2 | None, sums: dict[int, Sums]) -> Iterator[None]:
-        """Run a text, and add its training data to ``sums``, which are by index of the projection.
+        """Run a text again, set its ``rows``, and add these training data to ``sums``; yield where other work may run.
 
         basis: the network that runs the draft path, for the second projection's data; None: the path does not run.
+        sums: the sums to add to, by index of the projection.
         """
         text.rows = []
         for rows in self.replay.rows(text, basis):
@@ -204,11 +207,13 @@ class M2R2Learner(Learner):
                 text.rows.append(rows)
 
     def _weighted(self, index: int, recent: float, held: float) -> Iterator[Weighted]:
-        """Yield training data of the latest texts for projection ``index``, each with the weight to add to the sums.
+        """Yield, for each of the latest texts, its training data for a projection and the weight to add to the sums.
 
-        The sums contain each text with weight 1 already.
-        recent: weight that a text is to have.
-        held: weight that a text of the hold-out set is to have; 0: none.
+        That are inputs [n, F], goals [n, D] and a number (``Weighted``). The sums contain each text with weight 1
+        already, so the number is the wanted weight minus 1; texts for which it is 0 are left out.
+
+        index: index of the projection, 0 or 1. recent: wanted weight of a text that is not in the hold-out set.
+        held: wanted weight of a text of the hold-out set; 0: its data are taken out of the sums.
         """
         for text in self.latest:
             weight = (held if text.held else recent) - 1  # the sums have them once
@@ -217,7 +222,10 @@ class M2R2Learner(Learner):
                 yield torch.cat(x), torch.cat(y), weight
 
     def _rebase(self) -> Iterator[None]:
-        """Fit the first projection, and run texts again for the sums of the second one."""
+        """Fit the first projection to all data, and run texts again for the sums of the second one, which depend on it.
+
+        Sets ``fits.basis`` and ``fits.sums[1]``; yields where other work may run.
+        """
         fits, progress = self.fits, self.fits.progress
         basis = yield from fits.basing(self._weighted(0, 1, 0))
         # Rows of the earlier projection are worse; without the texts they are all there is.
@@ -250,7 +258,10 @@ class M2R2Learner(Learner):
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """Return the number of hold-out tokens that ``network`` drafts correctly. head: its head; None: the model's."""
+        """Return the number of hold-out tokens that ``network`` drafts correctly; yield where other work may run.
+
+        head: its output head; None: the model's.
+        """
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis
         for text in self.latest.held:

@@ -115,16 +115,25 @@ class M2R2(nn.Module):
         self.draft_vocab: Tensor | None
 
     def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
-        """Return the 2 or 3 inputs, [B, T, D] each, that projection ``index`` reads for ``x``, before normalization."""
+        """Return the 2 or 3 inputs, [B, T, D] each, that projection ``index`` reads for ``x``, before normalization.
+
+        index: segments first, then exits, as in ``projections``. carry: the deep states of the token before.
+        """
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
 
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Return the normalized input of projection ``index`` for ``x`` [B, T, D]: [B, T, 2 D or 3 D]."""
+        """Return the normalized input of projection ``index`` for ``x`` [B, T, D]: [B, T, 2 D or 3 D].
+
+        index, carry: as in ``projection_inputs``.
+        """
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Apply projection ``index``, (3) for a segment or (5) for an exit, to the residual ``x``; both [B, T, D]."""
+        """Return the output [B, T, D] of projection ``index``, (3) or (5), for the residual ``x`` [B, T, D].
+
+        index, carry: as in ``projection_inputs``.
+        """
         if self.inference_maps:
             return self.inference_maps[index](self.projection_inputs(index, x, carry))
         layer = self.projections[index]
@@ -132,7 +141,10 @@ class M2R2(nn.Module):
         return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
-        """Return the estimate of the final state h[N], [B, T, D], from ``p`` [B, T, D] at exit number ``exit``."""
+        """Return the estimate of the final state h[N], [B, T, D], from ``p`` [B, T, D] at exit number ``exit``.
+
+        Without final projections that is ``p``. carry: the deep states of the token before.
+        """
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
     def freeze(self, target: Target, maps: list[UnitMap] | None = None) -> None:
@@ -157,6 +169,8 @@ class M2R2(nn.Module):
         """Run equation (4) from ``x`` [B, T, D] through the layers of segment ``index``, and return p[hi], [B, T, D].
 
         The second value has the residuals that the router reads, [B, T, D] each; it is empty unless ``watched``.
+
+        positions: int64 [B, T]. mask: which entries of ``cache`` each token sees, with the T entries that are added.
         """
         lo, hi = self.path.segments[index]
         taps = router_taps(lo, hi) if watched else None
@@ -178,6 +192,7 @@ class M2R2(nn.Module):
 
         Both are [B, n, D]. The cache must have the keys and values of h of these tokens; no entry is added. The second
         value has the residuals that the router reads, [B, n, D] each; it is empty unless ``watched``.
+        positions: those of the n tokens, int64 [B, n].
         """
         n = x.shape[1]
         old = cache.lengths[lo] - cache.committed - n

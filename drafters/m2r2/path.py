@@ -17,7 +17,7 @@ REQUIRED = {"exit_layer", "segments", "final_projection", "rank", "adapters"}  #
 
 @dataclass(frozen=True)
 class M2R2Path:
-    """The layers that the accelerated residual p runs, and the exits on the way.
+    """The layers that the accelerated residual p runs, and the exits on the way. N is the model's number of layers.
 
     exit_layer: E. The model's own residual h runs layers [0, E), too, and scoring resumes at E; 0: p begins with a
         projection.
@@ -71,11 +71,15 @@ class M2R2Path:
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 
     def num_layers_run(self, exit: int = -1) -> int:
-        """Return the number of layers that a token runs if it leaves at the exit of index ``exit``."""
+        """Return the number of layers that a token runs if it leaves at exit number ``exit``; -1: the last exit."""
         return sum(hi - lo for lo, hi in self.stages[: self.stages_to_exit[exit]])
 
     def num_residuals(self, exit: int = -1) -> int:
-        """Return the number of residuals that the router at the exit of index ``exit`` reads."""
+        """Return the number of residuals that the router at exit number ``exit`` reads; -1: the last exit.
+
+        These are p after each shared layer (only after each shared stage if no early layer has adapters), p before and
+        after each layer of the segments, and the estimate of the final projection.
+        """
         run, early = self.stages[: self.stages_to_exit[exit]], len(self.shared)
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])
         return seen + sum(hi - lo + 1 for lo, hi in run[early:]) + self.final_projection
@@ -83,8 +87,10 @@ class M2R2Path:
     def check(self, num_layers: int) -> None:
         """Raise SpecDecError unless the path fits a model of N = ``num_layers`` layers.
 
-        The exit layer E and the segments [lo, hi) must be in order, 0 <= E <= lo < hi <= ... <= N, and all exits on the
-        path.
+        With exit layer E and segments [lo, hi) it must hold that 0 <= E <= lo < hi <= lo < hi <= ... <= N, and E < N.
+        The path must have a layer to run (E > 0 or a segment), a ``rank`` of at least 1, and no negative ``neurons``.
+        ``exits`` must rise, and each must be a layer in 1 .. E or the end hi of a segment, but not the end of the path.
+        Adapters are not checked.
         """
         edge = self.exit_layer
         good = 0 <= edge < num_layers and (edge > 0 or len(self.segments) > 0) and self.rank > 0
@@ -104,14 +110,14 @@ class M2R2Path:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the path as the entry ``path`` of a drafter's config.json."""
+        """Return the path as the entry ``path`` of a drafter's config.json: its fields by name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> M2R2Path:
         """Return the path in the entry ``path`` of a config.json. Raises SpecDecError if the entry is no valid path.
 
-        Entries of earlier versions, which call a projection a leap, are read, too.
+        Entries of earlier versions, which call a projection a leap, are read, too. data: the entry, untrusted.
         """
         if isinstance(data, dict):
             data = {"final_projection" if name == "final_leap" else name: each for name, each in data.items()}

@@ -42,6 +42,8 @@ class _Token:
 class PathPass:
     """Runs the tokens of a draft along the draft path, an earlier token at least as far as a later one.
 
+    network: has the path and its parameters. cache: the model's keys and values, to which those of drafted tokens are
+        added, uncommitted.
     carry: the deep states of the token before each root.
     slow: runs h of the tokens through the layers that scoring will not run again.
     """

@@ -37,6 +37,7 @@ class States:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all tensors."""
         return sum(x.nbytes for pair in (*self.keys, (self.segment, self.final)) for x in pair)
 
 
@@ -60,7 +61,10 @@ class Rows:
     final: Tensor
 
     def products(self, network: M2R2, index: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs [n, F] and the goals [n, D] to which projection ``index`` (0 or 1) is fitted."""
+        """Return the inputs [n, F] and the goals [n, D] to which projection ``index`` (0 or 1) is fitted.
+
+        F is 3 D for projection 0 and 2 D for projection 1, which needs ``end``. network: normalizes the inputs.
+        """
         x, goal = (self.end, self.final) if index else (self.embedded, self.segment)
         assert x is not None
         return network.features(index, x, self.carry), goal
@@ -98,8 +102,8 @@ class Text:
 class Replay:
     """Runs texts through the model again to make training data, for about ``PIECE`` seconds at a time.
 
-    path: the draft path, which has one segment.
-    pace: seconds per token and layer in the last run.
+    path: the draft path, which has one segment; [lo, hi) are its layers.
+    pace: measured seconds per token and layer in the last run, by which the next piece of work is sized.
     """
 
     def __init__(self, target: Target, path: M2R2Path) -> None:
@@ -108,9 +112,11 @@ class Replay:
     def rows(self, text: Text, network: M2R2 | None = None) -> Iterator[Rows | None]:
         """Run a text; yield about every ``PIECE`` seconds, either the training data of its next part or None.
 
+        Data comes for each token from ``text.start`` - 1 on but the last, as drafting after that token would see it.
         Stores the states in ``text.states``; if they are there already, only the draft path runs. Raises SpecDecError
         if a state is not finite.
-        network: runs the draft path, for ``Rows.end``; None: the path does not run.
+        network: has the projection and the adapters with which the draft path is run for ``Rows.end``; None: the path
+            does not run, and ``Rows.end`` is None.
         """
         target, lo, hi, last = self.target, self.lo, self.hi, self.target.num_layers
         ids, cache = text.ids[:-1], target.new_cache()
@@ -158,7 +164,10 @@ class Replay:
             self._keep(text, cache, states)
 
     def _layers(self, x: Tensor, lo: int, hi: int, given: Pass) -> Generator[None, None, Tensor]:
-        """Run layers [lo, hi) on ``x`` [1, n, D], yield after every few layers, and return the output [1, n, D]."""
+        """Run layers [lo, hi) on ``x`` [1, n, D], yield after every few layers, and return the output [1, n, D].
+
+        Updates ``pace``. given: positions, mask and cache of the pass.
+        """
         while lo < hi:
             began, end = time.perf_counter(), min(lo + max(int(PIECE / (self.pace * x.shape[1])), 1), hi)
             x = self.target.layers(x, lo, end, given)
@@ -169,7 +178,10 @@ class Replay:
         return x
 
     def _keep(self, text: Text, cache: KVCache, states: list[tuple[Tensor, Tensor]]) -> None:
-        """Store the states of a text that has run in ``text.states``, unless a layer has no keys and values."""
+        """Store the states of a text that has run in ``text.states``, unless a layer has no keys and values.
+
+        cache: has the text's keys and values. states: for each part of the text, h[lo] and h[N], [n, D] each.
+        """
         keys = list[tuple[Tensor, Tensor]]()
         for layer in range(self.lo, self.hi):
             found = cache.of_layer(layer, 0)  # (S, H, d); none in layers with states of other kinds

@@ -14,7 +14,8 @@ from specdec.base.devices import upload
 from specdec.models import drafter_folder
 from specdec.runtimes.draft_path import DeviceChoice, DeviceTree, TreeLimits, calibrated
 from specdec.runtimes.target import GivenLinear, Target
-from specdec.runtimes.torch.draft import FixedHeads, Rules, Step, fixed_heads, given_of, grow_captured
+from specdec.runtimes.torch.captured_draft import grow_captured
+from specdec.runtimes.torch.draft import FixedHeads, Rules, Step, fixed_heads, given_of
 from specdec.runtimes.torch.linear import rms_unit
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.device_draft import DeviceDraft, choice_of
@@ -46,6 +47,7 @@ class MedusaRow:
 class MedusaDrafter(Drafter):
     """Drafts with Medusa heads the tree with the most expected accepted tokens for its number of nodes.
 
+    network: the heads' blocks.
     nodes: number of nodes of the tree; None: as many as are worth their cost (``Prices``), or the maximum depth of a
         draft if costs are not known.
     output_heads: the heads' own output matrices, [V, D] each, of a public checkpoint, whose blocks read the final state
@@ -135,10 +137,12 @@ class MedusaDrafter(Drafter):
         given: Given,
         choice: DeviceChoice,
     ) -> DeviceTree:
-        """Build the tree on the device. The logits of a head are the same after all paths.
+        """Build the tree on the device, and return its selected nodes. A head has the same logits after all paths.
 
-        final: final states [B, 1, D] of the tokens before the roots. levels: number of levels.
-        tables: calibration tables of the rows; None: no calibration. given: candidates of n-grams; None: none.
+        final: final states [B, 1, D] of the tokens before the roots. levels: number of levels, at most one for each
+            head.
+        tables: the rows' calibration tables of each source, [B, sources, 11] (``calibrated``); None: no calibration.
+        given: candidates of n-grams for each row; None: none. choice: the rule by which nodes are selected.
         """
         vocabulary = self.vocabulary
         heads = fixed_heads(vocabulary.heads, vocabulary.tokens, vocabulary.forbidden, len(final))
@@ -161,8 +165,9 @@ class MedusaDrafter(Drafter):
     def _likeliest(
         self, state: State, row: int, logits: Tensor, table: Tensor | None, best: list[list[list[float]]]
     ) -> Candidates:
-        """Return the likeliest paths of a row, at most ``nodes`` nodes, from the logits [K, V'] of K heads.
+        """Return the likeliest paths of the row of index ``row`` as candidates, at most ``nodes`` nodes.
 
+        logits: the draft logits of K heads, [K, V'].
         table: calibration table of probabilities (``calibrated``), [1, 11]; None: they are not calibrated.
         best: what ``_best`` returns for the row.
         """
@@ -214,8 +219,11 @@ def final_norm(target: Target) -> nn.Linear:
 
 
 def _best(logits: Tensor, vocab: Tensor | None, tables: Tensor | None) -> list[list[list[list[float]]]]:
-    """Return, for each row and head of logits [B, K, V'], the best tokens' probabilities, calibrated ones, and ids.
+    """Return the k = ``RANKS`` best tokens of each head of each row: a list [B][K][3][k].
 
+    The three lists are the tokens' softmax probabilities, best first, their calibrated probabilities, and their ids.
+
+    logits: [B, K, V']; NaN: nothing is allowed, and probabilities are 0.
     vocab: the token id of each logit, int64 [V']; None: its index.
     tables: each row's calibration table (``calibrated``), [B, 11]; None: probabilities are not calibrated.
     """

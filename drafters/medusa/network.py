@@ -18,6 +18,7 @@ class Medusa(nn.Module):
     layers: number of blocks of each head.
     rooted: whether the first block also reads the root's embedding.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
+    weights, biases: for each block, those of all heads, [K, D, D or 2 D] and [K, D].
     inference_maps: the first block's linear layer in its fastest format, made by ``freeze``; None while it is trained.
     """
 

@@ -23,7 +23,10 @@ VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # w
 
 
 def check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
-    """Return the numbers of heads and of blocks of each head. Raises SpecDecError unless both are integers in range."""
+    """Return ``heads``, the number of heads, and ``layers``, the number of blocks of each.
+
+    Raises SpecDecError unless both are integers in range.
+    """
     what = "of the Medusa drafter"
     return options.check_int(f"heads {what}", heads, 1, HEADS), options.check_int(f"layers {what}", layers, 1, BLOCKS)
 
@@ -50,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 def read_checkpoint(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
     """Return the blocks and the output heads, [V, D] or [V', D] each, of a public checkpoint.
 
-    Raises SpecDecError if a tensor is missing or does not fit.
+    Raises SpecDecError if a tensor is missing or does not fit. config: what ``read_config`` returns.
 
     The Medusa authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight``
     [V, D]. vLLM's tensors are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and

@@ -64,6 +64,7 @@ class SharedRequest:
         return self
 
     def _enter(self) -> None:
+        """Make and submit the request, and start the engine if this is its first user."""
         self._request = self._make()
         engine = self.shared.enter(self._start)
         self._entered = True
@@ -92,7 +93,10 @@ class SharedRequest:
 
 
 async def _in_thread(run: Callable[[], T]) -> T:
-    """Run a function in a thread and return its result once the thread has ended, even if the task is cancelled."""
+    """Run the function ``run`` in a thread, and wait for its end even if the task is cancelled.
+
+    Return its result, or raise its error; raises CancelledError if the task was cancelled meanwhile.
+    """
     job, cancelled = asyncio.get_running_loop().run_in_executor(None, run), False
     while not job.done():
         try:

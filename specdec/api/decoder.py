@@ -162,7 +162,7 @@ class SpecDecoder:
         adapter: str | os.PathLike[str] | None = None,
         **more: Unpack[DecoderOptions],
     ) -> SpecDecoder:
-        """Load an embedded model, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
+        """Load the model ``name``, an embedded one, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
         drafter: as in the constructor.
         dtype, revision, trust_remote_code: as in ``loading.load``.
@@ -209,7 +209,10 @@ class SpecDecoder:
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
-        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target."""
+        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target.
+
+        Raises SpecDecError if it does not fit the target, or has no confidence where the verifier needs one.
+        """
         if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
             drafter = DrafterSpec.parse(drafter if isinstance(drafter, str) else str(drafter.absolute()))
         if isinstance(drafter, DrafterSpec):
@@ -298,7 +301,7 @@ class SpecDecoder:
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
         """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
 
-        start: number of prompt tokens.
+        given: the options of the request. start: number of prompt tokens.
         """
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
@@ -377,7 +380,7 @@ class SpecDecoder:
     ) -> GenerationOutput | list[GenerationOutput]:
         """Generate from one prompt: text, token ids, a tensor, or chat messages.
 
-        n: number of answers; if it is given, the result is a list of them.
+        n: number of answers. None: the result is one output; else it is a list of n outputs.
         """
         found = self.generate_batch([prompt], n=n, **given)
         return found[0] if n is None else found
@@ -457,7 +460,10 @@ class SpecDecoder:
                 yield piece
 
     def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
-        """Return a request in the engine that ``agenerate`` and ``astream`` share. depth: its draft length, or None."""
+        """Return a request in the engine that ``agenerate`` and ``astream`` share.
+
+        depth: maximum draft depth; None: as deep as pays. given: the options of the request.
+        """
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
         return SharedRequest(shared, self.engine, make)
@@ -508,7 +514,7 @@ class SpecDecoder:
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """Return an engine without a thread, whose steps the caller runs; it uses the drafter until it is closed.
 
-        how: keyword arguments of ``Engine``.
+        num_speculative_tokens: as in ``engine``. how: keyword arguments of ``Engine``.
         """
         claimed = drafter_use.claim(self.drafter)
         try:
@@ -524,7 +530,10 @@ class SpecDecoder:
     def compile_constraint(
         self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False
     ) -> CompiledConstraint:
-        """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied."""
+        """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied.
+
+        ignore_eos: whether the requests continue after end tokens; then a constraint, which ends the text, is refused.
+        """
         if isinstance(constraint, CompiledConstraint):
             return constraint
         if ignore_eos:
@@ -533,12 +542,16 @@ class SpecDecoder:
         return compile_constraint(constraint, self.tokenizer, self.target.vocab_size, self.eos_ids())
 
     def _check_scores(self, otherwise: str) -> None:
-        """Raise SpecDecError if the verifier accepts drafts without scores. otherwise: what needs scores, as text."""
+        """Raise SpecDecError if the verifier accepts drafts without scores.
+
+        otherwise: what is then impossible, a clause for the message, such as "there are no log-probabilities".
+        """
         if self.verifier.threshold is not None:
             why = f"verifier '{self.verifier.name}' accepts drafts without scoring them, so {otherwise}"
             raise SpecDecError(f"{why}; use the verifier 'exact'")
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
+        """Return the policy that chooses draft depths. num_speculative_tokens: a fixed depth, or "auto"."""
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
         if not self.drafter.traits.drafts:

@@ -48,6 +48,7 @@ def learn_when_idle(drafter: Drafter) -> None:
 
 
 def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
+    """Let the drafter behind ``reference`` learn until it is deleted or ``stop`` is set, while no engine uses it."""
     more = False
     while not stop.wait(0 if more else IDLE) and (drafter := reference()) is not None:
         with work_lock:
@@ -57,6 +58,7 @@ def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
 
 @atexit.register
 def _keep_what_was_learned() -> None:
+    """End the work when the process ends, and save what every drafter has learned."""
     background.end()
     for drafter in [*_learners]:
         if drafter.learner is not None:

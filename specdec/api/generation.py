@@ -35,7 +35,7 @@ Options = Mapping[str, Any] | None
 
 
 class DecoderOptions(TypedDict, total=False):
-    """The keyword arguments of ``SpecDecoder`` besides the model and the drafter, which its documentation explains."""
+    """The keyword arguments of ``SpecDecoder`` besides the model and the drafter; ``SpecDecoder`` explains them."""
 
     drafter_options: Options
     runtime: str

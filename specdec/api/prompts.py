@@ -71,7 +71,10 @@ def encode(
 
 
 def _given_ids(prompt: Any, name: str) -> list[int] | None:
-    """Return the ids of a prompt of token ids; None for text and messages. Raises SpecDecError for anything else."""
+    """Return the ids of a prompt of token ids; None for text and messages. Raises SpecDecError for anything else.
+
+    name: what errors call the prompt.
+    """
     if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, which may be long
         return prompt
     if isinstance(prompt, Tensor | np.ndarray):
@@ -98,7 +101,10 @@ def _encode_chat(
     template: Mapping[str, Any],
     continue_last: bool,
 ) -> list[int]:
-    """Return token ids of chat messages, rendered by the tokenizer's template. ``encode`` explains the arguments."""
+    """Return token ids of chat messages, rendered by the tokenizer's template.
+
+    context, tools, template, continue_last: as in ``encode``.
+    """
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
     special = _SpelledTokens(tokenizer, [messages, tools, template])
@@ -129,7 +135,10 @@ class _SpelledTokens:
         self.stand_ins = dict[str, str]()
 
     def hidden(self, messages: Any) -> Any:
-        """Return ``messages`` with the private characters. Raises SpecDecError if there are not enough of them."""
+        """Return a copy of ``messages``, of any nesting, with a private character in place of each special token.
+
+        Raises SpecDecError if there are not enough private characters.
+        """
         if isinstance(messages, str):
             return self.spelled.sub(self._stand_in, messages) if self.tokens else messages
         if isinstance(messages, Mapping):
@@ -137,6 +146,7 @@ class _SpelledTokens:
         return [self.hidden(value) for value in messages] if isinstance(messages, list | tuple) else messages
 
     def _stand_in(self, found: re.Match[str]) -> str:
+        """Return the private character for a special token that the regular expression has ``found``."""
         if found[0] not in self.stand_ins:
             if (character := next(self.free, None)) is None:
                 raise SpecDecError(
@@ -200,6 +210,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
+    """Return the token ids of a tensor of one sequence. Raises SpecDecError for any other. name: as in ``encode``."""
     if prompt.dtype == torch.bool or prompt.is_floating_point() or prompt.is_complex():
         raise _wrong(name, f"a tensor of {str(prompt.dtype).removeprefix('torch.')}")
     if prompt.dim() == 0 or (prompt.dim() > 1 and prompt.numel() != prompt.shape[-1]):
@@ -212,6 +223,7 @@ def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
 
 
 def _wrong(name: str, what: str) -> SpecDecError:
+    """Return the error for a prompt of a wrong type. name: what it calls the prompt. what: what was given."""
     return SpecDecError(
         f"{name} must be text, token ids (whole numbers), an integer tensor of one sequence, or chat messages "
         f"(mappings with 'role' and 'content'); got {what}"
@@ -219,7 +231,10 @@ def _wrong(name: str, what: str) -> SpecDecError:
 
 
 def _check_length(tokenizer: Any, length: int, context: int | None) -> None:
-    """Raise PromptTooLongError if even the tokenizer's longest tokens cannot fit the text into ``context`` tokens."""
+    """Raise PromptTooLongError if even the tokenizer's longest tokens cannot fit a text into ``context`` tokens.
+
+    length: number of characters of the text. context: None: there is no limit.
+    """
     if context is None or length <= LONG_TOKEN * context:
         return
     most = context * max(map(len, tokenizer.get_vocab()))

@@ -166,6 +166,7 @@ class Detokenizer:
         self.num_added = max(self.num_added, count)
 
     def _decode_window(self, complete: bool = True) -> None:
+        """Move the text of the window's new tokens to the output. complete: keep an unfinished last character back."""
         if len(self.window) == self.old:
             return
         text = self._decode(self.window)
@@ -194,6 +195,7 @@ class Detokenizer:
         return decode_ids(self.tokenizer, ids) if ids and self.tokenizer else ""
 
     def _extend(self, piece: str, seen: bool = True) -> None:
+        """Append ``piece`` to the output, and cut it at a stop string. seen: whether readers get the piece."""
         old = len(self.whole)
         self.whole += piece
         if seen:
@@ -207,10 +209,11 @@ class Detokenizer:
             self.text = self.text[: self._place(at)]
 
     def _place(self, place: int) -> int:
-        """Convert an index in ``whole``, the text with hidden special tokens, to an index in the text without them."""
+        """Convert ``place``, an index in ``whole``, which has hidden special tokens, to an index in ``text``."""
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:
+        """Return the text up to index ``end`` that was not returned before."""
         piece = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return piece

@@ -48,7 +48,10 @@ def without_memory() -> Iterator[None]:
 
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """Return ``torch.as_tensor(values, dtype=dtype, device=device)`` without waiting for the device."""
+    """Return ``values`` (numbers, nested lists or a tensor) as a tensor on ``device``, without waiting for the device.
+
+    The values are those of ``torch.as_tensor(values, dtype=dtype, device=device)``.
+    """
     tensor = torch.as_tensor(values, dtype=dtype)
     if tensor.device == device:
         return tensor
@@ -56,7 +59,10 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -
 
 
 def download(*tensors: Tensor) -> list[list[list[Any]]]:
-    """Return tensors [B, n], of one dtype and device but any n, as nested lists, with one read from the device."""
+    """Return each of ``tensors``, [B, n], as nested lists, with one read from the device.
+
+    The tensors have one dtype, one device and the same B; n may differ.
+    """
     if len(tensors) == 1:
         return [tensors[0].tolist()]
     rows = torch.cat(tensors, 1).tolist()
@@ -67,7 +73,10 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
 
 
 def record_event(device: torch.device | None) -> torch.cuda.Event | None:
-    """Return an event after the work submitted to ``device`` so far; None for no device and for all but CUDA."""
+    """Return a CUDA event that marks the end of the work submitted to ``device`` so far.
+
+    None for no device and for all but CUDA.
+    """
     if device is None or device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -76,7 +85,10 @@ def record_event(device: torch.device | None) -> torch.cuda.Event | None:
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Return whether reading a tensor waits for the device, as it does everywhere but on the CPU."""
+    """Return whether work on ``device`` runs in the background, so that reading a tensor waits for it.
+
+    It does on all devices but the CPU.
+    """
     return device.type != "cpu"
 
 

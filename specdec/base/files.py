@@ -84,7 +84,10 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def size_of(*paths: Path) -> int:
-    """Return the size of files and folders in bytes, without following links. Files that vanish do not count."""
+    """Return the size in bytes of files, and of folders with all that is in them, without following links.
+
+    Files that vanish do not count.
+    """
     size = 0
     for path in paths:
         for file in (path, *(Path(parent, name) for parent, _, names in os.walk(path) for name in names)):

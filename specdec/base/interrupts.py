@@ -12,7 +12,8 @@ from threading import current_thread, main_thread
 def interrupting(call: Callable[[], object], every: bool = False, ended: bool = False) -> Iterator[None]:
     """Let Ctrl-C call ``call`` during the ``with`` block, instead of raising KeyboardInterrupt.
 
-    every: True: each Ctrl-C calls it. False: the first one calls it, and the next one does what it did before.
+    every: True: each Ctrl-C calls it. False: the first one calls it, and the next one does what it did before the
+    block.
     ended: whether SIGTERM, too, calls it. Has no effect outside of the main thread, which alone gets signals.
     """
     numbers = [signal.SIGINT, *([signal.SIGTERM] if ended else [])]

@@ -24,7 +24,8 @@ _SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap;
 def release(*tensors: Tensor) -> int:
     """Drop the pages of ``tensors`` that are mapped from files and unchanged; return the number of dropped bytes.
 
-    The values stay: the system reads them again from the file when they are used.
+    A page is the unit in which the system maps memory, often 4 KiB. The values stay: the system reads them again from
+    the file when they are used.
     """
     freed = 0
     for tensor in tensors:
@@ -80,7 +81,7 @@ def _unchanged(first: int, count: int) -> bool:
 
 @contextmanager
 def releasing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
-    """Release the weights of each module after each of its forward calls in the ``with`` block.
+    """Release (``release``) the weights of each of ``modules`` after each of its forward calls in the ``with`` block.
 
     weights: returns the tensors of a module that are released.
     """

@@ -178,9 +178,9 @@ def check_probability(name: str, value: Any) -> float:
 
 
 def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
-    """Parse the ``KEY=VALUE`` texts of the repeatable command-line option ``flag`` into {key: value}.
+    """Parse the texts ``KEY=VALUE`` in ``pairs`` into {key: value}, where values are YAML.
 
-    Values are YAML. Raises SpecDecError for other texts.
+    flag: the repeatable command-line option that has them, for messages. Raises SpecDecError for other texts.
     """
     out: dict[str, Any] = {}
     for pair in pairs:
@@ -195,7 +195,7 @@ def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_size(flag: str, text: str) -> float | int:
-    """Parse the value of the command-line option ``flag``: a share or a size.
+    """Parse ``text``, the value of the command-line option ``flag``: a share or a size.
 
     A share ("0.25", "25%") becomes a float in (0, 1]; a size ("300MB", "2GiB", "1e9") becomes an int of bytes. Raises
     SpecDecError for other texts.

@@ -28,10 +28,12 @@ T = TypeVar("T")
 class Sums:
     """The sums over rows that the ridge regression min_W |[X 1] W - Y|^2 + ridge |W|^2 needs.
 
+    A row is an example: F inputs x, D outputs y and a weight. W [F + 1, D] has the bias as its last row.
+
     features: F, the columns of X. outputs: D, the columns of Y.
     size: F + 1, with the feature that is always 1.
-    panels: the matrix [[X 1] Y].T [X 1] in panels of columns [lo, lo + w), each from the diagonal down, float32
-    [F + 1 - lo + D, w].
+    panels: the matrix [[X 1] Y].T [X 1] in panels of columns [lo, lo + w), float32 [F + 1 - lo + D, w], each from the
+    diagonal down.
     """
 
     def __init__(self, features: int, outputs: int) -> None:
@@ -50,7 +52,7 @@ class Sums:
         result(self.adding(x, y, weight))
 
     def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
-        """Add rows as ``add`` does, in chunks: a generator that yields after each chunk of work."""
+        """Add rows in chunks: a generator that yields after each chunk of work. Arguments as in ``add``."""
         return in_chunks(_added(self.panels, (x, y, weight)))
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:
@@ -64,8 +66,8 @@ class Sums:
         """Solve the regression in chunks: a generator that yields after each and returns W.T [D, F + 1], float32.
 
         The last column of W.T is the bias. ``result(sums.solve(ridge))`` solves at once.
-        ridge: the weight of |W|^2, as a number of rows of average size. more: further rows, which are counted in this
-        solution alone.
+        ridge: the weight of |W|^2, as a number of rows of average size. more: further rows (x [n, F], y [n, D],
+        weight), which are counted in this solution alone.
         """
         solution = torch.empty(self.outputs, self.size)
         yield from in_chunks(self._solved(solution, ridge, more))
@@ -73,7 +75,10 @@ class Sums:
         return solution
 
     def _solved(self, solution: Tensor, ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
-        """Solve the system in double precision into ``solution`` [D, F + 1]; yield the multiply-adds of each part."""
+        """Solve the system in double precision into ``solution`` [D, F + 1]; yield the multiply-adds of each part.
+
+        ridge, more: as in ``solve``.
+        """
         size = sum(float(panel.diagonal().sum()) for panel in self.panels) / self.size / max(self.rows, 1.0)  # of a row
         panels = list[Tensor]()
         for panel in self.panels:
@@ -114,7 +119,10 @@ class Sums:
 
 
 def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:
-    """Add the products of ``rows`` to ``panels`` in place; yield the multiply-adds of each panel."""
+    """Add the products of ``rows`` (x [n, F], y [n, D], weight) to ``panels`` in place.
+
+    Yields the number of multiply-adds of each panel.
+    """
     x, y, weight = rows
     x, y = x.float(), y.float()
     both, lo = torch.cat((x, torch.ones_like(x[:, :1]), y), 1).cpu(), 0  # (n, F + 1 + D)

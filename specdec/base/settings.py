@@ -52,10 +52,11 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 def explain(errors: Sequence[Any], given: Any) -> tuple[Any, Place, str]:
-    """Choose the error to report: return it, its place in ``given``, and its message, such as "must be a valid string".
+    """Choose one of pydantic's ``errors`` for the value ``given``, to be reported to the user.
 
-    errors: pydantic's errors for ``given``. It is the first one. For a union, it is the first error that is no mismatch
-    of types, or else the innermost error if only one type of the union has errors there.
+    Returns the error, its place (the keys and indices in ``given`` that lead to the wrong value), and its message, such
+    as "must be a valid string". The first error is chosen. If its place has a union type, it is the first error there
+    that is no mismatch of types, or else the innermost error if only one type of the union has errors there.
     """
     steps = [_steps(given, each["loc"], each["type"]) for each in errors]
     union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # index of a union's type
@@ -79,8 +80,11 @@ def _wording(error: Any) -> str:
 
 def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
     """Return which parts of a pydantic error's ``location`` are keys or indices in ``given``, as indices of parts.
+
     Other parts name types of a union. If several readings are possible, the one with most keys is returned, preferably
-    one that includes the last part. kind: the error's type. begin: index of the first part to use."""
+    one that includes the last part.
+    kind: the error's type. begin: index of the first part to use.
+    """
     if begin == len(location):
         return ()
     part, ways = location[begin], [_steps(given, location, kind, begin + 1)]

@@ -39,7 +39,10 @@ def printable(text: str) -> str:
 
 
 def as_text(console: Console, text: str, style: str = "") -> Text:
-    """Return ``text`` for ``console`` as rich text without markup; on a terminal, control characters are escaped."""
+    """Return ``text`` for ``console`` as rich text without markup; on a terminal, control characters are escaped.
+
+    style: rich's name of a style, such as "dim"; "": none.
+    """
     return Text(printable(text) if console.is_terminal else text, style=style)
 
 
@@ -128,7 +131,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Stream:
-    """A wrapper of a standard stream: at the first write error it calls ``failed`` and then discards all text."""
+    """A wrapper of a standard stream: at the first write error it calls ``failed`` and then discards all text.
+
+    stream: what it wraps, and writes to. failed: gets the error, and may raise.
+    """
 
     def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
         self._stream, self._failed = stream, failed
@@ -191,8 +197,9 @@ class Words(progress.ProgressColumn):
 class Progress(progress.Progress):
     """A display of running tasks on stderr: bars on a terminal; in a pipe, a line per task every half minute.
 
-    A task with a ``unit``, a plural such as "tokens", is shown with its rate and remaining time. While ``Progress``
-    objects are nested, the innermost one is shown.
+    A task is a piece of work with a number of units done and in all (``add_task``, ``advance``). A task with a
+    ``unit``, a plural such as "tokens", is shown with its rate and remaining time. While ``Progress`` objects are
+    nested, the innermost one is shown.
     console: where to show it; None: stderr.
     later: whether to show nothing until ``SILENCE`` seconds after the start of the process.
     """
@@ -273,7 +280,8 @@ class Bar(Progress):
     """A progress bar for one task on stderr; a context manager, and a function to call with the progress.
 
     what: name of the task. unit: text after the counts until a rate is known.
-    The call takes the steps done, all steps and the tokens so far (None: no rate is shown), as ``OnProgress``.
+    The call takes the number of steps done, which may be a fraction, that of all steps, and that of tokens so far
+    (None: no rate is shown), as ``OnProgress``.
     """
 
     def __init__(self, what: str, unit: str = "") -> None:

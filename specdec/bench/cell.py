@@ -175,7 +175,7 @@ class Cell(Settings):
         return self.drafter.partition("=")[0] in EXTERNAL_METHODS
 
     def with_settings(self, **changes: Any) -> Cell:
-        """Return a checked copy of the cell with the settings ``changes``."""
+        """Return a checked copy of the cell in which ``changes`` (setting=value) replace its settings."""
         return Cell(**self.as_dict() | changes)
 
     def canonical(self) -> Cell:
@@ -201,7 +201,10 @@ class Cell(Settings):
 
 
 def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a cell (``Cell.as_dict()``) by axis name; an option is called ``drafter.NAME.OPTION``."""
+    """Return {axis name: value} of the settings of a cell (``Cell.as_dict()``), options one by one.
+
+    An option is called ``drafter.NAME.OPTION`` or ``verifier.NAME.OPTION``.
+    """
     out: dict[str, Any] = {}
     for name, value in cell.items():
         group = name.removesuffix("_options")

@@ -19,7 +19,11 @@ from specdec.base.machine import processor_name
 
 
 def environment() -> dict[str, Any]:
-    """Return the date, the machine, its load, and versions as JSON values; None where the system does not tell."""
+    """Return facts about the machine and the software as JSON values; None where the system does not report one.
+
+    Keys: date, cpu, cores, threads, memory_gb, load_average (of one minute), gpu, system, python, torch, transformers,
+    numpy, specdec (versions) and commit.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": processor_name(),

@@ -92,7 +92,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the figures of the method ``name`` as JSON values; the docstring of ``specdec.bench.cell`` lists them.
 
-    mine: the method's requests. baselines: label -> requests of that baseline for the same prompts.
+    mine: the requests that the method has answered. baselines: label -> requests of that baseline for the same prompts.
+    method: what decoded; says whether it is lossless, and how its output can be compared.
     """
     alike = method.lossless and method.same_arithmetic
     by_turn = {label: {r.turn_key: r for r in requests} for label, requests in baselines.items()}
@@ -140,7 +141,10 @@ def summarize(
 
 
 def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchRequest]]) -> dict[str, Any]:
-    """Return the figures that are also given per category. baselines: label -> {``turn_key``: request}."""
+    """Return the figures that are also given per category. mine: the method's requests.
+
+    baselines: label -> {``turn_key`` of a request: that baseline's request}.
+    """
     return {
         "requests": len(mine),
         "tokens": sum(r.reply.count for r in mine),
@@ -154,7 +158,10 @@ def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchReque
 
 
 def _median(mine: list[BenchRequest], figure: Callable[[Reply], float | None], scale: float = 1) -> Estimate | None:
-    """Return the median of ``figure`` (None: no value) over the requests that have a value, times ``scale``."""
+    """Return the median of ``figure``, times ``scale``, over the requests ``mine`` that have a value; None: none has.
+
+    figure: returns the value of a reply, or None if it has none.
+    """
     found = [(value * scale, r.group) for r in mine if (value := figure(r.reply)) is not None]
     return median([value for value, _ in found], [group for _, group in found])
 
@@ -170,7 +177,12 @@ def _rate(seconds_per_token: float | None) -> float | None:
 
 
 def _ratios(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> list[tuple[float, BenchRequest]]:
-    """Return (seconds per token of the baseline over the method's, request) for each request that both finished."""
+    """Return the speedup of each of the requests ``mine``, with the request, if it and the baseline's have tokens.
+
+    The speedup is the baseline's seconds per token over the method's, in whole calls.
+    base: the baseline's requests by their ``turn_key`` (repetition, group, turn), which pairs them with those of
+    ``mine``.
+    """
     ratios = []
     for request in mine:
         other = base.get(request.turn_key)
@@ -186,7 +198,10 @@ def _speedup(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> Estimat
 
 
 def _worst(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> float | None:
-    """Return the smallest speedup of a prompt, each the median over its repetitions; None without requests."""
+    """Return the smallest speedup of a prompt, each the median over its repetitions; None without requests.
+
+    mine: the method's requests. base: the baseline's requests by their ``turn_key`` (repetition, group, turn).
+    """
     by_prompt = defaultdict[tuple[int, int], list[float]](list)
     for speedup, request in _ratios(mine, base):
         by_prompt[request.group, request.turn].append(speedup)
@@ -196,13 +211,19 @@ def _worst(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> float | N
 def _pooled(
     mine: list[BenchRequest], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
 ) -> Estimate | None:
-    """Return sum(``above``) / sum(``below``) over the metrics of all rows; None for methods without metrics."""
+    """Return sum(``above``) / sum(``below``) over the metrics of all rows; None for methods without metrics.
+
+    mine: the method's requests. above, below: return a number for the metrics of a row.
+    """
     rows = [(m, r.group) for r in mine for m in r.reply.metrics]
     return ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
 
 
 def _phase_ms_per_step(replies: list[Reply]) -> dict[str, float]:
-    """Return {phase: milliseconds per step}, from the longest row of each batch, which took part in all its steps."""
+    """Return {phase: milliseconds per step}, from the longest row of each batch, which took part in all its steps.
+
+    The phases are those of a step ("draft", "score", ...); the prefill is left out. {} if there were no steps.
+    """
     longest = [max(r.metrics, key=lambda m: m.decode_seconds) for r in replies if r.metrics]
     steps = sum(m.num_spec_steps for m in longest)
     phases = dict.fromkeys(phase for m in longest for phase in m.phases if phase != "prefill")
@@ -290,7 +311,10 @@ def require_rouge_score() -> None:
 
 
 def quality(target: Target, tokenizer: Any, prompt: list[int], tokens: list[int], plain: list[int]) -> Quality:
-    """Measure the quality of the answer ``tokens`` to ``prompt``. plain: the answer of plain decoding (token ids)."""
+    """Measure the quality of the answer ``tokens`` (token ids) to ``prompt`` (token ids) under the full model.
+
+    target: the full model. plain: the token ids that plain decoding answers, for ROUGE-L.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     logits = replay(target, prompt, tokens)  # (n, V)

@@ -46,7 +46,7 @@ def run_locally(
 
 
 def split(groups: Groups, count: int) -> list[list[Cell]]:
-    """Halve the largest groups until there are ``count`` groups or every group has one cell."""
+    """Halve the largest groups, in a copy of the list, until there are ``count`` groups or every group has one cell."""
     parts = list(groups)
     while len(parts) < count and len(largest := max(parts, key=len)) > 1:
         at, half = parts.index(largest), len(largest) // 2
@@ -85,7 +85,10 @@ def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
 
 
 def _in_task(values: list[dict[str, Any]]) -> list[Record]:
-    """Measure a group of cells (``Cell.as_dict()``) in a Ray worker; its host and process id go into the records."""
+    """Measure a group of cells in a Ray worker and return their records, with the worker's host and process id.
+
+    values: ``Cell.as_dict()`` of each cell.
+    """
     worker = {"worker": f"{platform.node()}:{os.getpid()}"}
     return [record | worker for record in measure([Cell(**cell) for cell in values], _decoders())]
 
@@ -119,7 +122,10 @@ def _connect() -> Any:
 
 
 def _capacity(ray: Any, resources: Resources) -> int:
-    """Return how many tasks the cluster can run at once. Raises SpecDecError if no machine can run one."""
+    """Return how many tasks, each of which needs ``resources``, the cluster can run at once.
+
+    ray: the connected module. Raises SpecDecError if no machine can run one.
+    """
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
     needed = {name: amount for name, amount in needed.items() if amount}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -33,7 +33,7 @@ LOOKUP = 10  # draft length of model.generate's prompt lookup if the cell's is "
 
 @dataclass
 class Reply:
-    """A method's answers to one request, which is a batch of prompts, with their timing.
+    """A method's answers to one request, which is a batch of prompts (rows), with their timing.
 
     tokens: new token ids of each row.
     seconds: duration of the whole call.
@@ -91,7 +91,7 @@ class Method:
     pass_seconds: Mapping[str, float] = MappingProxyType({})
 
     def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
-        """Answer the batch ``prompts`` (token ids) with at most ``count`` new tokens each.
+        """Answer the batch ``prompts`` (token ids) with at most ``count`` new tokens each. seed: that of sampling.
 
         scope: a name; texts that were answered under another name are not used for drafts.
         """

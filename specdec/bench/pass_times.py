@@ -23,9 +23,10 @@ CONTEXT = 128  # cached tokens while timing
 def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None = None) -> dict[int, float]:
     """Return {number of tokens: seconds of one pass over as many tokens}, the shortest of several, after a warm-up.
 
-    sizes: the numbers of tokens to time, interleaved; None: ``SIZES``. repeats: roughly the number of passes per size.
-    For a model with experts in slow memory the seconds are a median: each pass has other tokens, and a lucky pass
-    finds its experts in fast memory already.
+    target: the model in its runtime. sizes: the numbers of tokens to time, interleaved; None: ``SIZES``. repeats:
+    roughly the number of passes per size.
+    For a model with experts in slow memory the seconds are a median: each pass has other tokens, and a lucky pass finds
+    its experts in fast memory already.
     """
     sizes = SIZES if sizes is None else sizes
     cache, context = target.new_cache(), min(CONTEXT, target.context - max(sizes))
@@ -43,7 +44,10 @@ def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None =
 
 
 def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0) -> None:
-    """Run ``count`` tokens (ids from ``first``) at the positions from ``start`` on, and choose a token after each."""
+    """Run a pass over ``count`` tokens with ``target`` and ``cache``, and choose a token after each of them.
+
+    The tokens stand at the positions from ``start`` on. Their ids grow with the position, by ``first`` more.
+    """
     positions = torch.arange(start, start + count, device=target.device)[None]
     ids = (positions + first) % target.vocab_size
     given = Pass(positions, cache.register(0, positions), cache, ids=ids)

@@ -50,7 +50,7 @@ class Resources(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked benchmark: the cells to measure, without duplicates.
+    """A checked benchmark: the cells (measurements of one method on one prompt set), without duplicates.
 
     name: name of the benchmark, and default name of its folder. description: a line for the report; may be empty.
     resources: what one task on a Ray cluster needs. settings: the plan as a YAML file that gives it again.
@@ -64,7 +64,7 @@ class Plan:
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Group the cells that differ only in their method, for measuring side by side.
+    """Return the cells as groups: the cells of a group differ only in their method, and are measured side by side.
 
     Groups that load the same model in the same way follow each other, so each model is loaded once.
     """
@@ -141,7 +141,11 @@ def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dic
 
 
 def _override(given: dict[str, Any], text: str) -> None:
-    """Change the settings ``given`` by ``KEY=VALUE,VALUE``. Selected drafters and verifiers keep their options."""
+    """Change the settings ``given`` in place by the override ``text``, ``KEY=VALUE,VALUE``.
+
+    Drafters and verifiers that it selects keep the options that they have in ``given``. Raises SpecDecError or
+    ValueError for an unknown key or a wrong value.
+    """
     key, equals, value = text.partition("=")
     path = key.split(".")
     if group := next((group for group in GROUPS if text.startswith(f"{group}.")), None):
@@ -172,7 +176,11 @@ def _override(given: dict[str, Any], text: str) -> None:
 
 
 def _cells(given: Mapping[str, Any]) -> list[Cell]:
-    """Return a cell for every combination of settings. given: setting -> values; drafter -> {name: options}."""
+    """Return a cell for every combination of settings, unchecked by ``exclude``.
+
+    given: setting -> value or list of values; "drafter" and "verifier" -> {name: options}. Raises SpecDecError if there
+    is no combination, or too many.
+    """
     settings = {
         name: [given[name]] if name == LIST_SETTING and isinstance(given[name], list | tuple) else _as_list(given[name])
         for name in SETTINGS
@@ -202,13 +210,19 @@ def _cells(given: Mapping[str, Any]) -> list[Cell]:
 
 
 def _combinations(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the combinations of the values of ``options`` (option -> value, list of values, or nested options)."""
+    """Return {option: value} for each combination of the values of ``options``.
+
+    options: option -> value, list of values, or nested options.
+    """
     values = [_combinations(value) if isinstance(value, dict) else _as_list(value) for value in options.values()]
     return [dict(zip(map(str, options), each, strict=True)) for each in product(*values)]
 
 
 def _method(name: str) -> dict[str, Any]:
-    """Split ``NAME@K`` into the settings ``drafter`` and ``num_speculative_tokens``; ``NAME`` gives the first alone."""
+    """Return the settings that the ``name`` of a drafter stands for.
+
+    ``NAME@K`` gives ``drafter`` and ``num_speculative_tokens``, ``NAME`` the first alone.
+    """
     drafter, _, depth = name.rpartition("@")
     return (
         {"drafter": drafter, "num_speculative_tokens": int(depth)}
@@ -250,7 +264,11 @@ class _Unloaded:
 
 
 def _check_plugin(group: str, name: str, options: Mapping[str, Any]) -> None:
-    """Raise SpecDecError for an unknown drafter or verifier (``group``), and for options that it always refuses."""
+    """Raise SpecDecError for an unknown drafter or verifier, and for options that it always refuses.
+
+    group: "drafter" or "verifier". name: its name, for a drafter also ``NAME@K``. options: those it is to be loaded
+    with.
+    """
     if group == "verifier":
         registry.verifier(name, options)
         return

@@ -27,7 +27,10 @@ Turns = Callable[[dict[str, Any]], Any]  # reads the text of the first turn from
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation of a prompt set: the user's turns, each asked after the answer to the turn before."""
+    """A conversation of a prompt set: the user's turns, each asked after the answer to the turn before.
+
+    A turn is a message of the user.
+    """
 
     id: str
     category: str  # "" if the file gives none
@@ -145,7 +148,10 @@ def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> l
 
 
 def _downloaded(name: str, source: PromptSource) -> Path:
-    """Return a public set's file, downloaded to the cache folder if it is missing. Raises SpecDecError."""
+    """Return the file of the public set ``name``, downloaded from ``source`` to the cache folder if it is missing.
+
+    Raises SpecDecError if ``source`` has no address, the download fails or the checksum is wrong.
+    """
     by_hand = f"give it as a file '{name}.jsonl', or put it into {files.data_dir()}; it is at {source.page}"
     if source.url is None or source.sha256 is None:
         raise SpecDecError(f"prompt set '{name}' is not downloaded: it has no published checksum; {by_hand}")
@@ -168,7 +174,10 @@ def _downloaded(name: str, source: PromptSource) -> Path:
 
 
 def _read(name: str, path: Path, source: PromptSource | None = None) -> PromptSet:
-    """Read a file as the prompt set ``name``. source: reads records in the format of a public set."""
+    """Read the file ``path`` as the prompt set ``name``. Raises SpecDecError if it is empty or broken.
+
+    source: the public set in whose format the records may be; None: only the formats of ``load_prompts``.
+    """
     records = list(inputs.prompts(path))
     if not records:
         raise SpecDecError(f"prompt file '{path}' is empty; give one prompt a line")
@@ -178,7 +187,11 @@ def _read(name: str, path: Path, source: PromptSource | None = None) -> PromptSe
 
 
 def _conversation(number: str, where: str, record: dict[str, Any], read_prompt: Turns) -> Conversation:
-    """Return the conversation of one record. number: its id if it has none. where: names the line in an error."""
+    """Return the conversation of one ``record`` of a file.
+
+    number: its id if it has none. where: names the line in an error. read_prompt: returns the prompt of a record that
+    has no "turns", or fails or returns None. Raises SpecDecError if the record has no text.
+    """
     prompt = None
     with suppress(AttributeError, IndexError, KeyError, TypeError):  # a record of another form
         prompt = read_prompt(record)

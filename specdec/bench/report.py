@@ -101,9 +101,10 @@ def write_charts(results: Results, folder: Path) -> list[Path]:
 
 
 def draw_all(results: Results) -> dict[str, list[Picture]]:
-    """Draw the charts of the cells that did not fail, by title: for each model speed, draft lengths and acceptance.
+    """Return the charts of the cells in ``results`` that did not fail, as {title of a section: pictures}.
 
-    Quality of lossy verifiers follows. A chart without data is left out.
+    For each model these are speed, draft lengths and acceptance; quality of lossy verifiers follows. A chart without
+    data is left out.
     """
     pictures = dict[str, list[Picture]]()
     for model in dict.fromkeys(record["cell"]["model"] for record in results.done):
@@ -121,7 +122,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
 def _speed(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of each cell and baseline of ``model`` over its first baseline; None: there are no figures.
 
-    Each setting in which the cells differ has a column of text beside the bars.
+    records: those of the cells. Each setting in which the cells differ has a column of text beside the bars.
     """
     baseline = next(iter(records[0]["method"]["speedup"]), "")
     others = {name: figures for record in records for name, figures in record["baselines"].items() if name != baseline}
@@ -173,7 +174,10 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
-    """Draw speed against draft length, a line for cells that differ in nothing else; None: only one length."""
+    """Draw the speed of ``model`` against the draft length, a line for cells that differ in nothing else.
+
+    records: those of the cells of ``model``. None: all cells have the same length.
+    """
     lines = dict[str, dict[Any, Estimate]]()
     names = labels([record["cell"] | {DRAFT_LENGTH: "auto"} for record in records])
     for name, record in zip(names, records, strict=True):
@@ -205,7 +209,10 @@ def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
 
 
 def _acceptance(model: str, records: Sequence[Record]) -> Picture | None:
-    """Draw the share of accepted tokens by position in the draft, a line per cell; None: too few drafts."""
+    """Draw the share of accepted tokens by position in the draft, a line per cell; None: too few drafts.
+
+    model: whose cells the ``records`` are; part of the title.
+    """
     names = labels([record["cell"] for record in records])
     found = {name: acceptance(record["method"]) for name, record in zip(names, records, strict=True)}
     drafted = {name: positions for name, positions in found.items() if positions}
@@ -250,7 +257,10 @@ def _points(text: str) -> float:
 
 
 def _quality(records: Sequence[Record]) -> Picture:
-    """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality."""
+    """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality.
+
+    records: those of cells that have figures of quality, and a speedup over plain decoding.
+    """
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):
         cell = record["cell"]
@@ -275,7 +285,10 @@ def _quality(records: Sequence[Record]) -> Picture:
 
 
 def _values_and_errors(estimates: Sequence[Estimate]) -> tuple[list[float], list[list[float]]]:
-    """Return (values, [distances to the lower ends, distances to the upper ends]); 0 without an interval."""
+    """Return (values, [distances to the lower ends, distances to the upper ends]) of ``estimates``, for error bars.
+
+    The distances are 0 for an estimate without an interval.
+    """
     values = [estimate["value"] for estimate in estimates]
     bounds = [(e["value"], e["value"]) if e["low"] is None else (e["low"], e["high"]) for e in estimates]
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, bounds, strict=True)]

@@ -68,7 +68,10 @@ class ResultTable:
 
 
 def make_table(title: str, rows: Sequence[Mapping[str, str]]) -> ResultTable:
-    """Make a table of rows {column: text}. Columns that are empty in all rows are left out; "error" is the last."""
+    """Make a table called ``title`` of rows {column: text}.
+
+    Columns that are empty in all rows are left out; the column "error" is the last.
+    """
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "error")
     used = [name for name in names if any(row.get(name) for row in rows)]
     return ResultTable(title, used, [[row.get(name, "") for name in used] for row in rows])
@@ -152,7 +155,10 @@ class Results:
 
 
 def _settings(record: Record) -> list[str]:
-    """Return three lines of text: the model and the machine; versions; the prompts and how they were answered."""
+    """Return three lines of text: the model and the machine; versions; the prompts and how they were answered.
+
+    record: the result of one cell.
+    """
     cell, about, prompts = (record[key] for key in ("cell", "environment", "prompts"))
     skipped = f", {len(prompts['skipped'])} skipped" if prompts["skipped"] else ""
     licence = f" ({prompts['licence']})" if prompts["licence"] else ""
@@ -196,7 +202,10 @@ def _by_category(method: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _over_plain(figures: Mapping[str, Any]) -> str:
-    """Return the speedup over plain decoding with that of the worst prompt, such as ``2.10 (1.05)``; "" without one."""
+    """Return the speedup over plain decoding and that of the worst prompt, such as ``2.10 (1.05)``; "" without one.
+
+    figures: those of a method, or of one category of prompts.
+    """
     speedup = figures["speedup"].get("none")
     return f"{speedup['value']:.2f} ({figures['worst']['none']:.2f})" if speedup else ""
 
@@ -220,7 +229,7 @@ def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
 def acceptance(method: Mapping[str, Any]) -> list[tuple[float, int]]:
     """Return (share of accepted tokens, number of drafts) by position in the draft, as far as ``LEAST`` drafts reach.
 
-    method: the figures of a method; older ones lack the numbers of drafts, and all positions are returned.
+    method: the figures of a method; those of older results lack the numbers of drafts, and all positions are returned.
     """
     shares = method["acceptance_per_position"]
     counts = method.get("drafts_per_position") or [LEAST] * len(shares)
@@ -259,7 +268,7 @@ def load_results(folder: Path) -> Results:
 
 
 def outcome(record: Record) -> str:
-    """Return the result of a cell in a few words: its error, or its speed and its speedup."""
+    """Return the result in ``record`` in a few words: its error, or its speed and its speedup."""
     if "error" in record:
         return f"failed: {record['error']}"
     method = record["method"]

@@ -39,7 +39,10 @@ Chat = tuple[Conversation, list[str]]  # a conversation, and its texts so far: u
 
 
 class Decoders:
-    """A cache that the cells of a benchmark share: the last loaded model, its drafters, and prompt sets."""
+    """A cache that the cells of a benchmark share: the last loaded model, its drafters, and prompt sets.
+
+    A base is a decoder of the model without a drafter.
+    """
 
     def __init__(self) -> None:
         self._base: tuple[dict[str, Any], SpecDecoder] | None = None
@@ -55,7 +58,11 @@ class Decoders:
                 spec.refuse_early(cell.model, loading.read_config(cell.model))
 
     def base(self, cell: Cell) -> SpecDecoder:
-        """Return a decoder of the cell's model without a drafter, loaded unless it was the last model."""
+        """Return a decoder of the cell's model without a drafter.
+
+        It is the one of the last call if model and loading are the same; otherwise that one is dropped and the model is
+        loaded.
+        """
         if self._base is None or self._base[0] != cell.loading:
             self._base, self._loaded = None, {}  # free the previous model first
             how = {name: value for name, value in cell.loading.items() if name != "model"}
@@ -98,6 +105,9 @@ class BenchRun:
 
     The constructor loads everything and raises SpecDecError if the model or the prompts are missing. ``execute`` may be
     interrupted; ``results`` then covers the finished requests.
+    The plain method, with which others are compared, is plain decoding, else ``model.generate``, else the first method.
+    A request is one turn of a batch of conversations, answered by one method. A chat is a conversation with the texts
+    of user and model so far.
     cells: differ only in their methods. decoders: the cache of loaded models.
     progress: called after each turn with (finished turns, all turns, new tokens); None: not called.
     record: called with each finished request; None: not called.
@@ -194,7 +204,10 @@ class BenchRun:
             self._reply(name, rows, WARM_UP, self.first.seed, "warm-up")
 
     def _reply(self, name: str, prompts: list[list[int]], count: int, seed: int, scope: str) -> Reply | None:
-        """Return the answer of method ``name``; None if it fails, which removes it (the plain method raises)."""
+        """Return the answer of method ``name``; None if it fails, which removes it (the plain method raises).
+
+        Arguments as in ``Method.reply``.
+        """
         try:
             with PeakMemory(self.base.target.device) as memory:
                 reply = self.methods[name].reply(prompts, count, seed, scope)
@@ -211,7 +224,10 @@ class BenchRun:
         return reply
 
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
-        """Add user turn ``turn`` to the chats; return those that have it and fit the context, and their prompts."""
+        """Add user turn ``turn`` (from 0) to the texts of the chats that have it, in place.
+
+        Returns the chats whose prompts then fit the context, and these prompts (token ids).
+        """
         continued, prompts, context = [], [], self.base.target.context
         for conversation, texts in chats:
             if turn < len(conversation.turns):
@@ -227,8 +243,9 @@ class BenchRun:
         return continued, prompts
 
     def _turn(self, turn_key: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]], number: int) -> int:
-        """Let every method answer one turn of a group of chats; return the number of new tokens.
+        """Let every method answer one turn of a group of chats; return the number of new tokens of all methods.
 
+        The answer of the plain method is added to the chats.
         turn_key: (repetition, group, turn). prompts: token ids of each chat.
         number: number of earlier turns of the run; it sets the order of the methods and the seed.
         """
@@ -257,7 +274,10 @@ class BenchRun:
         return encode(self.base.tokenizer, "\n\n".join(texts))
 
     def _compare(self, request: BenchRequest, plain: BenchRequest, count: int, seed: int) -> None:
-        """Set the equality and the qualities of ``request``. count, seed: token limit and seed of both requests."""
+        """Set the fields ``equality`` and ``qualities`` of ``request``, by comparison with plain decoding.
+
+        plain: the request of the plain method for the same prompts. count, seed: token limit and seed of both requests.
+        """
         cell, method, target = self.first, self.methods[request.method], self.base.target
         comparable = cell.temperature == 0 or (method.seeded and self.methods[self.plain].seeded)
         for b, (prompt, ours) in enumerate(zip(request.prompts, request.reply.tokens, strict=True)):
@@ -306,7 +326,10 @@ class BenchRun:
         return next((self.errors[key] for method in _methods(cell) if (key := method.key()) in self.errors), None)
 
     def _result(self, cell: Cell, by_method: dict[str, list[BenchRequest]], shared: Record) -> Record:
-        """Return the record of ``cell``. by_method: requests by method. shared: entries that all records have."""
+        """Return the record of ``cell``, an error record if its method or a baseline failed.
+
+        by_method: name of a method -> its requests. shared: entries that all records have.
+        """
         if error := self._error(cell):
             return failure_record(cell, error, time.perf_counter() - self.started)
         name, *others = (self.names[method.key()] for method in _methods(cell))

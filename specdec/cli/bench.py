@@ -145,7 +145,8 @@ def sweep(
 def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFlags) -> None:
     """Measure the cells of a file or of plain settings, print the results and end with the exit code.
 
-    overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``.
+    source: the file, or setting -> value. overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``.
+    running: where and how the cells run. Raises as ``_end`` does.
     """
     with terminal.status("loading"):
         from specdec.bench import launch
@@ -216,7 +217,11 @@ def _take(
     records: dict[str, Any],
     store: Store | None,
 ) -> None:
-    """Add ``arriving`` records to ``records`` and the store, and print a line for each. before: earlier records."""
+    """Take the records of cells as they arrive: add each to ``records`` and to the store, and print a line for it.
+
+    plan: all cells, for the lines. bar: shows the lines. before: number of cells that were done earlier.
+    records: key of a cell -> its record. store: the output folder; None: there is none.
+    """
     from specdec.bench.results import labels, outcome
 
     named = labels([cell.as_dict() for cell in plan.cells])
@@ -230,7 +235,11 @@ def _take(
 
 
 def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: RunFlags, interrupted: bool) -> None:
-    """Print notes, tables and how to continue. Raises typer.Exit or SpecDecError if a cell failed."""
+    """Print notes, tables and how to continue. Raises typer.Exit or SpecDecError if a cell failed.
+
+    records: key of a cell -> its record, for the cells of ``plan`` that have run. store: the output folder; None: there
+    is none. running: the options of the command. interrupted: whether Ctrl-C ended the run; typer.Exit is then raised.
+    """
     from specdec.bench.results import Results
     from specdec.bench.store import finished
 

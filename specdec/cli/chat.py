@@ -144,9 +144,10 @@ class ChatSession:
         say(f"saved in '{path}'")
 
     def answer(self, text: str) -> None:
-        """Answer a message and print the answer as it is decoded. After Ctrl-C the partial answer is the answer.
+        """Answer the user's message ``text`` and print the answer as it is decoded.
 
-        Raises SpecDecError if the conversation exceeds the context or decoding fails; the message is then dropped.
+        After Ctrl-C the text so far is the answer. Raises SpecDecError if the conversation exceeds the context or
+        decoding fails; the message is then dropped.
         """
         from specdec.api.prompts import encode
         from specdec.api.text import text_of
@@ -215,7 +216,10 @@ def _history() -> Any:
 
 
 def _writer(quiet: bool) -> Callable[[str, int], None]:
-    """Return a function that writes (text, depth in the draft) to stdout; on a terminal the depth sets the color."""
+    """Return a function that writes (text, depth in the draft) to stdout; on a terminal the depth sets the color.
+
+    The depth is 0 for a token that the model chose. quiet: whether to use no colors.
+    """
     console = Console(highlight=False, soft_wrap=True)
     if quiet or not console.is_terminal:
         return lambda text, depth: terminal.write(text)

@@ -29,7 +29,11 @@ VARIABLES += ["SPECDEC_CACHE", "SPECDEC_DATA", "SPECDEC_DEBUG", "SPECDEC_NATIVE"
 
 
 def collect() -> dict[str, Any]:
-    """Collect the report of ``specdec doctor`` as JSON values; None or empty where the system reports nothing."""
+    """Return the report of ``specdec doctor`` as JSON values; None or empty where the system reports nothing.
+
+    Keys: versions, commit, system, cpu, kernels, device, threads, cache, data, models, shipped_drafters and variables
+    (of the environment).
+    """
     from specdec.base import cores  # these import torch
     from specdec.bench.environment import environment
 
@@ -71,7 +75,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
-    """Return the instruction sets of ``FLAGS`` that Linux reports for this processor."""
+    """Return the instruction sets of ``FLAGS`` that Linux reports in ``cpuinfo``."""
     found = machine.features(cpuinfo)
     return [flag for flag in FLAGS if flag in found]
 

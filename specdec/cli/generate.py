@@ -216,7 +216,10 @@ def _schema(file: Path) -> str:
 
 
 def _bias(pairs: list[str]) -> dict[int, float] | None:
-    """Parse TOKEN=BIAS texts into {token id: bias}; None if there are none. Raises SpecDecError for other texts."""
+    """Return {token id: bias} of the texts TOKEN=BIAS in ``pairs``; None if there are none.
+
+    Raises SpecDecError for other texts.
+    """
     try:
         return {int(token): float(bias) for token, _, bias in (pair.partition("=") for pair in pairs)} or None
     except ValueError:
@@ -228,7 +231,7 @@ def _decode(
 ) -> tuple[GenerationOutput, SpecDecError | None]:
     """Generate once after the prompt ``ids`` and pass the text to ``write`` as it arrives. Ctrl-C ends the generation.
 
-    settings: arguments of ``SpecDecoder.open``. silent: whether to show no progress.
+    decoder: generates. settings: arguments of ``SpecDecoder.open``. silent: whether to show no progress.
     Returns the output and the error that ended it (None: no error). Raises the error if nothing was generated.
     """
     generation = decoder.open([ids], **settings)

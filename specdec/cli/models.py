@@ -61,8 +61,9 @@ def rm(model: shared.NamedModel = "") -> None:
 
 
 def model_row(name: str, entry: Embedded) -> dict[str, Any]:
-    """Describe the embedded model ``name`` as JSON values, for a row of ``specdec models``.
+    """Return a row of ``specdec models``, as JSON values, for the embedded model called ``name``, which is ``entry``.
 
+    name, licence, description: as in ``entry``. cached: whether the model is in the cache.
     download_bytes, cached_bytes: sizes of the download and of the folder in the cache after it.
     packed_bytes: size of the packed weights in the cache; 0 if there are none.
     where: the folder in the cache; before the download, the packages that will be downloaded.
@@ -83,7 +84,10 @@ def model_row(name: str, entry: Embedded) -> dict[str, Any]:
 
 
 def cached_row(model: CachedModel) -> dict[str, Any]:
-    """Describe a model in the cache that is not embedded, with the keys of ``model_row``."""
+    """Return a row like that of ``model_row`` for a model in the cache that is not embedded.
+
+    licence, download_bytes and description are None.
+    """
     row = dict.fromkeys(("licence", "download_bytes", "description"))
     return row | {
         "name": model.name,

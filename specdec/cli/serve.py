@@ -208,7 +208,10 @@ def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
 
 
 def _bytes(flag: str, text: str) -> int:
-    """Parse a size of at least ``MIN_CACHE`` bytes. Raises SpecDecError, which names ``flag``, for other texts."""
+    """Return the bytes of a size such as "2GiB", which must be at least ``MIN_CACHE``.
+
+    flag: the option whose value ``text`` is, for messages. Raises SpecDecError for other texts.
+    """
     size = options.parse_size(flag, text)
     if isinstance(size, float):
         raise SpecDecError(f"{flag} takes a size, such as 300MB; got '{text}'")

@@ -29,8 +29,8 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 def panel(title: str) -> Callable[..., Any]:
     """Return a function that creates typer options in the help panel ``title``.
 
-    Its parameters: help, a text or an option type of ``base.options`` with a description; metavar; names, such as
-    "--top-k" and others by which users of vLLM know the option (none: typer makes one of the parameter's name).
+    The function's parameters: help, a text or an option type of ``base.options`` with a description; metavar; names,
+    such as "--top-k" and others by which users of vLLM know the option (none: typer makes one of the parameter's name).
     """
 
     def option(help: Any, metavar: str | None = None, names: Sequence[str] = (), **more: Any) -> Any:
@@ -311,6 +311,7 @@ def check_adapter(name: str | None) -> None:
 def one_model(argument: str | None, option: str | None, default: str | None = None) -> str:
     """Return the model that is named as an argument or by --model; without both, ``default``.
 
+    argument: the positional argument; None: not given.
     option: the value of --model, which is ``default`` if the user does not give it. Raises SpecDecError if two
     different models are named, or none.
     """
@@ -327,7 +328,7 @@ def _is_argument(parameter: inspect.Parameter) -> bool:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Return ``command`` in the form that typer needs, for use as a decorator.
+    """Return a function for typer with the options of ``command``, for use as a decorator.
 
     Each parameter whose default is a dataclass (such as ``LoadingFlags``) is replaced by options, one per field. A
     command with an option ``model`` and without positional arguments also takes the model as an argument.
@@ -364,7 +365,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["auto"]:
-    """Parse a draft length: "auto" or a number >= 1. Raises SpecDecError, which names ``flag``, for other texts."""
+    """Return the draft length that ``text`` gives: "auto" or a number >= 1.
+
+    flag: the option, for messages. Raises SpecDecError for other texts.
+    """
     if text == "auto":
         return "auto"
     if text.isdecimal() and int(text) >= 1:

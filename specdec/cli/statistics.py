@@ -33,7 +33,7 @@ def statistics(
     verbose: bool,
     source: str = "",
 ) -> None:
-    """Print the figures of one generation to stderr.
+    """Print the figures of one generation, ``output`` of ``decoder``, to stderr.
 
     comparison: the result of ``compare``; None: there was none. verbose: whether to print phases and self-checks, too.
     source: the folder or NAME=SOURCE from which the drafter was loaded; "": its name says it.
@@ -102,9 +102,11 @@ def compare(
 ) -> dict[str, Any]:
     """Compare outputs with drafts with those of plain decoding; return JSON values.
 
+    decoder: has decoded. prompt: token ids.
     turns: (output with drafts, output of plain decoding) of each turn. sampler: a sampler like the one that chose the
     tokens of all outputs.
-    speedup, speedup_range, speedup_note: as in ``speedup``.
+    The keys of the result:
+    turns: number of turns. speedup, speedup_range, speedup_note: as in ``speedup``.
     identical: whether the tokens are equal in each turn; outcome says so in words.
     fault: whether the tokens differ in a way that neither rounding nor a lossy verifier explains.
     agreement: the share of tokens that the full model would choose, too; None for a lossless verifier.
@@ -142,7 +144,8 @@ def compare(
 def speedup(ours: Sequence[RequestMetrics], plain: Sequence[RequestMetrics], drafts: bool) -> dict[str, Any]:
     """Return the speedup of decoding with drafts, ``ours``, over plain decoding, turn by turn, as JSON values.
 
-    drafts: whether the decoder has a drafter.
+    ours, plain: the metrics of each turn, with drafts and without. drafts: whether the decoder has a drafter.
+    The keys of the result:
     speedup: median over the turns; speedup_range: the lowest and the highest; both None if they would say nothing.
     speedup_note: why they are None, else None.
     """
@@ -173,7 +176,7 @@ def _compared(comparison: dict[str, Any]) -> Facts:
 
 
 def experts(what: str, figures: dict[str, float]) -> Facts:
-    """Return the lines to print about experts in slow memory.
+    """Return the lines to print about experts in slow memory, as (label, value).
 
     what: describes the cache of experts. figures: the metrics of the request; empty: there are none.
     """
@@ -191,6 +194,7 @@ def experts(what: str, figures: dict[str, float]) -> Facts:
 def advice(decoder: SpecDecoder, output: GenerationOutput, comparison: dict[str, Any] | None) -> str:
     """Return a sentence about drafts that bring nothing; "" if there is no drafter, or if they bring something.
 
+    output: a generation of ``decoder``.
     comparison: the result of ``compare``, whose speedup decides; None: there was none.
     """
     m, label, training = output.metrics, decoder.drafter.traits.label, decoder.drafter.training

@@ -95,7 +95,11 @@ def run(
 
 @contextmanager
 def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[None]:
-    """After Ctrl-C or SIGTERM, say what is saved and how to go on, and end the command."""
+    """After Ctrl-C or SIGTERM in the ``with`` block, print what is saved and how to go on, and end the command.
+
+    output: the run's folder. resume: whether the command line says --resume already. console: where it prints; quiet in
+    all processes but the first. Raises typer.Exit.
+    """
     try:
         with interrupting(_raise, ended=True):
             yield

@@ -38,6 +38,9 @@ class Batch:
 
     While the drafter is off after a failure, rows are decoded without drafts.
 
+    policy: chooses the draft depths. guard: calls the drafter, and turns it off after an error.
+    rows: the requests. cache: their keys and values, one row for each request in the same order.
+    state: the rows as drafters see them. timer: the seconds of each phase of a step.
     chosen: whether the depth policy has chosen the draft depths of this step.
     drafter_behind: whether the drafter was restarted and gets its first states of the rows in the next step.
     """
@@ -77,7 +80,7 @@ class Batch:
             self._update_state()
 
     def begin(self, row: Request) -> None:
-        """Set the drafter's and the depth policy's state of a row that begins."""
+        """Set up a row that begins: its ``drafter_state`` and ``depth_history`` (a preempted row keeps the latter)."""
         row.metrics.num_layers = self.target.num_layers
         row.depth_history = row.depth_history or self.policy.begin()
         row.drafter_state = self.guard.call(lambda drafter: drafter.begin())
@@ -107,7 +110,7 @@ class Batch:
         return joined
 
     def _add_prompt_logprobs(self, row: Request, start: int, states: Tensor) -> None:
-        """Add the log-probabilities of prompt tokens, from the final states [n, D] of the tokens before them.
+        """Add the log-probabilities of tokens of ``row``'s prompt, from the final states [n, D] of the tokens before.
 
         start: index in the prompt of the first of these n tokens.
         """
@@ -118,7 +121,10 @@ class Batch:
             row.prompt_token_logprobs += scored
 
     def _choose_first(self, rows: Sequence[Request], last: Tensor) -> None:
-        """Choose and append the first new token of each row, from the final states of its last token, [B, 1, D]."""
+        """Choose and append the first new token of each of ``rows``.
+
+        last: final states [B, 1, D] of the last token of each of these rows.
+        """
         sampler = Sampler([row.sampler for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
             [chosen] = self.target.greedy_tokens(last)
@@ -143,7 +149,7 @@ class Batch:
         self._update_state()
 
     def keep(self, rows: Sequence[Request]) -> None:
-        """Remove all rows but ``rows``."""
+        """Remove all rows but ``rows``, with their keys and values."""
         alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
@@ -155,6 +161,7 @@ class Batch:
         self._update_state()
 
     def _update_state(self) -> None:
+        """Bring ``state`` up to date after rows have come or gone."""
         rows = self.rows
         self.state = replace(
             self.state,
@@ -209,7 +216,10 @@ class Batch:
             row.token_logprobs += token_logprobs(logits[slots[b]], row.new_tokens, row.logprobs or 0)
 
     def _choose_depths(self, forced: Sequence[Sequence[int]]) -> None:
-        """Set the draft depth of each row for this step; 0 for rows that have ``forced`` tokens."""
+        """Set the depths, the last exit and the prices of this step in ``state``, and ``chosen``.
+
+        forced: for each row, the next tokens that its constraint determines; a row that has any gets depth 0.
+        """
         state, rows = self.state, self.rows
         if self.drafter is not None and self.drafter.learner is not None:
             self.policy.follow(self.drafter.learner.version)
@@ -224,7 +234,7 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """Return the maximum draft depth of row ``b``: its own limit, and the tokens that may still come."""
+        """Return the maximum draft depth of the row of index ``b``: its own limit, and the tokens that may follow."""
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)
@@ -232,7 +242,10 @@ class Batch:
         return max(min(depth, row.remaining - 1) if self.verifier.lossless else depth, 0)
 
     def _forced_tokens(self) -> list[list[int]]:
-        """Return, for each row, the next tokens that its constraint determines; they replace the drafter's tokens."""
+        """Return, for each row, the next tokens that its constraint determines, at most ``FORCED``; []: none.
+
+        They replace the drafter's tokens.
+        """
         if self.drafter is None or self.drafter_behind or not self.drafter.traits.drafts:
             return [[] for _ in self.rows]
         found = []
@@ -262,7 +275,10 @@ class Batch:
         return Draft.empty(len(self.rows), self.cache.device)
 
     def _append(self, draft: Draft, accepted: Acceptance) -> list[list[int]]:
-        """Append the accepted tokens to each row up to the row's end; return the block indices to commit."""
+        """Append the accepted tokens to each row, up to where the row ends.
+
+        Return the paths to commit: for each row, the block indices whose tokens are in its text, the root (0) first.
+        """
         tokens, depths, paths = draft.lists(), draft.depths(), []
         for b, (row, path, token) in enumerate(zip(self.rows, accepted.paths, accepted.next_tokens, strict=True)):
             row.append([*(tokens[b][node - 1] for node in path[1:]), token], [*(depths[node] for node in path[1:]), 0])
@@ -272,7 +288,8 @@ class Batch:
     def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: Sequence[Sequence[int]]) -> None:
         """Update each row's metrics and the depth policy; the policy ignores steps with forced tokens.
 
-        scored: number of tokens that were scored. forced: the tokens of each row that its constraint determined.
+        accepted: the accepted path of each row. scored: number of tokens that were scored.
+        forced: for each row, the tokens that its constraint determined; []: none.
         """
         tokens, depths, deepest, counts = draft.lists(), draft.depths(), list[int](), list[int]()
         seconds = self.timer.step
@@ -309,9 +326,11 @@ class Batch:
     # -- the drafter --------------------------------------------------------------------------------------------------
 
     def _taps(self) -> dict[int, Tensor]:
+        """Return what ``score`` fills: an empty tensor for each layer whose input states the drafter reads."""
         return dict.fromkeys(self.drafter.traits.taps if self.drafter is not None else (), NOTHING)
 
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
+        """Call ``Drafter.observe`` with these arguments, if the drafter is on."""
         self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def learn(self) -> bool:

@@ -77,6 +77,7 @@ class EngineStats:
 class Engine:
     """Decodes requests with one target and one drafter, at most ``max_rows`` at once.
 
+    policy: chooses how deep each step drafts.
     max_waiting: maximum number of requests in the queue.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
@@ -182,9 +183,11 @@ class Engine:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[Events]:
-        """Run steps in the caller's thread until every request has ended; yield the new tokens of each step's rows.
+        """Run steps in the caller's thread until every request has ended.
 
-        ``close`` ends them, too, if another thread calls it.
+        Yield, for each step, the pairs of a request and its new token ids, which may be none.
+
+        ``close`` ends the steps, too, if another thread calls it.
 
         A step admits, prefills, decodes and delivers. A step that fails ends all requests but those that wait, and its
         error is raised.
@@ -205,6 +208,7 @@ class Engine:
                 return [], error
 
     def _step(self) -> Events:
+        """Run one step: admit, prefill, decode, deliver. Return the new tokens of each row that ran."""
         self.timer.restart()
         for row in self._all_requests():
             if row.cancelled:
@@ -240,7 +244,7 @@ class Engine:
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
     def _deliver(self, rows: Sequence[Request]) -> Events:
-        """Give each row's reader its new tokens, and remove the rows that have ended."""
+        """Give each row's reader its new tokens, remove the rows that have ended, and return all with these tokens."""
         rows, now = list(rows), time.perf_counter()
         for number, row in enumerate(rows):
             if row.finish_reason == "error" and row.error is None:
@@ -261,7 +265,10 @@ class Engine:
         return [(row, row.new_tokens) for row in rows]
 
     def _put_event(self, row: Request, tokens: list[int], depths: list[int]) -> None:
-        """Add new tokens to the pending event of a request; ``_notify`` wakes its reader later."""
+        """Add new tokens and their depths (as in ``Event``) to the pending event of request ``row``.
+
+        ``_notify`` wakes its reader later.
+        """
         if row.handle is not None:
             row.handle.put(tokens, depths)
             self._unread.append(row.handle)
@@ -285,13 +292,16 @@ class Engine:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Drop the references to requests that have got their last event."""
+        """Drop the references to ``rows``, requests that have got their last event."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
 
     def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
-        """End requests, which the caller removes from the queue or the batch. reason: their ``Event.finish_reason``."""
+        """End requests, and send their last events; the caller removes them from the queue or the batch.
+
+        reason: their ``Event.finish_reason``. error: their ``Event.error``; None: none.
+        """
         for row in rows:
             row.finish(reason, error)
             row.close_phases(self.timer.seconds)
@@ -300,6 +310,7 @@ class Engine:
         self._notify()
 
     def _cancel(self, row: Request) -> None:
+        """End the request ``row``, wherever it is, with the finish reason "cancelled"."""
         with self._queue:
             if row.status is Status.WAITING:
                 self.scheduler.waiting.remove(row)
@@ -400,6 +411,9 @@ class Engine:
 
 
 def _run(engine: weakref.ref[Engine], stop: Stop) -> None:
-    """Run steps in the engine's thread, without keeping the engine alive while there is nothing to do."""
+    """Run steps in the engine's thread, without keeping the engine alive while there is nothing to do.
+
+    stop: set when the thread is to end.
+    """
     while not stop.is_set() and (alive := engine()) is not None and alive._step_or_wait():
         del alive

@@ -21,6 +21,7 @@ class TokenLogprob(NamedTuple):
     top: list[tuple[int, float]]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields by name, for JSON."""
         return self._asdict()
 
 
@@ -37,7 +38,10 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def prompt_logprobs(target: Target, states: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of ``tokens``, at most n, token i after the i-th of the final states [n, D]."""
+    """Return the log-probabilities of ``tokens``, each with the ``top`` likeliest tokens at its place.
+
+    states: final states [n, D]; token i follows the i-th of them. tokens: at most n token ids.
+    """
     found = list[TokenLogprob]()
     for start in range(0, len(tokens), LOGIT_ROWS):
         part = tokens[start : start + LOGIT_ROWS]

@@ -20,13 +20,17 @@ NEW_SLOTS = 1024  # maximum new tokens that a row's cache is allocated for at fi
 
 
 class PrefillBatch:
-    """The requests whose prompts are being run, and one KV cache with a row for each."""
+    """The requests whose prompts are being run, and one KV cache with a row for each.
+
+    rows: the requests, in the order of the cache's rows. cache: None while there is no request.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Request] = []
         self.cache: KVCache | None = None
 
     def add(self, rows: Sequence[Request], cache: KVCache) -> None:
+        """Add requests. cache: the keys and values of ``rows``, in this order, which join those that are there."""
         if self.cache is None:
             self.cache = cache
         else:
@@ -34,7 +38,10 @@ class PrefillBatch:
         self.rows += rows
 
     def remove(self, rows: Sequence[Request]) -> KVCache | None:
-        """Remove ``rows``; return a cache of them in this order; None: there are none."""
+        """Remove those of ``rows`` that are here; return a KV cache of them.
+
+        Its rows have the order that the requests had here. None: none of them is here.
+        """
         index = [b for b, row in enumerate(self.rows) if row in rows]
         stay = [b for b in range(len(self.rows)) if b not in index]
         cache, self.rows = self.cache, [self.rows[b] for b in stay]
@@ -51,7 +58,7 @@ class PrefillBatch:
 
 
 class Memory:
-    """Keeps the KV caches of an engine within a limit of bytes.
+    """Keeps the KV caches of an engine within a limit of bytes. A *slot* is the place of one token in a row's cache.
 
     limit: maximum number of bytes, cached prefixes included; None: no limit.
     batch, prefilling: the rows that decode, and the rows whose prompts are being run.
@@ -78,12 +85,17 @@ class Memory:
     def room(self, tokens: int, new: Sequence[int] = ()) -> float:
         """Return the bytes left for cached prefixes if each row grows by ``tokens`` and new rows begin.
 
-        A negative result means that there is not enough memory. new: number of cache slots (tokens) of each new row.
+        A negative result means that there is not enough memory; infinity, that there is no limit.
+
+        tokens: number of further tokens of each row that runs. new: for each row that begins, the number of its slots.
         """
         return math.inf if self.limit is None else self.limit - self._running_bytes() - self._growth(tokens, new)
 
     def make_room(self, tokens: int, new: Sequence[int] = ()) -> bool:
-        """Drop cached prefixes until the rest fits ``room(tokens, new)``; return whether rows have enough memory."""
+        """Drop cached prefixes, the oldest first, until the rest fits ``room(tokens, new)``.
+
+        Return whether rows have enough memory. tokens, new: as in ``room``.
+        """
         room = self.room(tokens, new)
         if (prefixes := self.prefixes) is not None:
             while prefixes.nbytes > min(room, prefixes.max_bytes) and prefixes.drop():
@@ -91,7 +103,10 @@ class Memory:
         return room >= 0
 
     def expected_slots(self, row: Request, max_rows: int) -> int:
-        """Return the number of slots to allocate for a new row, at most the share of one of ``max_rows`` rows."""
+        """Return the number of slots to allocate for a new row: for its text, new tokens and a draft.
+
+        At a limit, it is at most the share of one of ``max_rows`` rows; and never more than the model's context.
+        """
         new = min(row.remaining, NEW_SLOTS) if self.prefixes is not None else row.remaining
         if self.limit is not None:
             share = self.limit // max(self.token_bytes * max_rows, 1)
@@ -99,12 +114,16 @@ class Memory:
         return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
     def _running_bytes(self) -> int:
+        """Return the bytes of the caches of all running rows, and those that the target keeps ready."""
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
         rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
         return rows + self.batch.target.spare_bytes
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
-        """Return the bytes by which buffers and states grow if each row gets ``tokens``, and ``new`` rows begin."""
+        """Return the bytes by which buffers and states would grow.
+
+        tokens: number of further tokens of each row that runs. new: for each row that begins, the number of its slots.
+        """
         batch, prefilling, now = self.batch.cache, self.prefilling, 0.0
         then = [batch.new_capacity(slots) for slots in new]
         for cache, ends in ((batch, batch.rows), (prefilling.cache, [len(row.ids) for row in prefilling.rows])):
@@ -118,7 +137,7 @@ class Memory:
 
 @torch.inference_mode()
 def cache_sizes(target: Target) -> tuple[int, int]:
-    """Return the bytes of a token's keys and values, and of a row's recurrent states."""
+    """Return the bytes of a token's keys and values, and of a row's recurrent states (0: none). Runs one token."""
     cache = target.new_cache()
     run_tokens(target, cache, [[0]])
     return cache.token_bytes, cache.state_bytes

@@ -36,7 +36,7 @@ class RequestMetrics:
     saved_seconds: estimated time that the cached tokens would have taken.
     """
 
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = 0  # tokens of the prompt
     num_new_tokens: int = 0  # generated tokens, the end token included
     per_step_drafted: list[int] = field(default_factory=list)
     per_step_accepted: list[int] = field(default_factory=list)
@@ -75,18 +75,22 @@ class RequestMetrics:
 
     @property
     def prefill_seconds(self) -> float:
+        """The seconds of running the prompt."""
         return self.phases.get("prefill", 0.0)
 
     @property
     def decode_seconds(self) -> float:
+        """The seconds of all phases but the prefill."""
         return sum(self.phases.values()) - self.prefill_seconds
 
     @property
     def num_spec_steps(self) -> int:
+        """The number of steps after the prefill."""
         return len(self.per_step_accepted)
 
     @property
     def num_accepted_draft_tokens(self) -> int:
+        """The number of drafted tokens that were accepted."""
         return sum(self.per_step_accepted)
 
     @property
@@ -96,7 +100,7 @@ class RequestMetrics:
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Number of accepted tokens over the sum of draft depths; 0 when nothing was drafted."""
+        """The share of drafted tokens that were accepted, all branches of trees counted; 0 when nothing was drafted."""
         return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
@@ -135,6 +139,11 @@ class RequestMetrics:
         return (self.num_new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
     def step(self, drafted: int, nodes: int, accepted: int, rows: int = 1) -> None:
+        """Count a step after the prefill.
+
+        drafted: depth of the row's draft. nodes: number of its scored nodes. accepted: number of its accepted tokens.
+        rows: number of rows that shared the step.
+        """
         self.rows += rows
         self.per_step_drafted.append(drafted)
         self.per_step_accepted.append(accepted)
@@ -146,7 +155,7 @@ class RequestMetrics:
             self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields and properties as plain numbers and lists, for JSON."""
+        """Return the figures by name (fields and properties) as plain numbers, texts, lists and mappings, for JSON."""
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
@@ -200,5 +209,6 @@ class PhaseTimer:
         self._book(phase, spent)
 
     def _book(self, phase: str, spent: float) -> None:
+        """Add ``spent`` seconds to ``phase``."""
         for seconds in (self.seconds, self.step):
             seconds[phase] = seconds.get(phase, 0.0) + spent

@@ -52,6 +52,8 @@ class TextSink(Protocol):
 class Request:
     """A request, which becomes one row of the engine's batch. Raises SpecDecError for a value of the wrong type.
 
+    prompt: the token ids, from first to last.
+    max_new_tokens: maximum number of new tokens; 0: only the prompt runs.
     sampler: chooses tokens from logits; by default greedily.
     eos: ids of the model's end tokens, which end the request.
     stop_token_ids: ids of other tokens that end it, with the finish reason "stop".
@@ -86,23 +88,23 @@ class Request:
 
     # State that the engine keeps
     ids: list[int] = field(init=False)  # prompt and output; the last one, the root, is not yet cached
-    metrics: RequestMetrics = field(init=False)
+    metrics: RequestMetrics = field(init=False)  # figures so far
     drafter_state: Any = field(init=False, default=None)  # ``Drafter.begin``
     depth_history: Any = field(init=False, default=None)  # ``DepthPolicy.begin``
     status: Status = field(init=False, default=Status.WAITING)  # changed only by ``set_status``
-    finish_reason: str | None = field(init=False, default=None)
-    error: SpecDecError | None = field(init=False, default=None)
-    cancelled: bool = field(init=False, default=False)
-    preempted: bool = field(init=False, default=False)
+    finish_reason: str | None = field(init=False, default=None)  # as in ``finish``; None: it has not ended
+    error: SpecDecError | None = field(init=False, default=None)  # the error that ended it
+    cancelled: bool = field(init=False, default=False)  # its sender wants it to end
+    preempted: bool = field(init=False, default=False)  # it waits again, as memory was short
     deferred: bool = field(init=False, default=False)  # while its prompt ran, because others came
-    submit_time: float = field(init=False, default=0.0)
+    submit_time: float = field(init=False, default=0.0)  # ``time.perf_counter`` at submission; 0.0: before it
     phases_at_start: dict[str, float] | None = field(init=False, default=None)  # the engine's, at admission
     new_tokens: list[int] = field(init=False, default_factory=list)  # of the last step
     new_depths: list[int] = field(init=False, default_factory=list)  # their depths in the draft; 0: the model's own
     fork_positions: set[int] = field(init=False, default_factory=set)  # lengths at which other texts branch off
-    handle: Handle | None = field(init=False, default=None)
-    token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
-    prompt_token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    handle: Handle | None = field(init=False, default=None)  # for its reader, once it is submitted
+    token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)  # of the new tokens
+    prompt_token_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)  # from the second token on
 
     def __post_init__(self) -> None:
         self.prompt = list(self.prompt)
@@ -125,7 +127,7 @@ class Request:
         return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
     def set_status(self, status: Status) -> None:
-        """Change the status; no other code does."""
+        """Change the status; no other code does. Raises ValueError for a change that ``ALLOWED_CHANGES`` lacks."""
         if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
         self.status = status
@@ -136,8 +138,11 @@ class Request:
         self.finish_reason, self.error = reason, error
 
     def append(self, tokens: Sequence[int], depths: Sequence[int]) -> None:
-        """Append ``tokens`` up to where plain decoding would end; the rest must not enter the text or the cache.
+        """Append ``tokens`` up to where plain decoding would end, and end the request there.
 
+        The appended ones are then in ``new_tokens``; the rest must not enter the text or the cache.
+
+        tokens: new token ids; -1: the model's logits were not finite, which ends the request with "error".
         depths: for each token, its depth in the draft; 0: the model chose it itself.
         """
         self.new_tokens = []
@@ -167,6 +172,7 @@ class Request:
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
     def _finish_reason(self, token: int) -> str | None:
+        """Return why the request ends with the new token ``token``; None: it goes on."""
         reason = None if self.text is None else self.text.push(token)
         if token in self.eos:
             return "eos"
@@ -198,8 +204,11 @@ def failure(error: BaseException) -> SpecDecError:
 @dataclass
 class Event:
     """The new token ids of a request since its last event.
+
+    tokens: the ids, in order; empty if only the end is reported.
     finish_reason: "eos", "stop" (or the reason that ``Request.text`` returns), "length", "cancelled" or "error"; None:
         the request goes on.
+    error: the error that ended the request; None: there is none.
     depths: for each token, its depth in the draft that it was accepted from; 0: the model chose it itself.
     """
 
@@ -234,6 +243,7 @@ class Handle:
 
     @property
     def metrics(self) -> RequestMetrics:
+        """The figures of the request so far."""
         return self.request.metrics
 
     def cancel(self) -> None:
@@ -241,7 +251,10 @@ class Handle:
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
-        """Add the tokens of a step, and the request's finish reason. The reader is not notified yet."""
+        """Add a step's new tokens to the pending event, with the request's finish reason if it has ended.
+
+        The reader is not notified yet. tokens, depths: as in ``Event``.
+        """
         with self._change:
             event = self._pending = self._pending or Event()
             event.tokens += tokens
@@ -259,6 +272,7 @@ class Handle:
                 loop.call_soon_threadsafe(flag.set)
 
     def _take(self) -> Event | None:
+        """Return the pending event and remove it; None: there is none."""
         with self._change:
             event, self._pending = self._pending, None
             self._ended = self._ended or (event is not None and event.finish_reason is not None)

@@ -27,6 +27,10 @@ class Scheduler:
 
     max_rows: maximum number of requests that run at once. kv_memory: maximum bytes of keys and values; None: no limit.
     chunk: maximum number of prompt tokens in a step. prefixes, disk: cached prefixes in memory and on disk; None: none.
+    waiting: the queue of requests. prefilling: the requests whose prompts are being run.
+
+    A *prefix* is the beginning of a text whose keys and values are cached. A *checkpoint* is what a cache keeps at one
+    place of a text so that another text can go on from there.
 
     A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
     and one every ``CHECKPOINT`` tokens. With windowed layers, whose slots before the last window are dropped, a prompt
@@ -62,6 +66,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
+        """The number of requests that run."""
         return len(self.batch.rows) + len(self.prefilling.rows)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -94,9 +99,9 @@ class Scheduler:
             self.prefilling.add(fresh, cache)
 
     def _admit(self, row: Request, fresh: list[Request]) -> bool:
-        """Let a request begin with the longest cached prefix of its text; return False if it has to wait.
+        """Let the request ``row`` begin with the longest cached prefix of its text; return False if it has to wait.
 
-        fresh: the requests that begin in this step, to which ``row`` is added if no prefix is cached.
+        fresh: the requests that begin in this step without a prefix; ``row`` is added if no prefix of it is cached.
         """
         others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
         if self.memory.room(DRAFTED + HEADROOM, need) < 0 and others:
@@ -128,6 +133,7 @@ class Scheduler:
         return True
 
     def _leave_queue(self, row: Request) -> None:
+        """Take ``row`` out of the queue, because its prompt runs now."""
         self.waiting.remove(row)
         row.set_status(Status.PREFILL)
 
@@ -167,15 +173,17 @@ class Scheduler:
         return self.fairness.next(tuple(self.waiting), (*self.rows, *fresh))  # other threads add to the queue
 
     def _expected_slots(self, row: Request) -> int:
+        """Return the number of cache slots to allocate for ``row`` (``Memory.expected_slots``)."""
         return self.memory.expected_slots(row, self.max_rows)
 
     def _longest_prefix(
         self, ids: Sequence[int], scope: str | None
     ) -> tuple[Callable[[int, int], KVCache] | None, int, int]:
-        """Find the longest cached prefix of ``ids``.
+        """Find the longest cached prefix of the token ids ``ids``, among texts of ``scope``.
 
         Return a function that makes a KV cache of it (None: there is none), its number of tokens, and the number of
-        tokens that ``ids`` shares with any cached text.
+        tokens that ``ids`` shares with any cached text. The function takes the number of
+        tokens to take over, and the number of slots to allocate.
         """
         if (prefixes := self.memory.prefixes) is None:
             return None, 0, 0
@@ -198,14 +206,19 @@ class Scheduler:
         return source, most, shared
 
     def _fork(self, row: Request, count: int) -> None:
-        """Record that other texts branch off after ``count`` tokens of a row, where a checkpoint helps.
+        """Record that other texts branch off the text of ``row`` after ``count`` tokens, where a checkpoint helps.
 
-        With a disk cache, the last end of a chunk before is recorded.
+        With a disk cache, the last end of a chunk before is recorded, too.
         """
         row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
-        """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens."""
+        """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens.
+
+        If so, the place where the two texts branch off is recorded (``_fork``).
+
+        ids: the tokens of ``row`` that may be cached. fresh: requests that begin in this step.
+        """
         if self.memory.prefixes is None:
             return False
         prefilling, waits = self.prefilling, False
@@ -219,6 +232,7 @@ class Scheduler:
         return waits
 
     def _count_hits(self, row: Request, found: int) -> None:
+        """Count the prompt tokens of ``row`` as looked up among cached prefixes, and ``found`` of them as found."""
         if self.memory.prefixes is not None and not row.deferred:
             self.prefix_queries += len(row.ids)
             self.prefix_hits += found

@@ -24,14 +24,16 @@ LIKELIEST = 64  # tokens at a position of a constrained row that a device return
 
 @dataclass
 class Scores:
-    """The result of scoring a block: the root and the drafted tokens of each row.
+    """The result of scoring a block: the root (block index 0) and the drafted nodes (1 .. M) of each row.
 
-    chosen: token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite).
+    chosen: token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite). Entries of
+        nodes that a row does not have mean nothing.
     p: the target's distributions after each block token, [B, 1 + M, V]; None: the verifier does not read them.
-    taps: states [B, T, D] by the layer that they are the input of, for the drafter.
-    count: number of tokens that were run.
-    nodes: the block indices of each row that were run; None: all were.
-    logits: by row, raw logits [n, V] after each of its tokens that were run, for the rows that were asked for.
+    taps: states [B, 1 + M, D] by block index, by the layer that they are the input of, for the drafter.
+    count: number of tokens that were run, of all rows.
+    nodes: the block indices of each row that were run, in the order of the run; None: all were, by block index.
+    logits: by the index of a row in the batch, raw logits [n, V] after each of its n tokens that were run, before any
+        processor; only for the rows that were asked for.
     fault: why the drafted tokens cannot be scored; None: they were.
     """
 
@@ -44,7 +46,10 @@ class Scores:
     fault: str | None = None
 
     def slots(self, paths: list[list[int]]) -> list[list[int]]:
-        """Return where the tokens of each row's path of block indices are among the row's uncommitted cache slots."""
+        """Return, for each token of each row's path, its place among the row's uncommitted slots of the KV cache.
+
+        paths: for each row, the block indices of a path, the root (0) first. The result has the same shape.
+        """
         if self.nodes is None:
             return paths
         return [[own.index(node) for node in path] for own, path in zip(self.nodes, paths, strict=True)]
@@ -55,8 +60,11 @@ def score(
 ) -> Scores:
     """Run each row's root and drafted tokens through the target in one pass, and choose a token after each of them.
 
-    taps: filled with the states of the layers that are its keys.
-    logit_rows: indices of the rows whose logits are returned, too.
+    The keys and values of these tokens stay in ``state.cache``, uncommitted.
+
+    taps: its keys are the layers whose input states are wanted; the values are replaced by these states.
+    verifier: says whether distributions are needed, and which drafted tokens it accepts.
+    logit_rows: batch indices of the rows whose raw logits are returned, too (``Scores.logits``).
     """
     scorer = _Scorer(state, draft, taps, verifier, logit_rows)
     ragged = len(state.ids) > 1 and state.target.ragged and draft.states is None
@@ -65,7 +73,10 @@ def score(
 
 @dataclass
 class _Scorer:
-    """The arguments of ``score``, with one method for each of the two ways to run them."""
+    """The arguments of ``score``, with one method for each of the two ways to run them: ``block`` and ``rows``.
+
+    A *block index* numbers what is scored of a row: 0 is the root, 1 .. M are the nodes of the draft, parents first.
+    """
 
     state: State
     draft: Draft
@@ -128,10 +139,15 @@ class _Scorer:
         return Scores(chosen, p, taps, positions.numel(), order, row_logits, fault)
 
     def _reorder(self, order: list[list[int]], chosen: list[list[int]], p: Tensor | None) -> Tensor | None:
-        """Sort ``chosen`` and the collected states, in place, by block index, for trees that the device has built.
+        """Sort the results of a run by block index, for trees that the device has built; return ``p`` sorted.
 
-        order: for each row, the block index of each token that was run; -1: none.
-        p: the target's distributions [B, T, V] in the order of the run; None: they are not needed. Returns them sorted.
+        The device runs the tokens of each row in an order of its own. ``chosen`` and the states in ``taps`` are changed
+        in
+        place: afterwards entry i of a row belongs to block index i, and a node that the row lacks has the root's entry.
+
+        order: for each row, the block index of each of its T tokens, in the order of the run; -1: none.
+        chosen: the target's choice after each token, [B][T] in the order of the run.
+        p: the target's distributions [B, T, V] in the order of the run; None: the verifier does not need them.
         """
         count = 1 + len(self.draft.parents)
         where = [[own.index(node) if node in own else 0 for node in range(count)] for own in order]
@@ -143,7 +159,10 @@ class _Scorer:
         return None if p is None else p.gather(1, index.expand(-1, -1, p.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it."""
+        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it.
+
+        tokens, positions: the block's tokens and their positions, int64 [B, 1 + M] each.
+        """
         draft, target, cache, exit_layer = self.draft, self.state.target, self.state.cache, self.draft.exit_layer
         done = 0 if draft.states is None else draft.states.shape[1]
         if draft.states is not None and done == tokens.shape[1]:
@@ -206,7 +225,7 @@ class _Scorer:
     def _read_out(self, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:
         """Return logits [1, n, V] for each of ``rows``, from final states ``x`` [1, T, D] of all rows, concatenated.
 
-        counts: number of tokens of each row in ``x``.
+        counts: number of tokens of each row in ``x``. rows: batch indices, rising; (): nothing is computed.
         """
         if not rows:
             return ()
@@ -229,9 +248,11 @@ class _Scorer:
         best: list[int] | None,
         others: Sequence[_Likeliest] = (),
     ) -> list[int]:
-        """Return the target's choice after each of the T block tokens ``nodes`` of row ``b``.
+        """Return the target's choice after each of T block tokens of the row with batch index ``b``.
 
-        Logits are processed only along accepted tokens, since choices after other tokens do not count.
+        Logits are processed only along accepted tokens; choices after other tokens do not count, and are 0.
+
+        nodes: block indices of the T tokens, parents first.
         logits: raw logits after the tokens, [T, V].
         best: argmax of each of them, [T], if the row takes the best token that its constraint allows; else None.
         others: the likeliest tokens of each of them, [T]; (): they were not read.
@@ -263,20 +284,23 @@ class _Scorer:
 
 
 class _Likeliest(NamedTuple):
-    """The likeliest k tokens at a position, best first, and their logits."""
+    """The k likeliest tokens at a position: their ids, best first, and their logits."""
 
     ids: list[int]
     logits: list[float]
 
     @classmethod
     def of(cls, row: list[int], count: int) -> list[_Likeliest]:
-        """Take apart a row of ``_likeliest``, for each of its ``count`` positions."""
+        """Unpack one row of what ``_likeliest`` returns, ``row`` [T 2 k], for its T = ``count`` positions."""
         whole = np.array(row).reshape(count, 2, -1)
         logits = whole[:, 1].astype(np.int32).view(np.float32)
         return [cls(*each) for each in zip(whole[:, 0].tolist(), logits.tolist(), strict=True)]
 
     def best(self, allowed: Tensor) -> int | None:
-        """Return the first of the best tokens that ``allowed``, bool [V], contains; None: it may be another token."""
+        """Return the smallest id among the likeliest of these tokens that ``allowed``, bool [V], contains.
+
+        None: none of them is allowed, or another token may be as likely.
+        """
         there = [(token, logit) for token, logit in zip(self.ids, self.logits, strict=True) if allowed[token]]
         # Tokens that are not here may be as likely as the last one that is
         if not there or there[0][1] == self.logits[-1] or not math.isfinite(there[0][1]):
@@ -285,9 +309,10 @@ class _Likeliest(NamedTuple):
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """Return the ids of the ``LIKELIEST`` likeliest tokens at each position, and the bits of their logits.
+    """Return the k = ``LIKELIEST`` likeliest tokens at each position of logits [B, T, V], as int64 [B, T 2 k].
 
-    logits: [B, T, V]. Returns int64 [B, T 2 k].
+    For each position come k token ids, best first, and then the bit patterns of their k logits in float32, so that one
+    read gets both. k is V if V is smaller. ``_Likeliest.of`` unpacks a row.
     """
     values, ids = logits.float().topk(min(LIKELIEST, logits.shape[-1]))
     return torch.stack((ids, values.view(torch.int32).long()), 2).flatten(1)
@@ -298,7 +323,8 @@ def _best_allowed(
 ) -> int:
     """Return the best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
 
-    best: the argmax of ``logits``. others: the likeliest tokens; None: they are not known.
+    text: ids of the prompt and the tokens after it, up to the position.
+    best: the argmax of ``logits``; -1: they are not finite. others: the likeliest tokens; None: they are not known.
     """
     constraint = row.constraint
     assert constraint is not None
@@ -313,12 +339,15 @@ def _best_allowed(
 
 
 def _point_masses(chosen: Tensor, size: int) -> Tensor:
-    """Return one-hot distributions [B, T, V] of the tokens ``chosen`` [B, T]; all zero where the token is -1."""
+    """Return one-hot distributions [B, T, V = ``size``] of the tokens ``chosen`` [B, T]; all zero where one is -1."""
     return F.one_hot(chosen.clamp_min(0), size).float() * (chosen >= 0)[..., None]
 
 
 def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
-    """Return the block indices that a row has: 0 (the root), and nodes with a token whose parent the row has, too."""
+    """Return the block indices that a row has: 0 (the root), and nodes with a token whose parent the row has, too.
+
+    row: the token of each node, [M]; -1: the row lacks it. parents: the block index of each node's parent.
+    """
     own, there = [0], {0}
     for node, (token, parent) in enumerate(zip(row, parents, strict=True), start=1):
         if token >= 0 and parent in there:
@@ -328,7 +357,10 @@ def _present(row: list[int], parents: tuple[int, ...]) -> list[int]:
 
 
 def _tree(parents: tuple[int, ...], own: list[int]) -> Tensor | None:
-    """Return the mask bool [n, n] of the block indices ``own``: row i marks the ancestors of i and i; None: a chain."""
+    """Return the attention mask bool [n, n] of the block indices ``own``; None: they are a chain.
+
+    Row i marks ``own[i]`` and its ancestors. parents: the block index of each node's parent, of the whole draft.
+    """
     place = {node: at for at, node in enumerate(own)}
     return ancestors(tuple(place[parents[node - 1]] for node in own[1:]))
 
@@ -336,7 +368,7 @@ def _tree(parents: tuple[int, ...], own: list[int]) -> Tensor | None:
 def _padded(x: Tensor, nodes: Sequence[Sequence[int]], count: int) -> Tensor:
     """Return ``x`` [1, T, D], which has the rows' tokens concatenated, as [B, count, D] by block index.
 
-    nodes: for each row, the block index of each of its tokens.
+    nodes: for each row, the block index of each of its tokens. Other block indices get zeros.
     """
     out = x.new_zeros(len(nodes), count, x.shape[2])
     rows = [b for b, own in enumerate(nodes) for _ in own]

@@ -22,7 +22,11 @@ from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in the cache. name: its name for ``--model``. paths: folders, files and links that only it needs."""
+    """A model in the cache.
+
+    name: its name for ``--model``; for a file or folder of the user, the path.
+    paths: folders, files and links in the cache that only this model needs.
+    """
 
     name: str
     paths: tuple[Path, ...]
@@ -60,7 +64,10 @@ def cached_models() -> list[CachedModel]:
 
 
 def remove(name: str) -> int:
-    """Delete the model ``name`` from the cache; return the freed bytes. Raises SpecDecError if it is not there."""
+    """Delete the model ``name`` from the cache and return the freed bytes; files of the user stay.
+
+    name: as in ``CachedModel``, or a path that leads to the same file. Raises SpecDecError if it is not in the cache.
+    """
     known = {model.name: model for model in cached_models()}
     found = known.get(name) or known.get(str(Path(name).expanduser().resolve()))
     if found is None:
@@ -83,7 +90,11 @@ def _embedded(name: str) -> tuple[Path, ...]:
 
 
 def _in_hub(file: Path) -> tuple[str, list[Path]]:
-    """Return the name of a GGUF file, and its files and links in Hugging Face's cache; [] for a file elsewhere."""
+    """Return the name by which ``--model`` takes a GGUF file, and what belongs to it in Hugging Face's cache.
+
+    file: its path with links resolved. The name is ``ORG/REPO:member``, and the links to the file and the file itself
+    belong to it. For a file elsewhere, it is the path, and nothing belongs to it ([]).
+    """
     root = hub_folder(file)
     files = [] if root is None else sorted(root.glob("snapshots/*/**/*.gguf"))
     if root is None or not (links := [link for link in files if link.resolve() == file]):

@@ -16,6 +16,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 class Embedded:
     """An embedded model: one GGUF file, published in pieces in packages.
 
+    A piece is a part of the file's bytes, in a wheel of its own.
     In ``package`` and ``member``, "{n}" is the number of the piece from 1 on, and "{before}" the number from 0 on.
     """
 

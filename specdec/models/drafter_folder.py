@@ -41,7 +41,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Identified(Protocol):
-    """A loaded model, the base of a drafter: its sizes and the fingerprint of its weights. A ``Target`` is one."""
+    """A loaded model, the base of a drafter: its sizes and the fingerprint of its weights. A ``Target`` is one.
+
+    fingerprint: a hash of sampled weights, another one in another precision.
+    """
 
     model: Any
     fingerprint: str
@@ -84,7 +87,9 @@ def read_json(path: Path) -> Any:
 class StoredTensors:
     """The tensors of an open safetensors file. A quantized matrix is one tensor.
 
-    header: by name, a tensor on "meta" with the shape and dtype. coded: names of the quantized matrices.
+    path: of the file, for messages. file: what safetensors has opened.
+    header: name -> a tensor without values (on the device "meta") with the shape and dtype. coded: names of the
+    quantized matrices.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -139,7 +144,7 @@ def _scaled(codes: Tensor, scales: Tensor) -> bool:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a matrix [..., n] to 8 bits: return codes int8 [..., n] and scales bf16 [..., n / g].
+    """Quantize the matrix ``values`` [..., n] to 8 bits: return codes int8 [..., n] and scales bf16 [..., n / g].
 
     g is ``GROUP``, or n if ``GROUP`` does not divide n.
     """
@@ -226,7 +231,10 @@ def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name:
 
 
 def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise SpecDecError unless ``found`` has the names, shapes and kinds (float, integer) of ``needed``."""
+    """Raise SpecDecError unless ``found`` has the names, shapes and kinds (float, integer) of ``needed``.
+
+    needed: the tensors of the drafter's module. found: those of the file, both by name. folder: for messages.
+    """
     for name in sorted(needed.keys() | found.keys()):
         kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
         if kinds[0] != kinds[1]:
@@ -243,7 +251,7 @@ def _kind(tensor: Tensor) -> str:
 def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
     """Return ``value`` if it is an int from 1 to ``WIDEST`` hidden sizes, else raise SpecDecError.
 
-    name: the field's name in the drafter's config.
+    name: the field's name in the drafter's config. hidden_size: that of the base model.
     """
     return options.check_int(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
@@ -273,7 +281,11 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
 
 
 def describe_base(base: Identified, name: str) -> dict[str, Any]:
-    """Return the entry ``base`` of a drafter's config for a model. name: the model's name in messages."""
+    """Return the entry ``base`` of the config of a drafter for the model ``base``.
+
+    name: the model's name in messages. The entry has the fingerprint, the sizes and "samples" of the weights' values,
+    by which the model is known in other precisions.
+    """
     return {
         "fingerprint": base.fingerprint,
         "name": name,
@@ -286,9 +298,10 @@ def describe_base(base: Identified, name: str) -> dict[str, Any]:
 
 
 def find(drafter: str, training: str | None, base: Identified, source: str | None) -> Path:
-    """Return the folder ``source``, or (None) of the ``drafter`` shipped for ``base``.
+    """Return the folder of a drafter for the model ``base``: ``source``, or (None) the one in the package.
 
-    Raises SpecDecError if none is shipped. training: the command that trains one, as in ``not_shipped``.
+    drafter: name of the drafter. training: the command that trains one, as in ``not_shipped``, for the error.
+    Raises SpecDecError if ``source`` is None and none is shipped for this model.
     """
     folder = find_shipped(drafter, base) if source is None else Path(source)
     if folder is None:
@@ -331,7 +344,10 @@ def may_be_shipped(drafter: str, config: Any) -> bool:
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the folders ``pretrained/DRAFTER/MODEL`` in the package, each with the ``base`` in its config."""
+    """Yield the folders ``pretrained/DRAFTER/MODEL`` of ``drafter`` in the package.
+
+    Each comes with the entry ``base`` of its config; {} if it has none.
+    """
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
         yield path.parent, read_config(path.parent).get("base", {})
@@ -344,14 +360,20 @@ def _of_size(trained: Mapping[str, Any], config: Any) -> bool:
 
 
 def _is_of(trained: Mapping[str, Any], base: Identified) -> bool:
-    """Return whether the ``base`` in a drafter's config is this model, or this model without its merged adapter."""
+    """Return whether a drafter was trained for exactly the model ``base``, or for it without its merged adapter.
+
+    trained: the entry ``base`` of the drafter's config.
+    """
     merged = identity.merged_adapter(base.model)
     return trained.get("fingerprint") in (base.fingerprint, None if merged is None else merged.base)
 
 
 def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
-    """Return how ``base`` differs, by more than rounding, from the model ``trained`` in a drafter's config.
-    None: it does not differ. "": unknown, because the config has no samples."""
+    """Return how the model ``base`` differs, by more than rounding, from the one that a drafter was trained for.
+
+    trained: the entry ``base`` of the drafter's config. where: the drafter's folder, for messages.
+    None: it does not differ. "": unknown, because the config has no samples.
+    """
     if not _of_size(trained, base.model.config):
         return "it is of another architecture or size"
     return identity.difference(trained["samples"], base.model, where) if "samples" in trained else ""

@@ -48,7 +48,7 @@ def snapshot_download(*args: Any, **more: Any) -> str:
 
 
 def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[str], str]:
-    """Return the paths of a repository's files, and the commit; without a network, from Hugging Face's cache.
+    """Return the paths of a repository's files, and its commit; without a network, those in Hugging Face's cache.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
     the latest.
@@ -95,8 +95,8 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
 def fetch_file(kind: str, repository: str, revision: str | None, name: str, hint: str = "") -> Path:
     """Download the file ``name`` of a repository, and all parts of a split GGUF file; return its path.
 
-    kind: "model", "drafter" or "adapter", for messages. revision: branch, tag or commit; None: the latest. hint: the
-    end of error messages. Raises SpecDecError if the file cannot be downloaded.
+    kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
+    the latest. hint: the end of error messages. Raises SpecDecError if the file cannot be downloaded.
     """
     path = fetch(kind, repository, revision, [str(part) for part in part_paths(Path(name))], hint) / name
     if not path.is_file():

@@ -47,8 +47,9 @@ def load(
     ``ORG/REPO:file.gguf``. dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
     device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device. revision: of a
     Hugging Face id. adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging
-    Face id. check: called with the model's config before the weights are read; may raise. Raises SpecDecError, in one
-    line, for what is unknown, missing, broken or too large for this machine.
+    Face id. trust_remote_code: whether to run Python code of the repository. check: called with the model's config
+    before the weights are read; may raise. Raises SpecDecError, in one line, for what is unknown, missing, broken or
+    too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
@@ -105,8 +106,10 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def _merge(model: Any, change: tuple[str, Path] | None, file: GGUFFile | None = None) -> list[torch.Tensor]:
-    """Merge an adapter into ``model``; return the changed matrices. change: name and path of the adapter; None: none.
-    file: the GGUF file of the model, if it is one."""
+    """Merge an adapter into the weights of ``model``, in place; return the matrices that were changed.
+
+    change: name and path of the adapter; None: none. file: the GGUF file of the model; None: it has none.
+    """
     return [] if change is None else adapters.merge(model, adapters.read(*change, model, file))
 
 
@@ -118,7 +121,12 @@ def _native(
     place: torch.device,
     change: tuple[str, Path] | None,
 ) -> NativeModel | None:
-    """Return the ``NativeModel`` whose config is in ``entry``; None: the safetensors files have other tensors."""
+    """Return the model of ``source`` as a ``NativeModel`` with its weights and its adapter, on the device ``place``.
+
+    entry: the folder in the cache with its config in our form. found: this config, read. kind: the dtype, or "auto" for
+    bfloat16. change: name and path of the adapter to merge; None: none.
+    Returns None if the safetensors files have other tensors than the model needs; transformers then loads it.
+    """
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
         file: TensorFile = source.file or safetensors_file.read_header(source.weight_files())
@@ -153,7 +161,8 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
     """Return the device with this name; "auto" is the first CUDA device that can compute in ``dtype``, else the CPU.
 
-    Raises SpecDecError if the device is unknown or missing, or cannot compute in ``dtype``.
+    dtype: what it must compute in; "auto": float32. Raises SpecDecError if the device is unknown or missing, or cannot
+    compute in ``dtype``.
     """
     if device == "auto":
         with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU
@@ -179,7 +188,10 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
-    """Raise SpecDecError if the device cannot multiply two numbers in ``dtype``; no list of devices can be complete."""
+    """Raise SpecDecError if the device ``place`` cannot multiply two numbers in ``dtype`` ("auto": float32).
+
+    It is tried out, since no list of devices can be complete.
+    """
     kind = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:
         one = torch.ones(1, 1, dtype=kind, device=place)

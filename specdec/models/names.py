@@ -48,7 +48,7 @@ ADAPTER_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+)
 def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
     """Return where the adapter ``name`` is: the path of a PEFT folder or GGUF file, or its place on the Hub.
 
-    The latter is (repository, revision, GGUF file); revision None: the latest; file None: PEFT's files.
+    The place on the Hub is (repository, revision, GGUF file); revision None: the latest; file None: PEFT's files.
     Raises SpecDecError if it is none of these.
     """
     path = Path(name).expanduser()
@@ -75,9 +75,9 @@ def guess_model(name: str) -> str:
 
 
 def gguf_in(folder: Path) -> Path:
-    """Return the only GGUF file in ``folder``, or of the only split file the first part that exists.
+    """Return the only GGUF file in ``folder``; if it is split into several files, the first part that exists.
 
-    Raises SpecDecError if there is none or several.
+    Raises SpecDecError if there is none, or there are several files that are not parts of one.
     """
     found = dict[str, Path]()
     for path in sorted(path for path in folder.glob("*.gguf") if not is_companion(path.name)):
@@ -91,12 +91,15 @@ def gguf_in(folder: Path) -> Path:
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a GGUF file of this name has the prediction layer of another one, as llama.cpp names it."""
+    """Return whether ``name`` is that of a companion: a GGUF file with the prediction layer of a model in another file.
+
+    llama.cpp gives such files names that begin with "mtp-".
+    """
     return name.lower().startswith(COMPANION)
 
 
 def companions(path: Path) -> list[Path]:
-    """Return the companion files beside the GGUF file ``path`` that may be its, by their names.
+    """Return the companions (``is_companion``) beside the GGUF file ``path`` that may belong to it, by their names.
 
     A companion is called "mtp-" and the model's name or its beginning; types of weights, such as Q4_K_M, may differ.
     """
@@ -109,14 +112,15 @@ def companions(path: Path) -> list[Path]:
 
 
 def whole_name(name: str) -> str:
-    """Return the name of a GGUF file without the number of its part."""
+    """Return the name of a GGUF file without its part's number, such as "x.gguf" for "x-00001-of-00002.gguf"."""
     part = PART.fullmatch(name)
     return f"{part[1]}.gguf" if part else name
 
 
 def part_paths(path: Path) -> list[Path]:
-    """Return the paths of all parts of the split GGUF file of which ``path`` is one, by its name; else only ``path``.
+    """Return the paths of all parts of the split GGUF file to which the file ``path`` belongs, in order.
 
+    Names tell the parts, which need not exist. A file that is not split is the only one.
     Raises SpecDecError for an impossible number of a part.
     """
     if (part := PART.fullmatch(path.name)) is None:
@@ -139,7 +143,7 @@ def display_name(path: Path) -> str:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether the file begins with GGUF's magic number."""
+    """Return whether the file ``path`` begins with GGUF's magic number."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 

@@ -84,7 +84,7 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass(frozen=True)
 class Found:
-    """Where a prediction layer is.
+    """Where a prediction layer is: what ``find`` returns and ``read`` takes.
 
     name: of the checkpoint, for messages.
     file: the file that has it.
@@ -117,7 +117,7 @@ class PredictionLayer:
 
 
 def find(model: AnyModel, source: str | None = None) -> Found | None:
-    """Return where the layer of ``model`` is; None: its files have none.
+    """Return where the prediction layer of ``model`` is; None: its files have none.
 
     source: the checkpoint with the layer, as ``--model`` takes it, or a companion file; None: the model's own.
     Raises SpecDecError if the files are missing or broken.
@@ -141,7 +141,10 @@ def announced(model: AnyModel) -> bool:
 
 
 def _files(model: AnyModel, source: str | None) -> Iterator[tuple[str, TensorFile]]:
-    """Yield the files that may have the layer, each with a name for messages. Arguments and errors as in ``find``."""
+    """Yield the files that may have the prediction layer, each as (name for messages, open file), the likeliest first.
+
+    Arguments and errors as in ``find``.
+    """
     own, name = model.file if isinstance(model, NativeModel) else None, source or _own_name(model)
     if source is not None or own is None:
         own = _read(name, None if source else getattr(model.config, "_commit_hash", None))
@@ -184,7 +187,7 @@ def _is_of(beside: GGUFFile, own: GGUFFile) -> bool:
 
 
 def read(model: AnyModel, found: Found) -> PredictionLayer:
-    """Read the layer ``found`` of ``model``; its weights have the model's dtype and device.
+    """Read the prediction layer of ``model`` that ``found`` describes; its weights have the model's dtype and device.
 
     Weights in GGUF blocks stay in blocks if those of the model may. Raises SpecDecError if the layer does not fit.
     """
@@ -220,19 +223,23 @@ def _unfit(name: str, why: str) -> SpecDecError:
 
 
 def _config(model: AnyModel) -> dict[str, Any]:
-    """Return the fields of the config of ``model`` with one layer like the prediction layer."""
+    """Return the fields of the config of ``model`` with one layer, of the prediction layer's kind."""
     fields: dict[str, Any] = model.config.get_text_config().to_dict()
     changes = {key: value for key, value in ONE_LAYER.items() if fields.get(key) is not None}
     return fields | changes | {"num_hidden_layers": 1}
 
 
 def _stays(model: AnyModel) -> bool:
-    """Return whether weights of ``model`` stay in a file's blocks."""
+    """Return whether weights of ``model`` stay in a file's blocks, as they do in bfloat16 on the CPU."""
     return isinstance(model, NativeModel) and model.device.type == "cpu" and model.dtype == torch.bfloat16
 
 
 def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> NativeModel:
-    """Return the layer as a ``NativeModel``. inside, norm: the tensors of the layer and of the norm after it."""
+    """Return the prediction layer ``found`` as a ``NativeModel`` of one layer.
+
+    Its embedding and output head are those of ``model``.
+    inside: name in the layer -> tensor. norm: the tensor of the norm after the layer.
+    """
     layer = NativeModel(Config(**_config(model) | {"tie_word_embeddings": False}), model.dtype)
     ends: Any = model.get_input_embeddings(), model.get_output_embeddings()
     layer.model.embed_tokens, layer.lm_head = ends
@@ -247,7 +254,7 @@ def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: 
 
 
 def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> PreTrainedModel:
-    """Return the layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
+    """Return the prediction layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
     make, base = type(model).from_pretrained, model.base_model_prefix
     named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}
     if odd := [key for key, info in named.items() if info.kind not in PLAIN]:

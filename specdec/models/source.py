@@ -94,7 +94,9 @@ def find_source(name: str, revision: str | None = None) -> Source:
 def file_in_repository(repository: str, member: str, revision: str | None) -> Path:
     """Download a GGUF file of a repository with all its parts; return the path of ``member``, or of its first part.
 
-    member: path in the repository, or a name for ``_named``."""
+    repository: ORG/NAME. member: path in the repository, or a name for ``_named``, such as "Q4_K_M".
+    revision: branch, tag or commit; None: the latest. Raises SpecDecError if there is no such file.
+    """
     if not member.endswith(".gguf"):
         files, revision = hub.list_files("model", repository, revision)
         member = _named(repository, member, files)
@@ -105,8 +107,10 @@ def file_in_repository(repository: str, member: str, revision: str | None) -> Pa
 
 def _named(repository: str, wanted: str, files: list[str]) -> str:
     """Return the one of ``files`` that is a GGUF file named ``wanted``, or whose name ends with it, ignoring case.
-    wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". The first part stands for a split file.
-    Raises SpecDecError unless exactly one file fits."""
+
+    repository: ORG/NAME, for messages. wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". files: paths of all files in the
+    repository. The first part stands for a split file. Raises SpecDecError unless exactly one file fits.
+    """
     every = dict[str, str]()
     beside = names.is_companion(wanted)
     for file in sorted(file for file in files if file.endswith(".gguf")):

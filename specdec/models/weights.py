@@ -1,7 +1,8 @@
 """Fills a model with weights from the tensors of a mapped GGUF or safetensors file.
 
 The module of the file format finds the tensors of each parameter. Matrices in blocks, and experts, stay in the file;
-other weights of the model's dtype are mapped from it.
+other weights of the model's dtype are mapped from it. A block is a group of weights that GGUF stores quantized, with
+its scales.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ def fill(
     """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of its parameters.
 
     name: the model's name in messages.
-    found: tensors of each parameter. Several tensors of a matrix are joined by rows. Experts have gates and ups (or
-        both in one tensor) and downs, each [E, out, in] or a matrix for each expert.
+    file: the tensors. model: has no weights yet; some of its modules are replaced.
+    found: name of a parameter -> the tensors in ``file`` that it is made of. Several tensors of a matrix are joined by
+        rows. Experts have gates and ups (or both in one tensor) and downs, each [E, out, in] or a matrix for each
+        expert.
     keep: whether matrices in blocks, and experts, stay in the file.
     restore: converts a tensor of the file to a parameter of the model. Without it, transposed experts are ordinary
         parameters.
@@ -77,12 +80,17 @@ def fill(
 
 
 def unfilled(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of ``model`` that have no values yet, by name: not those of modules that it shares."""
+    """Yield the parameters of ``model`` that have no values yet, as (name, tensor on the device "meta").
+
+    Modules that it has from another model, such as the embedding of a prediction layer, have values already.
+    """
     return ((name, values) for name, values in model.named_parameters() if values.is_meta)
 
 
 def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """Return the file's tensors of a parameter of ``module``. found: all tensors, by parameter.
+    """Return the file's tensors of ``parameter`` (its name), which belongs to ``module``.
+
+    found: name of a parameter -> its tensors.
 
     For a matrix of experts, these are all tensors of the layer's experts, which stay in the file together or not.
     """
@@ -93,7 +101,7 @@ def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[Tens
 
 
 def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
-    """Return whether the weights of ``module``, which are the tensors ``infos``, can stay in the file's blocks.
+    """Return whether the weights of ``module``, made of the tensors ``infos``, can stay in the file's blocks.
 
     Weights of a router cannot.
     """
@@ -105,8 +113,12 @@ def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
 
 
 def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -> int:
-    """Return the bytes of memory that the weights need. Experts that stay in the file need none.
-    mapped: whether other weights of the model's dtype stay in the file, too."""
+    """Return the bytes of memory that the weights of ``model`` need, besides what stays in the file.
+
+    found: name of a parameter -> its tensors in the file.
+    mapped: whether weights that the file has in the model's dtype are mapped from it, and need no memory.
+    keep: whether matrices keep their blocks, which need as much as in the file, and experts stay in the file.
+    """
     need, dtype = 0, model.dtype
     for parameter, values in unfilled(model):
         path, _, leaf = parameter.rpartition(".")
@@ -135,7 +147,7 @@ def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype:
 
 
 def stored(file: TensorFile, info: TensorInfo) -> Matrix:
-    """Return a tensor of ``file``: mapped in its own type, or in its blocks."""
+    """Return the tensor ``info`` of ``file``: mapped in its own type, or in its blocks."""
     part = file.data(info)
     if info.kind in PLAIN:
         return (part if is_aligned(info) else part.clone()).view(PLAIN[info.kind]).view(info.shape)
@@ -143,7 +155,10 @@ def stored(file: TensorFile, info: TensorInfo) -> Matrix:
 
 
 def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
-    """Join matrices by rows: in blocks if one type can represent all of them exactly, else in ``dtype``."""
+    """Return the matrices joined by rows: in blocks if one type can represent all of them exactly, else in ``dtype``.
+
+    Mapped pages of joined matrices are released; their values stay.
+    """
     if len(parts) == 1:
         return parts[0]
     packed = blocks.of_one_kind([part for part in parts if isinstance(part, Blocks)])

@@ -27,6 +27,8 @@ Events = Iterator[dict[str, Any]]
 class Answer(ABC):
     """Base class of the answer to a client's request, in one of the protocols.
 
+    A choice is one generated text; a request has ``n`` of them for each prompt, numbered from 0. A piece is text that a
+    choice got in one step or by one token.
     asked: the client's request.
     handles: the handles of the engine's requests, one for each choice, by the choice's number.
     counters: the server's metrics, which count tokens as they are read.
@@ -71,7 +73,10 @@ class Answer(ABC):
             handle.cancel()
 
     async def _all_pieces(self, per_token: bool = False) -> AsyncIterator[tuple[int, Piece]]:
-        """Yield (number of a choice, piece of its text) for all choices, in the order in which they are generated."""
+        """Yield (number of a choice, piece of its text) for all choices, in the order in which they are generated.
+
+        per_token: as in ``_pieces``. Raises ApiError if the engine fails.
+        """
         if len(self.handles) == 1:
             async for piece in self._pieces(0, per_token):
                 yield 0, piece
@@ -104,7 +109,7 @@ class Answer(ABC):
             pass
 
     def counts(self) -> tuple[int, int, int]:
-        """Return the numbers of prompt tokens, of cached ones among them, and of new tokens.
+        """Return the numbers of prompt tokens, of cached ones among them, and of new tokens, over all choices.
 
         A prompt counts once for all its choices.
         """
@@ -126,7 +131,10 @@ class Answer(ABC):
         return f"{before} prompt + {new} new tokens, {length:.2f} per step, {reasons}"
 
     def metrics(self) -> dict[str, Any]:
-        """Return {"metrics": figures} for the response; {} for several choices (as in vLLM), or if not asked for."""
+        """Return {"metrics": figures} of the request for the response; {} if the client has not asked for them.
+
+        For several choices the only figure is {"speculative_decoding": None} (as in vLLM).
+        """
         if not self.asked.include_metrics:
             return {}
         if len(self.handles) > 1:
@@ -168,9 +176,11 @@ def _failure(event: Event) -> ApiError:
 class BlockAnswer(Answer):
     """Base class of an answer with one choice, which is streamed as blocks of reasoning, text and calls.
 
-    A subclass returns the events for each block, as JSON objects whose ``type`` is the event's name.
+    A block is a ``Part`` with all text of its kind up to the next block. The protocols name its states: it begins
+    empty, grows by deltas and ends. A subclass returns the events for each, as JSON objects whose ``type`` is the
+    event's name.
     text: the text of the choice so far.
-    blocks: the blocks so far.
+    blocks: the blocks so far, the last of which may still grow.
     """
 
     def __init__(self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics) -> None:
@@ -200,7 +210,10 @@ class BlockAnswer(Answer):
             yield self._written(self.failure(error))
 
     def _read(self, text: str, last: bool) -> Events:
-        """Yield the events for more text of the answer. last: whether the text is complete."""
+        """Yield the events for ``text``, which follows what the answer has so far.
+
+        last: whether the text is complete.
+        """
         for part in self.parsers[0].push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
                 if self.blocks:

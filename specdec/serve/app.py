@@ -47,7 +47,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(
     decoder: SpecDecoder, engine: Engine, settings: ServerSettings, write: Callable[[str], None] = say
 ) -> FastAPI:
-    """Return the application that serves ``decoder`` through ``engine``. write: prints the log line of a request."""
+    """Return the application that serves ``decoder`` through ``engine``.
+
+    settings: name, keys and limits. write: prints the log line of a request.
+    """
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     app.state.settings, app.router.route_class = settings, JsonRoute
@@ -71,7 +74,10 @@ def make_app(
 
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
     async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
-        """Run a request until it ends or the client disconnects. translate: parses its body. make: makes its answer."""
+        """Run a request until it ends or the client disconnects. translate: parses its body.
+
+        make: makes the answer from the parsed request, the engine's handles and the metrics.
+        """
         client: Client = request.state.client
         asked, handles = await run_sync(service.start, translate, client)
         answer = make(asked, handles, service.metrics)

@@ -21,7 +21,7 @@ CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnecte
 
 
 class JsonRequest(Request):
-    """A request whose body is JSON of at most ``MAX_BODY`` bytes."""
+    """A request whose body is JSON of at most ``MAX_BODY`` bytes; a longer or slower one is refused with ApiError."""
 
     async def body(self) -> bytes:
         body, seconds = bytearray(), self.app.state.settings.client_timeout
@@ -49,7 +49,10 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads bodies as a ``JsonRequest``, and notes the names of parameters that are ignored."""
+    """A route that reads bodies as a ``JsonRequest``.
+
+    The names of parameters that are ignored are collected in ``request.state.ignored``.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

@@ -83,7 +83,7 @@ class OpenAIAnswer(Answer):
         yield DONE
 
     def usage(self) -> dict[str, Any]:
-        """Return the member ``usage`` of the response: numbers of prompt tokens, new tokens and cached tokens."""
+        """Return the member ``usage`` of the response: numbers of prompt, new, all and cached tokens."""
         before, cached, new = self.counts()
         return {
             "prompt_tokens": before,
@@ -97,7 +97,7 @@ class OpenAIAnswer(Answer):
         return self.asked.echoes[number // self.asked.n] if self.asked.echo else ""
 
     def _contents(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the members of each chunk that streams the new text ``piece`` of choice ``number``."""
+        """Return, for each chunk to send, the members with the new text ``piece`` of choice ``number``."""
         if not self.chat:
             return [{"text": piece.text}] if piece.text else []
         parser = self.parsers[number]
@@ -130,7 +130,10 @@ class OpenAIAnswer(Answer):
 
 
 def _delta(part: Part, calls: Sequence[str]) -> dict[str, Any]:
-    """Return a part as the member ``delta`` of a chunk. calls: ids of all calls so far, in order, for their indices."""
+    """Return ``part``, a piece of an answer, as the member ``delta`` of a chunk.
+
+    calls: ids of all calls so far, in order; the place of the call's id in it is its ``index``.
+    """
     if part.kind != "call":
         return {"content" if part.kind == "text" else "reasoning_content": part.text}
     call = _call(part) if part.begins else {"function": {"arguments": part.text}}

@@ -39,7 +39,10 @@ class Key(BaseModel):
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """Read a YAML file with a list of keys, each a mapping of the fields of ``Key``. Raises SpecDecError for others."""
+    """Read the API keys in the YAML file ``path``: a list of mappings with the fields of ``Key``.
+
+    Raises SpecDecError if the file cannot be read, a key or a name comes twice, or a field is wrong.
+    """
     try:
         if path.stat().st_size > MAX_FILE:
             raise SpecDecError(f"'{path}' is larger than {MAX_FILE} bytes; a file of keys is small")
@@ -72,7 +75,10 @@ class Client:
 
     @property
     def scope(self) -> str | None:
-        """The scope of the client's requests (``Request.scope``), a hash of the key; None without keys."""
+        """The scope of the client's requests, a hash of the key; None without keys.
+
+        Requests of different scopes (``Request.scope``) share no cached prefix.
+        """
         return None if self.key is None else hashlib.sha256(self.key.key.encode()).hexdigest()
 
 

@@ -45,6 +45,7 @@ def raise_descriptors(wanted: int) -> int | None:
 class Connection(H11Protocol):
     """An HTTP connection, which is closed when no request arrives for ``timeout`` seconds.
 
+    The connection is idle while it has no request. config, server: those of uvicorn.
     expiry: timer that closes the connection unless the head of a request arrives; None: a request is being answered.
     changed: called when the connection becomes idle, and when it is closed.
     unsent: number of bytes of the last answer that had not been sent at the last check.
@@ -103,7 +104,10 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """An HTTP server of ``app``. room: number of connections that file descriptors allow; None: any number."""
+    """An HTTP server of ``app`` with the limits in ``settings``.
+
+    room: number of connections that file descriptors allow; None: any number.
+    """
 
     room: int | None = None
 
@@ -144,7 +148,10 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Accept connections for ever, within the limits. ``asyncio`` itself has no limit, and logs each failure."""
+        """Accept connections at ``listener`` for ever, within the limits.
+
+        ``asyncio`` itself has no limit, and logs each failure.
+        """
         loop = asyncio.get_running_loop()
         while True:
             try:

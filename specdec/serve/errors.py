@@ -127,7 +127,10 @@ class ApiError(HTTPException):
 
 
 def invalid(param: str, message: str) -> ApiError:
-    """Return the error, with status 400, for a parameter ``param`` with an unusable value."""
+    """Return, without raising it, the error with status 400 for the parameter ``param`` with an unusable value.
+
+    message: what is wrong and what to do.
+    """
     return ApiError(400, message, param, "invalid_value")
 
 
@@ -167,7 +170,10 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError, path: str) -> ApiError:
-    """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter."""
+    """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter.
+
+    path: that of the request, for the parameter's name in its protocol.
+    """
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")
     found, place, text = explain([each | {"loc": each["loc"][1:]} for each in error.errors()], error.body)

@@ -17,14 +17,15 @@ T = TypeVar("T")
 
 
 def sse(value: dict[str, Any]) -> bytes:
-    """Return a JSON object as the bytes of a server-sent event."""
+    """Return a JSON object as the bytes of a server-sent event, ``data: JSON`` and an empty line."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
 class EventStream(StreamingResponse):
     """A response of server-sent events.
 
-    end: called after the last event, or when the client disconnects, or does not read for ``timeout`` seconds.
+    events: the bytes of each event. end: called after the last event, or when the client disconnects, or does not read
+    for ``timeout`` seconds. headers: further headers of the response.
     """
 
     media_type = "text/event-stream"
@@ -51,7 +52,10 @@ class EventStream(StreamingResponse):
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of ``work``; if the client disconnects first, cancel it and return None."""
+    """Return the result of ``work``; if the client disconnects first, cancel it and return None.
+
+    receive: returns the next ASGI message of the client.
+    """
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

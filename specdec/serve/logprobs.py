@@ -14,7 +14,11 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def chat_logprobs(tokenizer: Any, scored: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Return the member ``logprobs`` of a choice of ``/v1/chat/completions``, for the tokens ``scored``."""
+    """Return the member ``logprobs`` of a choice of ``/v1/chat/completions``, for the tokens ``scored``.
+
+    scored: the tokens with their log-probabilities (natural logarithms) and those of the likeliest tokens there.
+    tokenizer: gives the tokens' texts and bytes.
+    """
     content = []
     for token_id, logprob, top in scored:
         likely = [_entry(tokenizer, *each) for each in top]
@@ -32,7 +36,7 @@ def completion_logprobs(
 ) -> tuple[dict[str, Any], int]:
     """Return the member ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after the tokens.
 
-    scored: the tokens with their log-probabilities.
+    scored: the tokens with their log-probabilities. tokenizer: gives the tokens' texts.
     first: id of the first token of a prompt, which has no log-probability; None: the prompt is not included.
     offset: number of characters of text before these tokens.
     """
@@ -51,7 +55,10 @@ def completion_logprobs(
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
-    """Return a token as a dictionary key: its text, or ``bytes:`` and its bytes if it is a part of a character."""
+    """Return the token ``token_id`` as a dictionary key.
+
+    It is its text, or ``bytes:`` and its bytes if the token is a part of a character.
+    """
     found = token_bytes(tokenizer, token_id)
     try:
         return found.decode()
@@ -61,7 +68,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 @functools.lru_cache(1 << 16)  # an answer has thousands of tokens, few of them different
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """Return the bytes of a token, which may be a part of a UTF-8 character."""
+    """Return the bytes of the token ``token_id``, which may be a part of a UTF-8 character."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # the output head is wider than the vocabulary
         return b""

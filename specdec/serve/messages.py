@@ -272,7 +272,10 @@ SIGNATURE = "c3BlY2RlYw=="  # of all reasoning: clients send back only reasoning
 
 
 def _content(block: Part, whole: bool) -> dict[str, Any]:
-    """Return a part of an answer as a content block. whole: whether to include its text or arguments."""
+    """Return the part ``block`` of an answer as a content block of Anthropic's protocol.
+
+    whole: whether to include its text or arguments; if not, they are empty.
+    """
     if block.kind == "text":
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":

@@ -18,7 +18,10 @@ E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 
 
 class Metrics:
-    """The Prometheus counters and histograms of one server. stats: returns the engine's current figures."""
+    """The Prometheus counters and histograms of one server.
+
+    model: the model's name, a label of all figures. stats: returns the engine's current figures.
+    """
 
     def __init__(self, model: str, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -71,7 +74,10 @@ class Metrics:
         (self.ttft if first else self.itl).observe(seconds)
 
     def record_finished(self, metrics: RequestMetrics, reason: str, seconds: float) -> None:
-        """Count a finished request. reason: OpenAI's finish reason, or "abort". seconds: time since its start."""
+        """Count a finished request. metrics: the engine's figures of it. seconds: time since its start.
+
+        reason: OpenAI's finish reason, or "abort".
+        """
         self.prompt_tokens.inc(metrics.num_prompt_tokens)
         self.drafts.inc(metrics.num_spec_steps)
         self.drafted.inc(metrics.num_draft_tokens)
@@ -90,7 +96,7 @@ class Metrics:
         self.queue_time.observe(metrics.queue_seconds)
 
     def record_key(self, name: str, choices: int, tokens: int) -> None:
-        """Count answers and new tokens for the API key called ``name``."""
+        """Count ``choices`` answers and ``tokens`` prompt and new tokens for the API key called ``name``."""
         self.key_requests.labels(self.model, name).inc(choices)
         self.key_tokens.labels(self.model, name).inc(tokens)
 

@@ -28,6 +28,7 @@ class AccessLog:
     """Writes a line for each request: method, path, status, seconds, id, and what its endpoint put into ``summary``.
 
     The id is in a header of the answer, too, under its protocol's name. Another header names ignored parameters.
+    app: the ASGI application that answers. write: prints the line.
     """
 
     def __init__(self, app: ASGIApp, write: Callable[[str], None]) -> None:

@@ -31,7 +31,7 @@ NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
 @dataclass
 class Part:
-    """A part of an answer: some output of one kind.
+    """A part of an answer: some output of one kind, as a piece that has just arrived or (merged) as a whole.
 
     kind: "reasoning", "text" or "call" (of a tool).
     text: the text; for a call, its arguments as JSON text, or a piece of them.
@@ -56,7 +56,7 @@ TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """Join each part with the parts that continue it, and return the results."""
+    """Join each part with the parts that continue it, and return the results as new objects, in order."""
     blocks = list[Part]()
     for part in parts:
         if not blocks or not blocks[-1].takes(part):
@@ -71,7 +71,12 @@ def new_id() -> str:
 
 
 class Source:
-    """The text of an answer that has arrived and is not parsed yet. Its generators yield None to wait for more text."""
+    """The text of an answer that has arrived and is not parsed yet.
+
+    A mark is a text such as ``<tool_call>`` that stands before or after a call. To take text is to remove it from here.
+    The methods are generators: they yield None to wait for more text, and parts of the answer; ``make`` makes a part
+    from a text. What "return" says is the value of ``yield from``.
+    """
 
     def __init__(self) -> None:
         self.text = ""
@@ -102,7 +107,10 @@ class Source:
         return before
 
     def quote(self, make: Make, *marks: str) -> Parts[None]:
-        """Yield the text before the first of ``marks`` as parts (by ``make``) of one JSON string; take the mark."""
+        """Yield the text before the first of ``marks`` as parts of one JSON string, quotes included; take the mark.
+
+        make: makes a part from a piece of the string.
+        """
         yield make('"')
         yield from self.pass_on(lambda text: make(json.dumps(text, ensure_ascii=False)[1:-1]), *marks, strip=False)
         yield make('"')
@@ -133,6 +141,8 @@ class Source:
 class Format:
     """Base class of the formats in which families of models write tool calls within the text of an answer.
 
+    Its methods read from ``answer.source``, where ``answer`` is the parser of one answer. They are generators of parts,
+    and of None to wait for more text.
     marks: texts that begin calls.
     special: special tokens that have to stay in the text.
     """
@@ -152,6 +162,7 @@ class Format:
 class AnswerParser:
     """Splits the text of an answer, as it arrives, into parts.
 
+    The methods but ``push`` are generators like those of ``Source``, which read from ``source``.
     form: the format in which the model writes calls.
     tools: the tools that may be called; a call of another name is text. None: there are no tools.
     single: whether to drop calls after the first.
@@ -177,7 +188,10 @@ class AnswerParser:
         self.reader = self._read(reasoning, inside)
 
     def push(self, text: str, last: bool = False) -> list[Part]:
-        """Parse more text; return its parts. last: whether the text is complete."""
+        """Parse ``text``, which follows what came before; return the parts that are known now.
+
+        last: whether the text is complete.
+        """
         self.source.text += text
         self.source.last = last
         found = list[Part]()
@@ -237,7 +251,7 @@ class AnswerParser:
     def _fence(self, begun: str) -> Parts[None]:
         """Parse a fenced block: calls if it has only JSON objects that call tools, else text.
 
-        begun: the text of the fence so far, which has been taken.
+        begun: the text that has been taken already, the mark of the fence and the white space before it.
         """
         source = self.source
         while True:
@@ -267,7 +281,10 @@ class AnswerParser:
         return name[1] in self.tools if name and name[2] else len(body) < LONGEST_HEAD
 
     def _fenced_calls(self, text: str) -> list[Part]:
-        """Return the calls in the ``text`` of a fenced block, one part each; [] if there is anything else in it."""
+        """Return the calls in the ``text`` of a fenced block; [] if there is anything else in it.
+
+        Each call is one part, with all of its arguments.
+        """
         found, decoder, text = list[Any](), json.JSONDecoder(), text.strip()
         try:
             while text:
@@ -280,7 +297,7 @@ class AnswerParser:
         return [_whole_call(*call) for call in calls] if len(calls) == len(found) else []
 
     def begin_call(self, name: str, written: str) -> Parts[Make | None]:
-        """Begin a call of the tool ``name``; return the function that makes its parts from text.
+        """Begin a call of the tool ``name``; return the function that makes its parts from pieces of its arguments.
 
         Return None if there is no such tool; then ``written``, the call's text so far, is yielded as text.
         """
@@ -309,6 +326,7 @@ class AnswerParser:
 class _JsonCall:
     """Parser of a call that is a JSON object with a name and arguments, as its text arrives.
 
+    tools: the tools that may be called.
     named: the name, if it came before the object, which then holds only the arguments; else "".
     raw: the text so far.
     read: number of characters of ``raw`` that have been parsed.
@@ -387,7 +405,7 @@ class _JsonCall:
 
 
 def call_of(value: Any, tools: Schemas) -> tuple[str, dict[str, Any]] | None:
-    """Return (tool name, arguments) of a JSON value that calls one of ``tools``; None: it calls none."""
+    """Return (tool name, arguments) of the JSON ``value`` if it calls one of ``tools``; None: it calls none."""
     if not isinstance(value, dict):
         return None
     name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
@@ -399,7 +417,10 @@ def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
 
 
 def begun_object(text: str) -> dict[str, Any]:
-    """Parse the JSON object of a call's arguments that may have been cut; return the members that are complete."""
+    """Parse the JSON object ``text``, which may have been cut; return the members that are complete.
+
+    Strings at the end may be cut. Returns {} if the text is no JSON object.
+    """
     try:
         found = from_json(text or "{}", allow_partial="trailing-strings")
     except ValueError:

@@ -14,18 +14,24 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 
 
 def thought(text: str) -> dict[str, Any]:
-    """Return the reasoning ``text`` as members of a chat template's message; the second name is that of gpt-oss."""
+    """Return the reasoning ``text`` as {name: text}, for a message of a chat template.
+
+    There are two names; the second is that of gpt-oss.
+    """
     return dict.fromkeys(("reasoning_content", "thinking"), text)
 
 
 def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
-    """Return the text of a message's content, which is text or parts with a ``text``, joined by ``between``."""
+    """Return the text of a message's content, which is text or parts with a ``text``, joined by ``between``.
+
+    None is "".
+    """
     parts: Iterable[Any] = () if isinstance(content, str) else content or ()
     return content if isinstance(content, str) else between.join(part.text for part in parts)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call as chat templates expect it in a message."""
+    """Return a call of the tool ``name`` as chat templates expect it in a message, with its arguments as an object."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

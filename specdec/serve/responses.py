@@ -184,7 +184,10 @@ class ResponsesAnswer(BlockAnswer):
         self.number = 0
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        """Return the response object with the given ``status``, and with further members ``more``."""
+        """Return the response object with the given ``status``, such as "completed", and with no output yet.
+
+        more: members that replace those or are added.
+        """
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
         found |= {"status": status, "error": None, "incomplete_details": None, "model": self.asked.model, "output": []}
         return found | {name: getattr(self.body, name) for name in ECHOED} | {
@@ -267,7 +270,10 @@ class ResponsesAnswer(BlockAnswer):
         return super()._written(event)
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        """Return an event of type ``kind`` about the last item, with further members ``more``."""
+        """Return an event of type ``kind`` about the last item, which has the item's id and its index.
+
+        more: further members of the event.
+        """
         block = self.blocks[-1]
         place = {"item_id": self._item(self._index, block, "")["id"], "output_index": self._index}
         return {"type": kind} | place | ({} if block.kind == "call" else {"content_index": 0}) | more

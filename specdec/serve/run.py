@@ -60,7 +60,7 @@ def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, lis
     A second signal, or one while the model loads, ends the process.
     make: loads the model, in a thread, and returns the application and a line for the log. Until it returns, requests
     get status 503. What it raises ends the server and is raised here.
-    listener: the socket of ``bind``.
+    settings: those of the server. listener: the socket of ``bind``.
     """
     ignore: Any = lambda number, frame: None  # noqa: E731
     handlers = {number: signal.signal(number, ignore) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -64,7 +64,7 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 
 
 def _check_count(given: Any) -> Any:
-    """Return a JSON object unchanged, or raise ValueError if it has too many members to validate."""
+    """Return ``given`` unchanged, or raise ValueError if it is an object with too many members to validate."""
     if isinstance(given, dict) and len(given) > MAX_BIASES:
         raise ValueError(f"an object has {len(given)} members; at most {MAX_BIASES} are allowed")
     return given
@@ -73,7 +73,8 @@ def _check_count(given: Any) -> Any:
 class Strict(BaseModel):
     """Base class of JSON objects in request bodies. Members that are null or not declared are ignored.
 
-    unused: names of members that are refused, each with the values that are accepted, since they mean "not used".
+    unused: {undeclared member: the values with which it is accepted and ignored, since they mean "not used"}. With any
+    other value it would change the text, and the request is refused.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -105,6 +106,7 @@ class StructuredOutputs(Strict):
     choice: the texts of which one is the answer.
     grammar: a grammar in Lark's notation.
     json_object: whether the text is any JSON object.
+    unused: vLLM's other fields, each with the values with which it is accepted, and ignored (see ``Strict``).
     """
 
     unused = {"structural_tag": (), "whitespace_pattern": ("",), "disable_additional_properties": (False,)}
@@ -160,7 +162,7 @@ class Options(Strict):
         """Return the request in this body. Raises ApiError if its parts contradict each other.
 
         form: the constraint from a parameter that only this protocol has; None: there is none.
-        limits: options of ``GenerationOptions`` that the protocol gives by names of its own; None: not given.
+        limits: options of ``GenerationOptions`` that the protocol gives by names of its own; the value None: not given.
         more: further fields of ``GenerationRequest``.
         """
         rules = self.structured_outputs.rules if self.structured_outputs else []
@@ -215,7 +217,11 @@ class ResponseFormat(Strict):
 
 
 def json_of(kind: str, schema: JsonSchema | None) -> Json | None:
-    """Return the constraint for a format: None for "text", any object for "json_object", else that of ``schema``."""
+    """Return the constraint for a format, the text "text", "json_object" or "json_schema".
+
+    kind: the format. schema: that of "json_schema"; else not used.
+    Returns None for "text", any object for "json_object", else the constraint of ``schema``.
+    """
     if kind == "text":
         return None
     return Json({"type": "object"} if kind == "json_object" or schema is None else schema.schema_)
@@ -397,7 +403,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """The body of ``/v1/completions``.
 
-    prompt: a text, token ids, or a list of one of these.
+    prompt: a text, a list of token ids, or several prompts: a list of texts or of such lists.
     echo: whether the prompt comes before the answer.
     logprobs: number of the likeliest tokens to return with each log-probability; None: no log-probabilities.
     """

@@ -42,6 +42,7 @@ MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 
 class Service:
     """Turns clients' requests into requests of one engine.
 
+    asked: in all methods, the client's request (``GenerationRequest``). A choice is one text for one prompt.
     context: maximum number of tokens of a prompt and its answer.
     metrics: the counters that ``/metrics`` shows.
     started: Unix time of the start, in seconds.
@@ -80,7 +81,10 @@ class Service:
         return asked, self.submit(asked, client)
 
     def check_limits(self, asked: GenerationRequest) -> None:
-        """Raise ApiError if a count exceeds this server's limits, before anything of that size is made."""
+        """Raise ApiError if a count in the request, such as ``n``, exceeds a limit of this server.
+
+        It is called before anything of that size is made.
+        """
         self.check_model(asked.model)
         self.check_engine()
         choices, wanted, most = asked.n * max(len(asked.prompts), 1), asked.max_new_tokens, self.settings.max_tokens
@@ -104,7 +108,7 @@ class Service:
         raise invalid("max_tokens", message)
 
     def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
-        """Raise ApiError if the log-probabilities of ``tokens`` tokens, of all choices together, are too many."""
+        """Raise ApiError if the log-probabilities of ``tokens`` tokens, of all ``choices`` together, are too many."""
         if asked.num_logprobs is not None and choices > 1 and tokens * (1 + asked.num_logprobs) > MAX_LOGPROBS:
             message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
             raise invalid("logprobs", f"{message}; set max_tokens, or ask for fewer")
@@ -115,7 +119,7 @@ class Service:
         return min(limit for limit in limits if limit is not None)
 
     def prepare(self, asked: GenerationRequest) -> GenerationRequest:
-        """Return the request with encoded prompts and a compiled constraint. Raises ApiError."""
+        """Return a copy of the request with encoded prompts and a compiled constraint. Raises ApiError."""
         prompts = [self.encode_text(prompt) for prompt in asked.prompts]
         if asked.echo:
             new = self._max_new_tokens(asked)
@@ -125,7 +129,10 @@ class Service:
         return replace(asked, ids=prompts, constraint=constraint, echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> GenerationRequest:
-        """Return the request with the chat encoded, and with a parser for its answers. Raises ApiError."""
+        """Return a copy of the request with the chat encoded, a compiled constraint, and a parser for its answers.
+
+        chat: the chat of ``asked``. Raises ApiError if the model's template does not support what the chat asks for.
+        """
         template, tools, forced = self.template(chat), chat.schemas, chat.forced
         form, thoughts = template.form, template.thoughts
         if tools and form is PLAIN:
@@ -154,7 +161,7 @@ class Service:
         return self._encode("messages", [message.for_template() for message in body.messages])
 
     def encode_chat(self, chat: ChatPrompt, template: ChatTemplate | None = None) -> list[int]:
-        """Return the token ids of a chat. template: its chat template; None: it is looked up."""
+        """Return the token ids of a chat. template: its chat template; None: the method ``template`` finds it."""
         arguments = self.template_arguments(chat, template or self.template(chat))
         how = {"tools": chat.tools, "template": arguments, "continue_last": chat.continue_last}
         return self._encode("messages", chat.messages, **how)
@@ -172,7 +179,10 @@ class Service:
         return self.templates[text]
 
     def template_arguments(self, chat: ChatPrompt, template: ChatTemplate) -> dict[str, Any]:
-        """Return the client's arguments for the chat template. Raises ApiError for one that the template ignores."""
+        """Return the arguments for the chat template ``template``: the client's, and one that sets ``chat.effort``.
+
+        Raises ApiError for one that the template ignores.
+        """
         given, known, effort = dict(chat.template), template.arguments, chat.effort
         for name in given:
             if name not in known:
@@ -202,7 +212,7 @@ class Service:
         return ids
 
     def check_length(self, name: str, tokens: int, most: int) -> None:
-        """Raise ApiError if the parameter ``name`` has more than ``most`` tokens."""
+        """Raise ApiError if the parameter ``name`` has more than ``most`` tokens. tokens: how many it has."""
         if tokens > most:
             message = f"'{name}' has {tokens} tokens, more than the limit of {most}; shorten it"
             raise ApiError(400, message, name, TOO_LONG)
@@ -230,7 +240,10 @@ class Service:
             raise invalid(name, str(error)) from None
 
     def submit(self, asked: GenerationRequest, client: Client) -> list[Handle]:
-        """Submit a request for each choice: ``n`` per prompt. Raises ApiError if not all are accepted."""
+        """Submit a request for each choice to the engine: ``n`` per prompt. Returns their handles, prompt by prompt.
+
+        client: the sender, with its key. Raises ApiError if not all are accepted; then none runs.
+        """
         seed = asked.options.get("seed", secrets.randbelow(SEEDS))
         rows = [prompt for prompt in asked.ids for _ in range(asked.n)]
         handles = list[Handle]()
@@ -250,7 +263,10 @@ class Service:
         return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 
     def finish(self, handles: Sequence[Handle], client: Client) -> None:
-        """Cancel the choices of a request that still run, since the client has left, and count all in the metrics."""
+        """End a client's request: cancel its choices that still run, and count all in the metrics.
+
+        handles: those of its choices, which may have ended. client: the sender.
+        """
         now, tokens = time.perf_counter(), 0
         for handle in handles:
             handle.cancel()

@@ -223,7 +223,11 @@ FUNCTION_GEMMA = Gemma("<start_function_call>", "<end_function_call>", "<escape>
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """What a chat template supports. arguments: names of the variables in it that a client may set."""
+    """What a chat template supports.
+
+    form: the format of its tool calls. thoughts: the marks before and after reasoning; None: it has no reasoning.
+    arguments: names of the variables in it that a client may set.
+    """
 
     form: Format  # of tool calls
     thoughts: tuple[str, str] | None  # marks before and after reasoning; None: it has no reasoning
@@ -231,7 +235,10 @@ class ChatTemplate:
 
 
 def find_format(template: str) -> Format:
-    """Return the format that a chat template asks for; ``PLAIN`` if it has no tools or an unknown format."""
+    """Return the format in which models with this chat template write tool calls.
+
+    It is ``PLAIN`` if the template has no tools or an unknown format.
+    """
     if "<|channel|>" in template and "<|message|>" in template:
         return HARMONY
     if "tools" not in template or "<arg_key>" in template:
@@ -249,7 +256,10 @@ def find_format(template: str) -> Format:
 
 
 def find_thoughts(template: str) -> tuple[str, str] | None:
-    """Return the marks before and after reasoning in a chat template; None: it has no reasoning."""
+    """Return the marks before and after reasoning in the text of a chat template, such as ("<think>", "</think>").
+
+    None: it has no reasoning.
+    """
     return next((marks for marks in THOUGHTS if marks[1] in template), None)
 
 
@@ -267,7 +277,10 @@ def abilities(tokenizer: Any) -> str:
 
 
 def tool_grammar(tools: Schemas) -> Grammar:
-    """Return a grammar of one call as a JSON object, whatever the model's own format is (as in vLLM)."""
+    """Return a grammar of one call, of any of ``tools``, as a JSON object.
+
+    The model's own format of calls does not matter (as in vLLM). tools: name -> JSON schema of the arguments.
+    """
     lines = ["start: " + " | ".join(f"call_{n}" for n in range(len(tools)))]
     for n, (name, schema) in enumerate(tools.items()):
         head = json.dumps(f'{{"name": "{name}", "arguments": ')
@@ -295,7 +308,7 @@ def python_calls(text: str) -> list[tuple[str, str]] | None:
 
 
 def types(schema: Any) -> set[str]:
-    """Return the JSON types that a schema names at its top."""
+    """Return the JSON types, such as "string", that a JSON schema names at its top, also in ``anyOf`` and ``oneOf``."""
     if not isinstance(schema, dict):
         return set()
     own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 
 class Candidates(NamedTuple):
-    """A tree of candidate tokens after the root of one row, parents before children.
+    """A tree of candidate tokens after the root of one row, parents before children; lists have an entry for each node.
+
+    The root is the last token of the text. It is no node, and no level is counted for it: its children are level 1.
 
     scores: for each node, the logarithm of the calibrated probability that the path to the node is accepted.
     tokens: the token id of each node.
@@ -26,34 +28,40 @@ class Candidates(NamedTuple):
 
     @classmethod
     def none(cls, sources: int = 1) -> Candidates:
-        """Return an empty tree. sources: number of sources."""
+        """Return an empty tree. sources: number of sources, so the length of ``raw``."""
         return cls([], [], [], [[] for _ in range(sources)])
 
     @classmethod
     def chain(cls, rates: Sequence[float]) -> Candidates:
-        """Return a chain of unknown tokens (-1). rates: probability of each to be accepted if the ones before are."""
+        """Return a chain of unknown tokens (-1), one for each of ``rates``, without raw probabilities.
+
+        rates: the probability of each token to be accepted if the ones before are, in (0, 1].
+        """
         scores = itertools.accumulate(math.log(rate) for rate in rates)
         return cls([*scores], [-1] * len(rates), [*range(len(rates))], [])
 
     def levels(self) -> int:
-        """Return the depth of the tree, at least 1."""
+        """Return the number of the tree's levels, the root's not counted; 1 for an empty tree."""
         return max(self.depths(), default=1)
 
     def depths(self) -> list[int]:
-        """Return the level of each node; children of the root are at level 1."""
+        """Return the level of each node, [n]; children of the root are at level 1, the root is not listed."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
         return depths[1:]
 
     def within(self, most: int) -> Candidates:
-        """Return the tree cut to its first ``most`` levels."""
+        """Return the tree without the nodes below level ``most`` (0: without any)."""
         depths = self.depths()
         deep = max(depths, default=0) > most
         return self.only([node for node, depth in enumerate(depths) if depth <= most]) if deep else self
 
     def path(self, tokens: Sequence[int]) -> list[int]:
-        """Return the indices of the nodes along ``tokens`` from the root, up to the first token that the tree lacks."""
+        """Return the indices of the nodes along ``tokens`` from the root, up to the first token that the tree lacks.
+
+        tokens: the ids of the tokens that follow the root.
+        """
         nodes = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
         found: list[int] = []
         for token in tokens:
@@ -63,12 +71,12 @@ class Candidates(NamedTuple):
         return found
 
     def source(self, node: int) -> int:
-        """Return the index of the source that gives ``node`` the largest raw probability."""
+        """Return the index in ``raw`` of the source that gives the node of index ``node`` the largest probability."""
         raw = [each[node] for each in self.raw]
         return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Return, for each level, the expected number of accepted tokens: the sum of its nodes' probabilities."""
+        """Return, for levels 1, 2, .., the expected number of accepted tokens: the sum of the nodes' probabilities."""
         depths = self.depths()
         found = [0.0] * max(depths, default=0)
         for depth, score in zip(depths, self.scores, strict=True):
@@ -94,7 +102,7 @@ class CandidateSet:
     """The candidates that a draft was chosen from.
 
     rows: the candidates of each row.
-    levels: the number of levels that were drafted.
+    levels: the number of levels that were drafted one after the other; 0: none, as by n-grams.
     without_levels: the nodes of each row that would be drafted without levels; None: there is no such draft.
     """
 

@@ -40,6 +40,9 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = We
 class Constraint:
     """A rule that the new text must follow: base class of ``Json``, ``Regex``, ``Grammar`` and ``Choice``.
 
+    A subclass is a dataclass whose first field is the rule. It gives ``kind``, and overrides ``source`` if that field
+    is no text, and ``grammar`` if the source is no Lark grammar. ``compile_constraint`` uses both.
+
     kind: name of the constraint in messages.
     """
 
@@ -47,12 +50,15 @@ class Constraint:
 
     @property
     def source(self) -> str:
-        """The constraint as text; a text that is too long is refused."""
+        """The constraint as text. ``compile_constraint`` refuses more than ``LONGEST`` characters with SpecDecError."""
         source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return source
 
     def grammar(self, matcher: Any) -> str:
-        """Return the constraint as llguidance's grammar. matcher: llguidance's class ``LLMatcher``."""
+        """Return the constraint as llguidance's grammar. Raises ValueError if the source is invalid.
+
+        matcher: llguidance's class ``LLMatcher``.
+        """
         return str(matcher.grammar_from_lark(self.source))
 
 
@@ -93,7 +99,7 @@ def _refuse_constant(name: str) -> None:
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """Allows text that matches a regular expression from its beginning to its end."""
+    """Allows text that matches the regular expression ``pattern`` from its beginning to its end."""
 
     pattern: str
     kind = "regular expression"
@@ -112,7 +118,7 @@ class Grammar(Constraint):
 
 @dataclass(frozen=True)
 class Choice(Constraint):
-    """Allows one of several texts."""
+    """Allows one of the strings ``texts``, none of which is empty."""
 
     texts: Sequence[str]
     kind = "choice"
@@ -140,6 +146,7 @@ class CompiledConstraint:
     """A constraint that is compiled for one model. ``state`` makes the processor of one row.
 
     matcher: llguidance's matcher at the beginning of the text.
+    vocab_size: V, the size of the model's vocabulary.
     ends: ids of the end tokens.
     block: ids of the tokens that begin and end a reasoning block; None: the model does not reason.
     reasoning: the tokens that are allowed in a reasoning block, bool [V].
@@ -163,7 +170,8 @@ def compile_constraint(
 ) -> CompiledConstraint:
     """Return ``constraint`` compiled for a model whose texts end with one of the tokens ``ends``.
 
-    Raises SpecDecError if it is invalid, too large, or allows nothing, and if the model cannot be constrained.
+    Raises SpecDecError if it is invalid, longer than ``LONGEST`` characters, or allows nothing, and if the model cannot
+    be constrained or llguidance is not installed. vocab_size: V, the size of the model's vocabulary.
     """
     try:
         from llguidance import LLMatcher, LLParserLimits
@@ -197,6 +205,7 @@ def compile_constraint(
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
+    """Return the error for a constraint that cannot be used. why: llguidance's message."""
     return ConstraintError(f"the {constraint.kind} cannot be used: {_sentence(why)}")
 
 
@@ -211,7 +220,10 @@ def _sentence(why: str) -> str:
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """Return llguidance's form of the tokenizer. Takes about a second, once for each tokenizer."""
+    """Return llguidance's form of the tokenizer. Takes about a second, once for each tokenizer.
+
+    Raises SpecDecError if the tokenizer cannot be used. vocab_size, ends: as in ``compile_constraint``.
+    """
     from llguidance import LLTokenizer
 
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
@@ -302,18 +314,23 @@ class ConstraintState:
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """Return the number of ``tokens``, counted from the first, that may follow the text ``ids``."""
+        """Return how many of ``tokens``, counted from the first, may follow the text ``ids`` (prompt and output)."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
     def _begin(self, new: Sequence[int]) -> int | None:
-        """Return the index in ``new`` from which the constraint applies; None: ``new`` ends in a reasoning block."""
+        """Return the index in ``new`` from which on tokens are constrained.
+
+        That is 0, or, if the text begins with a reasoning block, the index after the block's end; None: all of ``new``
+        is in the block. new: the row's new tokens, so those after its prompt.
+        """
         block = self.compiled.block
         if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
             return 0
         return next((n + 1 for n, token in enumerate(new) if token == block[1]), None)
 
     def _mask(self, new: Sequence[int]) -> Tensor | None:
+        """Compute the result of ``mask``, which is cached there."""
         begin, block = self._begin(new), self.compiled.block
         if begin is None:
             return self.compiled.reasoning
@@ -326,6 +343,7 @@ class ConstraintState:
         return torch.from_numpy(allowed)
 
     def _forced(self, new: Sequence[int]) -> list[int]:
+        """Return some tokens that must come after the new tokens ``new``; []: there is a choice, or none may follow."""
         begin = self._begin(new)
         if begin is None or (self.may_reason and not new) or not self._go_to(new[begin:]):
             return []
@@ -348,7 +366,7 @@ class ConstraintState:
         return count + int(self.matcher.validate_tokens(rest))
 
     def _go_to(self, new: Sequence[int]) -> bool:
-        """Move the matcher to the end of the new tokens; return False if they are not allowed."""
+        """Move the matcher to the end of ``new``, the tokens that it constrains; return whether it allows them all."""
         new = list(new)
         shared = common_prefix(self.consumed, new)
         if shared < len(self.consumed):

@@ -14,7 +14,9 @@ from specdec.speculation.trees import MOST_NODES
 
 
 def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
-    """Return the rule by which the device selects a tree's nodes while the host goes on; None: the host selects them.
+    """Return the rule by which the device selects a tree's nodes while the host goes on.
+
+    None: the host selects them, because it need not wait for the device, or because sampling or a constraint needs it.
 
     levels: number of levels that are drafted.
     nodes: number of nodes of each row; None: as many as are worth their cost (``Prices``).
@@ -44,6 +46,9 @@ class DeviceDraft(Draft):
     """A draft whose tokens and tree are on the device; the host knows them only after ``receive``.
 
     held: the nodes on the device; None: the host has read them.
+    state: the rows for which it was drafted.
+    levels, without_levels: as in ``CandidateSet``.
+    chain: whether the tree is known to be a chain.
     """
 
     def __init__(

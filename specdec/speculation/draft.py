@@ -50,6 +50,7 @@ class Draft:
 
     @property
     def tokens(self) -> Tensor:
+        """The token ids, int64 [B, M]; -1: the row does not have the node."""
         if self._tokens is None:
             assert self.listed is not None
             self._tokens = upload(self.listed, self.device).view(len(self.listed), len(self.parents))
@@ -152,6 +153,8 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
     """Return why ``draft`` cannot be scored for ``batch`` rows at a maximum depth of ``limit``; None: it can be scored.
 
     Tokens that only an asynchronous device has are checked later, when the host reads them.
+
+    batch: number of rows. vocab_size: V, which token ids must be below.
     """
     count, parents = len(draft.parents), draft.parents
     if draft.held is not None:

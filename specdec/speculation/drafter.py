@@ -29,6 +29,9 @@ Trees: TypeAlias = list[Candidates] | DeviceTree | None
 class Traits:
     """What the engine must know of a drafter that is bound to a model.
 
+    An *exit* is a place in the model where drafted tokens may leave it, numbered from 0; most drafters have one. A
+    *level* is all tokens that are drafted at one depth.
+
     sources: the name of each source of its candidates; probabilities are calibrated for each source. A drafter by
         itself has one source, its name.
     drafts: whether it ever proposes a token.
@@ -81,7 +84,8 @@ class Learner(ABC):
 class Drafter(ABC):
     """Proposes tokens. A subclass has a name and implements ``propose``; the other methods have defaults.
 
-    Rows come and go between two steps. What belongs to a row is in the row's own state (``begin``).
+    A *row* is one text of the batch, and its *root* the last token of the text, after which a draft begins. Rows come
+    and go between two steps. What belongs to a row is in the row's own state (``begin``).
 
     name: name in the registry, such as "m2r2". summary: one line for ``specdec drafters``.
     training: the command that trains one, such as "specdec train m2r2"; None: there is none.
@@ -103,16 +107,19 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
-        """Draft tokens after each row's root, to a depth of at most ``limit`` >= 1, the largest of ``state.depths``.
+        """Return a draft: tokens after each row's root.
 
-        The engine removes a row's nodes that are deeper than the row's own entry.
+        limit: maximum depth of the draft, at least 1: the largest of ``state.depths``. The engine removes a row's nodes
+            that are deeper than the row's own entry there.
         """
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """Make a drafter for ``target`` from ``source`` (a folder or a name; None: no source) and options.
+        """Make a drafter for ``target``. By default there is no source, and options are those of the constructor.
 
-        By default there is no source, and options are the arguments of the constructor.
+        Raises SpecDecError for an option that the drafter does not have.
+
+        source: a folder or a name from which it is loaded; None: no source. kwargs: the drafter's options.
         """
         options.check_names(cls.name, kwargs, keywords(cls), source)
         return cls(**kwargs)
@@ -154,7 +161,10 @@ class Drafter(ABC):
         """
 
     def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
-        """Forget the row's last draft, because it is scored only in part or not at all."""
+        """Forget the row's last draft, because it is scored only in part or not at all.
+
+        row_state: what ``begin`` returned for the row.
+        """
 
     def end(self, row_state: Any, ids: list[int], start: int, learn: bool = True) -> None:  # noqa: B027 (optional)
         """Forget a row that has ended.

@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Read NAME, a drafter folder, or ORG/NAME[@revision]. Raises SpecDecError for what is none of these."""
+        """Parse ``text``: NAME, a drafter folder, or ORG/NAME[@revision]. Raises SpecDecError for anything else."""
         if text in registry.names("drafters") or not ("/" in text or Path(text).is_dir()):
             registry.check_name("drafters", text)
             return cls(text)
@@ -44,7 +44,10 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return this part with its name; downloads a hub repository. Raises SpecDecError if it has no drafter."""
+        """Return this part with its name filled in; downloads a hub repository.
+
+        Raises SpecDecError if the source has no drafter.
+        """
         if self.name:
             return self
         from specdec.models import drafter_folder, hub  # heavy
@@ -63,7 +66,7 @@ class DrafterSpec:
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
-        """Parse the name of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
+        """Parse ``text``, the name of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
 
         X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for other strings.
         """
@@ -127,7 +130,10 @@ class DrafterSpec:
 
 
 def _load(part: Part, target: Any, options: Mapping[str, Any]) -> Drafter:
-    """Load one drafter for ``target``. Raises SpecDecError for an option that it does not have."""
+    """Load the drafter ``part`` for ``target``, with its own ``options`` by name.
+
+    Raises SpecDecError for an option that it does not have.
+    """
     found = registry.lookup("drafters", part.name)
     try:
         made: Drafter = found.load(target, part.source, **options)

@@ -40,7 +40,10 @@ def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> froze
 
 
 def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
-    """Return the sampling options of a model's ``generation_config``, as ``model.generate`` uses them."""
+    """Return the sampling options of a model's ``generation_config``, as ``model.generate`` uses them.
+
+    By name: temperature, top_k, top_p and min_p; {}: the config asks for greedy decoding.
+    """
     config: Any = model.generation_config
     given = {} if config is None else config.to_diff_dict()
     if not given.get("do_sample"):
@@ -58,7 +61,8 @@ def logits_processors(
 ) -> list[Processor]:
     """Return the logits processors of a request; transformers makes them if the config asks for more than a penalty.
 
-    prompt: its token ids. repetition_penalty: replaces the config's penalty; None: the config's is used.
+    prompt: its token ids. max_new_tokens: maximum number of tokens after them.
+    repetition_penalty: replaces the config's penalty; None: the config's is used.
     others: the caller's processors; each replaces a processor of the same class that the config asks for.
     Raises SpecDecError for a config that cannot be used.
     """
@@ -94,7 +98,7 @@ def logits_processors(
 
 
 def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if a processor keeps state between calls, which rejected drafts would spoil.
+    """Raise SpecDecError if one of ``processors`` keeps state between calls, which rejected drafts would spoil.
 
     remedy: end of the error message, what the user can do.
     """

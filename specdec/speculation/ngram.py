@@ -32,10 +32,14 @@ Ints = npt.NDArray[np.int32]
 
 
 class _Prior(ctypes.Structure):
+    """A ``Prior`` as ngram.c reads it."""
+
     _fields_ = (("tokens", INT), *((name, POINTER) for name in ("begin", "after", "p")))
 
 
 class _Growth(ctypes.Structure):
+    """The arguments and the results of growing one tree, as ngram.c has them."""
+
     _fields_ = (
         ("text", POINTER),
         *((name, INT) for name in ("length", "limit", "nodes", "sources")),
@@ -119,10 +123,12 @@ class SortedTexts:
 
 
 class Prior:
-    """The likeliest successors of each token of the vocabulary; ``count`` makes it.
+    """The likeliest successors of each token of the vocabulary: the tokens that most often come next after it.
+
+    ``count`` makes it from texts. ``Grower`` reads it where no text matches.
 
     begin: int32 [V + 1]; the successors of token t are the entries begin[t]:begin[t + 1] of ``after`` and ``p``.
-    after: token ids of the successors, int32 [n].
+    after: token ids of the successors, int32 [n], for each token the likeliest first.
     p: probabilities of the successors, float32 [n].
     """
 
@@ -134,7 +140,13 @@ class Prior:
 
     @classmethod
     def count(cls, ids: Ints, vocab_size: int) -> Prior:
-        """Count the successors in texts. ids: token ids, int32 [n], with a -1 between two texts."""
+        """Return the prior of texts: the ``FOLLOWERS`` most frequent successors of each token, and their probabilities.
+
+        A successor that comes after c of the n occurrences of a token has the probability c / (n + 2).
+
+        ids: token ids, int32 [n], with a -1 between two texts, across which nothing is counted.
+        vocab_size: V, which all ids are below.
+        """
         pairs = ids[:-1].astype(np.int64) * vocab_size + ids[1:]
         keys, counts = np.unique(pairs[(ids[:-1] >= 0) & (ids[1:] >= 0)], return_counts=True)
         before = keys // vocab_size
@@ -149,7 +161,7 @@ class Prior:
 
 
 class Grower:
-    """Grows trees of the likeliest paths, one call at a time.
+    """Grows trees of the likeliest paths, one call at a time: it reuses the memory of its arguments and results.
 
     prior: successors of each token, for texts that match nothing; None: there is no prior.
     least: probability of a path below which the path is left out.

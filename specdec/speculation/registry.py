@@ -56,7 +56,10 @@ def outside(kind: str) -> dict[str, str]:
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return "module:Class" of ``name``, without imports. Raises SpecDecError for an unknown name."""
+    """Return "module:Class" of ``name``, without imports. Raises SpecDecError for an unknown name.
+
+    kind: "drafters" or "verifiers".
+    """
     if (own := {"drafters": DRAFTERS, "verifiers": VERIFIERS}[kind].get(name)) is not None:
         return own
     known = names(kind)
@@ -74,7 +77,10 @@ def load_object(place: str) -> Any:
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name."""
+    """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name, or another object.
+
+    kind: "drafters" or "verifiers".
+    """
     place = check_name(kind, name)
     from specdec.speculation.drafter import Drafter  # heavy
     from specdec.speculation.verifier import Verifier

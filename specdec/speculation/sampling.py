@@ -32,7 +32,10 @@ Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens
 class Noise:
     """Standard Gumbel noise over the vocabulary for each position of one request.
 
-    The noise is a function of the seed, the stream and the position, by a counter-based generator (Philox).
+    The noise is a function of the seed, the stream and the position, by a counter-based generator (Philox). So the
+    model and a drafter that ask for the noise of a position get the same values.
+
+    seed: the request's seed. stream: tells rows with one seed apart (``streams``).
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
@@ -168,7 +171,10 @@ class Sampler:
         return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """Return seed, position and filters to draw the token after each row's ``ids``; None: all rows are greedy."""
+        """Return how the token after each row's text is drawn, so that drafts are drawn alike; None: all are greedy.
+
+        ids: the text of each row, prompt and output. The position in the result is the length of the text.
+        """
         if self.greedy:
             return None
         made = []

@@ -19,6 +19,8 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
 
     Common prefixes become one path; earlier continuations come first. The second value has, for each row, the block
     index of the last token of each continuation.
+
+    rows: for each row, its continuations; an empty one ends at the root (0).
     """
     trees, last = [], []
     for continuations in rows:
@@ -71,9 +73,11 @@ def in_one_shape(
 
 
 def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None) -> list[Candidates]:
-    """Select the candidates of each row that are scored.
+    """Return the candidates of each row that are scored, as a tree of its own: the likeliest ones.
 
-    nodes: number of nodes of a row; None: the nodes that are worth their price, or ``limit`` nodes without ``prices``.
+    rows: the candidates of each row. limit: number of nodes of a row if neither ``nodes`` nor ``prices`` are given.
+    nodes: number of nodes of a row; None: the nodes that are worth their price.
+    prices: what nodes cost; None: not known.
     """
     counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
@@ -98,8 +102,9 @@ def draft_best(
     levels: int = 0,
     without_levels: Sequence[Candidates] | None = None,
 ) -> Draft:
-    """Return a draft of each row's best candidates (``worth_scoring``), none deeper than ``state.depths``.
+    """Return a draft of each row's best candidates, none deeper than ``state.depths``.
 
+    rows: the candidates of each row. limit, nodes: as in ``worth_scoring``, with the prices in ``state``.
     levels, without_levels: as in ``CandidateSet``. If no levels were drafted, ``without_levels`` is the draft.
     """
     rows = [found.within(most) if most < limit else found for found, most in zip(rows, state.depths, strict=True)]

@@ -20,6 +20,7 @@ Choice = tuple[int, float, float]  # a token, its raw probability after the toke
 class Prices:
     """The costs of scoring and drafting, in tokens (seconds times the present speed in tokens per second).
 
+    A *node* is a drafted token that is scored; a *level* is all tokens that a drafter drafts at one depth, in one pass.
     A drafter takes a node, or drafts a level, while the node or level is expected to add more tokens than it costs.
     The nodes of several rows compete with each other.
 
@@ -45,7 +46,7 @@ class Prices:
     beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
-        """Return a copy with only the calibration tables of the sources whose indices are given."""
+        """Return a copy with some of the calibration tables. tables: indices of their sources, in the wanted order."""
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
@@ -69,7 +70,10 @@ class Prices:
         return count if gain + self.level_allowance > 0 else 0
 
     def best_levels(self, without_levels: Sequence[Candidates] = ()) -> tuple[float, int]:
-        """Return the largest expected gain of one or more levels, in tokens (it may be negative), and their number."""
+        """Return the largest expected gain of one or more levels, and their number; (-inf, 0): no row may have levels.
+
+        The gain is accepted tokens minus costs, in tokens, and may be negative. without_levels: as in ``levels``.
+        """
         scored, most = sum(len(own.tokens) for own in without_levels), len(self.nodes) - 1
         expected = [own.by_level() for own in without_levels] or [[] for _ in self.rates]
         # Probability that a row is right up to the level: by the draft without levels; else by so many levels after it

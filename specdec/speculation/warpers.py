@@ -22,6 +22,8 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class Temperature:
+    """Divides logits by ``temperature`` > 0."""
+
     temperature: float
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -30,6 +32,8 @@ class Temperature:
 
 @dataclass(frozen=True)
 class TopK:
+    """Keeps the ``top_k`` likeliest tokens, and those that are as likely as the last of them; forbids the others."""
+
     top_k: int
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -39,7 +43,10 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """Top-p as in transformers, but faster on CPUs: sorts the best ``SHORTLIST`` tokens, and all only if needed."""
+    """Keeps the likeliest tokens, as few as have the probability ``top_p`` together; forbids the others.
+
+    As in transformers, but faster on CPUs: sorts the best ``SHORTLIST`` tokens, and all only if needed.
+    """
 
     top_p: float
     SHORTLIST = 128
@@ -64,6 +71,8 @@ class TopP:
 
 @dataclass(frozen=True)
 class MinP:
+    """Forbids tokens less likely than ``min_p`` times the likeliest one."""
+
     min_p: float
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -75,6 +84,8 @@ class MinP:
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
+    """Divides positive logits of tokens in the text by ``penalty`` > 0, and multiplies negative ones by it."""
+
     penalty: float
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -126,7 +137,10 @@ def _without(scores: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 class Penalties:
-    """Logits processor for logit bias, and frequency and presence penalties of the tokens from index ``start`` on."""
+    """Logits processor for logit bias, and frequency and presence penalties of the tokens from index ``start`` on.
+
+    params: has the bias and the penalties.
+    """
 
     def __init__(self, params: SamplingParams, start: int) -> None:
         self.frequency = params.frequency_penalty

@@ -31,6 +31,7 @@ def known_answers(output: Path, decoder: SpecDecoder, items: Sequence[TrainingAn
 
     A prompt is encoded in the model's chat template, or as plain text if the model has none. Its answer may be in
     ``output``/answers.jsonl. Raises SpecDecError if this file holds answers to other prompts.
+    decoder: its tokenizer encodes the prompts. No answer is generated here.
     """
     given = [
         item
@@ -53,6 +54,8 @@ def answer_prompts(
 
     The new answers are appended to ``output``/answers.jsonl. An answer does not depend on the other rows of its batch
     (up to rounding) or on interruptions of the run. Raises SpecDecError if the disk is full.
+    known: the result of ``known_answers``. settings: those of the answers, such as ``max_new_tokens``, ``temperature``.
+    progress: gets a bar with the number of finished answers.
     """
     left = {answer.prompt_ids: answer for answer in known if not answer.response_ids}
     task = progress.add_task("answers", total=len(known), visible=bool(left), unit="answers", part="answers")
@@ -73,9 +76,10 @@ def answer_prompts(
 def _generate(
     decoder: SpecDecoder, prompts: Sequence[tuple[int, ...]], settings: TrainSettings
 ) -> Iterator[TrainingAnswer]:
-    """Yield the answers to ``prompts`` (token ids) in the order in which the answers end.
+    """Yield ``decoder``'s answers to ``prompts`` (token ids) in the order in which the answers end.
 
-    The share ``settings.sampled`` of the prompts, chosen by hash, is sampled; all others are decoded greedily.
+    Of the prompts the share ``settings.sampled``, chosen by hash, is sampled; all others are decoded greedily.
+    Raises SpecDecError for a prompt that fills the model's context.
     """
     target, ends = decoder.target, decoder.eos_ids()
     if long := [p for p in prompts if len(p) >= target.context]:
@@ -99,7 +103,10 @@ def _generate(
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
-    """Read an earlier run's answers, by prompt. Raises SpecDecError if a prompt is not in ``prompts``."""
+    """Return {prompt: answer} of an earlier run from the file ``path``; {} if it is missing.
+
+    An unfinished last line is cut off the file. Raises SpecDecError if a prompt is not in ``prompts`` (token ids).
+    """
     made: dict[tuple[int, ...], TrainingAnswer] = {}
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -41,7 +41,11 @@ class ArlaSettings(TrainSettings):
 
 
 class ArlaMethod(TrainingMethod[M2R2]):
-    """Trains routers with the binary cross-entropy of "the draft's best token is the base model's best token"."""
+    """Trains routers with the binary cross-entropy of "the draft's best token is the base model's best token".
+
+    A router is a small network at an exit of the drafter: it predicts the probability that the draft made there is
+    right.
+    """
 
     name = "arla"
     settings_class = ArlaSettings
@@ -67,7 +71,10 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return network
 
     def _steps(self, network: M2R2, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (log-odds of the router, draft is right, position is valid), each [B, T], per draft step and exit."""
+        """Yield (log-odds of the router, draft is right, position is valid), each [B, T], per draft step and exit.
+
+        network: the drafter with its routers. Only the log-odds have gradients.
+        """
         assert network.routers is not None
         teacher = self.teacher
         teacher.begin(batch)
@@ -90,7 +97,7 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return the figures of the routers, pooled over all draft steps and exits.
+        """Return the figures of the routers of ``network``, pooled over all draft steps and exits.
 
         levels: the thresholds on the router's probability.
         leave: for each threshold, the share of drafted tokens at or above it.

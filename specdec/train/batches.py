@@ -29,7 +29,8 @@ class TrainingBatch:
     valid: bool [B, T], False for padding.
     kv: layer -> the base model's ("exact") keys and values of positions 0 .. S - 1 [B, H', S, d].
     hidden, before: layer -> the layer's input at each position, and at the position before it [B, T, D].
-    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, float32 [B, T].
+    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, the sum of exp(logit),
+    float32 [B, T].
     texts: one int32 tensor per row, the text's tokens up to the end of the window.
     """
 
@@ -55,7 +56,11 @@ class TrainingBatch:
 
 
 class TrainingCache(KVCache):
-    """A KV cache for training: a batch's exact keys and values, then those of draft steps, which keep gradients."""
+    """A KV cache for training: a batch's exact keys and values, then those of draft steps, which keep gradients.
+
+    num_layers: layers of the base model. batch: gives the exact keys and values, which are the same for all draft
+    steps.
+    """
 
     def __init__(self, num_layers: int, batch: TrainingBatch) -> None:
         super().__init__(num_layers, len(batch.ids), batch.ids.device)
@@ -72,7 +77,11 @@ class TrainingCache(KVCache):
 
 
 def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
-    """Cut the answers into adjacent windows of at most ``length`` positions: (index of the answer, first, end)."""
+    """Cut the answers ``records`` into adjacent windows of at most ``length`` positions.
+
+    Returns for each window (index of its answer in ``records``, first position, position after the last one). A
+    position t is trained to predict the answer token at t + 1.
+    """
     cut = []
     for index, record in enumerate(records):
         start, end = max(record.prompt - 1, record.first + 1), len(record.ids) - 1
@@ -81,10 +90,11 @@ def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
 
 
 def epoch(cut: Sequence[Window], rows: int, seed: int, number: int) -> list[list[Window]]:
-    """Return the batches of epoch ``number``, each of ``rows`` windows that end at similar positions.
+    """Return the batches of epoch ``number`` (from 0), each a list of ``rows`` windows that end at similar positions.
 
-    The order depends on ``seed`` and ``number`` alone. A last batch with fewer rows is dropped, unless it is the only
-    one.
+    cut: all windows, as ``windows`` returns them; an epoch has each once. The order depends on ``seed`` and ``number``
+    alone.
+    A last batch with fewer rows is dropped, unless it is the only one.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     order = torch.randperm(len(cut), generator=generator).tolist()
@@ -149,9 +159,10 @@ def assemble(
 def by_length(
     records: Sequence[AnswerStates], rows: int, length: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[TrainingBatch]:
-    """Yield batches that contain every window once, ordered by end position. rows: largest number of windows per batch.
+    """Yield batches that contain every window of ``records`` once, ordered by end position.
 
-    length: positions per window. device, dtype: those of the returned tensors; None: as stored.
+    rows: largest number of windows per batch. length: positions per window. device, dtype: those of the returned
+    tensors; dtype None: as stored.
     """
     cut = sorted(windows(records, length), key=lambda window: window[2])
     for start in range(0, len(cut), rows):
@@ -159,7 +170,11 @@ def by_length(
 
 
 def endless(cut: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
-    """Yield (epoch number, windows of a batch) without end. The first ``skip`` batches are left out."""
+    """Yield (epoch number from 0, windows of a batch), epoch after epoch, without end.
+
+    cut, rows, seed: as in ``epoch``. skip: number of batches at the beginning to leave out, which an earlier run has
+    used.
+    """
     number, passed = 0, 0
     while True:
         batches = epoch(cut, rows, seed, number)

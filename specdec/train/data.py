@@ -66,7 +66,7 @@ def read(sources: Sequence[str | Path]) -> list[TrainingAnswer | Prompt]:
 
 
 def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
-    """Yield the answers and prompts of one file, in the formats of ``read``; none if the file is empty."""
+    """Yield the answers and prompts of the file ``path``, in the formats of ``read``; none if the file is empty."""
     for where, record in inputs.prompts(path):
         ids: list[Any] = [record.get("prompt_ids"), record.get("response_ids")]
         kind = str(record.get("category", ""))
@@ -81,7 +81,7 @@ def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
 
 
 def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
-    """Raise SpecDecError if an answer holds a token id of ``vocab_size`` or more."""
+    """Raise SpecDecError if an answer among ``items`` holds a token id of ``vocab_size`` or more."""
     for number, item in enumerate(items, start=1):
         largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
@@ -122,7 +122,7 @@ def prompt_hash(ids: Sequence[int]) -> int:
 
 
 def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
-    """Split the answers into (training answers, evaluation answers).
+    """Split the answers into (training answers, evaluation answers), each in the given order.
 
     About ``fraction`` of the prompts, chosen by hash, and at least one are for evaluation. Raises SpecDecError if
     either part would be empty.

@@ -45,7 +45,10 @@ class ExitSettings(TrainSettings):
 
 
 class DeedMethod(TrainingMethod[ExitHeads]):
-    """Trains exit modules (``ExitHeads``) with the KL divergence from the base model, averaged over the exits."""
+    """Trains exit modules (``ExitHeads``) with the KL divergence from the base model, averaged over the exits.
+
+    An exit is a layer after which a drafted token may stop; its module estimates the final state from the state there.
+    """
 
     name = "deed"
     settings_class = ExitSettings
@@ -64,7 +67,11 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 
     @torch.no_grad()
     def fit(self, network: ExitHeads, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-        """Fit the linear layer of each exit by regression from the state at the exit to the final state."""
+        """Set the linear layer of each exit by ridge regression from the state at the exit to the final state.
+
+        network: its exits' parameters are overwritten. batches: a function; each call returns a new iterator over the
+        batches.
+        """
         width, last = self.target.hidden_size, self.target.num_layers
         regressions = [Sums(width, width) for _ in self.exits]
         for batch in batches():
@@ -147,6 +154,7 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
 
     A draft runs the layers that the routers choose and attends to the base model's keys and values. The base model runs
     over each text again, because stored keys and values of all layers would be too large.
+    A router at each layer from the setting ``first`` on decides for each token whether the layer runs or is skipped.
     """
 
     name = "mixture-of-depths"
@@ -160,7 +168,11 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Return final states [B, T, D] of a draft per position, and the share of routed layers that ran [B, T]."""
+        """Draft one token at each position of ``batch``, with the layers that the routers ``network`` choose.
+
+        Returns the final states [B, T, D] and the share of the routed layers that ran, 0 to 1, float32 [B, T]. Both
+        have gradients for the routers.
+        """
         target, first = self.target, network.first
         ids = pad_sequence([text.long() for text in batch.texts], batch_first=True).to(target.device)
         cache, taps = target.new_cache(len(ids)), {first: torch.empty(0)}

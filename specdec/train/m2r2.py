@@ -65,7 +65,12 @@ class M2R2Settings(TrainSettings):
 
 
 class M2R2Method(TrainingMethod[M2R2]):
-    """Trains M2R2 with the KL divergence from the base model, summed over drafted tokens and averaged over exits."""
+    """Trains M2R2 with the KL divergence from the base model, summed over drafted tokens and averaged over exits.
+
+    The draft path is the sequence of layers and projections that a draft runs through. A projection is a linear map
+    that estimates the input of a later layer, or the final state; a segment is a range of layers [lo, hi) behind a
+    projection; an exit is a layer after which a token may leave.
+    """
 
     name = "m2r2"
     settings_class = M2R2Settings
@@ -103,7 +108,7 @@ class M2R2Method(TrainingMethod[M2R2]):
         return network
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
-        """Return the typical size of a parameter's elements; for a projection, its root mean square.
+        """Return the typical size of the elements of the parameter ``name``; for a projection, its root mean square.
 
         For an adapter's ``up``, it is the scale at which up @ down is as large as the adapted weight.
         """
@@ -189,9 +194,10 @@ def path_of(settings: M2R2Settings, target: Target) -> M2R2Path:
 
 
 def _without_states(target: Target, lo: int, hi: int) -> list[tuple[int, int]]:
-    """Return the longest ranges of layers within [lo, hi) that are not recurrent.
+    """Return the longest ranges of layers (first, end) of ``target`` within [lo, hi) that are not recurrent.
 
-    If all layers there are recurrent, it is the nearest layer that is not. Raises SpecDecError if there is none.
+    All returned ranges have the same length. If all layers there are recurrent, it is the nearest layer that is not.
+    Raises SpecDecError if the model has none.
     """
     found = [layer for layer in range(target.num_layers) if layer not in target.recurrent_layers]
     if not found:
@@ -206,7 +212,10 @@ def _without_states(target: Target, lo: int, hi: int) -> list[tuple[int, int]]:
 
 
 def path_states(path: M2R2Path, num_layers: int) -> StateSelection:
-    """Return which states of the base model training on ``path`` reads (``num_layers``: the base model's depth)."""
+    """Return which layers' keys, values and inputs of the base model training on ``path`` reads.
+
+    num_layers: the base model's depth; the input of "layer" ``num_layers`` is the final state.
+    """
     kv = [layer for lo, hi in path.segments for layer in range(lo, hi)]
     hidden = {*(lo for lo, _ in path.segments), num_layers}
     if path.adapts_early:

@@ -25,9 +25,10 @@ from specdec.train.student import Teacher
 class MedusaSettings(TrainSettings):
     """Settings of ``specdec train medusa``, in addition to ``TrainSettings``.
 
-    heads: number of heads; head k drafts the k-th token. blocks: residual blocks of a head.
-    rooted: whether the first block also reads the embedding of the last verified token.
-    fade: weight of a head's loss relative to the previous head (the paper's lambda).
+    heads: number of heads; head k = 1, 2, .. drafts the k-th token after the root, the last verified token.
+    blocks: number of residual blocks of each head.
+    rooted: whether the first block also reads the root's embedding.
+    fade: weight of a head's loss as a multiple of that of the head before it (the paper's lambda), > 0.
     """
 
     heads: Positive = 4
@@ -68,6 +69,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
 
         Entry t is the draft of the token after t. Head k computes it from the final state at t - k and, if ``rooted``,
         the token at t - k + 1.
+        network: the heads. batch: has the final states, which the heads read.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]

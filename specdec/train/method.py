@@ -75,7 +75,10 @@ class TrainingMethod(ABC, Generic[Network]):
     settings_class: ClassVar[type[TrainSettings]]
 
     def __init__(self, settings: Any, target: Target) -> None:
-        """Keep ``settings`` (a ``settings_class``) and the base model. Subclasses refuse settings with SpecDecError."""
+        """Keep ``settings`` and the base model ``target``, which a run trains for.
+
+        settings: an instance of ``settings_class``. Subclasses refuse settings with SpecDecError.
+        """
         self.settings, self.target = settings, target
 
     def prepare(self, context: RunContext) -> None:
@@ -122,12 +125,14 @@ class TrainingMethod(ABC, Generic[Network]):
 
         The loss is a *mean over the valid positions* of ``batch``, so that processes can average it. The figure
         ``agree`` must be there: the share of positions where the draft is the base model's choice.
+        network: the running copy of what ``build`` made.
         """
 
     @abstractmethod
     def evaluate(self, network: Network, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         """Return figures on held-out answers (JSON values) for the metrics and config.json of the drafter.
 
+        network: the running copy of what ``build`` made. batches: the held-out answers; can be iterated once.
         The figure ``score`` must be there. It selects the best drafter; larger is better.
         """
 
@@ -142,7 +147,10 @@ class TrainingMethod(ABC, Generic[Network]):
 
     @abstractmethod
     def config(self, network: Network) -> dict[str, Any]:
-        """Return the drafter's entries of ``config.json``. The entry ``drafter`` is the name of its drafter class."""
+        """Return the entries of ``config.json`` that describe the drafter ``network``.
+
+        The entry ``drafter`` is the name of its drafter class.
+        """
 
 
 def agreement_name(number: int, exit: int | None = None) -> str:

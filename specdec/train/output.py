@@ -45,17 +45,20 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 
 def lock_of(settings: TrainSettings) -> FileLock:
-    """Return the lock of the output folder, which the process that writes there acquires. It is not acquired yet."""
+    """Return the lock of the output folder of ``settings``, which the process that writes there acquires.
+
+    It is a lock on a file in the folder, and not acquired yet.
+    """
     return FileLock(Path(settings.output) / LOCK, timeout=0, thread_local=False)
 
 
 def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = None) -> Path:
-    """Create the output folder of ``settings``, write its recipe and return its path.
+    """Create the output folder of ``settings``, write its recipe (the settings, ``train.yaml``) and return its path.
 
     resume: whether the folder may hold a run with the same settings, which is then continued.
     lock: acquired before anything is written; None: this process does not write.
-    Raises SpecDecError if the folder holds another run or other files, if another process trains in it, or if it
-    cannot be written.
+    Raises SpecDecError if the folder holds another run or other files, if another process trains in it, or if it cannot
+    be written.
     """
     if not settings.output:
         raise SpecDecError("no output folder; give --output DIR")
@@ -83,7 +86,10 @@ def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = N
 
 
 def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
-    """Raise SpecDecError unless ``resume`` is set and the folder's recipe equals ``own``, device and length aside."""
+    """Raise SpecDecError unless the folder ``output`` holds a run with the settings ``own`` and ``resume`` is set.
+
+    own: the settings of this run as ``recorded`` returns them. The device may differ, and minutes or steps may be more.
+    """
     recipe = inputs.read_yaml(output / RECIPE)
     if recipe["method"] != own.method:
         raise SpecDecError(f"'{output}' holds a run of 'specdec train {recipe['method']}'; use another --output")

@@ -23,6 +23,8 @@ class RunProgress(Progress):
     """Bars of what a run is doing now and, after ``plan``, of the whole run.
 
     A task that is added with ``part=NAME`` counts for that part of the plan.
+    A part is a stage of the run: "answers", "states", "fit" (closed-form regression) or "gradients".
+    console: where the bars are shown.
     """
 
     def __init__(self, console: Console) -> None:
@@ -31,12 +33,12 @@ class RunProgress(Progress):
         self.whole: TaskID | None = None
 
     def plan(self, seconds: Mapping[str, float]) -> None:
-        """Show a bar of the whole run. seconds: expected duration of each part, in their order."""
+        """Show a bar of the whole run. seconds: part -> its expected duration in seconds, in the order of the parts."""
         self.seconds = dict(seconds)
         self.whole = self.add_task("whole run", total=sum(seconds.values()))
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """Advance a task, and the whole run with it."""
+        """Advance the task ``task_id`` by ``advance`` units, and the bar of the whole run with it."""
         super().advance(task_id, advance)
         part, names = self._tasks[task_id].fields.get("part"), list(self.seconds)
         if self.whole is None or part not in names:
@@ -51,8 +53,11 @@ class RunProgress(Progress):
 def expected_seconds(
     settings: TrainSettings, known: Sequence[TrainingAnswer], decoding: Target, training: Target
 ) -> dict[str, float]:
-    """Return the expected seconds of each part of a run, from timed passes, if answers are as long as they may be.
+    """Return {part: expected seconds} of a run, from timed passes, if answers are as long as they may be.
 
+    The parts are "answers" (generating them), "states" (of the base model), "fit" (closed-form regression) and
+    "gradients".
+    settings: of the run; its ``steps`` or ``minutes`` decide about "gradients".
     known: the answers; those of prompts that have none yet are empty. decoding: the runtime that answers and computes
     states. training: the runtime that computes gradients.
     """
@@ -74,7 +79,10 @@ def expected_seconds(
 
 
 def describe(seconds: Mapping[str, float], settings: Any, preset: str) -> str:
-    """Return one line about the expected durations ``seconds`` of a run. preset: where its settings come from."""
+    """Return one line about the expected durations of a run. seconds: the result of ``expected_seconds``.
+
+    settings: those of the run. preset: where they come from, a name or a file.
+    """
     parts = ", ".join(f"{name} {duration(each)}" for name, each in seconds.items() if each)
     how = f" ({settings.steps} updates)" if settings.steps else ""
     return (

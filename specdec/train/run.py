@@ -40,6 +40,11 @@ STATE = "update", "tokens", "seconds", "best", "logged"  # attributes of a run t
 class TrainingRun:
     """The gradient training of one drafter by ``method``, in one of the processes. Only the first one writes.
 
+    An update is one step of the optimizer, on one batch of ``rows`` windows of answers. The schedule is the wanted
+    number of updates or minutes. The masters are the trained parameters in float32; the network is their running copy
+    in the dtype of the base model. An evaluation computes figures on held-out answers; the best drafter by their
+    ``score`` is exported.
+
     vocab: the draft vocabulary, token ids int32 [V']; None: the full vocabulary.
     train, held_out: the base model's states of the answers to train on and to evaluate on. kinds: categories of the
     prompts of ``held_out``, "" where unknown.
@@ -165,7 +170,11 @@ class TrainingRun:
             self._evaluate()
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Copy the tensors of a trained drafter. Raises SpecDecError if it is of another kind or shape."""
+        """Copy the tensors of the trained drafter ``init`` to the masters and to the running copy.
+
+        config: its ``config.json``. tensors: parameter name -> values.
+        Raises SpecDecError if the drafter is of another kind or a tensor is missing or of another shape.
+        """
         kind = self.method.config(self.network)["drafter"]
         odd = [n for n, p in self.parameters.items() if n not in tensors or tensors[n].shape != p.shape]
         if odd or config["drafter"] != kind:
@@ -188,7 +197,10 @@ class TrainingRun:
                 return
 
     def _show(self, what: str, source: Iterable[TrainingBatch], total: int, part: str = "") -> Iterator[TrainingBatch]:
-        """Yield the batches of ``source``; show a bar ``what`` over ``total`` tokens. part: its part of the run."""
+        """Yield the batches of ``source`` unchanged; show a bar called ``what`` over ``total`` tokens meanwhile.
+
+        part: the part of the run (see ``RunProgress``) for which the tokens count; "": for none.
+        """
         task = self.progress.add_task(what, total=total, unit="tokens", part=part)
         for batch in source:
             yield batch
@@ -204,11 +216,18 @@ class TrainingRun:
         return self.seconds / (60 * self.settings.minutes)
 
     def _rate(self, done: float) -> float:
-        """Return the factor on learning rates: warm-up, then linear decay. done: finished share of the run."""
+        """Return the factor on learning rates, 0 to 1: warm-up, then linear decay.
+
+        done: finished share of the schedule, 0 to 1.
+        """
         return min(1.0, (self.update + 1) / self.settings.warmup, (1 - done) / self.settings.decay)
 
     def _progress_text(self, means: dict[str, float], done: float) -> str:
-        """Return the state of the run as text for the progress bar: speed, loss, agreement and time left."""
+        """Return the state of the run as text for the progress bar: speed, loss, agreement and time left.
+
+        means: figure -> its mean over the latest updates; has "loss" and "agree". done: finished share of the schedule,
+        0 to 1.
+        """
         speed, left = self.tokens / max(self.seconds, 1e-6), (1 - done) / max(done, 1e-6) * self.seconds
         figures = f"loss {means['loss']:.3f}, agreement {means['agree']:.3f}"
         return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
@@ -217,7 +236,11 @@ class TrainingRun:
         return batches.assemble(records, rows, self.settings.window, self.target.device, self.target.dtype)
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
-        """Update on this process's share of ``rows``, unless the loss is not finite; return figures."""
+        """Make one update, on this process's share of the windows ``rows``; skip it if the loss is not finite.
+
+        rate: factor on the learning rates, 0 to 1. Returns the figures of the method, averaged over all processes, with
+        "loss", "gradient" (norm) and "rate".
+        """
         batch = self._batch(self.records, rows[self.processes.process_index :: self.processes.num_processes])
         loss, figures = self.method.loss(self.network, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -233,7 +256,11 @@ class TrainingRun:
         return figures
 
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
-        """Give the masters the averaged gradients; return averaged figures and the sum of tokens (``count``)."""
+        """Give the masters the gradients of the running copy, averaged over all processes by their numbers of tokens.
+
+        figures: name -> value in this process. count: this process's number of valid positions, a scalar tensor.
+        Returns the figures, averaged likewise, and the number of valid positions of all processes together.
+        """
         total = reduce(count, "sum")
         share = count / total
         for name, parameter in self.parameters.items():
@@ -261,7 +288,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _figures(self, records: Sequence[AnswerStates]) -> dict[str, Any]:
-        """Evaluate on the answers ``records`` and return the figures."""
+        """Evaluate the running copy on the answers ``records`` and return the figures of the method's ``evaluate``."""
         settings, target = self.settings, self.target
         found = batches.by_length(records, settings.rows, settings.window, target.device, target.dtype)
         total = count_positions(batches.windows(records, settings.window))
@@ -323,9 +350,11 @@ class TrainingRun:
 
 @torch.no_grad()
 def copy_values(source: Mapping[str, Any], destination: Mapping[str, nn.Parameter]) -> None:
+    """Overwrite each parameter of ``destination`` with the values of the same name in ``source``, cast to its dtype."""
     for name, parameter in destination.items():
         parameter.copy_(source[name])
 
 
 def count_positions(windows: Iterable[Window]) -> int:
+    """Return the number of positions in ``windows`` of answers."""
     return sum(end - start for _, start, end in windows)

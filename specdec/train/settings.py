@@ -22,7 +22,8 @@ class TrainSettings(Settings):
     """The settings that all training methods share; a method's own class adds to them.
 
     The comment beside each field explains it. A run writes its settings to ``train.yaml`` in the output folder.
-    replaces: setting -> the values of other settings that replace those of the preset when this setting is given.
+    replaces: {setting: {other setting: value}}; when the first is given as an override, the preset's value of the other
+    is replaced by this value.
     """
 
     model_config = ConfigDict(strict=False)  # YAML has lists for tuples, and text for 1e-5

@@ -1,7 +1,8 @@
 """Teacher states on disk: states of the base model for each training answer, computed once for all epochs.
 
 The states are a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with the shards' names,
-the base model's fingerprint and a digest of the answers. Shards are written one by one, so a killed run can resume.
+the base model's fingerprint and a digest of the answers. A shard has the states of up to ``SHARD_ANSWERS`` answers.
+Shards are written one by one, so a killed run can resume.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class StateSelection:
 class AnswerStates:
     """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard.
 
-    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d].
+    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d] (H' heads of size d).
     first: position of the first entry of the following fields, which have n = L - 1 - first entries.
     hidden: layer -> the layer's input [n, D]. best: the most likely next token, int32 [n].
-    log_z: log of the partition sum over the full vocabulary, float32 [n].
+    log_z: log of the partition sum, which is the sum of exp(logit) over the full vocabulary, float32 [n].
     """
 
     ids: Tensor
@@ -151,7 +152,12 @@ def _make_shard(
     wanted: StateSelection,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens."""
+    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens.
+
+    wanted: the layers whose states are computed.
+    Keys of the result: "ids", "lengths", "prompts", "best", "log_z", and "hidden.LAYER", "k.LAYER", "v.LAYER". A tensor
+    has the entries of all answers one after the other.
+    """
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
     for some in _grouped([len(text) for text in texts]):
@@ -184,7 +190,10 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens after final states ``x`` [M, D], int32 [M], and log partition sums, float32 [M]."""
+    """Read tokens out of final states ``x`` [M, D] by ``target``'s output head.
+
+    Returns the most likely token after each, int32 [M], and the log partition sums, float32 [M].
+    """
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
         logits = target.readout(rows[None])[0]
@@ -205,7 +214,10 @@ def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tens
 
 
 def _records(tensors: dict[str, Tensor], wanted: StateSelection) -> list[AnswerStates]:
-    """Cut the tensors of a shard into the states of its answers."""
+    """Cut the tensors of a shard into the states of its answers, which are views of these tensors.
+
+    tensors: the result of ``_make_shard``; "lengths" and "prompts" are removed from it. wanted: the layers to return.
+    """
     lengths, prompts = tensors.pop("lengths").tolist(), tensors.pop("prompts").tolist()
     counts = [length - 1 - first_stored(prompt) for length, prompt in zip(lengths, prompts, strict=True)]
     split = {key: tensor.split(lengths if key.startswith(EVERY_TOKEN) else counts) for key, tensor in tensors.items()}

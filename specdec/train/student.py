@@ -22,7 +22,11 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """Return the deep states that the first drafted token reads: the base model's at the position before, [B, T, D]."""
+    """Return the deep states that the first drafted token after each position reads, as a ``Carry``.
+
+    They are the base model's at the position before: the final state h[N], and the input h[lo] of each segment, [B, T,
+    D] each. network: has the path with the segments.
+    """
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
 
@@ -35,6 +39,7 @@ def shared_stages(
     Returns, for each stage (range of layers) of ``network.path.shared``, the accelerated residual after it [B, T, D]
     and the residuals that a router reads there. The accelerated residual is the base model's own state, unless early
     layers have adapters. watched: whether to compute the router's residuals; if not, their list may be empty.
+    target: the base model, which runs the layers.
     """
     path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
     if not path.adapts_early:
@@ -62,6 +67,7 @@ def draft_steps(
 
     exits: for each exit of the draft path, the estimated final state [B, T, D] and, if ``watched``, the residuals that
     the router there reads, each [B, T, D]. valid: bool [B, T]. A step continues from the last exit of the step before.
+    network: the drafter in training. target: the base model, whose layers it runs.
     """
     path, early = network.path, shared_stages(network, target, batch, watched)
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
@@ -85,7 +91,7 @@ def draft_steps(
 
 
 def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
-    """Return the inputs of projection ``index`` for the first drafted token.
+    """Return the inputs of projection ``index`` of ``network`` for the first drafted token at each position.
 
     These are the accelerated residual [B, T, D] after the stages before the projection, and the base model's deep
     states at the position before (``exact_carry``).
@@ -102,7 +108,7 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
 
 
 def step_mask(batch: TrainingBatch, step: int) -> Mask:
-    """Return the attention mask of draft step ``step`` (from 1).
+    """Return the attention mask of draft step ``step`` (from 1) for the positions of ``batch``.
 
     Position t sees the base model's keys up to position t - step, and its own keys of draft steps 1 .. step.
     """
@@ -130,6 +136,7 @@ class Teacher:
     sharpen: share of probability that moves to the base model's most likely token, if the vocabulary has it.
     variation: share of the loss that is the total variation; the rest is KL.
     extra: number of further tokens in the vocabulary of a batch.
+    target: the base model, whose norm and output head make the logits.
     """
 
     def __init__(
@@ -209,7 +216,7 @@ class Teacher:
         return (logits.gather(-1, index.clamp_min(0)[..., None])[..., 0] >= logits.amax(-1)) & (index >= 0)
 
     def known(self, batch: TrainingBatch) -> Tensor:
-        """Return where the drafter could draft the base model's choice, bool [B, T].
+        """Return for each position of ``batch`` whether the drafter could draft the base model's choice, bool [B, T].
 
         The choice must be in the drafter's vocabulary or in the text up to the position.
         """
@@ -229,6 +236,7 @@ def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterabl
     """Fit all projections of ``network`` in order, each with the outputs of the ones before as input.
 
     batches: a function; each call returns a new iterator over the batches.
+    network: its projections are overwritten. target: the base model.
     """
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
@@ -236,7 +244,11 @@ def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterabl
 
 @torch.no_grad()
 def fit_projection(network: M2R2, target: Target, batches: Iterable[TrainingBatch], index: int) -> None:
-    """Set projection ``index`` by ridge regression from its inputs in draft step 1 to the base model's states."""
+    """Set projection ``index`` by ridge regression from its inputs in draft step 1 to the base model's states.
+
+    network: the drafter whose projection is overwritten. batches: what to fit on. index: from 0, in the order of the
+    path.
+    """
     path, layer = network.path, network.projections[index]
     sums = Sums(layer.in_features, layer.out_features)
     goal = path.segments[index][0] if index < len(path.segments) else network.num_layers

@@ -79,7 +79,15 @@ def _prepare(
     lock: FileLock | None,
     preset: str,
 ) -> TrainingRun:
-    """Check settings, load the model, answer prompts, compute states. lock: None: this process does not write."""
+    """Do all of a run that comes before gradient training, and return the run, ready to train.
+
+    That is: check the settings, load the model, answer the prompts, choose the draft vocabulary and compute the states.
+    resume: whether to continue an earlier run in the output folder. progress: shows each part.
+    processes: the processes that train together. device: where this one loads the model.
+    lock: that of the output folder, which this process acquires; None: this process does not write.
+    preset: where the settings come from, for the line that says how long the run takes.
+    Raises SpecDecError as ``train`` does.
+    """
     # Checks that need no model come first.
     items = data.read(settings.prompts)
     held = data.read(settings.holdout) if settings.holdout else []
@@ -125,7 +133,10 @@ def _prepare(
 
 
 def _note_other_base(init: str, target: Target, console: Console) -> None:
-    """Print a note if the drafter in the folder ``init`` was trained for another model. It may still be the start."""
+    """Print a note to ``console`` if the drafter in the folder ``init`` was trained for another model than ``target``.
+
+    That is no error: training may start from its weights.
+    """
     config = drafter_folder.read_config(Path(init))
     try:
         drafter_folder.check_base(config, target, init)
@@ -139,6 +150,7 @@ def open_target(model: Any, settings: TrainSettings) -> Target:
 
     The copy is loaded if the setting ``dtype`` is "auto", the model is on a CPU that multiplies float32 matrices faster
     than bfloat16 ones, and the memory suffices.
+    model: the base model, already loaded. settings: name the model and the dtype to train in.
     """
     if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
         need = 4 * sum(parameter.numel() for parameter in empty_model(model.config, torch.float32).parameters())

@@ -73,7 +73,7 @@ def test_nodes_are_taken_by_the_heads_own_probabilities_while_they_pay(llama: Pr
     )
     sure = torch.tensor([[0.15 / 95], [0.2 / 95]]).repeat(1, 1, V).view(1, 2, V)
     sure[0, 0, [7, 8]], sure[0, 1, [3, 4]] = torch.tensor([0.6, 0.25]), torch.tensor([0.55, 0.25])
-    drafter._logits = lambda state: sure.log()  # type: ignore[method-assign]
+    drafter._logits = lambda *inputs: sure.log()  # type: ignore[method-assign]
     assert drafter.propose(state, 1).parents == (0,)
     assert drafter.propose(state, 2).parents == (0, 1)  # 0.6, then 0.33 under it rather than 0.25 beside it
     state.prices = Prices([0.14 * n for n in range(25)])
@@ -250,7 +250,9 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
         drafter.observe(row_states, [list(range(length - 1))], taps)
         state = State(target, cache, Sampler([RowSampler(SamplingParams())]), [ids[:length]], row_states=row_states)
         root = length - 1 - rows[0][1]
-        for k, logits in enumerate(drafter._logits(state)[0]):
+        heads, forbidden = drafter.vocabulary.heads, drafter.vocabulary.forbidden
+        drafted = drafter._logits(row_states[0].final, state.roots, state.positions, heads, forbidden)
+        for k, logits in enumerate(drafted[0]):
             torch.testing.assert_close(logits, learned[k][root + k], rtol=1e-4, atol=1e-4)
 
 

@@ -65,6 +65,7 @@ class Row:
 
     def __init__(self, world: World, kinds: Kinds, seed: int) -> None:
         self.at, rng = 0, random.Random(seed)
+        self.other = self  # also the state of the other of two joined drafters
         self.said, self.drafted = list[tuple[float, ...]](), list[tuple[int, ...]]()
         for t in range(2 * world.tokens + 2 * DEPTH + 2):  # some rows are ahead of others
             chances, one, alike = rng.choice(kinds), rng.random(), rng.random() < 0.5
@@ -195,9 +196,8 @@ class Levels(Drafter):
         raise NotImplementedError
 
 
-def state_of(rows: Sequence[Row], prices: Any = None, pair: bool = False) -> State:
+def state_of(rows: Sequence[Row], prices: Any = None) -> State:
     cache: Any = SimpleNamespace(device=torch.device("cpu"))
     nothing: Any = None
-    states: list[Any] = [[row, row] for row in rows] if pair else list(rows)
     sampler: Any = SimpleNamespace(plain_greedy=True)
-    return State(nothing, cache, sampler, [[0]] * len(rows), prices, row_states=states)
+    return State(nothing, cache, sampler, [[0]] * len(rows), prices, row_states=list(rows))

@@ -1,4 +1,11 @@
-"""How often drafts are accepted: by the raw probability of their source and by position, in one row and in all."""
+"""How often drafts are accepted: by the raw probability of their source and by position, in one row and in all.
+
+A *source* proposes candidate tokens with *raw* probabilities (``Traits.sources``). Its *calibrated* probabilities are
+the shares of such candidates that were accepted, counted at the *knots*, fixed log-odds of raw probabilities
+(``KNOTS``). An *exit* is a place where drafted tokens leave the model; a drafter has one or more, numbered from 0. A
+*level* is a step of drafting, which adds tokens at one depth. The *gain* of a draft is the number of its accepted
+tokens minus its cost in tokens: its seconds times the present speed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +27,7 @@ SIZES = 8  # groups of batch sizes with figures of their own: 1, 2 or 3, 4 to 7,
 
 
 class DecayedCounts:
-    """Counts of trials and of hits in numbered bins, with exponential forgetting.
+    """Counts of trials and of hits in ``size`` bins, numbered from 0, with exponential forgetting.
 
     hits, trials: the decayed counts of each bin, [size].
     memory: maximum decayed number of trials of a bin; the larger, the slower it forgets.
@@ -56,6 +63,8 @@ class DecayedCounts:
 class History:
     """The outcomes of the drafts of one row, or of all rows.
 
+    sources, exits, levels: numbers of sources, of exits, and of levels of the deepest draft.
+    memory: as in ``DecayedCounts``.
     by_source: for each candidate source, counts of accepted candidates at the knots of its raw probabilities; one
         between two knots counts for both.
     by_position: for each exit, counts of the first, second, .. levels that added a token that no other source had.
@@ -72,7 +81,11 @@ class History:
         return [*self.by_source, *self.by_position, self.gains]
 
     def add(self, outcome: Outcome, exit: int, rows: int, gain: float) -> None:
-        """Add the outcome of one row's draft in a step of ``rows`` rows. gain: accepted tokens minus its cost."""
+        """Add the outcome of one row's draft.
+
+        exit: index of the exit to which it was drafted. rows: number of rows of the step. gain: accepted tokens minus
+            its cost in tokens.
+        """
         for source, knot, weight, hit in outcome.candidates:
             self.by_source[source].add(knot, hit, weight)
         for level, hit in outcome.levels:
@@ -99,7 +112,8 @@ class Outcome(NamedTuple):
         """Return the outcome of a draft of ``levels`` levels, of which the first ``accepted`` tokens were accepted.
 
         first: number of right tokens that other sources had.
-        found, tokens: the candidates that the draft was chosen from, and the tokens that then followed the root.
+        found, tokens: the candidates that the draft was chosen from, and the tokens that then followed the root. By
+            default there are no candidates.
         """
         outcome = cls(
             [], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))]
@@ -129,22 +143,32 @@ def _near(raw: float) -> list[tuple[int, float]]:
 
 
 def _size(rows: int) -> int:
+    """Return the index of the group of batch sizes, 0 to ``SIZES`` - 1, to which ``rows`` rows belong."""
     return min(rows.bit_length(), SIZES) - 1
 
 
 def expected_gain(row: History, common: History, rows: int) -> float:
-    """Return the expected gain, accepted tokens minus costs, of a draft of ``row`` in a step of ``rows`` rows."""
+    """Return the expected gain, accepted tokens minus costs, of a draft of ``row`` in a step of ``rows`` rows.
+
+    row, common: the histories of one row and of all rows. rows: number of rows.
+    """
     size = _size(rows)
     return row.gains.mean(size, common.gains.mean(size, 1.0, PRIOR_COUNT), ROW_PRIOR_COUNT)
 
 
 def table(row: History, common: History, source: int) -> list[float]:
-    """Return the calibrated probabilities of source number ``source`` at the knots, from a row's and all histories."""
+    """Return the calibrated probabilities of the source with index ``source`` at the knots, [11].
+
+    row, common: the histories of one row and of all rows.
+    """
     return row.by_source[source].means(common.by_source[source].means(RAW_PROBABILITIES, PRIOR_COUNT), ROW_PRIOR_COUNT)
 
 
 def rates(row: History, common: History, exit: int) -> list[float]:
-    """Return, for each level of ``row``, the probability that it adds a right token that no other source has."""
+    """Return, for each level of a row's draft, the probability that it adds a right token that no other source has.
+
+    row, common: the histories of one row and of all rows. exit: index of the exit to which levels are drafted.
+    """
     own, others, rate = row.by_position[exit], common.by_position[exit], FIRST
     found: list[float] = []
     for level in range(len(own.hits)):

@@ -58,7 +58,7 @@ class Costs:
     """Estimated costs and acceptance counts, as stored for later processes.
 
     passes: logarithms of the seconds of a pass over one token, and of the cost formula's errors at 2, 4, 8, .. tokens.
-    others: logarithms of the errors of drafting costs, by name.
+    others: logarithms of the errors of drafting costs, by part, exit and number of rows, as in "level 0 1".
     hits, trials: counts of accepted and of all drafted tokens in each bin, for each counter of ``History``.
     """
 
@@ -128,7 +128,10 @@ class CostModel:
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def beyond(self, contexts: Sequence[int]) -> list[float]:
-        """Return the seconds of a drafted token of each row beyond those of the row with the fewest cached tokens."""
+        """Return, for each row, the seconds of its drafted token beyond one of the row with the fewest cached tokens.
+
+        contexts: number of cached tokens of each row.
+        """
         rows, cached, least, some = len(contexts), sum(contexts), min(contexts), TYPICAL_TOKENS
         if max(contexts) == least:
             return [0.0] * rows
@@ -147,7 +150,7 @@ class CostModel:
         return 0.5 * (math.log(cost) - math.log1p(multiply**2))
 
     def add_pass(self, tokens: int, seconds: float, cached: int = 0, attended: int = 0) -> None:
-        """Update the estimates with the ``seconds`` of a pass; its sizes ``tokens``, ... are as in ``formula``."""
+        """Update the estimates with the ``seconds`` of a pass. tokens, cached, attended: as in ``formula``."""
         tokens = min(tokens, MOST_TOKENS)
         measured = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
         if not self.known:
@@ -187,26 +190,35 @@ class CostModel:
     # -- drafts -------------------------------------------------------------------------------------------------------
 
     def level(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting one level to exit ``exit``. contexts: number of cached tokens of each row."""
+        """Return the seconds of drafting one level for all rows.
+
+        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        """
         return self._part(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return how many seconds a draft's first level takes beyond a later one. Arguments: as in ``level``."""
+        """Return how many seconds a draft's first level takes beyond a later one. exit, contexts: as in ``level``."""
         return self._part(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting that do not depend on the number of levels."""
+        """Return the seconds of drafting that do not depend on the number of levels. contexts: as in ``level``."""
         return self._part(DRAFT, 0, contexts)
 
     def _part(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
-        """Return the estimated seconds of a part of drafting. kind: name of the part, such as "level"."""
+        """Return the estimated seconds of a part of drafting.
+
+        kind: the part: ``LEVEL``, ``FIRST`` or ``DRAFT``. exit, contexts: as in ``level``.
+        """
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
         if kind == LEVEL:
             share *= 1 + self.costs.read * sum(min(own, NEAR) for own in contexts)
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts)).mean)
 
     def _error(self, kind: str, exit: int, rows: int) -> LogError:
-        """Return the error of a part of drafting, from the nearest number of rows that has been measured."""
+        """Return the error of a part of drafting with ``rows`` rows, or with the nearest number that has been measured.
+
+        kind: the part, as in ``_part``. exit: index of the exit. Without any measurement the error is 0, and uncertain.
+        """
         known = self.others.get((kind, exit), {})
         if rows in known:
             return known[rows]
@@ -214,7 +226,10 @@ class CostModel:
         return LogError(0.0 if nearest is None else known[nearest].mean, OTHER_SPREAD**2)
 
     def add_draft(self, exit: int, contexts: Sequence[int], levels: int, seconds: float) -> None:
-        """Update the estimates with the time of drafting ``levels`` levels; uncertain and large parts change most."""
+        """Update the estimates with the ``seconds`` of drafting ``levels`` levels; large parts change most.
+
+        exit, contexts: as in ``level``. The first time of each part is ignored.
+        """
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
             self.seen.update(parts)

@@ -5,6 +5,9 @@ tokens that it is expected to add exceed the seconds that it adds times the pres
 step cost and what it accepted corrects the costs and the calibration. Each choice that is not made is tried now and
 then (``EXPLORATION_SHARE``).
 
+A *level* is a step of drafting, which adds tokens at one depth. An *exit* is a place where drafted tokens leave the
+model; most drafters have one. Expected accepted tokens minus costs in tokens are a *gain*.
+
 The policy sets the prices, by which drafters choose their nodes (``Prices``). Tokens of a drafter that has no
 probabilities have those of their positions.
 """
@@ -28,9 +31,7 @@ from specdec.speculation.tree_builder import worth_scoring
 from specdec.speculation.trees import MOST_NODES, Prices
 
 MAX_DEPTH, MAX_PRICED_DEPTH = 8, 12  # deepest draft that is considered, without and with probabilities
-MAX_FIXED_DEPTH = (
-    128  # of every policy: attention in the native runtime relies on drafts of less than LATE = 256 levels
-)
+MAX_FIXED_DEPTH = 128  # attention in the native runtime relies on drafts of less than LATE = 256 levels
 EXPLORATION_SHARE = 0.008  # share of the time that may be lost by exploring each choice that seems worse
 FADE = 0.9  # weight of the past per step in the present speed
 ASSUMED = TokenCosts(0.1)
@@ -42,8 +43,8 @@ class DepthChoice(NamedTuple):
     """The policy's choice for one step.
 
     depths: maximum depth of each row's draft; 0: the row does not draft.
-    exit: the last exit that drafted tokens may go to; None: any.
-    prices: costs of nodes and levels; None: each row drafts to its depth.
+    exit: index of the last exit that drafted tokens may go to; None: any.
+    prices: costs of nodes and levels, in tokens; None: each row drafts to its depth.
     """
 
     depths: Sequence[int] = ()
@@ -93,15 +94,19 @@ class FixedDepth:
         self.depth = min(depth, MAX_FIXED_DEPTH)
 
     def begin(self) -> History:
+        """Return an empty history: this policy keeps none."""
         return History(0, 0, 0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
+        """Return the depth for each row, at most its entry in ``caps``. rows, contexts: not used."""
         return DepthChoice([min(self.depth, cap) for cap in caps])
 
     def follow(self, version: int) -> None:
+        """Do nothing: the depth does not depend on the drafter."""
         pass
 
     def observe(self, step: StepReport) -> None:
+        """Do nothing: the depth does not depend on results."""
         pass
 
 
@@ -117,6 +122,7 @@ class AutoDepth:
     passes: expected seconds of a pass of these rows with 0, 1, .. drafted tokens.
     tokens: decayed number of tokens of recent steps.
     spent: decayed number of tokens that plain decoding would have yielded in the same time.
+    choice: the last choice, which the next ``observe`` is about.
     since_tried: seconds since each choice (an exit, or a kind of draft) was last made.
     """
 
@@ -161,7 +167,10 @@ class AutoDepth:
         return row
 
     def follow(self, version: int) -> None:
-        """Scale down the counts if the drafter's version has changed, since they are of another network."""
+        """Scale down the counts if the drafter's version has changed, since they are of another network.
+
+        version: ``Learner.version`` of the drafter.
+        """
         if self.version not in (None, version):
             for row in (self.common, *self.rows):
                 for counts in [*row.by_source[-1:], *row.by_position, row.gains]:
@@ -176,7 +185,7 @@ class AutoDepth:
 
     @property
     def speedup(self) -> float:
-        """The present speed divided by the expected speed of plain decoding."""
+        """The present speed divided by the expected speed of plain decoding, at least 1."""
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
@@ -203,13 +212,20 @@ class AutoDepth:
         return self.choice
 
     def _explores(self, what: str | int, loss: float) -> bool:
-        """Return whether to explore choice ``what`` now, at an expected loss of ``loss`` seconds."""
+        """Return whether to make choice ``what`` now to explore it, at an expected loss of ``loss`` seconds.
+
+        what: ``PLAIN``, ``DRAFT`` or the index of an exit.
+        """
         return EXPLORATION_SHARE * self.since_tried[what] >= loss
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
-        """Return depths and prices for the exit with the largest expected gain, or for one that is explored.
+        """Return draft depths and prices for the exit with the largest expected gain, or for an exit that is explored.
 
-        caps: maximum draft depth of each row. speed: present speed in tokens per second.
+        An exit is explored if its expected loss against the best one is small enough (``_explores``). With a single
+        exit there is no choice, and the gain is not computed.
+
+        rows: the histories of all rows. caps: maximum draft depth of each row; 0: the row does not draft.
+        speed: present speed of all rows together, in tokens per second.
         """
         sources, beyond = range(self.size[0]), [speed * seconds for seconds in self.model.beyond(self.contexts)]
         tables = [
@@ -237,7 +253,10 @@ class AutoDepth:
         return DepthChoice(depths, exit if len(self.exits) > 1 else None, prices)
 
     def _depths(self, prices: Prices) -> list[int]:
-        """Return each row's draft depth for a drafter without probabilities, by the acceptance rates per position."""
+        """Return each row's draft depth for a drafter without probabilities, by the acceptance rates per position.
+
+        prices: the costs, and the acceptance rates of each row; a row without rates gets depth 0.
+        """
         prices = replace(prices, nodes=prices.nodes[:: max(round(self.width), 1)])
         levels = prices.levels()
         chains = [Candidates.chain(row[:levels]) for row in prices.rates]

@@ -30,8 +30,9 @@ from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes
 from specdec.runtimes.target import Pass, largest
 from specdec.runtimes.torch.attention import Attention
 from specdec.runtimes.torch.capture import Captured, CudaRecorder, Function, Record, capturing, flattened
+from specdec.runtimes.torch.captured_draft import grow_captured
 from specdec.runtimes.torch.delta_rule import DeltaRule
-from specdec.runtimes.torch.draft import PathStep, fixed_heads, grow_captured, rules_of
+from specdec.runtimes.torch.draft import PathStep, fixed_heads, rules_of
 from specdec.runtimes.torch.static_cache import SPARE, TOKENS, InLanes, Lanes, LanesMask, StaticCache, bucket
 from specdec.runtimes.torch.target import TorchTarget, explain_memory
 

@@ -37,7 +37,7 @@ def run(world: World, seed: int) -> list[float]:
             choice, found, nodes, levels = policy.choose(histories, [2 * DEPTH] * world.rows), None, 0, 0
             taken, drafting = [list[int]() for _ in rows], 0.0
             if choice.depth:
-                draft = drafter.propose(state_of(rows, choice.prices, pair=True), choice.depth)
+                draft = drafter.propose(state_of(rows, choice.prices), choice.depth)
                 found, nodes = draft.found, sum(token >= 0 for own in draft.lists() for token in own)
                 levels, drafting = found.levels, world.drafting(True, found.levels)
                 for own, paths, row in zip(taken, map(draft.paths, range(world.rows)), rows, strict=True):
