@@ -99,8 +99,8 @@ class DraftModelDrafter(ChainDrafter):
             nonlocal root
             x, root = root, None
             if x is None:
-                x = own.embed(token, positions)
-                x = own.layers(x, 0, own.num_layers, Pass(positions, cache.register(0, positions), cache))
+                given = Pass(positions, cache.register(0, positions), cache, ids=token)
+                x = own.layers(own.embed(token, positions), 0, own.num_layers, given)
             logits = own.readout(x)[:, 0]
             return Readout(logits if self.vocab is None else logits[:, : self.vocab.numel()])
 

@@ -65,7 +65,7 @@ class LayerSkipDrafter(ChainDrafter):
             run += 1
             x, mask = target.embed(token, positions), cache.register(self.ranges[0][0], positions)
             for lo, hi in self.ranges:
-                x = target.layers(x, lo, hi, Pass(positions, mask, cache))
+                x = target.layers(x, lo, hi, Pass(positions, mask, cache, ids=token))
                 if hi == self.exit_layer:
                     states.append(x)
             return Readout(target.readout(x)[:, 0])

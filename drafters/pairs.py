@@ -90,7 +90,7 @@ class PairDrafter(ChainDrafter):
     def new_cache(self) -> KVCache:
         """Return an empty cache of one row for the keys and values of the drafter's layers."""
         assert self.keys is not None
-        return KVCache(self.keys[0], 1, self.target.device, layers=range(self.keys[0]))
+        return KVCache(self.keys[0], 1, self.target.device, layers=[range(self.keys[0])])
 
     @abstractmethod
     def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache | Lanes) -> Tensor:

@@ -16,20 +16,21 @@ class PartialPass:
 
     Keys and values of the layers that are run go to ``cache``, uncommitted.
 
-    groups: the tokens by the layer that they have reached, deepest first: layer, states [B, n, D], positions [B, n].
+    groups: the tokens by the layer that they have reached, deepest first: layer, states [B, n, D], positions [B, n] and
+        token ids [B, n].
     count: number of tokens of each row.
     """
 
     def __init__(self, target: Target, cache: KVCache) -> None:
         self.target, self.cache = target, cache
-        self.groups: list[tuple[int, Tensor, Tensor]] = []
+        self.groups: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self.count = 0
 
     def push(self, token: Tensor, positions: Tensor) -> Tensor:
         """Add one token of each row and its position, int64 [B, 1] each, at layer 0; return its embedding [B, 1, D]."""
         x = self.target.embed(token, positions)
         self.count += 1
-        self.groups.append((0, x, positions))
+        self.groups.append((0, x, positions, token))
         return x
 
     def to(self, layer: int) -> Tensor:
@@ -39,14 +40,15 @@ class PartialPass:
         them is the draft's last token.
         """
         while (level := self.groups[-1][0]) < layer:
-            _, x, positions = self.groups.pop()
+            _, x, positions, ids = self.groups.pop()
             above = self.groups[-1][0] if self.groups else layer
             goal = min(above, layer)
-            x = self.target.layers(x, level, goal, Pass(positions, self.cache.register(level, positions), self.cache))
+            given = Pass(positions, self.cache.register(level, positions), self.cache, ids=ids)
+            x = self.target.layers(x, level, goal, given)
             if self.groups and above == goal:
-                _, earlier, before = self.groups.pop()
-                x, positions = torch.cat((earlier, x), 1), torch.cat((before, positions), 1)
-            self.groups.append((goal, x, positions))
+                _, *earlier = self.groups.pop()
+                x, positions, ids = (torch.cat(pair, 1) for pair in zip(earlier, (x, positions, ids), strict=True))
+            self.groups.append((goal, x, positions, ids))
         return self.groups[-1][1]
 
     def finish(self) -> tuple[Tensor | None, int]:
@@ -69,6 +71,7 @@ class RoutedPass:
     routers: choose the layers; a layer runs if they choose it for any row.
     states: the state of each token after the first layers, [B, 1, D] each.
     skipped: for each routed layer, the inputs of tokens that have skipped it so far, [B, 1, D] each.
+    ids: the ids of the tokens, [B, 1] each.
     last: final state of the last token, [B, 1, D].
     layers_run: number of layers that the last token has run.
     """
@@ -78,12 +81,14 @@ class RoutedPass:
         self.cache = cache
         self.routers = routers
         self.states: list[Tensor] = []
+        self.ids: list[Tensor] = []
         self.skipped: dict[int, list[Tensor]] = {layer: [] for layer in range(routers.first, target.num_layers)}
 
     def push(self, token: Tensor, positions: Tensor) -> None:
         """Run one token of each row at its position, int64 [B, 1] each, through the layers that are chosen for it."""
         target, cache, first = self.target, self.cache, self.routers.first
-        ctx = Pass(positions, cache.register(0, positions), cache)
+        self.ids.append(token)
+        ctx = Pass(positions, cache.register(0, positions), cache, ids=token)
         x = target.layers(target.embed(token, positions), 0, first, ctx)
         self.states.append(x)
         self.layers_run = first
@@ -92,7 +97,9 @@ class RoutedPass:
             if bool((self.routers.score(layer, x) > 0).any()):
                 block = torch.cat(waiting, 1)  # (B, n, D)
                 own = positions + torch.arange(1 - block.shape[1], 1, device=positions.device)
-                x = target.layers(block, layer, layer + 1, Pass(own, cache.register(layer, own), cache))[:, -1:]
+                ids = torch.cat(self.ids[-block.shape[1] :], 1)
+                given = Pass(own, cache.register(layer, own), cache, ids=ids)
+                x = target.layers(block, layer, layer + 1, given)[:, -1:]
                 waiting.clear()
                 self.layers_run += 1
         self.last = x

@@ -161,6 +161,7 @@ class M2R2(nn.Module):
         index: int,
         x: Tensor,
         positions: Tensor,
+        ids: Tensor,
         mask: Mask,
         cache: KVCache,
         watched: bool = False,
@@ -173,11 +174,19 @@ class M2R2(nn.Module):
         """
         lo, hi = self.path.segments[index]
         taps = router_taps(lo, hi) if watched else None
-        p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
+        p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters, ids=ids))
         return p, list((taps or {}).values())
 
     def run_shared(
-        self, target: Target, x: Tensor, lo: int, hi: int, positions: Tensor, cache: KVCache, watched: bool = False
+        self,
+        target: Target,
+        x: Tensor,
+        lo: int,
+        hi: int,
+        positions: Tensor,
+        ids: Tensor,
+        cache: KVCache,
+        watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run equation (2), layers [lo, hi), for the last n tokens of a chain from ``x`` = h[lo], and return p[hi].
 
@@ -191,7 +200,7 @@ class M2R2(nn.Module):
         chain = torch.ones(n, old + n, dtype=torch.bool).tril(old)
         mask = cache.register(lo, positions, torch.cat((chain, torch.zeros(n, n, dtype=torch.bool)), 1))
         taps = router_taps(lo + 1, hi) if watched else None
-        p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters))
+        p = target.layers(x, lo, hi, Pass(positions, mask, cache, taps=taps, adapters=self.adapters, ids=ids))
         cache.trim(n, lo, hi)
         return p, list((taps or {}).values())
 

@@ -22,7 +22,7 @@ from .network import M2R2, Carry
 class _Token:
     """One drafted token of each row, on its way along the draft path.
 
-    positions: the tokens' positions, int64 [B, 1].
+    ids, positions: the tokens and their positions, int64 [B, 1] each.
     p: the accelerated residual after the last stage that was run, [B, 1, D].
     previous_carry: the deep states of the token before.
     carry: the deep states of this token.
@@ -30,6 +30,7 @@ class _Token:
     residuals: the residuals that the router reads, [B, 1, D] each.
     """
 
+    ids: Tensor
     positions: Tensor
     p: Tensor
     previous_carry: Carry
@@ -59,7 +60,7 @@ class PathPass:
         """Add one token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
         before = self.tokens[-1].carry if self.tokens else self.carry
         x = self.slow.push(token, positions)
-        self.tokens.append(_Token(positions, x, before, Carry(x, [])))
+        self.tokens.append(_Token(token, positions, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
         """Run the last token to the exit of index ``exit``; return the estimate of its final state h[N], [B, 1, D].
@@ -77,20 +78,20 @@ class PathPass:
         shared, watched = network.path.shared, network.routers is not None
         for stage in range(self.tokens[-1].stages_run, stages):
             late = [token for token in self.tokens if token.stages_run == stage]
-            positions = torch.cat([token.positions for token in late], 1)  # (B, n)
+            ids, positions = (torch.cat(part, 1) for part in zip(*((t.ids, t.positions) for t in late), strict=True))
             lo, hi = network.path.stages[stage]
             if stage < len(shared):
                 x = self.slow.to(lo)  # (B, n, D)
                 p = self.slow.to(hi)[:, -len(late) :]
                 passed = [p]
                 if network.path.adapts_early:
-                    p, passed = network.run_shared(target, x, lo, hi, positions, cache, watched)
+                    p, passed = network.run_shared(target, x, lo, hi, positions, ids, cache, watched)
             else:
                 index = stage - len(shared)
                 for token in late:  # one after another: each depends on the projection of the token before
                     token.carry.inputs.append(network.project(index, token.p, token.previous_carry))
                 x, mask = torch.cat([token.carry.inputs[index] for token in late], 1), cache.register(lo, positions)
-                p, passed = network.run_segment(target, index, x, positions, mask, cache, watched)
+                p, passed = network.run_segment(target, index, x, positions, ids, mask, cache, watched)
             for column, token in enumerate(late):
                 token.p, token.stages_run = p[:, column : column + 1], stage + 1
                 token.residuals += [residual[:, column : column + 1] for residual in passed]

@@ -127,10 +127,12 @@ class Replay:
             part = ids[at : at + max(PART[0], min(int(PIECE / self.pace), PART[1]))]
             n, skip = len(part), max(first - at, 0)
             positions = upload([list(range(at, at + n))], target.device)  # (1, n)
-            embedded = target.embed(upload([part], target.device), positions)  # (1, n, D)
+            tokens = upload([part], target.device)
+            embedded = target.embed(tokens, positions)  # (1, n, D)
             taps = dict.fromkeys((lo, last), embedded)
             if kept is None:
-                yield from self._layers(embedded, 0, last, Pass(positions, cache.register(0, positions), cache, taps))
+                given = Pass(positions, cache.register(0, positions), cache, taps, ids=tokens)
+                yield from self._layers(embedded, 0, last, given)
                 states.append((taps[lo][0], taps[last][0]))
             else:
                 cache.register(lo, positions)  # registers them
@@ -148,7 +150,8 @@ class Replay:
                     seen = torch.ones(n, n, dtype=torch.bool, device=target.device).tril(-1)[skip:]
                     mask = cache.register(lo, positions[:, skip:], torch.cat((seen, own), 1))  # (n - skip, 2 n - skip)
                     x = network.project(0, embedded[:, skip:], Carry(final, [segment]))
-                    given = Pass(positions[:, skip:], mask, cache, adapters=network.adapters)
+                    own_ids = tokens[:, skip:]
+                    given = Pass(positions[:, skip:], mask, cache, adapters=network.adapters, ids=own_ids)
                     end = (yield from self._layers(x, lo, hi, given))[0]
                     cache.trim(n - skip, lo, hi)
                 if not all(bool(x.isfinite().all()) for x in (final, segment, *goals, *([] if end is None else [end]))):

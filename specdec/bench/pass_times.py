@@ -49,5 +49,6 @@ def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0
     The tokens stand at the positions from ``start`` on. Their ids grow with the position, by ``first`` more.
     """
     positions = torch.arange(start, start + count, device=target.device)[None]
-    x = target.embed((positions + first) % target.vocab_size, positions)
-    target.greedy_tokens(target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache)))
+    ids = (positions + first) % target.vocab_size
+    given = Pass(positions, cache.register(0, positions), cache, ids=ids)
+    target.greedy_tokens(target.layers(target.embed(ids, positions), 0, target.num_layers, given))

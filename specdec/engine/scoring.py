@@ -92,7 +92,7 @@ class _Scorer:
         tokens, positions = state.block(draft)  # (B, 1 + M)
         x, tree, exit_layer = self._resume(tokens, positions), draft.ancestors(), draft.exit_layer
         mask, embedded = cache.register(exit_layer, positions, tree), draft.states is None
-        ctx = Pass(positions, mask, cache, taps, in_place=embedded)
+        ctx = Pass(positions, mask, cache, taps, ids=tokens, in_place=embedded)
         x = target.layers(x, exit_layer, target.num_layers, ctx)
         # Choose, and read drafted tokens that only the device has
         # A device had better choose after all tokens at once, unless masks come from the host.
@@ -171,7 +171,7 @@ class _Scorer:
         y = target.embed(_after(done, tokens), late)
         if exit_layer:
             mask = cache.register(0, late, None if tree is None else tree[done:])
-            y = target.layers(y, 0, exit_layer, Pass(late, mask, cache))
+            y = target.layers(y, 0, exit_layer, Pass(late, mask, cache, ids=_after(done, tokens)))
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def rows(self) -> Scores:
@@ -185,7 +185,8 @@ class _Scorer:
         places = [n + depths[node] for n, own in zip(cache.rows, nodes, strict=True) for node in own]
         positions = upload([places], cache.device)  # (1, T)
         mask = cache.register(0, positions, counts=counts, trees=[_tree(draft.parents, own) for own in nodes])
-        x = target.layers(target.embed(tokens, positions), 0, target.num_layers, Pass(positions, mask, cache, taps))
+        given = Pass(positions, mask, cache, taps, ids=tokens)
+        x = target.layers(target.embed(tokens, positions), 0, target.num_layers, given)
         if target.num_layers + 1 in taps:
             taps[target.num_layers + 1] = target.readout(x)
         # Choose: plain greedy rows all at once; the others from logits, for which the head's weights are read once

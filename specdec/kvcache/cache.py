@@ -27,7 +27,7 @@ GROUP = 32  # 8-bit codes that share a scale
 BLOCK = 256  # slots that a row grows by
 PAGE = 16  # a copy has a multiple of this many slots
 MAX_RESERVED = 1 << 36  # maximum bytes of addresses that a row reserves: a process has 47 bits of them
-WHOLE = "kv"  # the name of the buffer that holds all layers
+WHOLE = "kv"  # the name of the buffer that holds all layers, and the first one of several
 PRIVATE: dict[str, Any] = {}  # how memory is mapped: without a file, and without a promise of the system to have it
 if hasattr(mmap, "MAP_PRIVATE"):
     PRIVATE["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -40,14 +40,15 @@ class RowEntries:
     expected: number of slots that the row will need; 0: unknown. On a CPU, it holds them from the next growth on.
     held: number of slots that count as memory. On a CPU, buffers have more slots, which take no memory until they are
         written; elsewhere, this is their capacity.
-    buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, or one for each layer,
-        such as "3", with N' = 1. If keys and values differ in size, d is the larger one.
-    pointers: capacity in slots of "kv", and the addresses of its keys and of its values.
+    buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, "kv1" of those with
+        other heads, or one for each layer, such as "3", with N' = 1. If keys and values differ in size, d is the larger
+        one.
+    pointers: capacity in slots of each buffer, and the addresses of its keys and of its values, by name.
     states: the states of the recurrent layers; None: the model has no recurrent layers.
     lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
     dropped: ranges of committed slots, in order, that the windowed layers hold no longer (``KVCache.evict``).
     window_checkpoints: numbers of tokens before which the windowed layers still hold a window.
-    sharers: all rows that share "kv", this one included: what one of them holds stays in memory.
+    sharers: all rows that share a buffer, this one included, by its name: what one of them holds stays in memory.
     """
 
     def __init__(self, states: RowStates | None = None) -> None:
@@ -55,12 +56,12 @@ class RowEntries:
         self.expected = 0
         self.held = 0
         self.buffers = dict[str, Tensor]()
-        self.pointers = (0, 0, 0)
+        self.pointers = dict[str, tuple[int, int, int]]()
         self.states = states
         self.lent = False
         self.dropped: tuple[windows.Range, ...] = ()
         self.window_checkpoints = frozenset[int]()
-        self.sharers = weakref.WeakSet([self])
+        self.sharers = dict[str, weakref.WeakSet[RowEntries]]()
 
     @property
     def slots(self) -> int:
@@ -70,8 +71,9 @@ class RowEntries:
     def shared(self) -> RowEntries:
         """Return this row as it is now, with the same buffers: committed entries that a row holds never change."""
         made = copy.copy(self)
-        made.buffers = dict(self.buffers)
-        made.sharers.add(made)
+        made.buffers, made.pointers, made.sharers = dict(self.buffers), dict(self.pointers), dict(self.sharers)
+        for rows in made.sharers.values():
+            rows.add(made)
         return made
 
     def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
@@ -82,10 +84,9 @@ class RowEntries:
         self.buffers[name] = buffer
         self.held = buffer.shape[-2] if held is None else held
         self.lent = lent
-        if name == WHOLE:
-            begin = buffer.data_ptr()
-            self.pointers = buffer.shape[-2], begin, begin + buffer.nbytes // 2
-            self.sharers = weakref.WeakSet([self])
+        begin = buffer.data_ptr()
+        self.pointers[name] = buffer.shape[-2], begin, begin + buffer.nbytes // 2
+        self.sharers[name] = weakref.WeakSet([self])
 
     def window_slots(self, slots: int, window: int) -> int:
         """Return how many of the row's first ``slots`` slots windowed layers hold, or will hold at most."""
@@ -101,14 +102,18 @@ class KVCache:
     A runtime appends keys and values by ``append``, which returns those of all rows in one tensor, or it counts slots
     as filled by ``claim`` and writes them itself.
 
-    layers: numbers of the N' attention layers, which have one buffer "kv" per row; None: each layer has its own.
+    layers: numbers of the N' attention layers that have one buffer per row, for each buffer; None: each layer has its
+        own. names: names of these buffers.
     recurrent: numbers of the recurrent layers.
     shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
+    least: minimum number and size of the key heads of a buffer, for layers that have fewer or smaller ones.
     limit: maximum number of tokens of a row; 0: unknown. On a CPU, a row reserves addresses for so many, so that it
         grows without a copy.
     window: number of slots before a token that the windowed layers see; 0: ``evict`` drops nothing.
-    windowed: indices among ``layers`` of the windowed layers; the others, ``unlimited``, see all slots.
+    windowed: numbers of the windowed layers; as an attribute, their indices in each buffer, by its name. The others,
+        ``unlimited``, see all slots.
+    widths: number of all key heads' elements in a layer, for each buffer; (): all buffers are alike.
     entries: the rows.
     lengths: number of filled slots of each layer, in the row with most committed tokens.
     draft_positions: positions of the uncommitted slots, int64 [B, U].
@@ -120,23 +125,33 @@ class KVCache:
         batch: int = 1,
         device: torch.device | str = "cpu",
         int8: bool = False,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Sequence[int]] | None = None,
         recurrent: Sequence[int] = (),
         shape: StateShape | None = None,
         limit: int = 0,
         window: int = 0,
         windowed: Sequence[int] = (),
+        widths: Sequence[int] = (),
+        least: tuple[int, int] = (0, 0),
     ) -> None:
         self.block = BLOCK
         self.device = torch.device(device)
         self.int8 = int8
         self.layers = layers
+        self.names = [WHOLE, *(f"{WHOLE}{n}" for n in range(1, len(layers or ())))]
+        self._places = {layer: (n, place) for n, own in enumerate(layers or ()) for place, layer in enumerate(own)}
         self.recurrent = list(recurrent)
         self.shape = shape
         self.limit = limit
+        self.least = least
         self.window = window
-        self.windowed = list(windowed) if window else []
-        self.unlimited = [n for n in range(len(layers or ())) if n not in self.windowed]
+        each = dict(zip(self.names, layers or (), strict=False))
+        gone = {*windowed} if window else set()
+        self.windowed = {name: [n for n, layer in enumerate(own) if layer in gone] for name, own in each.items()}
+        self.unlimited = {name: [n for n, layer in enumerate(own) if layer not in gone] for name, own in each.items()}
+        sizes = dict(zip(self.names, widths or [1] * len(each), strict=False))
+        total = sum(sizes[name] * len(own) for name, own in each.items())
+        self._share = sum(sizes[name] * len(own) for name, own in self.windowed.items()) / max(total, 1)
         self.lengths = [0] * num_layers
         self.entries = [RowEntries(self._no_states()) for _ in range(batch)]
         self.draft_positions = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
@@ -164,8 +179,8 @@ class KVCache:
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffer "kv" of each row."""
-        return [row.buffers[WHOLE] for row in self.entries]
+        """Return the buffers of all layers of each row."""
+        return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property
     def states(self) -> list[RowStates]:
@@ -180,12 +195,19 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the slots that all rows hold, without recurrent states and dropped slots."""
-        held = [(x, row, min(row.held, x.shape[-2])) for row in self.entries for x in row.buffers.values()]
-        return int(sum(x.nbytes // x.shape[-2] * self._whole_slots(row, slots) for x, row, slots in held))
+        total = 0.0
+        for row in self.entries:
+            for name, x in row.buffers.items():
+                share = len(self.windowed.get(name, ())) / x.shape[1]
+                total += x.nbytes // x.shape[-2] * self._whole_slots(row, min(row.held, x.shape[-2]), share)
+        return int(total)
 
-    def _whole_slots(self, row: RowEntries, slots: int) -> float:
-        """Return how many slots of all layers take the memory of a row's first ``slots`` slots."""
-        share = len(self.windowed) / len(self.layers) if self.window and self.layers else 0
+    def _whole_slots(self, row: RowEntries, slots: int, share: float | None = None) -> float:
+        """Return how many slots of all layers take the memory of a row's first ``slots`` slots.
+
+        share: part of the memory that is of windowed layers; None: as in all buffers together.
+        """
+        share = self._share if share is None else share
         return slots - share * (slots - row.window_slots(slots, self.window)) if share else slots
 
     @property
@@ -251,15 +273,18 @@ class KVCache:
         mask.ancestors = tree
         return mask
 
-    def claim(self, lo: int, hi: int, counts: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def claim(
+        self, lo: int, hi: int, counts: Sequence[int], heads: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> None:
         """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
 
-        counts: number of slots of each row. heads, head_dim, dtype: number of key heads, size of a head, and dtype.
+        counts: number of slots of each row. heads: number and size of key heads, for each buffer. dtype: of all.
         """
         ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):
             if (end := max(row.count + ahead + count, 1)) > row.held:  # a row without tokens also has a buffer
-                self._grow(row, WHOLE, heads, end, head_dim, dtype)
+                for name, (count, size) in zip(self.names, heads, strict=True):
+                    self._grow(row, name, count, end, size, dtype)
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -276,44 +301,62 @@ class KVCache:
             if start + t > (min(row.held, row.buffers[name].shape[3]) if name in row.buffers else 0):
                 self._grow(row, name, heads, start + t, max(size, v.shape[3]), k.dtype)
             for part, own in enumerate(parts):  # (H, T, d)
-                row.buffers[name][part, index, :, start : start + t, : own.shape[2]] = own
+                row.buffers[name][part, index, : len(own), start : start + t, : own.shape[2]] = own
         self.lengths[layer] = self.committed + ahead + t
-        end = -(-self.lengths[layer] // multiple) * multiple
-        made = list[Tensor]()
-        for part, new in enumerate((k, v)):
-            views = [row.buffers[name][part, index, :, :end, : new.shape[3]] for row in self.entries]
+        return self.all_keys(layer, self.lengths[layer], heads, (size, v.shape[3]), multiple)
+
+    def all_keys(
+        self, layer: int, length: int, heads: int, sizes: tuple[int, int], multiple: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [B, H, S, d] of ``layer``, as ``append`` does. S: ``length``, rounded up.
+
+        heads, sizes: H, and the sizes d of keys and of values.
+        """
+        name, index = self._place_of(layer)
+        end, made = -(-length // multiple) * multiple, list[Tensor]()
+        for part, own in enumerate(sizes):
+            views = [row.buffers[name][part, index, :heads, :end, :own] for row in self.entries]
             views = [F.pad(view, (0, 0, 0, end - view.shape[1])) if view.shape[1] < end else view for view in views]
             made.append(views[0][None] if len(views) == 1 else torch.stack(views))
         return made[0], made[1]
 
+    def uncommitted(self, layer: int) -> int:
+        """Return the number of uncommitted slots that ``layer`` has filled."""
+        return self.lengths[layer] - self.committed
+
     def _place_of(self, layer: int) -> tuple[str, int]:
         """Return the name of the buffer of ``layer``, and the layer's index in it."""
-        return (str(layer), 0) if self.layers is None else (WHOLE, self.layers.index(layer))
+        if self.layers is None:
+            return str(layer), 0
+        buffer, place = self._places[layer]
+        return self.names[buffer], place
 
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
         """Let a row hold at least ``end`` slots, and the buffer ``name`` have them."""
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
+        heads, head_dim = max(heads, self.least[0]), max(head_dim, self.least[1])
         old = row.buffers.get(name)
         have = 0 if old is None else old.shape[3]
         held = max(row.held, self._slots(row, end, have))
         if old is None or have < held:
-            layers = 1 if self.layers is None else len(self.layers)
+            layers = 1 if self.layers is None else len(self.layers[self.names.index(name)])
             # Grow by at least a quarter: without a known limit, each entry is copied a bounded number of times.
             made = self._buffer((2, layers, heads, max(held, grown(have)), head_dim), dtype)
             if old is not None:
-                self._copy(row, old, made, min(have, row.held))
+                self._copy(row, name, made, min(have, row.held))
             row.put(name, made, held if self.device.type == "cpu" else None)
         row.held = max(row.held, held)
 
-    def _copy(self, row: RowEntries, source: Tensor, to: Tensor, count: int) -> None:
-        """Copy the first ``count`` slots of ``row`` from one buffer to another, without those that are dropped."""
+    def _copy(self, row: RowEntries, name: str, to: Tensor, count: int) -> None:
+        """Copy the first ``count`` slots of a row's buffer ``name`` to another, without those that are dropped."""
+        source = row.buffers[name]
         if not row.dropped:
             to[..., :count, :] = source[..., :count, :]
             return
-        for layer in self.unlimited:
+        for layer in self.unlimited[name]:
             to[:, layer, :, :count] = source[:, layer, :, :count]
-        for layer in self.windowed:
+        for layer in self.windowed[name]:
             for begin, end in windows.held(row.dropped, count):
                 to[:, layer, :, begin:end] = source[:, layer, :, begin:end]
 
@@ -382,9 +425,11 @@ class KVCache:
             gone = windows.outside(row.count, self.window, row.window_checkpoints, row.dropped)
             if gone != row.dropped:
                 row.dropped = gone
-                for other in row.sharers:
-                    gone = windows.intersection(gone, other.dropped)
-                windows.release(row.buffers[WHOLE], self.windowed, gone)
+                for name, layers in self.windowed.items():
+                    unused = gone
+                    for other in row.sharers[name]:
+                        unused = windows.intersection(unused, other.dropped)
+                    windows.release(row.buffers[name], layers, unused)
 
     def _settle(self) -> None:
         self.lengths = [self.committed] * len(self.lengths)
@@ -461,7 +506,7 @@ class KVCache:
         for name, buffer in own.buffers.items() if count else ():
             held = -(-max(count, capacity) // PAGE) * PAGE
             made.put(name, self._buffer((*buffer.shape[:-2], held, buffer.shape[-1]), buffer.dtype), held)
-            self._copy(own, buffer, made.buffers[name], count)
+            self._copy(own, name, made.buffers[name], count)
         made.count = count
         made.dropped = windows.intersection(own.dropped, [(0, count)])
         made.window_checkpoints = frozenset(n for n in own.window_checkpoints if n <= count)
@@ -500,7 +545,7 @@ class KVCache:
         """
         parts = {name: buffer[..., start:end, :] for name, buffer in self.entries[row].buffers.items()}
         if self.window:
-            return {name: part[:, self.unlimited].contiguous() for name, part in parts.items()}
+            return {name: part[:, self.unlimited[name]].contiguous() for name, part in parts.items()}
         return {name: part.to("cpu", copy=True).contiguous() for name, part in parts.items()}
 
     def read_window(self, row: int, start: int, end: int) -> dict[str, Tensor]:
@@ -511,7 +556,7 @@ class KVCache:
         own = self.entries[row]
         if windows.intersection(own.dropped, [(start, end)]):
             return {}
-        return {name: buffer[..., start:end, :][:, self.windowed] for name, buffer in own.buffers.items()}
+        return {name: own.buffers[name][..., start:end, :][:, each] for name, each in self.windowed.items() if each}
 
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
         """Return the recurrent states of ``row`` after ``count`` tokens on the CPU, by key as text.
@@ -535,11 +580,11 @@ class KVCache:
                 parts_of, layers, heads, slots, size = values.shape
                 if name not in row.buffers:
                     held = -(-capacity // PAGE) * PAGE
-                    shape = parts_of, layers + len(self.windowed), heads, held, size
+                    shape = parts_of, layers + len(self.windowed.get(name, ())), heads, held, size
                     row.put(name, self._buffer(shape, values.dtype), held)
                 view = row.buffers[name][..., count : count + slots, :]
                 if self.window:
-                    _write(view, self.unlimited, values)
+                    _write(view, self.unlimited[name], values)
                 elif self.device.type == "cpu":
                     _write(view, None, values)
                 else:
@@ -551,7 +596,7 @@ class KVCache:
         """Write the part of windowed layers, as ``read_window`` returns it, for the tokens from ``start`` on."""
         [row] = self.entries
         for name, values in part.items():
-            _write(row.buffers[name][..., start : start + values.shape[-2], :], self.windowed, values)
+            _write(row.buffers[name][..., start : start + values.shape[-2], :], self.windowed[name], values)
 
     def resume(self, count: int, states: dict[str, Tensor], dropped: Sequence[windows.Range] = ()) -> None:
         """Commit the first ``count`` tokens that ``restore`` has written.
@@ -572,7 +617,7 @@ class KVCache:
         The tensors may be views. {} if the layer stores no keys. Slots that ``evict`` has dropped are undefined.
         """
         own = self.entries[row]
-        name, index = self._place_of(layer) if self.layers is None or layer in self.layers else ("", 0)
+        name, index = self._place_of(layer) if self.layers is None or layer in self._places else ("", 0)
         if name not in own.buffers:
             return {}
         filled = own.buffers[name][:, index, :, : self.lengths[layer] - self.committed + own.count]

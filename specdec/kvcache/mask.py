@@ -57,6 +57,13 @@ class Mask:
             self.memo[window] = None if visible is None else visible[:, None]  # (B, 1, T, S)
         return self.memo[window]
 
+    def filled(self, count: int) -> Tensor:
+        """Return which slots are committed or among the first ``count`` uncommitted ones, bool [B, 1, 1, S].
+
+        NotImplementedError if the mask knows no slots.
+        """
+        raise NotImplementedError
+
 
 class RowMask(Mask):
     """The mask of a pass over the rows of a ``KVCache``. Its tensors are made when they are needed.
@@ -104,6 +111,10 @@ class RowMask(Mask):
                 tree = tree & (positions[-tree.shape[0] :, None] - positions < window)
             self.memo[key] = None if tree is None else tree.contiguous()
         return self.memo[key]
+
+    def filled(self, count: int) -> Tensor:
+        ends = upload([[[[n + count]]] for n in self.committed], self.query.device)
+        return torch.arange(self.length, device=self.query.device) < ends
 
     def _keys_and_visible(self) -> tuple[Tensor, Tensor | None]:
         (batch, t), device, u = self.query.shape, self.query.device, self.ahead + self.query.shape[1]

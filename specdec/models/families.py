@@ -50,6 +50,7 @@ SIZES |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_si
 SIZES |= {"shared_expert_intermediate_size": WIDEST}
 SIZES |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"), 1 << 12)
 SIZES |= {"linear_value_head_dim": 1 << 12, "linear_conv_kernel_dim": 1 << 8, "linear_values": WIDEST}
+SIZES |= {"global_head_dim": 1 << 14, "vocab_size_per_layer_input": 1 << 28}
 SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_window": LONGEST}
 
 
@@ -62,6 +63,9 @@ class Family:
     round_after_weight: whether norms round only after their weight, not also before it.
     around_zero: whether the factor of a norm is 1 + weight.
     norm_over_heads, norm_by_head: whether queries and keys have a norm over all heads together, or over each head.
+    norm_values: whether values also have a norm over each head, without weights.
+    unscaled: whether attention scores have no factor.
+    scales_layers: whether the output of each layer is multiplied by a number of its own.
     qkv_bias: whether queries, keys and values always have biases.
     attention_bias, mlp_bias: whether the config field of that name gives all linear layers there biases.
     joined: whether queries, keys and values are one linear layer, and gate and up projections also.
@@ -84,6 +88,9 @@ class Family:
     around_zero: bool = False
     norm_over_heads: bool = False
     norm_by_head: bool = False
+    norm_values: bool = False
+    unscaled: bool = False
+    scales_layers: bool = False
     qkv_bias: bool = False
     attention_bias: bool = True
     mlp_bias: bool = False
@@ -121,6 +128,23 @@ TWICE_CAPPED = CAPPED | {"attn_logit_softcapping", "sliding_window_size"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
 SOFTCAPS = "final_logit_softcapping", "attn_logit_softcapping"
 WINDOWED = HEAD | WINDOW | dict(zip(SOFTCAPS, SOFTCAPS, strict=True))
+# Of layers that differ: sizes of heads, keys of other layers, wider MLPs, and embeddings that each layer reads.
+PER_LAYER = frozenset({"attention_k_eq_v", "hidden_size_per_layer_input", "num_kv_shared_layers", "per_layer_config"})
+PER_LAYER |= {"per_layer_config.head_dim", "per_layer_config.num_key_value_heads"}
+PER_LAYER |= {"use_double_wide_mlp", "vocab_size_per_layer_input"}
+BY_KIND = {
+    "attention.key_length": "global_head_dim",
+    "attention.key_length_swa": "head_dim",
+    "attention.shared_kv_layers": "num_kv_shared_layers",
+    "attention.sliding_window_pattern": "sliding",  # this is no field of a config
+    "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "rope.dimension_count_swa": "rotated_sliding",  # nor is this
+    "rope.freq_base_swa": "rope_local_base_freq",
+}
+MISSING = {"enable_moe_block": "experts beside an MLP in each layer, which only the transformers runtime has"}
 SCALED = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -228,6 +252,19 @@ FAMILIES = {
         gguf="gemma3",
         keys=WINDOWED | {"rope.freq_base_swa": "rope_local_base_freq"},
     ),
+    "gemma4_text": Family(
+        AROUND,
+        True,
+        norm_by_head=True,
+        norm_values=True,
+        unscaled=True,
+        scales_layers=True,
+        attention_bias=False,
+        fields=GEMMA | PER_LAYER | {"final_logit_softcapping"},
+        only={"use_bidirectional_attention": "vision"},  # between the tokens of an image
+        gguf="gemma4",
+        keys=WINDOW | {SOFTCAPS[0]: SOFTCAPS[0]} | BY_KIND,
+    ),
     "qwen3_5_text": DELTA_RULE,
     "qwen3_next": replace(SHARED, gguf="qwen3next", tiled_heads=False),
     "qwen3_5_moe_text": SHARED,
@@ -265,6 +302,32 @@ def numbers_of(config: Any) -> Numbers:
         float(known.get("swiglu_limit", 0)),
         float(known.get("swiglu_alpha", 1)),
     )
+
+
+def head_sizes(config: Any, layer: int) -> tuple[int, int]:
+    """Return the size of a head and the number of key heads in attention layer ``layer``. config: a ``Config``."""
+    own = {int(number): fields for number, fields in (getattr(config, "per_layer_config", None) or {}).items()}
+    fields = own.get(layer, {})
+    size = (
+        fields.get("head_dim") or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return int(size), int(fields.get("num_key_value_heads") or config.num_key_value_heads)
+
+
+def key_sources(config: Any) -> list[int]:
+    """Return for each layer the one whose keys and values it reads: its own, or those of an earlier layer of its type.
+
+    The last ``num_kv_shared_layers`` layers have no keys and values.
+    """
+    count = int(config.num_hidden_layers)
+    kinds: Any = getattr(config, "layer_types", None)
+    first = count - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return [n if n < first else max(m for m in range(first) if kinds[m] == kinds[n]) for n in range(count)]
+
+
+def embedded_per_layer(config: Any) -> int:
+    """Return the size of the embedding of each token that each layer reads; 0: there are none."""
+    return int(getattr(config, "hidden_size_per_layer_input", None) or 0)
 
 
 class Mixture(NamedTuple):
@@ -371,6 +434,8 @@ def check_fields(config: Any) -> None:
     """Raise SpecDecError for a config field that may change the output and that the model's family does not support."""
     family = FAMILIES[config.model_type]
     for name, value in _fields(config):
+        if value and name in MISSING:
+            raise SpecDecError(f"this '{config.model_type}' model has {MISSING[name]}")
         known = name in COMMON | IGNORED | family.fields or family.only.get(name) == value
         if not known and value not in (None, False, [], {}):
             raise SpecDecError(
@@ -382,11 +447,11 @@ def check_fields(config: Any) -> None:
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a config with their names, and those in ``rope_parameters`` that are not in ``ROPE``."""
+    """Yield the fields of a config with their names, and those of nested ones that are not in ``ROPE``."""
     for name, value in config.to_dict().items():
         if not name.startswith("_") and not name.endswith("_token_id"):
             yield name, value
-        parameters = value if name == "rope_parameters" and isinstance(value, dict) else {}
+        parameters = value if name in ("per_layer_config", "rope_parameters") and isinstance(value, dict) else {}
         each = list(parameters.values()) if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
         yield from ((f"{name}.{key}", found) for part in each for key, found in part.items() if key not in ROPE)
 
@@ -410,3 +475,28 @@ def check_sizes(name: str, config: Any) -> None:
         each = getattr(text, key, None)
         if each is not None and layers is not None and len(each) < layers:
             raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
+    if getattr(text, "model_type", None) in FAMILIES and FAMILIES[text.model_type].fields >= PER_LAYER:
+        _check_layers(name, text, layers or 0)
+
+
+def _check_layers(name: str, config: Any, layers: int) -> None:
+    """Raise SpecDecError for impossible sizes of single layers in the ``config`` of the model called ``name``."""
+    found = config.to_dict()
+    shared, size = (found.get(key) or 0 for key in ("num_kv_shared_layers", "hidden_size_per_layer_input"))
+    kinds, own = found.get("layer_types") or [], found.get("per_layer_config") or {}
+    whole = type(shared) is int and 0 <= shared < max(layers, 1) and type(size) is int and 0 <= size < 1 << 14
+    if not whole or not {*kinds[:layers]} <= {*kinds[: layers - shared]}:
+        raise SpecDecError(
+            f"cannot load model '{name}': its config says that {str(shared)[:60]} of {layers} layers share the keys of "
+            f"others, and that embeddings for each layer have {str(size)[:60]} numbers"
+        )
+    if size and (found.get("vocab_size_per_layer_input") or 0) < found.get("vocab_size", 0):
+        raise SpecDecError(f"cannot load model '{name}': its embeddings for each layer lack tokens of its vocabulary")
+    for number, fields in own.items():
+        good = str(number).isdecimal() and isinstance(fields, dict)
+        if not good or any(
+            type(fields[key]) is not int or not 0 < fields[key] < SIZES[key] for key in SIZES.keys() & fields
+        ):
+            raise SpecDecError(
+                f"cannot load model '{name}': its config says {str(fields)[:60]} of layer {str(number)[:60]}"
+            )

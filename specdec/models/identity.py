@@ -58,13 +58,16 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
     """Return 32 hex digits that identify a model's weights, whatever their dtype and device.
 
     SHA-256 of each parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Among
-    parameters with equal content, such as tied ones, only the first counts. All numbers of a merged adapter count.
+    parameters with equal content, such as tied ones, only the first counts. Single numbers, which transformers may not
+    hold as parameters, do not count. All numbers of a merged adapter count.
     sample: a faster function with the result of ``identity.sample``.
     """
     digest, seen = hashlib.sha256(), set()
     if (merged := merged_adapter(model)) is not None:
         digest.update(f"{merged.fingerprint} ".encode())
     for name, parameter in sorted(named_weights(model), key=lambda pair: pair[0]):
+        if parameter.shape.numel() == 1:
+            continue
         values = sample(parameter).to(torch.bfloat16)
         # Values below 2^-16 become zero: float16 cannot represent them all, and zero then has one sign.
         values = torch.where(values.abs() < 2**-16, torch.zeros_like(values), values)
@@ -125,7 +128,8 @@ def content(model: nn.Module) -> str:
 
 def samples(model: nn.Module) -> dict[str, Any]:
     """Return samples of some tensors for drafters' configs: {name: {"shape": [...], "values": "text"}}."""
-    weights, found = dict(named_weights(model)), dict[str, Any]()
+    found = dict[str, Any]()
+    weights = {name: weight for name, weight in named_weights(model) if weight.shape.numel() > 1}
     for dimensions, most in ((1, VECTORS), (2, MATRICES)):
         names = sorted(name for name, weight in weights.items() if len(weight.shape) == dimensions)
         for name in names[:: max(1, len(names) // most)][:most]:  # the first matrix is the output head

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from specdec.base.devices import without_memory
 from specdec.models.config import Config, GenerationSettings
-from specdec.models.families import FAMILIES, Family, activation, mixture_of
+from specdec.models.families import (
+    FAMILIES,
+    Family,
+    activation,
+    embedded_per_layer,
+    head_sizes,
+    key_sources,
+    mixture_of,
+)
 from specdec.models.gguf.blocks import BlockExperts, BlockLinear, ScaledEmbedding, to_transformers
 from specdec.models.packed import Origin
 from specdec.models.rotary import Rotary
@@ -57,6 +65,8 @@ class NativeModel(nn.Module):
                     module.register_parameter(name, made)
         if FAMILIES[config.model_type].fields >= {"hidden_activation"}:  # Gemma's
             self.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
+        if size := embedded_per_layer(config):
+            self.model.embed_tokens_per_layer.embed_scale = torch.tensor(size**0.5)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.eval()
@@ -119,7 +129,12 @@ def as_transformers(model: Any) -> PreTrainedModel:
 
 
 class Decoder(nn.Module):
-    """The model without its output head: token embeddings, decoder layers, final norm and rotary embedding."""
+    """The model without its output head: token embeddings, decoder layers, final norm and rotary embedding.
+
+    embed_tokens_per_layer: embeddings that layers read, those of all layers side by side; only if the model has them.
+    per_layer_model_projection, per_layer_projection_norm: what is added to them: the normalized image of the first
+        layer's input.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -127,6 +142,11 @@ class Decoder(nn.Module):
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([_layer(config, family, index) for index in range(config.num_hidden_layers)])
         self.norm = Norm(config.hidden_size, config.rms_norm_eps, family)
+        if size := embedded_per_layer(config):
+            every = config.num_hidden_layers * size
+            self.embed_tokens_per_layer = ScaledEmbedding(config.vocab_size_per_layer_input, every)
+            self.per_layer_model_projection = nn.Linear(config.hidden_size, every, bias=False)
+            self.per_layer_projection_norm = Norm(size, config.rms_norm_eps, family)
         with torch.device("cpu"):
             self.rotary_emb = Rotary(config, family.half_tables, family.wide)
 
@@ -189,27 +209,36 @@ class Experts(nn.Module):
 
 
 class Attention(nn.Module):
-    """The weights of an attention layer. head_dim: size of a head. scaling: factor of attention scores."""
+    """The weights of attention layer ``index``. head_dim: size of a head. scaling: factor of attention scores.
 
-    def __init__(self, config: Config, family: Family) -> None:
+    A layer that reads the keys and values of another one has no projections of its own for them. One without ``v_proj``
+    has the same projection for both.
+    """
+
+    def __init__(self, config: Config, family: Family, index: int) -> None:
         super().__init__()
         width = config.hidden_size
-        self.head_dim = size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-        heads, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+        size, kv_heads = head_sizes(config, index)
+        self.head_dim = size
+        heads, keys = config.num_attention_heads * size, kv_heads * size
+        owns = key_sources(config)[index] == index
+        one = getattr(config, "attention_k_eq_v", False) and config.layer_types[index] == "full_attention"
         bias = family.attention_bias and bool(getattr(config, "attention_bias", False))
         if family.joined:
             self.qkv_proj = nn.Linear(width, heads + 2 * keys, bias=False)
         else:
-            parts = {"q": heads * (1 + family.gated), "k": keys, "v": keys}
+            parts = {"q": heads * (1 + family.gated), "k": keys * owns, "v": keys * (owns and not one)}
+            parts = {part: rows for part, rows in parts.items() if rows}
             for part, rows in parts.items():
                 setattr(self, f"{part}_proj", nn.Linear(width, rows, bias or family.qkv_bias))
         self.o_proj = nn.Linear(heads, width, bias)
         if family.norm_over_heads or family.norm_by_head:
             sizes = (heads, keys) if family.norm_over_heads else (size, size)
-            self.q_norm, self.k_norm = (Norm(count, config.rms_norm_eps, family) for count in sizes)
+            for part, count in zip("qk" if owns else "q", sizes, strict=False):
+                setattr(self, f"{part}_norm", Norm(count, config.rms_norm_eps, family))
         if config.model_type == "gpt_oss":
             self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
-        self.scaling = size**-0.5
+        self.scaling = 1.0 if family.unscaled else size**-0.5
         if "attention_multiplier" in family.fields:
             self.scaling = config.attention_multiplier
         elif "query_pre_attn_scalar" in family.fields:
@@ -243,10 +272,18 @@ def _layer(config: Config, family: Family, index: int) -> nn.Module:
     if family.mixer and config.layer_types[index] == "linear_attention":
         layer.linear_attn = DeltaRule(config, family)
     else:
-        layer.self_attn = Attention(config, family)
-    layer.mlp = _mixture(config, family) if _routes(config, index) else MLP(config, config.intermediate_size)
+        layer.self_attn = Attention(config, family, index)
+    wider = getattr(config, "use_double_wide_mlp", False) and key_sources(config)[index] != index
+    inner = config.intermediate_size * (1 + wider)
+    layer.mlp = _mixture(config, family) if _routes(config, index) else MLP(config, inner)
     for name in filter(None, family.norms):
         setattr(layer, name, Norm(config.hidden_size, config.rms_norm_eps, family))
+    if family.scales_layers:
+        layer.layer_scalar = nn.Parameter(torch.empty(1))
+    if size := embedded_per_layer(config):
+        layer.per_layer_input_gate = nn.Linear(config.hidden_size, size, bias=False)
+        layer.per_layer_projection = nn.Linear(size, config.hidden_size, bias=False)
+        layer.post_per_layer_input_norm = Norm(config.hidden_size, config.rms_norm_eps, family)
     return layer  # type: ignore[no-any-return]
 
 
@@ -321,7 +358,10 @@ def _share(own: NativeModel, made: Any) -> None:
                 made.set_submodule(path, module)
         elif theirs is not module:
             for leaf, values in module.named_parameters(recurse=False):
-                theirs.register_parameter(leaf, values)
+                if leaf in theirs._buffers:
+                    setattr(theirs, leaf, values.detach())
+                else:
+                    theirs.register_parameter(leaf, values)
     rotary, theirs = own.model.rotary_emb, made.model.rotary_emb
     if "" in rotary.inv_freq:
         theirs.inv_freq = theirs.original_inv_freq = rotary.inv_freq[""].to(own.device)

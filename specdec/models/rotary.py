@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
+from specdec.models.families import head_sizes
 
-TYPES = "default", "linear", "llama3", "yarn"
+TYPES = "default", "linear", "llama3", "proportional", "yarn"
 
 
 class Rotary:
@@ -34,7 +36,9 @@ class Rotary:
         self.inv_freq, self.scaling = dict[str, Tensor](), dict[str, float]()
         for kind, part in parts.items():
             if kinds[kind] in TYPES:  # a runtime refuses others
-                self.inv_freq[kind], self.scaling[kind] = _frequencies(config, part, kinds[kind])
+                layer = config.layer_types.index(kind) if kind else 0
+                size, _ = head_sizes(config, layer)
+                self.inv_freq[kind], self.scaling[kind] = _frequencies(config, part, kinds[kind], size)
 
     def __call__(self, x: Tensor, positions: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
         """Return cosines and sines [B, T, rotated] for ``positions`` [B, T]; [B, T, rotated / 2] if ``halved``.
@@ -54,9 +58,15 @@ class Rotary:
         self.inv_freq[""] = self.inv_freq[""] / factors.to(self.inv_freq[""].dtype)
 
 
-def _frequencies(config: Any, rope: dict[str, Any], kind: str) -> tuple[Tensor, float]:
-    """Return the inverse frequencies, float32 [rotated / 2], and the factor of cosines and sines."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _frequencies(config: Any, rope: dict[str, Any], kind: str, head: int) -> tuple[Tensor, float]:
+    """Return the inverse frequencies, float32 [rotated / 2], and the factor of cosines and sines.
+
+    head: size of a head.
+    """
+    if kind == "proportional":  # all of the head rotates, most of it by 0
+        count = int((rope.get("partial_rotary_factor") or 1.0) * head // 2)
+        powers = rope["rope_theta"] ** (torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / head)
+        return F.pad(1.0 / powers, (0, head // 2 - count)) / (rope.get("factor") or 1.0), 1.0
     dim = int(head * (rope.get("partial_rotary_factor") or 1.0))
     powers = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if kind == "yarn":

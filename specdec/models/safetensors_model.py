@@ -74,6 +74,8 @@ def write_parts(source: Source, folder: Path) -> None:
             raise SpecDecError(f"'{source.name}' is of the unknown type '{text.model_type}'")
         fields = transformers_config(fields).to_dict()
         families.check_fields(Config(**fields))  # which a Granite of transformers would leave out
+    if any(getattr(text, name, None) for name in families.MISSING):
+        raise SpecDecError(f"'{source.name}' needs transformers")
     if not isinstance(tokenizer, TokenizersBackend) or not isinstance(tokenizer.chat_template, str | None):
         raise SpecDecError(f"the tokenizer of '{source.name}' needs transformers")
     write_config(folder, Config(**fields))

@@ -24,20 +24,27 @@ def refuse_unsupported(model: AnyModel) -> None:
 
     It must be a decoder-only causal model whose state can be rolled back and whose attention takes tree masks.
     """
-    kind, text = model.config.model_type, model.config.get_text_config()
+    kind = model.config.model_type
     if model.config.is_encoder_decoder:
         raise SpecDecError(f"model type '{kind}' is an encoder-decoder; specdec needs a decoder-only causal model")
     if model.get_output_embeddings() is None:
         raise SpecDecError(f"model type '{kind}' has no language-model head; load it as a causal language model")
-    if kind in ("zamba", "zamba2") or getattr(text, "hidden_size_per_layer_input", None):
-        raise SpecDecError(f"model type '{kind}' is not supported: its layers read the token embeddings again")
-    if getattr(text, "num_kv_shared_layers", None):
-        raise SpecDecError(f"model type '{kind}' is not supported: its layers share keys and values with others")
+    if kind not in FAMILIES:
+        refuse_tangled(model)
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise SpecDecError(
             f"attention implementation '{model.config._attn_implementation}' takes no tree masks; "
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
+
+
+def refuse_tangled(model: AnyModel) -> None:
+    """Raise SpecDecError if a layer of ``model`` reads more than the output of the layer before it."""
+    kind, text = model.config.model_type, model.config.get_text_config()
+    if kind in ("zamba", "zamba2") or getattr(text, "hidden_size_per_layer_input", None):
+        raise SpecDecError(f"model type '{kind}' is not supported: its layers read the token embeddings again")
+    if getattr(text, "num_kv_shared_layers", None):
+        raise SpecDecError(f"model type '{kind}' is not supported: its layers share keys and values with others")
 
 
 def not_finite(model: AnyModel) -> NotFiniteError:
@@ -124,7 +131,7 @@ def check_logits(target: Target) -> float:
             for lo, hi in ((0, layers // 2), (layers // 2, layers)):
                 found = torch.zeros(b - a, hi, experts, device=device)
                 with routing(model, found, known=False):
-                    x = target.layers(x, lo, hi, Pass(part, mask, cache, routed=found))
+                    x = target.layers(x, lo, hi, Pass(part, mask, cache, routed=found, ids=ids[:, a:b]))
                 routed[a:b, lo:hi] = found[:, lo:hi]
             ours.append(target.readout(x))
             cache.commit([list(range(b - a))])

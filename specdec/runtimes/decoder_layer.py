@@ -111,8 +111,10 @@ def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
         parts = ("qkvz", "ba") if hasattr(layer.linear_attn, "in_proj_qkvz") else ("qkv", "z", "b", "a")
         maps_in, out = [f"linear_attn.in_proj_{part}" for part in parts], "linear_attn.out_proj"
     else:
-        one = hasattr(layer.self_attn, "qkv_proj")
-        maps_in = ["self_attn.qkv_proj"] if one else [f"self_attn.{n}_proj" for n in "qkv"]
+        own = layer.self_attn
+        values = "v" if getattr(own, "v_proj", None) is not None else "k"  # some layers have one projection for both
+        each = f"qk{values}" if hasattr(own, "k_proj") else "q"  # or read the keys and values of another layer
+        maps_in = ["self_attn.qkv_proj"] if hasattr(own, "qkv_proj") else [f"self_attn.{n}_proj" for n in each]
         out = "self_attn.o_proj"
     names = {
         "qkv": maps_in,

@@ -65,7 +65,7 @@ def run_tokens(
         mask = cache.register(0, positions)
         last = list(range(len(rows))), [max(count - 1, 0) for count in counts]
     index, x = tuple(upload(last, device)), target.embed(tokens, positions)
-    x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps))
+    x = target.layers(x, 0, target.num_layers, Pass(positions, mask, cache, taps, ids=tokens))
     cache.commit([range(count) for count in counts])
     packed = len(rows) > 1 and len(x) == 1  # rows lie one behind the other
     if every is not None:

@@ -169,9 +169,10 @@ class Target(ABC):
         def positions(x: Tensor, level: int) -> Tensor:
             return (before[:, None] + level).clamp(max=self.context - 1).expand(x.shape[:2])
 
-        def run(number: int, x: Tensor, level: int, paths: Tensor | None) -> Tensor:
+        def run(number: int, x: Tensor, level: int, paths: Tensor | None, ids: Tensor) -> Tensor:
             (lo, hi), at = path.segments[number], positions(x, level)
-            return self.layers(x, lo, hi, Pass(at, cache.register(lo, at, paths), cache, adapters=path.adapters))  # type: ignore[arg-type]
+            mask = cache.register(lo, at, paths)
+            return self.layers(x, lo, hi, Pass(at, mask, cache, adapters=path.adapters, ids=ids))  # type: ignore[arg-type]
 
         readouts = [lambda x, head=head: self.readout(x, head) for head in heads]
         embed = lambda tokens, level: self.embed(tokens, positions(tokens[..., None], level))  # noqa: E731
@@ -258,6 +259,7 @@ class Pass:
         l = hi, the output).
     adapters: changes of the layers for all tokens; None: none.
     routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
+    ids: token ids, int64 [B, T], which layers with embeddings of their own read; None: unknown.
     choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
         has its own routers; None: the experts with the largest logits.
     in_place: whether the pass may write its output over its input.
@@ -270,7 +272,14 @@ class Pass:
     adapters: Adapters | None = None
     routed: Tensor | None = None
     choose: Callable[[int, Tensor], Tensor] | None = None
+    ids: Tensor | None = None
     in_place: bool = False
+
+    def known_ids(self) -> Tensor:
+        """Return ``ids``. Raises SpecDecError if they are unknown."""
+        if self.ids is None:
+            raise SpecDecError("the layers of this model read each token's embedding, which this drafter does not tell")
+        return self.ids
 
 
 class TokenCosts(NamedTuple):

@@ -33,7 +33,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.kvcache.recurrent import Advance, States
 from specdec.models.native_model import AnyModel, as_transformers
-from specdec.runtimes.checks import check_logits, refuse_unsupported
+from specdec.runtimes.checks import check_logits, refuse_tangled, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.narrow import narrow_maps
 from specdec.runtimes.target import GivenLinear, Pass, Target
@@ -58,6 +58,7 @@ class TransformersTarget(Target):
     def __init__(self, model: PreTrainedModel) -> None:
         model = as_transformers(model)
         refuse_unsupported(model)
+        refuse_tangled(model)
         super().__init__(model)
         self.attention = model.config._attn_implementation
         self.base = model.base_model

@@ -186,7 +186,8 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         mask = Mask(at, torch.cat((keys, at), 1), torch.cat((exact, own), 2))
         share = torch.zeros(at.shape, device=ids.device)
         for layer in range(first, target.num_layers):
-            y, score = target.layers(x, layer, layer + 1, Pass(at, mask, cache)), network.score(layer, x)
+            y = target.layers(x, layer, layer + 1, Pass(at, mask, cache, ids=batch.ids))
+            score = network.score(layer, x)
             soft = torch.sigmoid(score) - torch.sigmoid(score).detach()  # zero, with a gradient
             share = share + ((score > 0) + soft)[..., 0].float()
             x = torch.where(score > 0, y, x) + soft * (y - x).detach()

@@ -26,6 +26,7 @@ from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.files import write_atomically
 from specdec.base.terminal import Progress
 from specdec.kvcache.cache import KVCache
+from specdec.models.families import key_sources
 from specdec.runtimes.target import Pass, Target
 from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
@@ -78,6 +79,9 @@ def check_layers(target: Target, wanted: StateSelection) -> None:
     """Raise SpecDecError if ``wanted.kv`` has a recurrent layer of ``target``, because its states are not stored."""
     if recurrent := sorted(target.recurrent_layers.intersection(wanted.kv)):
         raise SpecDecError(f"layer {recurrent[0]} is recurrent, {NO_PATH}")
+    sources = key_sources(target.model.config.get_text_config()) if wanted.kv else []
+    if shared := [layer for layer in wanted.kv if sources[layer] != layer]:
+        raise SpecDecError(f"layer {shared[0]} reads the keys of another layer, {NO_PATH}")
 
 
 def first_stored(prompt: int) -> int:

@@ -53,7 +53,8 @@ def shared_stages(
     for lo, hi in path.shared:
         taps = router_taps(lo + 1, hi) if watched else None
         start = batch.hidden[lo] if lo else x
-        p = target.layers(start, lo, hi, Pass(batch.positions, mask, cache, taps=taps, adapters=network.adapters))
+        given = Pass(batch.positions, mask, cache, taps=taps, adapters=network.adapters, ids=batch.ids)
+        p = target.layers(start, lo, hi, given)
         passed = [*passed, *(taps or {}).values()]
         found.append((p, passed))
     return found
@@ -76,7 +77,7 @@ def draft_steps(
         mask = step_mask(batch, step)
         for index in range(len(path.segments)):
             inputs.append(network.project(index, p, carry))
-            p, more = network.run_segment(target, index, inputs[-1], batch.positions, mask, cache, watched)
+            p, more = network.run_segment(target, index, inputs[-1], batch.positions, batch.ids, mask, cache, watched)
             passed = [*passed, *more]
             ends.append((p, passed))
         exits = list[tuple[Tensor, list[Tensor]]]()
@@ -102,7 +103,7 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
     mask, cache = step_mask(batch, 1), batch.cache(target.num_layers)
     for segment in range(run - len(path.shared)):
         x = network.project(segment, ends[-1], carry)
-        ends.append(network.run_segment(target, segment, x, batch.positions, mask, cache)[0])
+        ends.append(network.run_segment(target, segment, x, batch.positions, batch.ids, mask, cache)[0])
     return ends[run], carry
 
 

@@ -34,8 +34,8 @@ def replay(
     ids = torch.tensor([prompt + tokens], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
     cache = target.new_cache()
-    x = target.embed(ids, positions)
-    x = target.layers(x, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache))
+    given = Pass(positions, cache.register(0, positions), cache, ids=ids)
+    x = target.layers(target.embed(ids, positions), 0, target.num_layers, given)
     logits = target.readout(x[:, len(prompt) - 1 : -1]).float()  # (1, n, V)
     logits[0, -1, tokens[-1]] += raised
     if sampler is None:

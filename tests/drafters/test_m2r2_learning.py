@@ -57,15 +57,17 @@ def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.T
     target, [(lo, _)], network = learner.target, learner.fits.path.segments, learner.fits.network
     for at in range(text.start - 1, len(text.ids) - 1):
         cache, positions = target.new_cache(), torch.arange(at)[None]
-        embedded = target.embed(torch.tensor([text.ids[:at]]), positions)
+        ids = torch.tensor([text.ids[:at]])
+        embedded = target.embed(ids, positions)
         taps = {lo: embedded, target.num_layers: embedded}
-        target.layers(embedded, 0, target.num_layers, Pass(positions, cache.register(0, positions), cache, taps))
+        given = Pass(positions, cache.register(0, positions), cache, taps, ids=ids)
+        target.layers(embedded, 0, target.num_layers, given)
         cache.commit([range(at)])
         before = Carry(taps[target.num_layers][:, -1:], [taps[lo][:, -1:]])
-        place = torch.tensor([[at]])
-        own = target.embed(torch.tensor([[text.ids[at]]]), place)
+        place, token = torch.tensor([[at]]), torch.tensor([[text.ids[at]]])
+        own = target.embed(token, place)
         x = network.project(0, own, before)
-        end, _ = network.run_segment(target, 0, x, place, cache.register(lo, place), cache)
+        end, _ = network.run_segment(target, 0, x, place, token, cache.register(lo, place), cache)
         yield own[0, 0], before.final[0, 0], before.inputs[0][0, 0], end[0, 0]
 
 
@@ -76,6 +78,7 @@ def rows_of_drafting(learner: M2R2Learner, text: Text) -> Iterator[tuple[torch.T
         ("llama", "native", 1e9),
         ("lfm2", "transformers", 1e9),
         ("qwen3_5_text", "native", 1e9),
+        ("gemma4_text", "native", 0.0),
         pytest.param("falcon_h1", "transformers", 0.0, marks=pytest.mark.slow),
         pytest.param("gpt_oss", "native", 1e9, marks=pytest.mark.slow),
     ],

@@ -66,7 +66,7 @@ def test_entries_with_gradients_are_seen_by_autograd() -> None:
 def write(cache: KVCache, rows: list[list[int]]) -> None:
     """As a runtime that fills the slots itself, with another number of tokens for each row."""
     starts = cache.rows
-    cache.claim(0, 3, [len(row) for row in rows], 1, 2, torch.float)
+    cache.claim(0, 3, [len(row) for row in rows], [(1, 2)], torch.float)
     for data, start, row in zip(cache.data, starts, rows, strict=True):
         data[0, :, :, start : start + len(row)] = entries([row])[0]
         data[1, :, :, start : start + len(row)] = -entries([row])[0]
@@ -74,7 +74,7 @@ def write(cache: KVCache, rows: list[list[int]]) -> None:
 
 def rows_of(batch: int) -> KVCache:
     """A cache whose rows have one buffer for all layers."""
-    return KVCache(3, batch, layers=range(3))
+    return KVCache(3, batch, layers=[range(3)])
 
 
 def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
@@ -93,8 +93,8 @@ def test_a_row_that_comes_goes_or_grows_copies_no_other_row() -> None:
     assert cache.data[0].data_ptr() == begins[2]
 
 
-@pytest.mark.parametrize("layers", [None, range(3)])
-def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(layers: range | None) -> None:
+@pytest.mark.parametrize("layers", [None, [range(3)]])
+def test_a_row_is_copied_as_far_as_it_is_shared_and_joins_rows_without_entries(layers: list[range] | None) -> None:
     cache = KVCache(3, 2, layers=layers)
     fill(cache, [[1, 2, 3], [4, 5, 6]])
     cache.commit([[0, 1, 2], [0]])
@@ -132,8 +132,8 @@ def test_masks_of_rows_with_trees_and_windows() -> None:
     assert not ragged.chains and found is not None and found.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("layers", [None, range(2)])
-def test_buffers_begin_with_the_room_that_is_expected(layers: range | None) -> None:
+@pytest.mark.parametrize("layers", [None, [range(2)]])
+def test_buffers_begin_with_the_room_that_is_expected(layers: list[range] | None) -> None:
     cache = KVCache(2, 1, layers=layers)
     cache.expect([10])
 
@@ -152,8 +152,8 @@ def test_buffers_begin_with_the_room_that_is_expected(layers: range | None) -> N
     assert cache.entries[0].slots == 16
 
 
-@pytest.mark.parametrize("layers", [None, range(2)])
-def test_a_row_of_a_known_limit_grows_in_place_and_holds_what_it_has_filled(layers: range | None) -> None:
+@pytest.mark.parametrize("layers", [None, [range(2)]])
+def test_a_row_of_a_known_limit_grows_in_place_and_holds_what_it_has_filled(layers: list[range] | None) -> None:
     cache, size = KVCache(2, 1, layers=layers, limit=1 << 20), 64
     begin = resident()
 
@@ -189,7 +189,7 @@ def test_a_row_begins_without_a_reserve_where_there_are_no_addresses(monkeypatch
         return zeros(shape, *kind)
 
     monkeypatch.setattr(cache_module, "zeros", refused)
-    cache = KVCache(3, 1, layers=range(3), limit=1 << 20)
+    cache = KVCache(3, 1, layers=[range(3)], limit=1 << 20)
     for token in range(13):
         fill(cache, [[token]])
         cache.commit([[0]])
@@ -200,7 +200,7 @@ def test_a_row_begins_without_a_reserve_where_there_are_no_addresses(monkeypatch
 
 
 def test_a_kept_text_shares_the_buffers_and_holds_only_its_tokens() -> None:
-    cache = KVCache(3, 2, layers=range(3), limit=100)
+    cache = KVCache(3, 2, layers=[range(3)], limit=100)
     cache.expect([60, 60])
     fill(cache, [[*range(20)], [*range(20, 40)]])
     cache.commit([range(20), range(20)])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from servers import until
 from spies import noted
+from targets import needs_native
 from tiny import SIZES, change_unseen, model_of, tiny_model
 
 from specdec import SpecDecoder
@@ -365,6 +366,17 @@ def test_one_process_has_a_folder(tmp_path: Path) -> None:
     left.write_bytes(b"x")
     PrefixDisk(tmp_path, 1 << 20, "x").close()
     assert not left.exists()
+
+
+@needs_native
+def test_keys_of_two_sizes_are_on_disk_with_their_chunks(tmp_path: Path) -> None:
+    """In layers that read the keys of others, there are none."""
+    made = SpecDecoder(model_of("gemma4_text"), None, "prompt-lookup", runtime="native")
+    prompt = [*PROMPT[:70], 5]
+    plain = made.with_drafter("none").generate(prompt, **ASK).token_ids
+    for known in (0, 64):
+        with engine_of(made, tmp_path) as engine:
+            assert answer(engine, made, prompt) == (plain, known)
 
 
 @pytest.mark.parametrize(("family", "runtime"), [("qwen3_next", "transformers"), ("qwen3_5_text", "native")])

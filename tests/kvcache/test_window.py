@@ -95,13 +95,19 @@ def test_far_checkpoints_and_the_last_one_stay() -> None:
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
+BUFFERS = [range(4)], [[0, 2], [1, 3]], [[0, 3], [1, 2]]  # layers that share one, by their heads
+HEADS = [(1, 2), (2, 3)]
+
+
 def write(cache: KVCache, rows: Sequence[Sequence[int]]) -> None:
     """Write tokens as a runtime does that fills the slots itself; each key spells out its token."""
     starts = cache.rows
-    cache.claim(0, 4, [len(row) for row in rows], 1, 2, torch.float)
-    for data, start, row in zip(cache.data, starts, rows, strict=True):
-        for part, sign in enumerate((1, -1)):
-            data[part, :, :, start : start + len(row)] = sign * torch.tensor(row, dtype=torch.float)[:, None]
+    cache.claim(0, 4, [len(row) for row in rows], HEADS[: len(cache.names)], torch.float)
+    for entries, start, row in zip(cache.entries, starts, rows, strict=True):
+        for name in cache.names:
+            for part, sign in enumerate((1, -1)):
+                own = entries.buffers[name][part, :, :, start : start + len(row)]
+                own[:] = sign * torch.tensor(row, dtype=torch.float)[:, None]
 
 
 def check(cache: KVCache, row: int, text: list[int]) -> None:
@@ -110,23 +116,24 @@ def check(cache: KVCache, row: int, text: list[int]) -> None:
     assert own.count == len(text)
     for count in {cache.resumable(row, n) for n in range(0, len(text) + 1, 5)} | cache.checkpoints(row) | {len(text)}:
         for layer in range(4):
-            keys, values = own.buffers["kv"][:, layer, 0, :count, 0].tolist()
+            keys, values = (values[:count, 0, 0].tolist() for values in cache.of_layer(layer, row).values())
             first = max(count - WINDOW, 0) if layer in (0, 2) else 0
             assert keys[first:] == text[first:count] and values[first:] == [-token for token in text[first:count]]
 
 
 @pytest.mark.parametrize("limit", [0, 2000])
-def test_rows_that_grow_fork_share_and_go_lose_nothing_that_is_seen(limit: int, small: list[int]) -> None:
-    draw, dropped = random.Random(5), 0
+@pytest.mark.parametrize("layers", BUFFERS)
+def test_rows_that_grow_fork_share_and_go_lose_nothing_that_is_seen(limit: int, layers: Any, small: list[int]) -> None:
+    draw, dropped, widths = random.Random(5), 0, [count * size for count, size in HEADS]
     for _ in range(25):
-        cache = KVCache(4, 0, layers=range(4), limit=limit, window=WINDOW, windowed=[0, 2])
+        cache = KVCache(4, 0, "cpu", False, layers, (), None, limit, WINDOW, [0, 2], widths)
         texts, references = list[list[int]](), list[tuple[KVCache, list[list[int]]]]()
         for _ in range(60):
             act = draw.choice(
                 ("new", "grow", "grow", "grow", "fork", "checkpoint", "reference", "forget", "take", "go")
             )
             if act == "new" and len(texts) < 3:
-                cache.join(KVCache(4, 1, layers=range(4), limit=limit, window=WINDOW, windowed=[0, 2]))
+                cache.join(KVCache(4, 1, "cpu", False, layers, (), None, limit, WINDOW, [0, 2], widths))
                 texts.append([])
             elif act == "grow" and texts:
                 rows = [[draw.randrange(100, 900) for _ in range(draw.choice((1, 3, 60)))] for _ in texts]
@@ -158,6 +165,8 @@ def test_rows_that_grow_fork_share_and_go_lose_nothing_that_is_seen(limit: int, 
                 row = draw.randrange(len(texts))
                 cache.select([n for n in range(len(texts)) if n != row])
                 texts.pop(row)
+            counted = cache.token_bytes * sum(cache.capacities(cache.rows))
+            assert abs(counted - cache.nbytes) < 1
             for shared, own in ((cache, texts), *references):
                 for row, text in enumerate(own):
                     if text:
@@ -167,7 +176,7 @@ def test_rows_that_grow_fork_share_and_go_lose_nothing_that_is_seen(limit: int, 
 
 
 def test_what_a_reference_held_is_released_after_it(small: list[int]) -> None:
-    cache = KVCache(4, 1, layers=range(4), limit=2000, window=WINDOW, windowed=[0, 2])
+    cache = KVCache(4, 1, layers=[range(4)], limit=2000, window=WINDOW, windowed=[0, 2])
     write(cache, [words(1, 100)])
     cache.commit([range(100)])
     kept = cache.reference()
@@ -187,11 +196,13 @@ COUNT, SAMPLED = 60, {"temperature": 1.0, "seed": 3}
 
 
 @needs_native
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("family", "int8"), [("gemma3_text", False), ("gemma3_text", True), ("gemma4_text", False), ("gemma4_text", True)]
+)
 def test_texts_of_several_windows_are_those_of_a_cache_that_keeps_all(
-    int8: bool, small: list[int], monkeypatch
+    family: str, int8: bool, small: list[int], monkeypatch
 ) -> None:
-    target = NativeTarget(model(), kv_cache="int8" if int8 else "auto")
+    target = NativeTarget(model(family), kv_cache="int8" if int8 else "auto")
     with monkeypatch.context() as whole:
         whole.setattr(KVCache, "evict", lambda cache: None)
         expected = run(target, EVERY["none"](target), PROMPTS, COUNT, eos=None, **SAMPLED)[0]
@@ -300,8 +311,8 @@ def decoder(request: Any, small: list[int], monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_native
 @pytest.mark.parametrize(
-    "decoder", ["gemma3_text", "mistral"], indirect=True
-)  # in the latter, all layers have a window
+    "decoder", ["gemma3_text", "mistral", "gemma4_text"], indirect=True
+)  # all layers, or all of a buffer, have a window in the latter ones
 def test_a_later_process_goes_on_with_what_was_held(decoder: SpecDecoder, tmp_path: Path) -> None:
     prompt = words(6, 200)
     [(first, _)] = answer(decoder, tmp_path, prompt)

@@ -83,6 +83,7 @@ EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "ima
 EYES |= {"num_attention_heads": 2, "head_dim": 16}  # of Gemma 3 and Ministral 3
 MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", EYES),
+    "gemma4": ("gemma4_text", EYES | {"num_key_value_heads": 2}),
     "mistral3": ("ministral3", EYES | {"model_type": "pixtral"}),
     "qwen3_5": ("qwen3_5_text", {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}),
 }

@@ -60,6 +60,7 @@ def edit(folder: Path, name: str = "config.json", **fields: object) -> None:
 def numbers(model: Any) -> dict[str, torch.Tensor]:
     """All parameters of a model, those of experts in a file, too."""
     own = dict(model.named_parameters())
+    own |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")}
     for path, module in model.named_modules():
         if isinstance(module, BlockExperts):
             pairs = zip(*map(module.expert, range(len(module.down))), strict=True)

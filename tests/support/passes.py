@@ -21,7 +21,6 @@ from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DraftPath, DraftRoots
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import UnitMap
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import Candidates
 
 
@@ -50,12 +49,12 @@ def play(target: Target, routed: list[Tensor] | None = None) -> list[torch.Tenso
     def run(offsets: list[int], paths: list[list[int]], tree: torch.Tensor | None = None, cut: int = 2) -> None:
         nonlocal rows
         positions = rows + torch.tensor(offsets)
-        taps = {cut: torch.empty(0), 4: torch.empty(0)}
-        x = target.embed(ids.gather(1, positions), positions)
-        x = layers(x, 0, cut, Pass(positions, cache.register(0, positions, tree), cache))
+        taps, own = {cut: torch.empty(0), 4: torch.empty(0)}, ids.gather(1, positions)
+        x = target.embed(own, positions)
+        x = layers(x, 0, cut, Pass(positions, cache.register(0, positions, tree), cache, ids=own))
         mask = cache.register(cut, positions, tree)
-        x = layers(x, cut, 3, Pass(positions, mask, cache, taps))
-        x = layers(x, 3, 4, Pass(positions, mask, cache, taps))
+        x = layers(x, cut, 3, Pass(positions, mask, cache, taps, ids=own))
+        x = layers(x, 3, 4, Pass(positions, mask, cache, taps, ids=own))
         logits = target.readout(x)
         out.extend(t[b, path] for t in (taps[cut], taps[4], logits) for b, path in enumerate(paths))
         cache.commit(paths)
@@ -78,7 +77,7 @@ def next_logits(target: Target, cache: KVCache, ids: torch.Tensor, keep: int | N
     keep: the first tokens of each row that stay in the cache; None: all.
     """
     positions = torch.tensor(cache.rows)[:, None] + torch.arange(ids.shape[1])
-    given = Pass(positions, cache.register(0, positions), cache)
+    given = Pass(positions, cache.register(0, positions), cache, ids=ids)
     x = target.layers(target.embed(ids, positions), 0, target.num_layers, given)
     cache.commit([list(range(ids.shape[1] if keep is None else keep))] * cache.batch)
     return target.readout(x)
@@ -88,8 +87,9 @@ def adapted_pass(target: Target, adapters: Adapters | None, t: int) -> torch.Ten
     torch.manual_seed(2)
     positions = torch.arange(t)[None].expand(2, -1)
     cache = target.new_cache(2)
-    x = target.embed(torch.randint(3, 97, (2, t)), positions)
-    return target.layers(x, 0, 3, Pass(positions, cache.register(0, positions), cache, adapters=adapters))
+    ids = torch.randint(3, 97, (2, t))
+    given = Pass(positions, cache.register(0, positions), cache, adapters=adapters, ids=ids)
+    return target.layers(target.embed(ids, positions), 0, 3, given)
 
 
 def random_adapters(target: Target, leave_out: str = "") -> Adapters:
@@ -180,6 +180,7 @@ IN_BLOCKS: list[tuple[str, tuple[str, ...], dict[str, object]]] = [  # families,
     ("phi3", LARGE, {"hidden_size": 256, "intermediate_size": 512}),
     ("ministral3", ("Q4_K", "Q6_K"), WIDE),
     ("gemma", LARGE, WIDE),
+    ("gemma4_text", ("Q5_0", "Q8_0"), WIDE),
     ("qwen3_5_moe_text", ("Q4_K", "Q6_K"), WIDE | SHARED),
 ]
 
@@ -190,7 +191,7 @@ def in_blocks(
     """Return a tiny model whose linear layers have weights in GGUF blocks of ``kinds`` in turn."""
     model, each = model_of(family, **sizes), itertools.cycle(kinds)
     for name, module in [*model.named_modules()]:
-        if "proj" in name.rpartition(".")[2] or name == "lm_head":
+        if isinstance(module, torch.nn.Linear) and ("proj" in name.rpartition(".")[2] or name == "lm_head"):
             blocks = random_blocks(next(each), *module.weight.shape)
             model.set_submodule(name, BlockLinear(blocks, module.bias, torch.bfloat16))
     for layer in model.model.layers:
@@ -217,7 +218,7 @@ def after(target: Target, ids: Tensor) -> tuple[KVCache, DraftRoots]:
     """Return a cache with the tokens ``ids`` [1, T] and the draft roots after them, from which drafts can grow."""
     count, cache, taps = ids.shape[1], target.new_cache(), {1: torch.empty(0), 3: torch.empty(0)}
     positions = torch.arange(count)[None]
-    given = Pass(positions, cache.register(0, positions), cache, taps)
+    given = Pass(positions, cache.register(0, positions), cache, taps, ids=ids)
     final = target.layers(target.embed(ids, positions), 0, 4, given)
     cache.commit([list(range(count))])
     return cache, DraftRoots([5], [count], final, list(taps.values()), place=count - 1)
@@ -257,7 +258,7 @@ def by_path(found: Candidates) -> dict[tuple[int, ...], float]:
 def random_route(target: Target, heads: int, dtype: torch.dtype = torch.bfloat16) -> DraftPath:
     """Return a random draft path over a vocabulary of ``heads`` tokens: two segments and a final projection."""
     with torch.inference_mode(False):
-        adapters = random_adapters(TransformersTarget(target.model)).to(dtype)
+        adapters = random_adapters(target).to(dtype)
     d, tokens = target.hidden_size, torch.randperm(97)[:70]
     projections = [
         UnitMap((torch.randn(d, n * d) / (n * d) ** 0.5).to(dtype), torch.randn(d).to(dtype)) for n in (3, 3, 2)

@@ -25,7 +25,8 @@ from specdec.runtimes.native.library import (
 )
 
 LINE, BEHIND = 64, 1 << 16  # kernels may read what lies behind the last key
-SLOTS = "qkv", "out", "gate_up", "down", "rates"
+SLOTS = "qkv", "out", "gate_up", "down", "rates", "embedded_in", "embedded_gate", "embedded_out"
+WORDS = 97  # rows of the tables that layers read
 MIXER = "recurrent", "key_heads", "value_heads", "key_dim", "value_dim", "taps"
 ARGUMENTS = 64  # where a record has them
 
@@ -165,11 +166,17 @@ class Recording:
             self.map_(at + getattr(Layer, name).offset, getattr(each, name))
         for name in ("gates", "sums"):
             self.maps(at + getattr(Layer, name).offset, getattr(each, name), model.experts)
-        heads = {"norm_q": model.heads, "norm_k": model.kv_heads} if model.across else {"norm_q": 1, "norm_k": 1}
+        kind = model.buffers[each.buffer]
+        heads = {"norm_q": model.heads, "norm_k": kind.count} if model.across else {"norm_q": 1, "norm_k": 1}
         for name in ("norm_in", "norm_mlp", "norm_attended", "norm_out", "norm_q", "norm_k"):
-            count = heads[name] * model.head_dim if name in heads else model.hidden
+            count = heads[name] * kind.size if name in heads else model.hidden
             self.read(at + getattr(Layer, name).offset, getattr(each, name), 4 * count)
         self.read(at + Layer.sinks.offset, each.sinks, 4 * model.heads)
+        if size := each.embedded_gate.out:
+            table, last = each.embedded, (WORDS - 1) * each.embedded.stride
+            self.read(at + Layer.embedded.offset + Table.data.offset, table.data, last + 2 * table.columns)
+            self.read(at + Layer.norm_embedded.offset, each.norm_embedded, 4 * size)
+            self.read(at + Layer.norm_added.offset, each.norm_added, 4 * model.hidden)
         channels, heads_ = 2 * model.key_heads * model.key_dim + model.value_heads * model.value_dim, model.value_heads
         counts = {"convolution": model.taps * channels, "decay": heads_, "decay_bias": heads_}
         for name, count in (counts | {"norm_mixed": model.value_dim}).items():
@@ -182,6 +189,8 @@ class Recording:
         """
         positions = (library.LONG * (call.count if levels else call.tokens)).from_address(call.positions)
         self.read(at + Call.positions.offset, call.positions, sizeof(positions))
+        if not levels and call.ids:
+            self.read(at + Call.ids.offset, call.ids, 4 * call.tokens)
         self.read(at + Call.spans.offset, call.spans, 4 * call.windows)
         self.read(at + Call.window.offset, call.window, 4 * call.hi)
         for place, address in self.addresses(at + Call.rotary.offset, call.rotary, model.tables):
@@ -191,15 +200,20 @@ class Recording:
         for place, address in self.addresses(at + Call.taps.offset, call.taps, call.hi + 1):
             self.write(place, address, states, 2)
         self.write(at + Call.routed.offset, call.routed, 4 * call.tokens * call.hi * model.experts, 4)
-        kept = sum(not layer.convolution for layer in (Layer * layers).from_address(model.layers))
-        row = model.head_dim + model.head_dim // 16 if call.cache else 2 * model.head_dim
+        every = (Layer * layers).from_address(model.layers)
+        owners = [each for each in every if not each.convolution and not each.reads]
         for own, each in self.structs(at + Call.sequences.offset, call.sequences, SequenceArgs, call.count):
-            used = min(-(-(each.start + each.tokens) // 16) * 16, each.capacity)  # slots: they are read in blocks
-            struct.pack_into("<i", self.memory, own + SequenceArgs.capacity.offset, used)
-            for name in ("keys", "values"):
-                first, offset = getattr(each, name), own + getattr(SequenceArgs, name).offset
-                heads = [first + head * each.capacity * row for head in range(kept * model.kv_heads)]
-                self.change(offset, functools.partial(_rows, heads, used * row), 1, first)
+            for buffer, kind in enumerate(model.buffers):
+                if not kind.count:
+                    continue
+                row, capacity = kind.size + kind.size // 16 if call.cache else 2 * kind.size, each.capacity[buffer]
+                used = min(-(-(each.start + each.tokens) // 16) * 16, capacity)  # slots: they are read in blocks
+                struct.pack_into("<i", self.memory, own + SequenceArgs.capacity.offset + 4 * buffer, used)
+                kept = sum(layer.buffer == buffer for layer in owners)
+                for name in ("keys", "values"):
+                    first, offset = getattr(each, name)[buffer], own + getattr(SequenceArgs, name).offset + 8 * buffer
+                    heads = [first + head * capacity * row for head in range(kept * kind.count)]
+                    self.change(offset, functools.partial(_rows, heads, used * row), 1, first)
             if model.recurrent:
                 sizes = families.Mixer(*(getattr(model, name) for name in MIXER))
                 shape = mixer.state_shape(sizes)
@@ -215,6 +229,8 @@ class Recording:
         for number, (place, layer) in enumerate(self.structs(at + Model.layers.offset, model.layers, Layer, call.hi)):
             if number >= call.lo:
                 self.layer(place, layer, model)
+            if number == call.lo and layer.embedded_gate.out:
+                self.table(at + Model.embedding.offset, model.embedding, WORDS)
 
     # -- kernels ----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """Targets of tiny models in the runtimes, and the mark of tests that need the native kernels."""
 
+from typing import Any
+
 import pytest
 from tiny import model_of, tiny_model
 
@@ -12,6 +14,14 @@ from specdec.runtimes.transformers import TransformersTarget
 REASON = "there are no native kernels here"
 needs_native = pytest.mark.skipif(not library.runs(), reason=REASON)
 QUICK = "native" if library.runs() else "transformers"  # the latter takes ten times as long
+
+
+def reference_of(model: Any) -> Target:
+    """Return ``model`` as its own modules compute it, or through PyTorch if these do not run one by one."""
+    tangled = getattr(model.config, "hidden_size_per_layer_input", 0) or getattr(
+        model.config, "num_kv_shared_layers", 0
+    )
+    return (TorchTarget if tangled else TransformersTarget)(model)
 
 
 def target_of(runtime: str, family: str = "llama") -> Target:

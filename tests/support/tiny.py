@@ -260,16 +260,39 @@ def rough_model(family: str, **changes: object) -> torch.nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 or name.endswith("bias"):
             parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.dim() == 1 else 0.1)
+        if family == "gemma4_text" and name.endswith("q_norm.weight"):
+            parameter.mul_(0.2)  # scores have no other factor
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.mul_(0.8)
     return model
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+# Gemma 4's small models: layers read embeddings of their own, and the last ones the keys of others; others are larger.
+ELASTIC = {
+    "per_layer_config": {"1": {"head_dim": 64}, "3": {"head_dim": 64}},
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 128,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+GLOBAL = {"head_dim": 64, "num_key_value_heads": 1}
+WHOLE = {  # and its large one
+    "per_layer_config": {"1": GLOBAL, "3": GLOBAL},
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+}
 PHI = {"hidden_size": 128, "intermediate_size": 96}  # its heads share the hidden size
 
 
 def sizes_of(family: str) -> dict[str, object]:
     """Return config entries with which a tiny model of ``family`` runs in the native runtime."""
     more: dict[str, object] = {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    if family == "gemma4_text":
+        more = ELASTIC
     if family in HYBRIDS:
         more = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
         more |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96} if family != "qwen3_5_text" else {}

@@ -1,5 +1,6 @@
 """A tiny embedded model: its GGUF file, its name, and a stand-in for what must not be called."""
 
+import copy
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -204,6 +205,18 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
     "gemma": ("gemma", False, 1, {"attention.key_length": "head_dim"}),
     "gemma2": ("gemma2", False, 1, WINDOWS),
     "gemma3_text": ("gemma3", False, 1, WINDOWS),
+    "gemma4_text": (
+        "gemma4",
+        False,
+        0,
+        {
+            "attention.sliding_window": "sliding_window",
+            "attention.key_length_swa": "head_dim",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+    ),
     "qwen3_5_text": ("qwen35", False, 1, DELTA_RULE),
     "qwen3_next": ("qwen3next", False, 1, DELTA_RULE | SHARED),
     "qwen3_5_moe_text": ("qwen35moe", False, 1, DELTA_RULE | SHARED),
@@ -215,6 +228,33 @@ ARCHITECTURES = {  # name, whether rows of queries and keys are in pairs, what i
         | {key: WINDOWS[key] for key in ("attention.key_length", "attention.sliding_window")},
     ),
 }
+
+
+def add_layers(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Add metadata of layers that differ, and the divisors of rotary frequencies, as llama.cpp's converter does."""
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    shared, full = config.num_kv_shared_layers, sliding.index(False)
+    size, keys = config.per_layer_config[full].head_dim, config.per_layer_config[full].num_key_value_heads
+    writer.add_sliding_window_pattern(sliding)
+    for length in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        length(size)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    if config.use_double_wide_mlp:
+        first = len(sliding) - shared
+        _replace(
+            writer, "feed_forward_length", [config.intermediate_size * (1 + (n >= first)) for n in range(len(sliding))]
+        )
+    if keys != config.num_key_value_heads:
+        _replace(writer, "attention.head_count_kv", [config.num_key_value_heads if each else keys for each in sliding])
+    rotates = int(size * config.rope_parameters["full_attention"]["partial_rotary_factor"] / 2)
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotates + [1e30] * (size // 2 - rotates), np.float32))
+
+
+def _replace(writer: gguf.GGUFWriter, key: str, values: list[int]) -> None:
+    del writer.kv_data[0][f"gemma4.{key}"]
+    writer.add_array(f"gemma4.{key}", values)
 
 
 def file_sizes(family: str) -> dict[str, Any]:
@@ -258,7 +298,8 @@ def write_family(
     tensors: further tensors by name. in_blocks: the values of some of them in blocks of ``kind``.
     metadata: further metadata of the architecture: numbers, or lists of them.
     """
-    config = model.config
+    config = copy.copy(model.config)
+    config.allow_global_per_layer_attribute_access = True
     name, paired, more, fields = ARCHITECTURES[config.model_type]
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     count, own = config.num_hidden_layers + (predicts is not None), dict(model.named_parameters())
@@ -297,6 +338,9 @@ def write_family(
         writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))
         if name != "qwen3next":
             writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if name == "gemma4":
+        own |= {key: value for key, value in model.named_buffers() if key.endswith("layer_scalar")}
+        add_layers(writer, config)
     vocab = config.vocab_size
     characters = [chr(point) for point in (*range(33, 127), *range(161, 173))][: vocab - 4]
     add_vocabulary(writer, "qwen2", ["<|endoftext|>", "<s>", "</s>", *characters, "AB"], "A B")
@@ -310,6 +354,8 @@ def write_family(
         if paired and heads:
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         parts = {f"{names.get_name(where)}.{leaf}": values}
+        if leaf == "layer_scalar":
+            parts = {f"{names.get_name(parameter)}.weight": values}
         if "linear_attn" in where:
             parts = recurrent_part(config, names, where, leaf, values, older)
         if leaf == "sinks":

@@ -20,7 +20,7 @@ from specdec.base import terminal
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.models import families, weights
 from specdec.models.config import Config, write_config, write_generation
-from specdec.models.gguf import blocks, defaults, recurrent, tokenizer
+from specdec.models.gguf import blocks, defaults, layers, recurrent, tokenizer
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.gguf.file import GGUFFile
 from specdec.models.native_model import NativeModel, transformers_config
@@ -36,7 +36,7 @@ FLOATS = {
 }
 # Metadata keys that need no config field.
 IGNORED = {
-    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length"),
+    *("attention.key_length", "attention.layer_norm_epsilon", "attention.value_length", "attention.value_length_swa"),
     *("rope.dimension_sections", "tensor_data_layout"),
     # Of recurrent layers, which a dense Granite 4 names and lacks: layers that are there have tensors.
     *("ssm.conv_kernel", "ssm.group_count", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank"),
@@ -50,10 +50,11 @@ SCALING = {  # metadata keys after "rope.scaling.", and the fields of a config's
     "yarn_log_multiplier": "mscale_all_dim",
 }
 LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the models that scale scores by hidden size and heads
-ROPE_FACTORS = "rope_freqs.weight"
 CONTROL = 3  # GGUF's type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
 END_TOKENS = {"<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"}
+VISIBLE = {"<|tool_response>"}  # end tokens that files of Gemma 4 take for text
+END_TOKENS |= {"<turn|>", *VISIBLE}
 HARMONY = {
     "<|return|>",
     "<|call|>",
@@ -102,6 +103,7 @@ def config_of(name: str, file: GGUFFile) -> Config:
             values[keys[key]] = value
         elif value and key not in IGNORED:
             raise SpecDecError(f"cannot load model '{name}': it is unknown what {prefix}{key} in its GGUF file means")
+    further = layers.fields(name, file, values) if families.FAMILIES[kind].fields >= families.PER_LAYER else {}
     if kind == "phi3" and not values.get("sliding_window"):  # 0: there is none
         values.pop("sliding_window", None)
     if "token_embd.weight" in file.tensors:
@@ -117,18 +119,19 @@ def config_of(name: str, file: GGUFFile) -> Config:
         count = values["num_hidden_layers"] = values.get("num_hidden_layers", 0) - more
         values["mtp_num_hidden_layers"] = more
         blocks_of_layers = {layer for layer in blocks_of_layers if not count <= layer < count + more}
-    if values.get("num_hidden_layers") != (layers := len(blocks_of_layers)):
+    if values.get("num_hidden_layers") != (found := len(blocks_of_layers)):
         raise SpecDecError(
-            f"cannot load model '{name}': its GGUF file has {layers} layers, and its header names "
+            f"cannot load model '{name}': its GGUF file has {found} layers, and its header names "
             f"{values.get('num_hidden_layers')}; get it again"
         )
+    values |= further
     if families.FAMILIES[kind].mixer:
         recurrent.complete(name, values)
     values |= {"tie_word_embeddings": "output.weight" not in file.tensors, "pad_token_id": values.get("pad_token_id")}
     width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0) or 1
     _rotate_part(name, kind, values)
     if kind in LARGE_GEMMA:
-        size = width // heads if layers == LARGE_GEMMA[kind] else values.get("head_dim", 256)
+        size = width // heads if found == LARGE_GEMMA[kind] else values.get("head_dim", 256)
         values["query_pre_attn_scalar"] = size
     if kind == "qwen3_moe":
         values["norm_topk_prob"] = True
@@ -190,7 +193,7 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
-    control = ((text, token) for token, (text, kind) in enumerate(kinds) if kind == CONTROL)
+    control = ((text, token) for token, (text, kind) in enumerate(kinds) if kind == CONTROL or text in VISIBLE)
     known = {text: token for text, token in control if text in END_TOKENS | HARMONY}
     none = {metadata.get("unknown_token_id"), known.get("<|end|>") if known.keys() >= HARMONY else None}
     found = [token for token in dict.fromkeys([*named, *known.values()]) if token in named[:1] or token not in none]
@@ -230,7 +233,8 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
             f"'{unfit[0]}'"
         )
     further = {key for key in file.tensors if _layer(key) >= model.config.num_hidden_layers}  # for multi-token drafts
-    if more := sorted(file.tensors.keys() - further.union({ROPE_FACTORS}, *found.values())):
+    known = further.union({layers.ROPE_FACTORS}, layers.unused(model.config), *found.values())
+    if more := sorted(file.tensors.keys() - known):
         raise SpecDecError(
             f"'{name}' has {len(more)} tensors that do not belong to a {model.config.model_type} model of its config, "
             f"such as '{more[0][:60]}'"
@@ -294,8 +298,8 @@ def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
     groups = {tuple(weights.tensors_of(parameter, owner, found)): owner for parameter, owner in owners.items()}
     unpacked = [infos for infos, owner in groups.items() if not weights.stays(owner, infos)]
     weights.fill(name, file, model, found, keep, lambda key, stored: restored(config, key, stored, len(found[key])))
-    if ROPE_FACTORS in file.tensors:
-        info = file.tensors[ROPE_FACTORS]  # of Llama 3.1
+    if layers.ROPE_FACTORS in file.tensors and "" in model.model.rotary_emb.inv_freq:
+        info = file.tensors[layers.ROPE_FACTORS]  # of Llama 3.1
         model.model.rotary_emb.divide(file.data(info).view(PLAIN[info.kind]))
     if keep:
         _say_unpacked(name, unpacked, model.dtype)

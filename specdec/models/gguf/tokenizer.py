@@ -141,6 +141,8 @@ def converted(name: str, file: GGUFFile) -> Any:
         raise SpecDecError(f"model '{name}' has no usable tokenizer: the GGUF file has no vocabulary")
     if own.get("tokenizer_type") == "llama":
         options.setdefault("add_bos_token", True)  # as llama.cpp does
+    if own.get("tokenizer_type") == "gemma4":
+        options["add_bos_token"] = False  # as in the original: chat templates write the token
     with errors_as(BROKEN.format(name), Exception):  # metadata are untrusted: any type
         options |= {f"{part}_token": token for part, token in _named(file)}
         backend, more = convert_gguf_tokenizer(file.architecture, own)

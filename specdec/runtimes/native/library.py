@@ -21,6 +21,7 @@ from specdec.base.errors import SettingError, SpecDecError
 LIBRARY = Path(__file__).with_name("_native.so")  # setup.py builds it
 log = logging.getLogger(__name__)
 BF16, Q8, Q4, Q5, K4, K5, K6, MX = range(8)  # as in native.h
+BUFFERS, WIDEST_HEAD = 2, 512
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 LEVEL = "SPECDEC_NATIVE"  # environment variable: the best instruction set that may be used
 ARM = platform.machine() in ("aarch64", "arm64")
@@ -66,25 +67,37 @@ class Layer(ctypes.Structure):
         *_fields(POINTER, "gates sums"),
         *_fields(POINTER, "norm_in norm_mlp norm_attended norm_out norm_q norm_k"),
         *_fields(POINTER, "sinks convolution decay decay_bias norm_mixed"),
-        *_fields(INT, "rotary_q rotary_k place tiled"),
+        *_fields(Linear, "embedded_in embedded_gate embedded_out"),
+        ("embedded", Table),
+        *_fields(POINTER, "norm_embedded norm_added"),
+        ("scale", FLOAT),
+        *_fields(INT, "rotary_q rotary_k rotated place tiled buffer reads"),
     )
+
+
+class Heads(ctypes.Structure):
+    _fields_ = _fields(INT, "count size")
 
 
 class Model(ctypes.Structure):
     _fields_ = (
-        *_fields(INT, "hidden heads kv_heads head_dim inner rotated rounded"),
+        *_fields(INT, "hidden heads inner rotated"),
+        ("buffers", Heads * BUFFERS),
+        ("rounded", INT),
         *_fields(INT, "experts top_k normalize_top_k"),
-        *_fields(INT, "round_after_weight activation across tables gated"),
+        *_fields(INT, "round_after_weight activation across tables gated normed_values"),
         *_fields(INT, "recurrent key_heads value_heads key_dim value_dim taps"),
         *_fields(FLOAT, "eps scale cap limit alpha"),
-        *_fields(POINTER, "demand layers"),
+        *_fields(POINTER, "demand embedding layers"),
     )
 
 
 class SequenceArgs(ctypes.Structure):
     _fields_ = (
-        *_fields(INT, "tokens start committed capacity"),
-        *_fields(POINTER, "keys values trees"),
+        *_fields(INT, "tokens start committed filled"),
+        ("capacity", INT * BUFFERS),
+        *_fields(POINTER * BUFFERS, "keys values"),
+        ("trees", POINTER),
         *_fields(INT, "held slots"),
         *_fields(POINTER, "states ahead inputs pending"),
     )
@@ -93,7 +106,7 @@ class SequenceArgs(ctypes.Structure):
 class Call(ctypes.Structure):
     _fields_ = (
         *_fields(INT, "count tokens lo hi threads windows cache near"),
-        *_fields(POINTER, "sequences spans x positions rotary window taps routed"),
+        *_fields(POINTER, "sequences spans x positions ids rotary window taps routed"),
     )
 
 

@@ -67,6 +67,7 @@ enum { BF16, Q8, Q4, Q5, K4, K5, K6, MX, KINDS };
 enum { AVX2 = 1, AVXVNNI, AVX512, AMX, NEON = 1, I8MM }; /* instruction sets, of x86 and of Arm */
 enum { SILU, GELU, CLAMPED }; /* activations a(gate) up: GELU is tanh's; CLAMPED: gate sigmoid(alpha gate) (up + 1), both within limit */
 enum { MOST_BLOCKS = 3 }; /* of tokens that are multiplied at once */
+enum { BUFFERS = 2, WIDEST_HEAD = 512 }; /* of a sequence's cache, each with layers whose heads are alike; largest size of a head */
 enum { CACHE16, CACHE8, TOGETHER = 32 }; /* rows of the cache, a slot of a head each: bf16[d], or int8[d] and bf16[d / TOGETHER], scales */
 
 /* Bytes of a row of the cache. */
@@ -124,31 +125,46 @@ typedef struct {
     const float *convolution;                /* [taps][channels] of a recurrent layer; NULL: it has attention */
     const float *decay, *decay_bias;         /* [value_heads] of it: minus the factor of the rate of decay, and what is added before */
     const float *norm_mixed;                 /* [value_dim] of it: of each head's result, before the gate */
-    int32_t rotary_q, rotary_k;              /* which of a call's tables rotates them; -1: none */
-    int32_t place, tiled;                    /* place: index of the layer among the layers with keys and values, or among the
+    /* The layer's own embedding of each token: x += norm_added(embedded_out(act(embedded_gate(x)) e)) with e the sum of the token's
+     * row in `embedded` and of norm_embedded(embedded_in(first)), over the root of 2; first: the token's row in the model's table.
+     * Linear layers without outputs: there is no such embedding. */
+    Linear embedded_in, embedded_gate, embedded_out;
+    Table embedded;
+    const float *norm_embedded, *norm_added;
+    float scale;                             /* factor of the layer's output, which comes after a norm */
+    int32_t rotary_q, rotary_k, rotated;     /* which of a call's tables rotates them; -1: none. Rotary dimensions of a head */
+    int32_t place, tiled;                    /* place: index of the layer among the layers of its buffer, or among the
                                               * recurrent ones; tiled: `out` takes the results of the first value heads of all key
                                               * heads, then of the second ones, and so on */
+    int32_t buffer, reads;                   /* buffer of its keys and values; whether they are another layer's, in the same place */
 } Layer;
 
+typedef struct { int32_t count, size; } Heads; /* of keys in a buffer: number and size of heads; 0: there is no such buffer */
+
 typedef struct {
-    int32_t hidden, heads, kv_heads, head_dim, inner, rotated; /* rotated: rotary dimensions of a head */
+    int32_t hidden, heads, inner, rotated; /* rotated: rotary dimensions in a call's tables */
+    Heads buffers[BUFFERS];
     int32_t rounded; /* activations in 8 bits: attention is then the same, to the last bit, in every instruction set */
     int32_t experts, top_k, normalize_top_k; /* experts of a layer; experts that a token uses; whether their weights are scaled to sum 1 */
     /* round_after_weight: norms round only after their weights. across: one norm covers all heads of the queries, or of the keys.
-     * tables: number of rotary tables. gated: each query head is followed by a gate for its result. */
-    int32_t round_after_weight, activation, across, tables, gated;
+     * tables: number of rotary tables. gated: each query head is followed by a gate for its result. normed_values: values also
+     * have a norm over each head, without weights. */
+    int32_t round_after_weight, activation, across, tables, gated, normed_values;
     int32_t recurrent, key_heads, value_heads, key_dim, value_dim, taps; /* number of recurrent layers; their heads; convolution taps */
     float eps, scale, cap, limit, alpha; /* of norms; scale of scores, and their cap as in Linear; limit, alpha: of CLAMPED */
     /* Called before a layer's experts are read; NULL: all experts are in memory. If it returns other than 0, experts cannot be read,
      * and the pass goes on without them. x, logits: the residual [block][hidden][16] and the router's outputs [block][features][16]. */
     int (*demand)(int layer, int count, const int32_t *grouped, int rows, const float *x, const float *logits);
+    const Table *embedding; /* [vocabulary, hidden], if layers have embeddings of their own; else unused */
     const Layer *layers;
 } Model;
 
 typedef struct {                 /* a sequence of a call; the tokens of its sequences follow one another */
     int32_t tokens, start;       /* number of its tokens in the call; its first new cache slot */
-    int32_t committed, capacity; /* slots below `committed` are numbered by position; number of slots */
-    uint8_t *keys, *values;      /* [layers with them][kv_heads][capacity] rows of the cache */
+    int32_t committed, filled;   /* slots below `committed` are numbered by position; layers that read keys of a layer before the
+                                  * call's see no slot from `filled` on */
+    int32_t capacity[BUFFERS];   /* number of slots */
+    uint8_t *keys[BUFFERS], *values[BUFFERS]; /* [layers with them][heads][capacity] rows of the cache */
     const uint8_t *const *trees; /* by window kind: [tokens][start + tokens - committed], 1 = visible, every slot before is in
                                   * sight of the window alone; NULL: a token sees the slots up to its own, within its window */
     int32_t held, slots;         /* in recurrent layers: number of uncommitted tokens before the call's; slots of `inputs` */
@@ -167,6 +183,7 @@ typedef struct {
     const int32_t *spans;        /* by window kind: how many of the last slots are seen; 0: all */
     bf16 *x;                     /* [tokens, hidden], in and out; unused when drafting */
     const int64_t *positions;    /* [tokens] */
+    const int32_t *ids;          /* [tokens], if layers have embeddings of their own; else unused */
     const float *const *rotary;  /* [tables]: [position][cosines, sines][rotated / 2] */
     const int32_t *window;       /* by layer: its kind */
     bf16 **taps;                 /* by layer, hidden states before it (hi: after the last) or NULL */

@@ -19,10 +19,12 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import gguf
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import linear, mixer
 from specdec.runtimes.native.experts import MappedExperts
 from specdec.runtimes.native.forecasts import Forecasts
-from specdec.runtimes.native.library import POINTER, Layer, Linear, Model
+from specdec.runtimes.native.library import BUFFERS, POINTER, WIDEST_HEAD, Heads, Layer, Linear, Model
 from specdec.runtimes.native.linear import Allocate, Packed, RowTable
 from specdec.runtimes.native.mixer import ordered
 from specdec.runtimes.native.packed_file import DRAFTS, MOST_DRAFTS, ModelFile, PackedFile, drop_old, using
@@ -62,6 +64,10 @@ class PackedModel:
     final_norm: factors of the final norm, float32 [D].
     eps: epsilon of all RMS norms.
     rotations: the distinct rotary tables that layers use; a layer's structure has their indices.
+    buffers: the numbers of the attention layers that have keys and values, by buffer of the cache: number and size of
+        key heads are alike in a buffer.
+    sources: for each layer, the one whose keys and values it reads.
+    embeds: whether layers have embeddings of their own, and so read token ids.
     numbers: factors and caps of the model.
     mixture: number of experts, and of those that a token uses.
     experts: the experts, if only a share of them is in memory; else None.
@@ -112,6 +118,10 @@ class PackedModel:
         self._orders = [mixer.row_orders(layer) for layer in layers]
         self._layers = (Layer * len(layers))()
         self._alive: list[Any] = []
+        self.embedding = RowTable(matrix(self.decoder.embed_tokens), self.numbers.embeddings)
+        self.embeds = bool(families.embedded_per_layer(self.config))
+        self.sources = families.key_sources(self.config)
+        self.buffers = key_buffers(model, self.sources)
         self._pack_layers(rounding)
         if self.experts is not None:
             self.experts.begin(self.mixture.top_k)
@@ -121,8 +131,7 @@ class PackedModel:
         packed = [*self.expert_maps, *self._maps()]
         self.kinds = set().union(*(item.kinds for item in packed))
         self.rounded = any(item.rounded for item in packed)
-        self.struct = self._model(model.dtype)
-        self.embedding = RowTable(matrix(self.decoder.embed_tokens), self.numbers.embeddings)
+        self.struct = self._model()
         self.final_norm = self._norm(self.decoder.norm)
         self._heads: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
         self._own_head: Packed | None = None
@@ -133,12 +142,19 @@ class PackedModel:
     def _pack_layers(self, rounding: str | None) -> None:
         """Fill the structures of all layers. rounding: as in the constructor."""
         recurrent = [decoder_layer.recurrent(layer) for layer in self.decoder.layers]
+        places = {n: (buffer, place) for buffer, own in enumerate(self.buffers.values()) for place, n in enumerate(own)}
         rotations = families.rotations(self.config)
         self.rotations = list(dict.fromkeys(each for pair in rotations if pair is not None for each in pair))
         for n, (layer, struct, pair) in enumerate(zip(self.decoder.layers, self._layers, rotations, strict=True)):
-            struct.place = recurrent[:n].count(recurrent[n])
+            struct.reads, struct.scale = self.sources[n] != n, 1.0
+            struct.buffer, struct.place = places.get(self.sources[n]) or (0, recurrent[:n].count(True))
             struct.rotary_q, struct.rotary_k = (-1, -1) if pair is None else map(self.rotations.index, pair)
+            struct.rotated = 0 if pair is None else self._rotated(pair[0])
             self._pack_slots(n, layer)
+            if self.family.scales_layers:
+                struct.scale = float(layer.layer_scalar)
+            if self.embeds:
+                self._pack_embedded(n, layer)
             if decoder_layer.has_experts(layer):
                 self._pack_experts(n, layer.mlp, rounding)
             if recurrent[n]:
@@ -164,6 +180,41 @@ class PackedModel:
             self.release(*(matrix(module) for _, module in pairs))
             self._alive.append(packed)
             setattr(self._layers[index], slot, packed.struct)
+
+    def _pack_embedded(self, index: int, layer: Any) -> None:
+        """Pack what layer ``index`` adds of its own embedding of each token."""
+        struct, decoder = self._layers[index], self.decoder
+        table, image = (matrix(each) for each in (decoder.embed_tokens_per_layer, decoder.per_layer_model_projection))
+        size, count = table.shape[1] // len(self._layers), len(self._layers)
+        whole = RowTable(table, float(decoder.embed_tokens_per_layer.embed_scale.to(torch.bfloat16)))
+        if size % 32 or size > self.config.hidden_size or whole.struct.stride % count or _splits(table, size):
+            raise SpecDecError(
+                f"the native runtime takes no embeddings of {size} numbers for each layer in this format"
+            )
+        struct.embedded = whole.struct
+        struct.embedded.columns = size
+        struct.embedded.data = whole.alive[0].data_ptr() + index * whole.struct.stride // count
+        part = slice(index * size, (index + 1) * size)
+        rows = replace(image, data=image.data[part]) if isinstance(image, Blocks) else image[part]
+        maps = {
+            "in": (rows, self.config.hidden_size**-0.5),
+            "gate": (matrix(layer.per_layer_input_gate), 1.0),
+            "out": (matrix(layer.per_layer_projection), 1.0),
+        }
+        for name, (weight, scale) in maps.items():
+            packed = Packed([weight], scale=scale, kept=self.kept)
+            self.release(weight)
+            setattr(struct, f"embedded_{name}", packed.struct)
+            self._alive.append(packed)
+        norms = {"embedded": decoder.per_layer_projection_norm, "added": layer.post_per_layer_input_norm}
+        for name, module in norms.items():
+            self._alive.append(self._norm(module))
+            setattr(struct, f"norm_{name}", self._alive[-1].data_ptr())
+        self._alive.append(whole)
+
+    def _rotated(self, rotation: Any) -> int:
+        """Return how many numbers of a head the rotary table ``rotation`` rotates."""
+        return 2 * int(rotation.tables(self.decoder.rotary_emb, 8, torch.bfloat16).shape[2])
 
     def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
         """Pack the router and the experts of a layer. rounding: the block format of experts that are not in blocks."""
@@ -239,23 +290,21 @@ class PackedModel:
     def _maps(self) -> list[Packed]:
         return [item for item in self._alive if isinstance(item, Packed)]
 
-    def _model(self, dtype: torch.dtype) -> Model:
-        """Return the structure of the model, whose layers are packed. dtype: dtype of the model's weights."""
+    def _model(self) -> Model:
+        """Return the structure of the model, whose layers are packed."""
         config, recurrent = self.config, families.mixer_of(self.config)
         attention: Any = next(each.self_attn for each in self.decoder.layers if not decoder_layer.recurrent(each))
-        head_dim = int(attention.head_dim)
-        tables = (each.tables(self.decoder.rotary_emb, 8, dtype) for each in self.rotations)
-        rotated = max((2 * table.shape[2] for table in tables), default=0)
-        if rotated < head_dim and any(each.beta for each in self.rotations):
+        rotated = max((layer.rotated for layer in self._layers), default=0)
+        inner = max(families.embedded_per_layer(config), *(layer.down.inp for layer in self._layers))
+        if rotated < int(attention.head_dim) and any(each.beta for each in self.rotations):
             raise SpecDecError(
                 "the native runtime scales queries by position only if whole heads rotate; here a part of each rotates"
             )
         return Model(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            inner=max(*(layer.down.inp for layer in self._layers), *(item.inp for item in self.expert_maps), 0),
+            buffers=(Heads * BUFFERS)(*(Heads(*each) for each in self.buffers)),
+            inner=max(inner, *(item.inp for item in self.expert_maps), 0),
             rotated=rotated,
             rounded=self.rounded,
             experts=self.mixture.experts,
@@ -266,6 +315,7 @@ class PackedModel:
             across=self.family.norm_over_heads,
             tables=len(self.rotations),
             gated=self.family.gated,
+            normed_values=self.family.norm_values,
             recurrent=recurrent.layers,
             key_heads=recurrent.key_heads,
             value_heads=recurrent.value_heads,
@@ -278,6 +328,7 @@ class PackedModel:
             limit=self.numbers.limit,
             alpha=self.numbers.alpha,
             demand=None if self.experts is None else ctypes.cast(self.experts.call, POINTER),
+            embedding=ctypes.addressof(self.embedding.struct),
             layers=ctypes.addressof(self._layers),
         )
 
@@ -440,6 +491,37 @@ class PackedModel:
     def _is_kept(self, module: nn.Module) -> bool:
         """Return whether a module's weight lies in the model's file."""
         return self.kept is not None and self.kept.name(matrix(module)) is not None
+
+
+def key_buffers(model: AnyModel, sources: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Return the numbers of the attention layers with keys, by number and size of their key heads: a buffer for each.
+
+    sources: for each layer, the one whose keys it reads. Raises SpecDecError for heads that the kernels do not support.
+    """
+    config, found = model.config, dict[tuple[int, int], list[int]]()
+    gated, decoder, heads = families.FAMILIES[config.model_type].gated, model.model, int(config.num_attention_heads)
+    for n, layer in enumerate(decoder.layers):  # type: ignore[union-attr, arg-type]
+        if sources[n] == n and not decoder_layer.recurrent(layer):
+            own: Any = layer.self_attn
+            outputs = sum(module.out_features for _, module in decoder_layer.modules(layer)["qkv"])
+            size = int(own.head_dim)
+            keys = (outputs - own.o_proj.in_features * (1 + gated)) // (2 * size)
+            if size % 32 or size > WIDEST_HEAD or not keys or heads % keys:
+                raise SpecDecError(
+                    f"the native runtime takes heads of 32, 64, ... {WIDEST_HEAD}, equally many for each key head; "
+                    f"this '{config.model_type}' model has {heads} heads of {size} and {keys} key heads"
+                )
+            found.setdefault((keys, size), []).append(n)
+    if len(found) > BUFFERS:
+        raise SpecDecError(
+            f"the native runtime takes {BUFFERS} kinds of layers, and the heads of this model differ more"
+        )
+    return found
+
+
+def _splits(table: Tensor | Blocks, size: int) -> bool:
+    """Return whether blocks of ``table`` cross the border of parts of ``size`` columns."""
+    return isinstance(table, Blocks) and size % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[table.kind]][0] != 0
 
 
 def _round(layer: nn.Module, kind: str, paged: bool) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base import cores, memory
@@ -90,17 +91,8 @@ class NativeTarget(Target):
             )
         linear.unpack_here(model)
         decoder_layer.check_rotary(decoder.rotary_emb)
-        self.head_dim = int(decoder.layers[recurrent.index(False)].self_attn.head_dim)
-        self.heads = int(config.num_attention_heads)
-        self.kv_heads = int(config.num_key_value_heads)
-        if self.head_dim % 32 or self.head_dim > 256 or self.heads % self.kv_heads:
-            raise SpecDecError(
-                f"the native runtime takes heads of 32, 64, ... 256, equally many for each key head; this '{kind}' "
-                f"model has {self.heads} heads of {self.head_dim} and {self.kv_heads} key heads"
-            )
         self._states = mixer.state_shape(families.mixer_of(config))
-        self._attention = [n for n, other in enumerate(recurrent) if not other]
-        self.recurrent_layers = frozenset(range(self.num_layers)) - {*self._attention}
+        self.recurrent_layers = frozenset(n for n, other in enumerate(recurrent) if other)
         rounding = ROUNDED.get(weights)
         self.packed = PackedModel(model, self.lock, self.own_head, kept, rounding, expert_cache, expert_prefetch)
         self.experts = self.packed.experts
@@ -115,8 +107,7 @@ class NativeTarget(Target):
         self.window_sizes = sorted(set(self.windows), key=str)
         self._spans = (INT * len(self.window_sizes))(*(window or 0 for window in self.window_sizes))
         self._window = (INT * self.num_layers)(*(self.window_sizes.index(w) for w in self.windows))  # index in _spans
-        self._windowed = [n for n, layer in enumerate(self._attention) if _slides(self.windows[layer], self.context)]
-        self._longest_window = max((self.windows[self._attention[n]] or 0 for n in self._windowed), default=0)
+        self._windowed, self._longest_window = self._sliding()
         self._no_taps = (POINTER * (self.num_layers + 1))()
         self.weight_format = self.packed.weight_format + (", rounded" if rounding else "")
         if like is not None:
@@ -147,8 +138,21 @@ class NativeTarget(Target):
 
     def new_cache(self, batch: int = 1) -> KVCache:
         recurrent = sorted(self.recurrent_layers)
-        kinds = self.int8_cache, self._attention, recurrent, self._states
-        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context, self._longest_window, self._windowed)
+        kinds = self.int8_cache, [*self.packed.buffers.values()], recurrent, self._states
+        sliding, widths = (self._longest_window, self._windowed), [count * size for count, size in self.packed.buffers]
+        return KVCache(self.num_layers, batch, "cpu", *kinds, self.context, *sliding, widths)
+
+    def _sliding(self) -> tuple[list[int], int]:
+        """Return the layers whose keys and values are seen through sliding windows alone, and the longest window.
+
+        A layer's keys and values are also seen by the layers that share them.
+        """
+        seeing = dict[int, list[int | None]]()
+        for source, window in zip(self.packed.sources, self.windows, strict=True):
+            seeing.setdefault(source, []).append(window)
+        layers = [n for own in self.packed.buffers.values() for n in own]
+        found = [n for n in layers if all(_slides(window, self.context) for window in seeing[n])]
+        return found, max((window or 0 for n in found for window in seeing[n]), default=0)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -209,9 +213,12 @@ class NativeTarget(Target):
 
     @property
     def token_costs(self) -> TokenCosts:
-        multiply, size = TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, len(self._attention) * self.head_dim
-        attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * size * self.heads / self.bytes_read
-        return TokenCosts(multiply, (2 - self.int8_cache) * 2 * size * self.kv_heads / self.bytes_read, attend)
+        sources, buffers = self.packed.sources, self.packed.buffers.items()
+        keys = sum(count * size * len(layers) for (count, size), layers in buffers)
+        queries = sum(size * len([n for n in sources if n in layers]) for (_, size), layers in buffers)
+        attend = ATTENTION_COST * TOKEN_RATIO["cpu"] * 2 * queries * int(self.model.config.num_attention_heads)
+        read = (2 - self.int8_cache) * 2 * keys / self.bytes_read
+        return TokenCosts(TOKEN_RATIO["cpu"] * self.packed.weights_per_byte, read, attend / self.bytes_read)
 
     def beside(self, model: AnyModel) -> NativeTarget:
         return NativeTarget(model, like=self)
@@ -232,6 +239,9 @@ class NativeTarget(Target):
         sequences, *alive = self.place(call, cache, lo, hi, mask.counts, mask.whole)
         alive += [sequences, positions, mask]
         call.x, call.positions = x.data_ptr(), positions.data_ptr()
+        if self.packed.embeds:
+            alive.append(ctx.known_ids().int().contiguous())
+            call.ids = alive[-1].data_ptr()
         call.routed = pointer(ctx.routed)
         if not mask.chains:
             for row, sequence in enumerate(sequences):
@@ -262,13 +272,18 @@ class NativeTarget(Target):
         The first object is the array of sequences. whole: whether the caller commits all tokens of the pass.
         """
         ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
-        cache.claim(lo, hi, counts, self.kv_heads, self.head_dim, torch.bfloat16)
+        drafted = ahead + max(counts)
+        ends = [cache.lengths[n] - cache.committed for n in {*self.packed.sources[lo:hi]} if n < lo]
+        filled = min([drafted, *(end for end in ends if end < drafted)])
+        cache.claim(lo, hi, counts, list(self.packed.buffers), torch.bfloat16)
         sequences = (SequenceArgs * len(rows))()
         for sequence, row, count in zip(sequences, rows, counts, strict=True):
             sequence.tokens = count
             sequence.start = row.count + ahead
             sequence.committed = row.count
-            sequence.capacity, sequence.keys, sequence.values = row.pointers
+            sequence.filled = row.count + filled
+            for buffer, name in enumerate(cache.names):
+                sequence.capacity[buffer], sequence.keys[buffer], sequence.values[buffer] = row.pointers[name]
             if isinstance(row.states, KernelStates):
                 held = row.states.arguments(ahead, count, whole)
                 sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
@@ -311,7 +326,9 @@ class NativeTarget(Target):
             with self.lock:
                 if count > self._positions:
                     every = max(count, min(2 * count, self.context), 512)
-                    tables = [each.tables(self.rotary, every, self.dtype) for each in self.packed.rotations]
+                    made = [each.tables(self.rotary, every, self.dtype) for each in self.packed.rotations]
+                    widest = max((table.shape[2] for table in made), default=0)
+                    tables = [F.pad(table, (0, widest - table.shape[2])).contiguous() for table in made]
                     pointers = (POINTER * len(tables))(*(table.data_ptr() for table in tables))
                     self._tables = tables, pointers
                     self._positions = every  # last: other threads read it without the lock

@@ -26,10 +26,12 @@ def norm_of(module: Any, family: Family, weight: Tensor | None = None) -> Norm:
     weight: weights [..., D] that replace the module's own [D], several norms in one; None: the module's own.
     """
     weight = module.weight.detach() if weight is None else weight
-    shape, eps = weight.shape[-1:], float(module.eps if family.around_zero else module.variance_epsilon)
+    shape, eps = weight.shape[-1:], float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
     if family.around_zero:
         one_more = 1 + weight.float()
         return lambda x: (torch.rms_norm(x.float(), shape, None, eps) * one_more).to(x.dtype)
+    if weight.dim() > 1 and family.round_after_weight:
+        return lambda x: (torch.rms_norm(x.float(), shape, None, eps) * weight.float()).to(x.dtype)
     if weight.dim() == 1 and (family.round_after_weight or weight.dtype == torch.float32):
         return lambda x: torch.rms_norm(x, shape, weight, eps)
     return lambda x: torch.rms_norm(x, shape, None, eps) * weight
@@ -48,16 +50,20 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def additive(
-    mask: Mask, window: int | None, groups: int, dtype: torch.dtype, multiple: int = MULTIPLE
+    mask: Mask, window: int | None, groups: int, dtype: torch.dtype, multiple: int = MULTIPLE, filled: int | None = None
 ) -> Tensor | None:
     """Return the mask as a term to add to scores, [B, 1, T G, S rounded up to ``multiple``]; None: nothing is masked.
 
     It is made once for all layers, since SDPA would convert a boolean mask in every layer.
     window: attention window in tokens; None: no limit. groups: G, number of query heads that share a key head.
+    filled: number of uncommitted slots that have keys; None: all have.
     """
-    key = "additive", window, groups, dtype, multiple
+    key = "additive", window, groups, dtype, multiple, filled
     if key not in mask.memo:
         visible, (batch, t), length = mask.bool_mask(window), mask.query.shape, mask.length
+        if filled is not None:
+            there = mask.filled(filled)
+            visible = there if visible is None else visible & there
         padding, term = -length % multiple, None
         if visible is not None or padding:
             # Finite, so that a query that sees nothing (padding) stays finite.
@@ -79,28 +85,34 @@ class Attention:
 
     own: the attention module of the model.
     cap: soft cap of scores; 0: there is none.
+    source: the attention of the layer whose keys and values this one reads; None: it has its own.
     """
 
-    def __init__(self, own: Any, family: Family, cap: float) -> None:
+    def __init__(self, own: Any, family: Family, cap: float, source: Attention | None = None) -> None:
         self.size, self.scale, self.cap, self.gated = int(own.head_dim), float(own.scaling), cap, family.gated
         self.heads = own.o_proj.in_features // self.size
-        keys = (own.qkv_proj.out_features - own.o_proj.in_features) // 2 if family.joined else own.k_proj.out_features
-        self.kv_heads = keys // self.size
+        if source is None:
+            joined = family.joined and (own.qkv_proj.out_features - own.o_proj.in_features) // 2
+            self.new_heads = self.kv_heads = (joined or own.k_proj.out_features) // self.size
+        else:
+            self.new_heads, self.kv_heads = 0, source.kv_heads
         self.groups = self.heads // self.kv_heads
         self.sinks = own.sinks.detach() if hasattr(own, "sinks") else None
         self.norms = [norm_of(each, family) for each in (own.q_norm, own.k_norm)] if family.norm_over_heads else []
         self.norm: Norm | None = None
+        self.value_eps = float(own.q_norm.eps) if family.norm_values else None
         if family.norm_by_head:
-            pairs = (own.q_norm, self.heads), (own.k_norm, self.kv_heads)
+            pairs = [(own.q_norm, self.heads), *([(own.k_norm, self.kv_heads)] if source is None else ())]
             self.norm = norm_of(own.q_norm, family, torch.cat([m.weight.detach().expand(n, -1) for m, n in pairs]))
 
     def project(self, x: Tensor, tables: tuple[Rotary, Rotary] | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Split the outputs ``x`` [B, T, ...] of the linear layer "qkv", and apply norms and rotary positions.
 
-        Return queries [B, Hkv, T G, d], new keys and values [B, Hkv, T, d] each, and gates [B, T, H d] or None.
+        Return queries [B, Hkv, T G, d], new keys and values [B, Hkv, T, d] each, and gates [B, T, H d] or None. A layer
+        that reads another one's keys and values makes none: [B, 0, T, d].
         tables: rotary tables of queries and of keys at the tokens' positions; None: no rotation.
         """
-        (batch, t, _), d, heads, kv_heads, gate = x.shape, self.size, self.heads, self.kv_heads, None
+        (batch, t, _), d, heads, kv_heads, gate = x.shape, self.size, self.heads, self.new_heads, None
         if self.gated or self.norms:
             q, k, _ = x.split((heads * d * (1 + self.gated), kv_heads * d, kv_heads * d), -1)
             if self.gated:
@@ -109,15 +121,16 @@ class Attention:
             q, k = (norm(part) for norm, part in zip(self.norms, (q, k), strict=True)) if self.norms else (q, k)
             both = torch.cat((q.reshape(batch, t, heads, d), k.view(batch, t, kv_heads, d)), 2)
         else:
-            both = x[..., : -kv_heads * d].view(batch, t, -1, d)
+            both = x[..., : (heads + kv_heads) * d].view(batch, t, -1, d)
         both = both if self.norm is None else self.norm(both)
         if tables is None or tables[0] is tables[1]:
             q, k = (both if tables is None else rotated(both, *tables[0])).split((heads, kv_heads), 2)
         else:
             parts = both.split((heads, kv_heads), 2)
             q, k = (rotated(part, *table) for part, table in zip(parts, tables, strict=True))
-        q = q.reshape(batch, t, kv_heads, self.groups, d).transpose(1, 2).reshape(batch, kv_heads, -1, d)
-        v = x[..., -kv_heads * d :].view(batch, t, kv_heads, d)
+        q = q.reshape(batch, t, self.kv_heads, self.groups, d).transpose(1, 2).reshape(batch, self.kv_heads, -1, d)
+        v = x[..., x.shape[2] - kv_heads * d :].view(batch, t, kv_heads, d)
+        v = v if self.value_eps is None else torch.rms_norm(v, (d,), None, self.value_eps)
         return q, k.transpose(1, 2), v.transpose(1, 2), gate
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None, gate: Tensor | None) -> Tensor:

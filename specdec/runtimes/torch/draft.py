@@ -444,7 +444,8 @@ class PathStep:
 
     final, carried: states of the tokens before the roots, [B, 1, D], as in ``DraftRoots``.
     embed: takes the tokens of a level [B, W] and the level's number, and returns embeddings [B, W, D].
-    run: runs a segment, given its number, its input [B, W, D], the level's number, and the tokens' ancestors.
+    run: runs a segment, given its number, its input [B, W, D], the level's number, the tokens' ancestors, and the
+        tokens [B, W].
     heads: functions that return logits of final states; the logits are concatenated.
     forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
     """
@@ -455,7 +456,7 @@ class PathStep:
         final: Tensor,
         carried: Sequence[Tensor],
         embed: Callable[[Tensor, int], Tensor],
-        run: Callable[[int, Tensor, int, Tensor | None], Tensor],
+        run: Callable[[int, Tensor, int, Tensor | None, Tensor], Tensor],
         heads: Sequence[Callable[[Tensor], Tensor]],
         forbidden: Tensor | None,
     ) -> None:
@@ -467,7 +468,7 @@ class PathStep:
         x, before, projected = self.embed(tokens, self.level), states_of(self.final, parents), list[Tensor]()
         for number, (projection, state) in enumerate(zip(maps[: len(segments)], self.carried, strict=True)):
             projected.append(projection([x, before, states_of(state, parents)]))
-            x = self.run(number, projected[-1], self.level, paths)
+            x = self.run(number, projected[-1], self.level, paths, tokens)
         self.final = maps[-1]([x, before]) if len(maps) > len(segments) else x
         self.carried, self.level = projected, self.level + 1
         first, *added = (head(self.final) for head in self.heads)

@@ -66,10 +66,14 @@ class CapturedTarget(TorchTarget):
         """The keys, values and states of captured passes."""
         mixers = [layer.mixer for layer in self.network.layers]
         recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
-        attention = [number for number, mixer in enumerate(mixers) if isinstance(mixer, Attention)]
         kinds = recurrent[0].kinds if recurrent else {}
         assert self.keys is not None
-        return self.static_cache(attention, self.keys, sorted(self.recurrent_layers), kinds)
+        return self.static_cache(self._attention_layers(), self.keys, sorted(self.recurrent_layers), kinds)
+
+    def _attention_layers(self) -> list[int]:
+        """Return the numbers of the layers with keys and values of their own."""
+        each = enumerate(self.network.layers)
+        return [n for n, layer in each if isinstance(layer.mixer, Attention) and layer.source == n]
 
     def static_cache(
         self, layers: Sequence[int], keys: tuple[int, int], recurrent: Sequence[int] = (), kinds: Any = None
@@ -79,8 +83,8 @@ class CapturedTarget(TorchTarget):
         layers: numbers of the attention layers. keys: their number of key heads, and the size of each.
         recurrent, kinds: as in ``StaticCache``.
         """
-        forget = self._forget
-        return StaticCache(layers, keys, self.dtype, self.device, self.lock, forget, recurrent, kinds, self.hidden_size)
+        how = self.dtype, self.device, self.lock, self._forget
+        return StaticCache(layers, keys, *how, recurrent, kinds, self.hidden_size, self.num_layers)
 
     def _forget(self, static: StaticCache) -> None:
         """Delete all captured functions that use ``static``, because it has got new memory."""
@@ -92,9 +96,9 @@ class CapturedTarget(TorchTarget):
         return self.static.spare_bytes
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        attention = [n for n in range(self.num_layers) if n not in self.recurrent_layers]
         recurrent = sorted(self.recurrent_layers)
-        return KVCache(self.num_layers, batch, self.device, layers=attention, recurrent=recurrent)
+        layers, least = [self._attention_layers()], self.static.shape
+        return KVCache(self.num_layers, batch, self.device, layers=layers, recurrent=recurrent, least=least)
 
     def _capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
         """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
@@ -148,15 +152,29 @@ class CapturedTarget(TorchTarget):
         short = batch * t <= TOKENS and ahead + bucket(t) <= SPARE
         plain = ctx.routed is None and ctx.choose is None and torch.is_inference_mode_enabled()
         pending = max((max(states.pending) for states in cache.states), default=0)
-        if not short or not plain or pending > TOKENS:
+        partly = any(cache.lengths[n] != cache.committed for n in self._without_keys(cache, lo, hi, ahead + t))
+        if not short or not plain or partly or pending > TOKENS:
             return super().layers(x, lo, hi, ctx)
         with self.lock:
             return self._run(x, lo, hi, ctx, mask, ahead)
 
+    def _sources(self, lo: int, hi: int) -> set[int]:
+        """Return the layers before ``lo`` whose keys and values layers [lo, hi) read."""
+        return {layer.source for layer in self.network.layers[lo:hi] if layer.source < lo}
+
+    def _without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
+        """Return which of ``_sources`` lack keys of uncommitted tokens.
+
+        drafted: number of uncommitted tokens, those of the pass included.
+        """
+        return frozenset(n for n in self._sources(lo, hi) if cache.uncommitted(n) < drafted)
+
     def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, ahead: int) -> Tensor:
         (batch, t, width), cache, taps, static = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps, self.static
         places = static.place(cache.entries, cache.committed + ahead + t)
-        cache.claim(lo, hi, [t] * batch, *static.shape, self.dtype)
+        without = self._without_keys(cache, lo, hi, ahead + t)
+        complete = self._sources(lo, hi) - without
+        cache.claim(lo, hi, [t] * batch, [static.shape], self.dtype)
         count, size, tapped = bucket(max(places) + 1), bucket(t), sorted(n for n in taps if lo <= n <= hi)
         memo: dict[Any, Any] = mask.memo  # the ranges of layers of a step share a mask
         pending, before, run = self._pending(cache, [(lo, hi)])
@@ -167,27 +185,31 @@ class CapturedTarget(TorchTarget):
             lanes = static.lanes(count, places, cache.rows, ahead, pending)
             memo[key] = lanes, drafted, self._tree(mask, t, ahead)
         lanes, positions, tree = memo[key]
+        ids = [ctx.known_ids()] if self.network.embeds else []
         layers = self.select_layers(lo, hi, ctx.adapters)
         for row in cache.states:
             assert isinstance(row, LayerStates)
             row.ran(run)
 
-        def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor) -> Sequence[Tensor]:
-            own = Lanes(static, numbers, count, before, held)
+        def function(numbers: Tensor, x: Tensor, positions: Tensor, tree: Tensor, *ids: Tensor) -> Sequence[Tensor]:
+            own = Lanes(static, numbers, count, before, held, complete)
             query = positions.gather(1, (own.ahead + static.block[:size]).expand(count, -1))
             seen = dict.fromkeys(tapped, x)
-            ctx = Pass(query, LanesMask(own, query, positions, tree), own, seen)  # type: ignore[arg-type]
+            mask = LanesMask(own, query, positions, tree)
+            ctx = Pass(query, mask, own, seen, ids=ids[0] if ids else None)  # type: ignore[arg-type]
             y = self.network.run(x, lo, layers, ctx)
             return [y, *(seen[layer] for layer in tapped)]
 
         def make() -> tuple[Function, Sequence[Tensor]]:
             nobody = static.lanes(count).numbers
             tree = nobody.new_zeros(count, size, SPARE, dtype=torch.bool)
-            return function, [nobody, x.new_zeros(count, size, width), nobody.new_zeros(count, SPARE), tree]
+            own = [nobody.new_zeros(count, size) for _ in ids]
+            return function, [nobody, x.new_zeros(count, size, width), nobody.new_zeros(count, SPARE), tree, *own]
 
         # Layers live as long as what is captured of them
-        function_of = self._capture((static, "layers", count, size, before, held, lo, hi, *tapped, *layers), make)
-        outputs = function_of([lanes.numbers], [x, positions, tree], lanes.rows)
+        sizes = count, size, before, held
+        function_of = self._capture((static, "layers", *sizes, lo, hi, without, *tapped, *layers), make)
+        outputs = function_of([lanes.numbers], [x, positions, tree, *ids], lanes.rows)
         y, *seen = (out[:batch, :t].clone() if lanes.rows is None else out[lanes.rows, :t] for out in outputs)
         taps.update(zip(tapped, seen, strict=True))
         return y

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import States
 from specdec.models import families
 from specdec.models.families import Rotation
-from specdec.models.gguf.blocks import Blocks, named_weights, weight_rows
+from specdec.models.gguf.blocks import BlockLinear, Blocks, named_weights, weight_rows
 from specdec.models.native_model import NativeModel
 from specdec.runtimes.decoder_layer import has_experts, modules, recurrent
 from specdec.runtimes.target import Pass
@@ -46,6 +46,9 @@ class Layer:
     norms: the norms of the mixer's input and output, then of the MLP's input and output; None: there is no such norm.
     maps: the linear layers, by the names "qkv", "out", "gate_up" and "down".
     rotation: the rotary positions of queries and of keys; None: there are none.
+    source: the layer whose keys and values the layer reads.
+    embedded: what the layer adds of its own embedding of each token; None: nothing.
+    scalar: factor of the layer's output, [1]; None: there is none.
     low: by linear layer, the low-rank terms of its outputs, in order.
     base: the same layer without low-rank terms.
     """
@@ -57,6 +60,9 @@ class Layer:
     experts: Experts | None
     rotation: tuple[Rotation, Rotation] | None
     window: int | None
+    source: int = 0
+    embedded: PerLayer | None = None
+    scalar: Tensor | None = None
     low: dict[str, list[LowRank]] = field(default_factory=dict)
     base: Layer | None = None
 
@@ -93,11 +99,36 @@ class Layer:
         return layer.map("out", out), after
 
 
+class PerLayer(NamedTuple):
+    """What a layer adds of its own embedding of each token: out(act(gate(x)) * embedding), after a norm.
+
+    project: image of the first layer's input, [B, T, D] -> [B, T, P]. before: norm of it. scale: its factor.
+    part: the layer's columns among the embeddings of all layers. after: norm of the result.
+    """
+
+    project: Linear
+    scale: float
+    before: Norm
+    part: slice
+    gate: Linear
+    out: Linear
+    after: Norm
+
+    def __call__(self, x: Tensor, first: Tensor, rows: Tensor, act: Linear) -> Tensor:
+        """Return what the layer adds to the residual ``x``, [B, T, D].
+
+        first: the input of the first layer, [B, T, D]. rows: the tokens' embeddings for all layers, [B, T, N P].
+        """
+        own = (self.before(self.project(first) * self.scale) + rows[..., self.part]) * 2**-0.5
+        return self.after(self.out(act(self.gate(x)) * own))
+
+
 class Network:
     """The layers of a model of a known family as functions of PyTorch tensors.
 
     windows: attention window of each layer in tokens; None: no limit.
     make: makes one function of several linear layers with the same input.
+    embeds: whether layers read embeddings of their own, and so the token ids of a pass.
     """
 
     def __init__(self, model: Any, windows: Sequence[int | None], make: Maker) -> None:
@@ -111,10 +142,30 @@ class Network:
         self.rotations = families.rotations(config)
         self.used = {each for pair in self.rotations if pair is not None for each in pair}
         self.tables = dict[tuple[Rotation, int], Tensor]()  # by number of positions
-        each = zip(decoder.layers, self.rotations, windows, strict=True)
-        self.layers = [self._layer(config, *parts, make) for parts in each]
+        self.layers = list[Layer]()
+        size = families.embedded_per_layer(config)
+        self.embeds, self.table_of_layers = bool(size), getattr(decoder, "embed_tokens_per_layer", None)
+        each = zip(decoder.layers, self.rotations, windows, families.key_sources(config), strict=True)
+        for n, (own, rotation, window, source) in enumerate(each):
+            layer = self._layer(config, own, rotation, window, make, source)
+            layer.embedded = self._per_layer(decoder, own, slice(n * size, (n + 1) * size), make) if size else None
+            self.layers.append(layer)
 
-    def _layer(self, config: Any, own: Any, rotation: Any, window: int | None, make: Maker) -> Layer:
+    def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
+        """Return what a layer adds of its own embeddings: the columns ``part`` of those of all layers."""
+        image: Any = decoder.per_layer_model_projection
+        before, after = (
+            norm_of(each, self.family) for each in (decoder.per_layer_projection_norm, own.post_per_layer_input_norm)
+        )
+
+        def project(x: Tensor) -> Tensor:
+            whole = isinstance(image, BlockLinear)
+            return F.linear(x, weight_rows(image, torch.arange(part.start, part.stop)) if whole else image.weight[part])
+
+        gate, out = make([own.per_layer_input_gate]), make([own.per_layer_projection])
+        return PerLayer(project, decoder.embed_tokens.embedding_dim**-0.5, before, part, gate, out, after)
+
+    def _layer(self, config: Any, own: Any, rotation: Any, window: int | None, make: Maker, source: int) -> Layer:
         family, act = self.family, ACTIVATIONS.get(families.activation(config), F.silu)
         maps = {slot: make([module for _, module in pairs]) for slot, pairs in modules(own).items()}
         experts, mixer = None, DeltaRule(own.linear_attn) if recurrent(own) else None
@@ -126,18 +177,29 @@ class Network:
                 shared = Layer((), None, {"gate_up": ins, "down": down}, act, None, None, None).mlp  # type: ignore[arg-type]
             experts = Experts(own.mlp, families.mixture_of(config), self.numbers, act, shared)
         norms = tuple(norm_of(getattr(own, name), family) if name else None for name in family.norms)
-        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap)
-        return Layer(norms, attention, maps, act, experts, rotation, window)
+        read: Any = self.layers[source].mixer if source < len(self.layers) else None
+        attention = mixer or Attention(own.self_attn, family, self.numbers.scores_cap, read)
+        scalar = own.layer_scalar.detach() if family.scales_layers else None
+        return Layer(norms, attention, maps, act, experts, rotation, window, source, scalar=scalar)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings [B, T, D] of token ids [B, T]."""
         x = weight_rows(self.embedding, ids.flatten()).view(*ids.shape, -1)
         return x if self.scale is None else x * self.scale
 
+    def embed_for_layers(self, ids: Tensor) -> Tensor:
+        """Return the embeddings [B, T, N P] that layers read, for token ids [B, T]."""
+        table: Any = self.table_of_layers
+        rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)
+        return rows * table.embed_scale.to(rows.device, rows.dtype)
+
     def run(self, x: Tensor, lo: int, layers: Sequence[Layer], ctx: Pass) -> Tensor:
         """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D]."""
         cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
         start = cache.lengths[lo] if layers else None
+        first = rows = x
+        if self.embeds:
+            first, rows = self.embed(ctx.known_ids()), self.embed_for_layers(ctx.known_ids())
         tables = self.tables_of(ctx)
         for index, layer in enumerate(layers, lo):
             if taps is not None and index in taps:
@@ -149,8 +211,15 @@ class Network:
             else:
                 rotation = None if layer.rotation is None else tuple(tables[each] for each in layer.rotation)
                 q, k, v, gate = layer.mixer.project(layer.map("qkv", h), rotation)  # type: ignore[arg-type]
-                term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype)
-                k, v = cache.append(index, k, v, MULTIPLE)
+                filled = None
+                if layer.source == index:
+                    k, v = cache.append(index, k, v, MULTIPLE)
+                else:
+                    size = layer.mixer.size
+                    k, v = cache.all_keys(layer.source, ctx.mask.length, layer.mixer.kv_heads, (size, size), MULTIPLE)
+                    if cache.lengths[layer.source] < cache.lengths[index] + x.shape[1]:
+                        filled = cache.uncommitted(layer.source)
+                term = additive(ctx.mask, layer.window, layer.mixer.groups, q.dtype, filled=filled)
                 h = layer.map("out", layer.mixer(q, k, v, term, gate))
             x = self._add(x, h, norm_mixed)
             h = x if norm_mlp is None else norm_mlp(x)
@@ -161,6 +230,9 @@ class Network:
                 choose = None if ctx.choose is None else partial(ctx.choose, index)
                 h = layer.experts(h, routed, choose, capturing())
             x = self._add(x, h, norm_out)
+            if layer.embedded is not None:
+                x = x + layer.embedded(x, first, rows, layer.act)
+            x = x if layer.scalar is None else x * layer.scalar
         if taps is not None and end in taps:
             taps[end] = x
         if start is not None:  # recurrent layers count their tokens, too
@@ -212,7 +284,7 @@ def logits_of(
     network, count = Network(model, windows, side_by_side), len(model.model.layers)
     cache = KVCache(count, recurrent=[n for n, layer in enumerate(model.model.layers) if recurrent(layer)])
     positions, x = torch.arange(len(ids))[None], network.embed(ids[None])
-    ctx = Pass(positions, cache.register(0, positions), cache, choose=choose)
+    ctx = Pass(positions, cache.register(0, positions), cache, choose=choose, ids=ids[None])
     for n, layer in enumerate(model.model.layers):
         x = network.run(x, n, network.layers[n : n + 1], ctx)
         _release(layer)

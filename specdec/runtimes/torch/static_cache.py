@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,12 +51,14 @@ class StaticCache:
     Each row has one of L lanes.
 
     layers: numbers of the attention layers, N of them.
-    shape: H and d, number of heads and size of a head.
+    shape: H and d, number of heads and size of a head; the largest ones if layers differ.
     lock: the lock of the target.
     forget: called with this cache when ``whole`` is replaced, so that captured functions are invalid.
     recurrent: numbers of the recurrent layers, R of them.
     kinds: shape and dtype of a recurrent layer's states, by kind and number.
     width: D, the size of the inputs of recurrent layers.
+    num_layers: number of all layers, of which those may read keys and values that have none; 0: up to the last one of
+        ``layers`` and ``recurrent``.
     whole: the tensor [2, N, L, H, slots, d]; None: nothing is allocated.
     every: the numbers of all slots, int64 [slots]. block: the numbers 0 to SPARE - 1, int64 [SPARE].
     states: recurrent states [R, L, ...] by kind and number.
@@ -76,6 +78,7 @@ class StaticCache:
         recurrent: Sequence[int] = (),
         kinds: Mapping[tuple[str, int], tuple[tuple[int, ...], torch.dtype]] | None = None,
         width: int = 0,
+        num_layers: int = 0,
     ) -> None:
         self.layers = list(layers)
         self.shape = shape
@@ -86,6 +89,7 @@ class StaticCache:
         self.recurrent = list(recurrent)
         self.kinds = dict(kinds or {})
         self.width = width
+        self.num_layers = max([num_layers, *(1 + layer for layer in (*layers, *recurrent))])
         self.whole: Tensor | None = None
         self.every = torch.empty(0)
         self.block = torch.arange(SPARE, device=device)
@@ -109,7 +113,11 @@ class StaticCache:
     def _users(self) -> dict[int, RowEntries]:
         """Return the rows that have a lane, by lane."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
-        return {lane: row for lane, row in rows if row is not None and row.pointers[1] == self._begin(lane)}
+        return {
+            lane: row
+            for lane, row in rows
+            if row is not None and row.pointers.get(WHOLE, (0, 0, 0))[1] == self._begin(lane)
+        }
 
     def _begin(self, lane: int) -> int:
         return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
@@ -218,16 +226,28 @@ class Lanes:
     count: L. before: maximum number of pending tokens.
     held: maximum number of uncommitted slots before the first pass, which recurrent layers read.
     lengths: for each layer, the number of tokens that the function has run.
+    complete: layers that have run all of the function's tokens already. Layers that read a layer's keys and values, and
+        are neither after its run in the function nor read complete ones, see no uncommitted slots.
     """
 
-    def __init__(self, static: StaticCache, numbers: Tensor, count: int, before: int = 0, held: int = 0) -> None:
+    def __init__(
+        self,
+        static: StaticCache,
+        numbers: Tensor,
+        count: int,
+        before: int = 0,
+        held: int = 0,
+        complete: Iterable[int] = (),
+    ) -> None:
         self.static = static
         self.count = count
         self.before = before
         self.held = held
         sizes = count, count, 1, len(static.recurrent) * count
         self.committed, self.starts, self.ahead, self.pending = numbers.split(sizes)
-        self.lengths = [0] * (1 + max([*static.layers, *static.recurrent]))
+        self.lengths = [0] * static.num_layers
+        for layer in complete:
+            self.lengths[layer] = SPARE
         self.drafted = numbers[:0]  # positions of the tokens that were run, [L, U]
 
     def register(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> LanesMask:
@@ -243,16 +263,29 @@ class Lanes:
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Store keys ``k`` and values ``v`` [L, H, T, d] of ``layer``; return those of all slots, [L, H, slots, d]."""
-        assert self.static.whole is not None and self.static.slots % multiple == 0
-        index, t = self.static.layers.index(layer), k.shape[2]
+        heads, t, size = k.shape[1:]
+        both = self.all_keys(layer, self.static.slots, heads, (size, v.shape[3]), multiple)
         place = (self.starts + self.ahead + self.lengths[layer])[:, None] + self.static.block[:t]  # (L, T)
-        to = place[:, None, :, None].expand_as(k)
-        keys, values = (
-            part[index, : self.count].scatter_(2, to, new)
-            for part, new in zip(self.static.whole.unbind(), (k, v), strict=True)
-        )
+        for part, new in zip(both, (k, v), strict=True):
+            part.scatter_(2, place[:, None, :, None].expand_as(new), new)
         self.lengths[layer] += t
+        return both
+
+    def all_keys(
+        self, layer: int, length: int, heads: int, sizes: tuple[int, int], multiple: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [L, H, slots, d] of ``layer``, as ``append`` does.
+
+        length: number of slots. heads, sizes: H, and the sizes d of keys and of values.
+        """
+        whole, index = self.static.whole, self.static.layers.index(layer)
+        assert whole is not None and length == self.static.slots and length % multiple == 0
+        keys, values = (part[index, : self.count, :heads, :, :own] for part, own in zip(whole, sizes, strict=True))
         return keys, values
+
+    def uncommitted(self, layer: int) -> int:
+        """Return how many of the function's tokens ``layer`` has run."""
+        return self.lengths[layer]
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor, advance: Advance) -> Tensor:
         """Run recurrent ``layer`` on the next T tokens ``x`` [L, T, D]; return its outputs [L, T, D].
@@ -307,6 +340,9 @@ class LanesMask(Mask):
         self.ancestors = tree
         self.length = lanes.static.slots
         self.memo = {}
+
+    def filled(self, count: int) -> Tensor:
+        return self.lanes.static.every < (self.lanes.committed + count)[:, None, None, None]
 
     def _keys_and_visible(self) -> tuple[Tensor, Tensor | None]:
         lanes, (count, t), every, tree = self.lanes, self.query.shape, self.lanes.static.every, self.ancestors

@@ -77,7 +77,7 @@ class TorchTarget(Target):
         self._adapted: WeakKeyDictionary[Adapters, dict[int, Layer]] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, Linear] = WeakKeyDictionary()
         attention = [layer.mixer for layer in self.network.layers if isinstance(layer.mixer, Attention)]
-        self.keys = (attention[0].kv_heads, attention[0].size) if attention else None
+        self.keys = (max(own.kv_heads for own in attention), max(own.size for own in attention)) if attention else None
         self.logit_difference = check_logits(self)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from passes import (
     seeded,
     several,
 )
-from targets import needs_native
-from tiny import ROPES, SIZES, model_of, rough_model, sizes_of, tiny_model
+from targets import needs_native, reference_of
+from tiny import ROPES, SIZES, WHOLE, model_of, rough_model, sizes_of, tiny_model
 
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
@@ -43,12 +43,15 @@ from specdec.runtimes.native import library, linear, packing
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
-from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.sampling import RowSampler, Sampler
 
 pytestmark = [needs_native, pytest.mark.usefixtures("two_threads", "kernels")]  # kernels share work among them
-VARIANTS = [(family, {}) for family in FAMILIES] + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
+VARIANTS = (
+    [(family, {}) for family in FAMILIES]
+    + [("gemma4_text", WHOLE)]
+    + [(f, {"rope_parameters": rope}) for f, rope in ROPES.items()]
+)
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)
@@ -57,15 +60,15 @@ def test_agrees_with_the_reference_runtime(family: str, changes: dict[str, objec
     model = model_of(family, **changes)
     routed = list[torch.Tensor]()
     native = play(NativeTarget(model), routed)
-    wide = play(TransformersTarget(model_of_float(model, family, changes)), routed)
-    rough = play(TransformersTarget(model), routed)
+    wide = play(reference_of(model_of_float(model, family, changes)), routed)
+    rough = play(reference_of(model), routed)
     for got, reference, expected in zip(native, rough, wide, strict=True):
         # As near to float32 as the model itself is in bf16, within the noise of rounding.
         assert apart(got.float(), expected) < 2 * apart(reference.float(), expected) + 0.02
 
 
 def model_of_float(model: torch.nn.Module, family: str, changes: dict[str, object]) -> torch.nn.Module:
-    wide = rough_model(family, **sizes_of(family), **changes)
+    wide = rough_model(family, **(sizes_of(family) | changes))
     wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     return wide
 
@@ -79,7 +82,12 @@ def passes(target: Target, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "kv_cache"),
-    [*((family, "auto") for family in FAMILIES if family not in ALIKE), ("llama", "int8"), ("gemma3_text", "int8")],
+    [
+        *((family, "auto") for family in FAMILIES if family not in ALIKE),
+        ("llama", "int8"),
+        ("gemma3_text", "int8"),
+        ("gemma4_text", "int8"),
+    ],
 )
 @torch.inference_mode()
 def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache: str) -> None:
@@ -93,7 +101,9 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache
     # Beside another row, shorter or longer; and as a branch of a tree, whose slots are not in the order of its path.
     batch = torch.cat((ids[:, :20], torch.randint(3, 97, (1, 20))))
     positions, cache = torch.arange(20).expand(2, -1), target.new_cache(2)
-    x = target.layers(target.embed(batch, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
+    x = target.layers(
+        target.embed(batch, positions), 0, 4, Pass(positions, cache.register(0, positions), cache, ids=batch)
+    )
     assert torch.equal(target.readout(x)[0], single[0, :20])
     cache.commit([list(range(20)), list(range(7))])
     tree = torch.zeros(6, 6, dtype=torch.bool)
@@ -103,7 +113,8 @@ def test_a_token_does_not_depend_on_what_is_scored_with_it(family: str, kv_cache
     tokens[0, [0, 2, 4, 5]] = ids[0, 20:24]
     offsets = torch.tensor([0, 1, 1, 2, 2, 3])
     positions = torch.tensor([[20], [7]]) + offsets
-    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, cache.register(0, positions, tree), cache))
+    given = Pass(positions, cache.register(0, positions, tree), cache, ids=tokens)
+    x = target.layers(target.embed(tokens, positions), 0, 4, given)
     assert torch.equal(target.readout(x)[0, [0, 2, 4, 5]], single[0, 20:24])
     cache.commit([[0, 2, 4, 5], [0]])
     assert torch.equal(next_logits(target, cache, ids[:, 24:25].expand(2, -1))[0], single[0, 24:25])
@@ -211,7 +222,7 @@ def test_experts_with_biases_are_rounded_like_others() -> None:
 def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
     """They are merged into weights that are quantised for drafts, and leave the model as it is."""
     model = model_of(family)
-    reference, target = TransformersTarget(model), NativeTarget(model)
+    reference, target = reference_of(model), NativeTarget(model)
     assert target.linears(1) == reference.linears(1)
     with torch.inference_mode(False):
         adapters = random_adapters(reference, leave_out="self_attn.k_proj").bfloat16()
@@ -265,6 +276,8 @@ CHAIN, WIDE_TREE, PRICED = TreeLimits(5, 1), TreeLimits(4, 3), TreeLimits(6, 4, 
         *(("llama", None, "auto", limits) for limits in (CHAIN, WIDE_TREE, PRICED)),
         *(("qwen3_5_text", None, "auto", limits) for limits in (CHAIN, PRICED)),
         *(("mistral", 12, "auto", WIDE_TREE), ("llama", None, "int8", PRICED), ("gemma3_text", 12, "auto", PRICED)),
+        ("gemma4_text", 12, "auto", PRICED),
+        ("gemma4_text", None, "int8", WIDE_TREE),
     ],
 )
 @torch.inference_mode()

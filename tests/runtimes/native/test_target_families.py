@@ -52,6 +52,9 @@ def test_files_run_natively(cache: object, tmp_path: Path, family: str) -> None:
     sizes |= {"layer_types": ["sliding_attention", "full_attention"]} if family in ("gemma3_text", "gpt_oss") else {}
     if family in HYBRIDS:
         sizes |= {"layer_types": ["linear_attention", "full_attention"], "linear_value_head_dim": 64}
+    if family == "gemma4_text":
+        sizes |= {"num_hidden_layers": 4, "hidden_size_per_layer_input": 256}
+        sizes |= {"per_layer_config": {"1": {"head_dim": 128}, "3": {"head_dim": 128}}}
     model = tamed(rough_model(family, **sizes, rope_parameters=ROPES.get(family)))
     ids = torch.randint(3, 97, (1, 22), generator=torch.Generator().manual_seed(7))
     for kind in TYPES if family == "llama" else ("Q4_K", "Q8_0"):

@@ -23,7 +23,7 @@ from passes import (
     random_adapters,
     random_route,
 )
-from tiny import greedy_reference, rough_model, tiny_model
+from tiny import ELASTIC, greedy_reference, rough_model, tiny_model
 from torch import Tensor
 from zoo import EVERY, PROMPTS, run
 
@@ -57,7 +57,7 @@ def count() -> None:
 @torch.inference_mode()
 def test_equal_to_the_eager_runtime(family: str) -> None:
     """Ragged rows, single tokens, a tree with a kept branch, resumed blocks, windows."""
-    model = rough_model(family)
+    model = rough_model(family, **(ELASTIC if family == "gemma4_text" else {}))
     target = CapturedTarget(model, record=Replay)
     for _ in range(2):
         for got, expected in zip(play(target), play(TorchTarget(model)), strict=True):

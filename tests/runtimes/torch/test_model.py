@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from targets import needs_native
-from tiny import ROPES, rough_model, sizes_of, tamed
+from tiny import ROPES, WHOLE, rough_model, sizes_of, tamed
 from tiny_gguf import write_family
 from torch import Tensor
 
@@ -32,6 +32,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     **{kind: [BIASES] for kind in ("granite", "smollm3")},
     "olmoe": [{"attention_bias": True}, {"norm_topk_prob": True}],
     "gemma2": [{"sliding_window": 3}],
+    "gemma4_text": [WHOLE, {"num_kv_shared_layers": 0}, {"use_bidirectional_attention": "vision"}],
     "gpt_oss": [{"attention_bias": False}],
     "qwen3_moe": [{"attention_bias": True}, {"mlp_only_layers": [1], "decoder_sparse_step": 2}],
     "qwen3_5_text": [{"attention_bias": True, "linear_num_value_heads": 8}],
@@ -41,7 +42,7 @@ CASES = [(kind, change) for kind in families.FAMILIES for change in ({}, *VARIAN
 
 
 def shapes(model: Any) -> dict[str, Any]:
-    return {name: (value.shape, value.dtype) for name, value in model.named_parameters(remove_duplicate=False)}
+    return {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
 
 
 def native_model(model: Any) -> NativeModel:
@@ -49,9 +50,11 @@ def native_model(model: Any) -> NativeModel:
     own = NativeModel(Config(**model.config.to_dict()), model.dtype)
     assert shapes(own) == shapes(model) and own.dtype == model.dtype
     assert (own.lm_head.weight is own.model.embed_tokens.weight) == bool(model.config.tie_word_embeddings)
-    for name, value in model.named_parameters(remove_duplicate=False):
+    for name, value in model.state_dict(keep_vars=True).items():
         path, _, leaf = name.rpartition(".")
-        setattr(own.get_submodule(path), leaf, value)
+        setattr(own.get_submodule(path), leaf, torch.nn.Parameter(value, requires_grad=False))
+    if model.config.tie_word_embeddings:
+        own.lm_head.weight = own.model.embed_tokens.weight
     return own
 
 

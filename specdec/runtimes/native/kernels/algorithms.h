@@ -2,6 +2,6 @@
 #include "norm.c"
 #include "linear.c"
 #include "attention.c"
-#include "layers.c"
 #include "pack.c"
+#include "layers.c"
 #include "draft.c"

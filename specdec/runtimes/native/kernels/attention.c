@@ -11,15 +11,15 @@
 enum { KEYS = 64, MOST_COLUMNS = 128, VECTORS = MOST_COLUMNS / 16, FAR = 60, LATE = 256 }; /* KEYS: of a block */
 
 typedef struct { /* scratch of a thread; vectors have 16 columns */
-    uint32_t queries[VECTORS * 128 * 16] __attribute__((aligned(64))); /* [vector][d / 2][16], pairs */
+    uint32_t queries[VECTORS * WIDEST_HEAD / 2 * 16] __attribute__((aligned(64))); /* [vector][d / 2][16], pairs */
     float scores[VECTORS][KEYS][16];
-    uint32_t weights[VECTORS][KEYS / 2][16], values[KEYS / 2 * 256]; /* pairs of keys, the first one above; values: [pair][d] */
+    uint32_t weights[VECTORS][KEYS / 2][16], values[KEYS / 2 * WIDEST_HEAD]; /* pairs of keys, the first one above; values: [pair][d] */
     float parts[TILE_COLUMNS * TILE_PARTS][WIDE];                    /* sums of the first 16 of 32 numbers */
-    float out[MOST_COLUMNS * 256];                                   /* [column][d] */
+    float out[MOST_COLUMNS * WIDEST_HEAD];                                   /* [column][d] */
     float base[VECTORS][16], sum[VECTORS][16];
     float first[VECTORS][16], end[VECTORS][16]; /* each column sees the slots [first, end), `begin` ones and those of the tree */
     float chained[VECTORS][16];                 /* values of blocks that end here or before may be added in chains */
-    bf16 keys[KEYS * 256] __attribute__((aligned(64))); /* of rows of 8 bits, or arranged for tiles */
+    bf16 keys[KEYS * WIDEST_HEAD] __attribute__((aligned(64))); /* of rows of 8 bits, or arranged for tiles */
     uint16_t tree[][VECTORS];                   /* of each slot behind the committed ones: the columns that see it, as bits */
 } Attention;
 
@@ -182,7 +182,7 @@ INLINE int weigh(const Reading *r, int v, int s, int count, int all) {
 
 /* The values of a block, in pairs of neighbouring keys, or of key k and key 16 + k of each 32 if they are far. */
 static void pair_values(const Reading *r, int s, int count, int far) {
-    static const bf16 nothing[256];
+    static const bf16 nothing[WIDEST_HEAD];
     const int64_t row = cache_row(r->kind, r->d);
     for (int p = 0; 2 * p < count; p++) {
         const int k = far ? 32 * (p / 16) + p % 16 : 2 * p, other = far ? k + 16 : k + 1;
@@ -269,7 +269,7 @@ static void add_seen_values(const Reading *r, int v, int s, int count, int from,
         add_values(columns, a->weights[v][0] + from, a->values, (count + 1) / 2, r->d, out + from * r->d);
         return;
     }
-    uint32_t pair[256] __attribute__((aligned(64)));
+    uint32_t pair[WIDEST_HEAD] __attribute__((aligned(64)));
     for (int c = from; c < from + columns; c++)
         for (int k = 0; k < count; k += 2) {
             const uint32_t first = bits16(seen(r, v, s + k)) >> c & 1, second = k + 1 < count && bits16(seen(r, v, s + k + 1)) >> c & 1;

@@ -261,7 +261,7 @@ EXPORT int KERNEL(draft_tree)(const TreeDraft *g) {
         }
         for (int i = 0; i < g->stages; i++) {
             if (!g->stage[i].call) continue;
-            calls[i].tokens = rows, calls[i].positions = positions;
+            calls[i].tokens = rows, calls[i].positions = positions, calls[i].ids = tokens;
             for (int l = 0; l < count; l++) {
                 Sequence *sequence = sequences[i] + l;
                 int committed = g->stage[i].call->sequences[l].start;

@@ -24,12 +24,18 @@ typedef struct {                   /* how uncommitted tokens of a sequence follo
     int32_t *parent, *from, *to;
 } Branches;                        /* (0: that of the committed tokens), and the one that it writes (0: none) */
 
+typedef struct {                   /* how layers of a buffer attend */
+    int heads, size, group, count; /* of keys: number and size of heads; queries of each; number of items */
+    Item *items;                   /* work items of attention */
+} Attending;
+
 typedef struct {
     const Model *m;
     const Call *c;
-    int rows, blocks, group, count, threads; /* count: number of items */
+    int rows, blocks, threads;
     int32_t *sequence_of, *first;                /* sequence of each token; first token of each sequence */
-    Item *items;                             /* work items of attention */
+    Item *items;                             /* of all buffers */
+    Attending attending[BUFFERS];
     size_t scored, input, own;               /* scratch of a thread: offsets of its parts, and its size */
     /* feature_major; cos and sin [table][block][rotated / 2][16]; qkv also has a product to be normed */
     float *x, *qkv, *cos, *sin;
@@ -41,6 +47,7 @@ typedef struct {
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
     uint8_t *inputs;
+    uint32_t *embedded;                      /* vnni_bf16, if layers have embeddings of their own: the inputs of the first layer */
     uint8_t *memory;                         /* of all that the pass points to */
     uint8_t *scratch;                        /* by thread: a normed block, scores of attention, and a block as a map reads it */
     Mixed mixed;                             /* if the model has experts */
@@ -51,15 +58,15 @@ enum { MOST_EXPECTED = 1024 }; /* maximum number of cached slots that are prefet
 
 /* The columns of a sequence, in blocks of equal width: few enough for a key head's cached keys to be read once, and enough for
  * all threads. */
-static int column_blocks_of(const Pass *p, const Sequence *sequence) {
-    const int columns = sequence->tokens * p->group, share = (columns * p->m->kv_heads / p->threads + 15) / 16 * 16;
+static int column_blocks_of(const Pass *p, const Attending *h, const Sequence *sequence) {
+    const int columns = sequence->tokens * h->group, share = (columns * h->heads / p->threads + 15) / 16 * 16;
     const int most = share < 16 ? 16 : share < MOST_COLUMNS ? share : MOST_COLUMNS;
     return (columns + most - 1) / most;
 }
 
-static int block_width(const Pass *p, const Sequence *sequence) {
-    int blocks = column_blocks_of(p, sequence);
-    return (sequence->tokens * p->group + blocks - 1) / blocks;
+static int block_width(const Pass *p, const Attending *h, const Sequence *sequence) {
+    int blocks = column_blocks_of(p, h, sequence);
+    return (sequence->tokens * h->group + blocks - 1) / blocks;
 }
 
 /* The number of tokens from block b0 on, in as many blocks as are multiplied at once. */
@@ -121,17 +128,18 @@ static void rounded_product(const Linear *map, int t, const uint32_t *x, int tok
 static void prefetch_cache(const Pass *p, int index, int at, int parts, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
-    int items = c->count * m->kv_heads, together, from, to;
-    const int64_t row = cache_row(c->cache, m->head_dim), place = m->layers[index].place;
+    const int buffer = m->layers[index].buffer, heads = m->buffers[buffer].count;
+    int items = c->count * heads, together, from, to;
+    const int64_t row = cache_row(c->cache, m->buffers[buffer].size), place = m->layers[index].place;
     for (int turn = 0; turn < turns_of(items, n); turn++) {
         int item = item_of(turn, items, me, n, &together);
-        const Sequence *sequence = c->sequences + item / m->kv_heads;
+        const Sequence *sequence = c->sequences + item / heads;
         int slots = sequence->start + sequence->tokens;
         split(slots < MOST_EXPECTED ? (int)(slots * row / 64) : 0, at, parts, &from, &to);
-        int64_t first = (place * m->kv_heads + item % m->kv_heads) * sequence->capacity * row;
+        int64_t first = (place * heads + item % heads) * sequence->capacity[buffer] * row;
         for (int at_ = from; at_ < to; at_++) {
-            __builtin_prefetch(sequence->keys + first + 64 * at_, 0, 2);
-            __builtin_prefetch(sequence->values + first + 64 * at_, 0, 2);
+            __builtin_prefetch(sequence->keys[buffer] + first + 64 * at_, 0, 2);
+            __builtin_prefetch(sequence->values[buffer] + first + 64 * at_, 0, 2);
         }
     }
 }
@@ -203,12 +211,13 @@ static void store_heads(Pass *p, int index, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
     const Layer *layer = m->layers + index;
-    int d = m->head_dim, total = m->heads + 2 * m->kv_heads, all = total + m->heads * m->gated, from, to;
+    const int buffer = layer->buffer, d = m->buffers[buffer].size, kv_heads = m->buffers[buffer].count;
+    int total = m->heads + (layer->reads ? 0 : 2 * kv_heads), all = total + m->heads * m->gated, from, to;
     const int64_t cached_row = cache_row(c->cache, d);
     if (m->across) {
         split(2 * p->blocks, me, n, &from, &to);
         for (int item = from; item < to; item++) {
-            int keys = item / p->blocks, first = keys ? m->heads : 0, heads = keys ? m->kv_heads : m->heads;
+            int keys = item / p->blocks, first = keys ? m->heads : 0, heads = keys ? kv_heads : m->heads;
             store16(p->factors + 16 * item, inverse_rms(p->qkv + ((int64_t)(item % p->blocks) * all + first) * d * 16, heads * d, m->eps));
         }
         wait_for_team(&p->barrier, n);
@@ -217,24 +226,28 @@ static void store_heads(Pass *p, int index, int me, int n) {
     for (int item = from; item < to; item++) { /* one head of a block */
         int b = item / total, head = item % total, kv = head - m->heads;
         float *fm = p->qkv + ((int64_t)b * all + head + m->gated * (kv < 0 ? head : m->heads)) * d * 16;
-        const float *weight = kv < 0 ? layer->norm_q : kv < m->kv_heads ? layer->norm_k : NULL;
-        int table = kv < 0 ? layer->rotary_q : kv < m->kv_heads ? layer->rotary_k : -1;
+        const float *weight = kv < 0 ? layer->norm_q : kv < kv_heads ? layer->norm_k : NULL;
+        int table = kv < 0 ? layer->rotary_q : kv < kv_heads ? layer->rotary_k : -1;
+        if (m->normed_values && kv >= kv_heads) {
+            F factor = inverse_rms(fm, d, m->eps);
+            for (int i = 0; i < d; i++) store16(fm + 16 * i, rounded(mul16(load16(fm + 16 * i), factor)));
+        }
         if (weight) {
             F factor = m->across ? load16(p->factors + 16 * (b + (kv < 0 ? 0 : p->blocks))) : inverse_rms(fm, d, m->eps);
             if (m->across) weight += (kv < 0 ? head : kv) * d;
             for (int i = 0; i < d; i++) store16(fm + 16 * i, rounded(normed16(load16(fm + 16 * i), factor, weight + i, m->round_after_weight)));
         }
         int64_t at = ((int64_t)table * p->blocks + b) * (m->rotated / 2) * 16;
-        if (table >= 0) rotate(fm, m->rotated / 2, p->cos + at, p->sin + at);
+        if (table >= 0) rotate(fm, layer->rotated / 2, p->cos + at, p->sin + at);
         uint8_t *rows[16];
         int count = p->rows - 16 * b < 16 ? p->rows - 16 * b : 16;
         for (int lane = 0; lane < count; lane++) {
             int row = b * 16 + lane, number = p->sequence_of[row];
             const Sequence *sequence = c->sequences + number;
-            int64_t slot = ((int64_t)layer->place * m->kv_heads + kv % m->kv_heads) * sequence->capacity + sequence->start
+            int64_t slot = ((int64_t)layer->place * kv_heads + kv % kv_heads) * sequence->capacity[buffer] + sequence->start
                 + row - p->first[number];
             rows[lane] = kv < 0 ? (uint8_t *)(p->queries + ((int64_t)row * m->heads + head) * d)
-                                : (kv < m->kv_heads ? sequence->keys : sequence->values) + slot * cached_row;
+                                : (kv < kv_heads ? sequence->keys : sequence->values)[buffer] + slot * cached_row;
         }
         if (kv >= 0 && c->cache == CACHE8) put_rows8(fm, d, rows, count);
         else put_rows16(fm, d, rows, count);
@@ -243,27 +256,28 @@ static void store_heads(Pass *p, int index, int me, int n) {
 }
 
 /* Let r->a have the queries of the columns from number `first` of a sequence on, and the slots that they see. */
-static void set_columns(const Pass *p, const Sequence *sequence, int kind, int begin, int kv, int first, Reading *r) {
+static void set_columns(const Pass *p, const Layer *layer, const Sequence *sequence, int kind, int begin, int kv, int first, Reading *r) {
     const Model *m = p->m;
     Attention *a = r->a;
-    const int d = m->head_dim, slots = sequence->start + sequence->tokens, behind = slots - sequence->committed;
+    const int d = r->d, group = p->attending[layer->buffer].group, slots = sequence->start + sequence->tokens, behind = slots - sequence->committed;
     const int window = p->c->spans[kind], near = p->c->near, span = window && (!near || window <= near) ? window : near;
+    const int filled = layer->reads && sequence->filled < slots ? sequence->filled : slots;
     r->begin = span == window || sequence->committed < KEYS ? 0 : KEYS;
     r->first = slots, r->end = sequence->trees ? slots : 0, r->committed = sequence->trees ? sequence->committed : slots;
     memset(a->queries, 0, (size_t)(r->columns + 15) / 16 * 32 * d);
     if (sequence->trees) memset(a->tree, 0, sizeof *a->tree * (size_t)behind);
     for (int col = 0; col < r->columns; col++) {
-        const int token = (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+        const int token = (first + col) / group, head = kv * group + (first + col) % group;
         const uint32_t *pairs = (const uint32_t *)(p->queries + ((int64_t)(begin + token) * m->heads + head) * d);
         uint32_t *to = a->queries + col / 16 * 8 * d + col % 16;
         for (int i = 0; i < d / 2; i++) to[16 * i] = pairs[i];
         const int64_t last = sequence->trees ? p->c->positions[begin + token] + 1 : sequence->start + token + 1;
-        const int64_t from = span && span < last ? last - span : 0, end = sequence->trees ? sequence->committed : last;
+        const int64_t from = span && span < last ? last - span : 0, seen = sequence->trees ? sequence->committed : last, end = seen < filled ? seen : filled;
         a->first[col / 16][col % 16] = (float)from, a->end[col / 16][col % 16] = (float)end;
         a->chained[col / 16][col % 16] = (float)(last - LATE < end ? last - LATE : end);
         if (from < r->first) r->first = (int)from;
         if (end > r->end) r->end = (int)end;
-        for (int s = 0; sequence->trees && s < behind; s++)
+        for (int s = 0; sequence->trees && s < behind && sequence->committed + s < filled; s++)
             if (sequence->trees[kind][(int64_t)token * behind + s]) a->tree[s][col / 16] |= (uint16_t)(1 << col % 16);
     }
 }
@@ -272,27 +286,30 @@ static void set_columns(const Pass *p, const Sequence *sequence, int kind, int b
 static void attend_all(Pass *p, int index, Attention *a, int me, int n) {
     const Model *m = p->m;
     const Call *c = p->c;
-    const float *own = m->layers[index].sinks;
-    const int d = m->head_dim;
+    const Layer *layer = m->layers + index;
+    const Attending *h = p->attending + layer->buffer;
+    const float *own = layer->sinks;
+    const int d = h->size;
     int together;
     float sinks[MOST_COLUMNS];
-    for (int turn = 0; turn < turns_of(p->count, n); turn++) {
-        Item item = p->items[item_of(turn, p->count, me, n, &together)];
+    for (int turn = 0; turn < turns_of(h->count, n); turn++) {
+        Item item = h->items[item_of(turn, h->count, me, n, &together)];
         const Sequence *sequence = c->sequences + item.sequence;
-        int kv = item.kv, begin = p->first[item.sequence], bit = 0, width = block_width(p, sequence);
-        int left = sequence->tokens * p->group - width * item.block, end = left < width ? left : width;
+        int kv = item.kv, begin = p->first[item.sequence], bit = 0, width = block_width(p, h, sequence);
+        int left = sequence->tokens * h->group - width * item.block, end = left < width ? left : width;
         if (together) split(end, me, n, &bit, &end); /* by columns */
         const int first = width * item.block + bit;
-        const int64_t cached = ((int64_t)m->layers[index].place * m->kv_heads + kv) * sequence->capacity * cache_row(c->cache, d);
-        Reading r = {a, sequence->keys + cached, sequence->values + cached, c->cache, d, end - bit, 0, 0, 0, 0, m->scale, m->cap};
+        const int64_t cached = ((int64_t)layer->place * h->heads + kv) * sequence->capacity[layer->buffer] * cache_row(c->cache, d);
+        Reading r = {a, sequence->keys[layer->buffer] + cached, sequence->values[layer->buffer] + cached, c->cache, d, end - bit, 0, 0, 0, 0,
+            m->scale, m->cap};
         if (r.columns <= 0) continue;
-        set_columns(p, sequence, c->window[index], begin, kv, first, &r);
-        for (int col = 0; own && col < r.columns; col++) sinks[col] = own[kv * p->group + (first + col) % p->group];
-        attend(&r, own ? sinks : NULL, column_blocks_of(p, sequence) == 1);
+        set_columns(p, layer, sequence, c->window[index], begin, kv, first, &r);
+        for (int col = 0; own && col < r.columns; col++) sinks[col] = own[kv * h->group + (first + col) % h->group];
+        attend(&r, own ? sinks : NULL, column_blocks_of(p, h, sequence) == 1);
         for (int col = 0; col < r.columns; col++) {
-            int row = begin + (first + col) / p->group, head = kv * p->group + (first + col) % p->group;
+            int row = begin + (first + col) / h->group, head = kv * h->group + (first + col) % h->group;
             uint32_t *lane = p->attended + ((int64_t)(row / 16) * m->heads * d + head * d) * 8 + row % 16;
-            const float *gate = p->qkv + (((int64_t)(row / 16) * 2 * (m->heads + m->kv_heads) + 2 * head + 1) * d) * 16 + row % 16;
+            const float *gate = p->qkv + (((int64_t)(row / 16) * 2 * (m->heads + h->heads) + 2 * head + 1) * d) * 16 + row % 16;
             for (int i = 0; i < d; i += 16) {
                 F v = load16(a->out + col * d + i);
                 if (m->gated) v = mul16(rounded(v), rounded(sigmoid16(column16(gate + 16 * i))));
@@ -316,8 +333,8 @@ static void gate_and_up(Pass *p, int index, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* x += a norm of the rounded products in p->qkv. */
-static void add_normed(Pass *p, const float *weight, int me, int n) {
+/* x += a norm of the rounded products in p->qkv; x times `scale`. */
+static void add_normed(Pass *p, const float *weight, float scale, int me, int n) {
     int hidden = p->m->hidden, shared = p->blocks > 1, from, to;
     split(shared ? p->blocks : hidden, me, n, &from, &to); /* a single block by features */
     for (int b = shared ? from : 0; b < (shared ? to : 1); b++) {
@@ -325,14 +342,15 @@ static void add_normed(Pass *p, const float *weight, int me, int n) {
         const float *result = p->qkv + (int64_t)b * hidden * 16;
         const F factor = inverse_rms(result, hidden, p->m->eps);
         for (int i = shared ? 0 : from; i < (shared ? hidden : to); i++)
-            store16(x + 16 * i, rounded(add16(load16(x + 16 * i),
-                rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->round_after_weight)))));
+            store16(x + 16 * i, rounded(mul16(set16(scale), rounded(add16(load16(x + 16 * i),
+                rounded(normed16(load16(result + 16 * i), factor, weight + i, p->m->round_after_weight)))))));
     }
     wait_for_team(&p->barrier, n);
 }
 
-/* x += map(vnni_bf16 in), after a norm unless `weight` is NULL; rounded as transformers does: the product once, the sum once. */
-static void add_product(Pass *p, const Linear *map, const float *weight, const uint32_t *vnni, int me, int n) {
+/* x += map(vnni_bf16 in), after a norm and then times `scale` unless `weight` is NULL; rounded as transformers does: the product
+ * once, the sum once. */
+static void add_product(Pass *p, const Linear *map, const float *weight, float scale, const uint32_t *vnni, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
     int from, to;
     const uint32_t *input = inputs_of(p, map, NULL, vnni, me, n);
@@ -353,7 +371,65 @@ static void add_product(Pass *p, const Linear *map, const float *weight, const u
         }
     }
     wait_for_team(&p->barrier, n);
-    if (weight) add_normed(p, weight, me, n);
+    if (weight) add_normed(p, weight, scale, me, n);
+}
+
+/* p->embedded = the inputs of the first layer. */
+static void embed_again(Pass *p, int me, int n) {
+    const int hidden = p->m->hidden;
+    bf16 *row = (bf16 *)(p->scratch + p->own * me);
+    int from, to;
+    split(p->blocks, me, n, &from, &to);
+    for (int b = from; b < to; b++) {
+        uint32_t *out = p->embedded + (int64_t)b * hidden * 8;
+        memset(out, 0, 32 * (size_t)hidden);
+        for (int lane = 0; lane < 16 && 16 * b + lane < p->rows; lane++) {
+            read_row(p->m->embedding, p->c->ids[16 * b + lane], row);
+            for (int i = 0; i < hidden / 2; i++) out[16 * i + lane] = ((uint32_t *)row)[i];
+        }
+    }
+    wait_for_team(&p->barrier, n);
+}
+
+/* x += what the layer adds of its own embeddings of the tokens. */
+static void add_embedded(Pass *p, int index, int me, int n) {
+    const Model *m = p->m;
+    const Layer *layer = m->layers + index;
+    const Linear *maps[] = {&layer->embedded_gate, &layer->embedded_in};
+    const int size = layer->embedded_gate.out, width = 3 * size, shared = p->blocks > 1;
+    bf16 *row = (bf16 *)(p->scratch + p->own * me);
+    int from, to;
+    for (int i = 0; i < 2; i++) {
+        const uint32_t *input = inputs_of(p, maps[i], NULL, i ? p->embedded : NULL, me, n);
+        split(size / 16, me, n, &from, &to);
+        for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS)
+            for (int t = from; t < to; t++)
+                rounded_product(maps[i], t, from_block(maps[i], input, b0), tokens_from(p, b0), width,
+                    p->qkv + ((int64_t)b0 * width + i * size) * 16);
+        wait_for_team(&p->barrier, n);
+    }
+    split(shared ? p->blocks : size / 2, me, n, &from, &to); /* a single block by pairs of features */
+    for (int b = shared ? from : 0; b < (shared ? to : 1); b++) {
+        float *gate = p->qkv + (int64_t)b * width * 16, *image = gate + size * 16, *own = image + size * 16;
+        const int first = shared ? 0 : 2 * from, end = shared ? size : 2 * to;
+        const F factor = inverse_rms(image, size, m->eps);
+        memset(own + 16 * first, 0, 64 * (size_t)(end - first));
+        for (int lane = 0; lane < 16 && 16 * b + lane < p->rows; lane++) {
+            read_row(&layer->embedded, p->c->ids[16 * b + lane], row);
+            for (int i = first; i < end; i++) own[16 * i + lane] = widen(row[i]);
+        }
+        for (int i = first; i < end; i += 2) {
+            F act[2];
+            for (int j = 0; j < 2; j++) {
+                const F v = rounded(normed16(load16(image + 16 * (i + j)), factor, layer->norm_embedded + i + j, m->round_after_weight));
+                const F sum = rounded(add16(v, load16(own + 16 * (i + j))));
+                act[j] = activated_times(m, load16(gate + 16 * (i + j)), mul16(sum, set16(0.70710678f)));
+            }
+            store_u(p->inner + ((int64_t)b * size + i) * 8, paired(act[0], act[1]));
+        }
+    }
+    wait_for_team(&p->barrier, n);
+    add_product(p, &layer->embedded_out, layer->norm_added, layer->scale, p->inner, me, n);
 }
 
 #include "mixture.c"
@@ -371,19 +447,21 @@ static void run_layer(Pass *p, int index, Attention *a, int me, int n) {
         store_heads(p, index, me, n);
         attend_all(p, index, a, me, n);
     }
-    add_product(p, &layer->out, layer->norm_attended, p->attended, me, n);
+    add_product(p, &layer->out, layer->norm_attended, 1, p->attended, me, n);
     if (layer->gates) {
         mix(p, index, me, n);
         return;
     }
     gate_and_up(p, index, me, n);
-    add_product(p, &layer->down, layer->norm_out, p->inner, me, n);
+    add_product(p, &layer->down, layer->norm_out, layer->embedded_out.out ? 1 : layer->scale, p->inner, me, n);
+    if (layer->embedded_out.out) add_embedded(p, index, me, n);
 }
 
 /* Run layers [lo, hi) of the call in a team of threads. */
 static void run_layers(Pass *p, int me, int n) {
     const Call *c = p->c;
     uint8_t *mine = p->scratch + p->own * me;
+    if (p->m->layers->embedded_out.out) embed_again(p, me, n);
     for (int index = c->lo; index < c->hi; index++) {
         if (c->taps[index]) {
             int from, to;
@@ -401,8 +479,12 @@ static void lay_out(Pass *p, const Call *c) {
     for (int l = 0; l < c->count; l++) {
         p->first[l] = row;
         for (int end = row + c->sequences[l].tokens; row < end; row++) p->sequence_of[row] = l;
-        for (int kv = 0; kv < p->m->kv_heads; kv++)
-            for (int block = 0; block < column_blocks_of(p, c->sequences + l); block++) *item++ = (Item){l, kv, block};
+    }
+    for (Attending *h = p->attending; h < p->attending + BUFFERS; h++) {
+        h->items = item;
+        for (int l = 0; l < c->count; l++)
+            for (int kv = 0; kv < h->heads; kv++)
+                for (int block = 0; block < column_blocks_of(p, h, c->sequences + l); block++) *item++ = (Item){l, kv, block};
     }
     for (; row < 16 * p->blocks; row++) p->sequence_of[row] = c->count - 1; /* lanes without a token */
 }
@@ -419,9 +501,17 @@ static int most_behind(const Call *c) {
  * Returns 0, or -1 without memory. Call end_pass in any case. */
 static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     memset(p, 0, sizeof *p);
-    p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->group = m->heads / m->kv_heads, p->threads = c->threads;
-    for (int l = 0; l < c->count; l++) p->count += m->kv_heads * column_blocks_of(p, c->sequences + l);
-    int total = (m->heads * (1 + m->gated) + 2 * m->kv_heads) * m->head_dim, half = m->rotated / 2, attended = m->heads * m->head_dim;
+    p->m = m, p->rows = c->tokens, p->blocks = (p->rows + 15) / 16, p->threads = c->threads;
+    int total = 0, half = m->rotated / 2, attended = 0, count = 0;
+    for (int i = 0; i < BUFFERS && m->buffers[i].count; i++) {
+        const int heads = m->buffers[i].count, size = m->buffers[i].size, each = (m->heads * (1 + m->gated) + 2 * heads) * size;
+        Attending *h = p->attending + i;
+        *h = (Attending){heads, size, m->heads / heads, 0, NULL};
+        for (int l = 0; l < c->count; l++) h->count += heads * column_blocks_of(p, h, c->sequences + l);
+        total = each > total ? each : total, attended = m->heads * size > attended ? m->heads * size : attended, count += h->count;
+    }
+    const int embedded = m->layers->embedded_gate.out;
+    if (3 * embedded > total) total = 3 * embedded;
     if (m->recurrent) {
         int values = m->value_heads * m->value_dim, mixed = channels_of(m) + values + 2 * in_tiles(m->value_heads);
         total = mixed > total ? mixed : total, attended = values > attended ? values : attended;
@@ -439,9 +529,10 @@ static int begin_pass(Pass *p, const Model *m, const Call *c, int widest) {
     const struct { void *pointer; size_t bytes; } parts[] = {
         {&p->x, 64 * blocks * m->hidden}, {&p->qkv, 64 * blocks * (total > m->hidden ? total : m->hidden)},
         {&p->cos, 64 * rotated}, {&p->sin, 64 * rotated}, {&p->factors, 128 * blocks}, {&p->attended, 32 * blocks * attended},
-        {&p->inner, 32 * (blocks > groups ? blocks : groups) * m->inner}, {&p->queries, 2 * rows * m->heads * m->head_dim},
+        {&p->inner, 32 * (blocks > groups ? blocks : groups) * m->inner}, {&p->queries, 2 * rows * attended},
         {&p->fresh, m->recurrent ? 2 * rows * input_width(m) : 0}, {&p->sequence_of, 64 * blocks}, {&p->first, 4 * (size_t)c->count},
-        {&p->items, sizeof(Item) * (size_t)p->count}, {&p->scratch, p->own * c->threads}, {&p->normed, 32 * shared * m->hidden},
+        {&p->items, sizeof(Item) * (size_t)count}, {&p->embedded, embedded ? 32 * blocks * m->hidden : 0},
+        {&p->scratch, p->own * c->threads}, {&p->normed, 32 * shared * m->hidden},
         {&p->inputs, shared * input_bytes(widest)}, {&g->group, sizeof(Grouped) * experts}, {&g->count, 4 * experts}, {&g->rest, 4 * experts},
         {&g->logits, experts ? 64 * blocks * in_tiles(m->experts + 1) : 0}, {&g->experts, 4 * taken}, {&g->shares, 4 * taken},
         {&g->row, 64 * groups}, {&g->share, 64 * groups}, {&g->tokens, 4 * groups}, {&g->normed, 32 * groups * m->hidden},
