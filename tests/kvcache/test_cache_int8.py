@@ -63,8 +63,8 @@ def test_logits_are_near_those_of_the_16_bit_cache(family: str, d: int) -> None:
     ids, pairs = torch.randint(3, 97, (1, 60), generator=torch.Generator().manual_seed(3)), []
     pairs += zip(play(narrow), play(wide), strict=True)
     pairs.append((next_logits(narrow, narrow.new_cache(), ids), next_logits(wide, wide.new_cache(), ids)))
-    # Norms of what olmo2's attention returns make small results large; 1/32 is a step of bf16 in the largest logits.
-    most = 0.06 if family == "olmo2" else 1 / 32
+    # Norms of what attention returns make small results large; 1/32 is a step of bf16 in the largest logits.
+    most = 0.06 if family in ("olmo2", "gemma4_text") else 1 / 32
     assert all(apart(a.float(), b.float()) <= most for a, b in pairs)
     assert not torch.equal(*pairs[-1])
 
