@@ -278,7 +278,8 @@ class KVCache:
     ) -> None:
         """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
 
-        counts: number of slots of each row. heads: number and size of key heads, for each buffer. dtype: of all.
+        counts: number of slots of each row. heads: number and size of key heads, for each buffer.
+        dtype: type of all keys and values.
         """
         ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):

@@ -87,7 +87,7 @@ def read_json(path: Path) -> Any:
 class StoredTensors:
     """The tensors of an open safetensors file. A quantized matrix is one tensor.
 
-    path: of the file, for messages. file: what safetensors has opened.
+    path: the file's path, for messages. file: the opened safetensors file.
     header: name -> a tensor without values (on the device "meta") with the shape and dtype. coded: names of the
     quantized matrices.
     """

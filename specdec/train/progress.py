@@ -57,7 +57,7 @@ def expected_seconds(
 
     The parts are "answers" (generating them), "states" (of the base model), "fit" (closed-form regression) and
     "gradients".
-    settings: of the run; its ``steps`` or ``minutes`` decide about "gradients".
+    settings: the run's settings; ``steps`` or ``minutes`` decide about "gradients".
     known: the answers; those of prompts that have none yet are empty. decoding: the runtime that answers and computes
     states. training: the runtime that computes gradients.
     """

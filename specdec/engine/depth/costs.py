@@ -82,7 +82,7 @@ class CostModel:
     shares: for each exit, cost of drafting one level as a share of a pass.
     places: for each number of tokens n, (whole part, fraction) of log2(n).
     state: logarithms of speed, error(2), error(4), .., as far as passes were as large.
-    covariance: of the errors of ``state``.
+    covariance: covariance matrix of the errors of ``state``.
     known: whether the speed is.
     others: estimates of the errors of drafting by (part, exit), and then by number of rows.
     seen: the parts that have been timed once; the first time of a part does not count.
