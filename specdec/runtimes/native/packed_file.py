@@ -9,12 +9,10 @@ and sizes with those that the model needs. So the file needs no flush: a file th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import struct
@@ -38,7 +36,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound="PackedFile")
 MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # the trailer: magic, size and checksum of the index
 MOST_INDEX = 64 << 20  # bytes; no model's index is larger
-CHUNK, PAGE, READERS = 16 << 20, 2 << 20, 2  # bytes that a thread reads at a time; bytes of a large page; threads
+CHUNK, READERS = 4 << 20, 2  # bytes that a thread reads at a time; number of threads
 PART = 4096  # bytes of a part of the checksum; the offsets of entries are multiples of it
 OTHER = -1  # kind of an entry that is not tiles
 MODULUS = 1 << 64  # checksums are below it
@@ -210,7 +208,7 @@ class PackedFile:
             same = isinstance(key, dict) and key.get("file") == list(self.key["file"])
             raise Damaged("other kernels made them" if same else "the model's file has changed")
         if used:  # else no matrix of the model has kernels
-            self.memory = _in_large_pages(file, used)
+            self.memory = _bytes(file, used)
         if _checksum(self.memory) != data_sum:
             raise Damaged("it is damaged")
 
@@ -313,16 +311,12 @@ def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
     return found
 
 
-def _in_large_pages(file: BinaryIO, size: int) -> Tensor:
+def _bytes(file: BinaryIO, size: int) -> Tensor:
     """Return the first ``size`` bytes of a file, uint8. Raises Damaged if the file is truncated.
 
-    They are in memory of large pages, from which a pass is some per cent faster than from a map.
+    Their memory asks for no large pages: where the system must first make these, that takes seconds per gigabyte.
     """
-    pages = mmap.mmap(-1, size + PAGE)
-    with contextlib.suppress(AttributeError, OSError):  # a system without large pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % PAGE
-    found = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=begin)
+    found = torch.empty(size, dtype=torch.uint8)
     view = found.numpy().data
 
     def read(start: int) -> None:
