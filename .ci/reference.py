@@ -19,7 +19,7 @@ from typing import Any
 import typer
 
 import specdec
-from specdec.cli import app
+from specdec.cli import application
 
 ROOT = Path(__file__).parents[1]
 NOTICE = "<!-- Written by .ci/reference.py from the code. Change the code, and run it again. -->"
@@ -30,7 +30,7 @@ NOTICE = "<!-- Written by .ci/reference.py from the code. Change the code, and r
 def command_line() -> str:
     """Every command with its arguments and options, as Markdown."""
     parts, seen = ["# Command line", "", NOTICE, "", "Every command prints this with `--help`.", ""], dict[str, str]()
-    for path, command in commands("specdec", typer.main.get_command(app)):
+    for path, command in commands("specdec", typer.main.get_command(application())):
         names = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
         text = " ".join((command.help or "").replace("\b", "").split())
         parts += [f"## {path}", "", escaped(text), "", "```text", " ".join([path, *names, "[OPTIONS]"]), "```", ""]
