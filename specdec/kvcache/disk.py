@@ -26,7 +26,6 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import TypeVar
 
-import filelock
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -72,6 +71,8 @@ class PrefixDisk:
     """
 
     def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False, window: int = 0) -> None:
+        from filelock import FileLock, Timeout  # imports asyncio, which is slow
+
         self.folder = folder
         self.limit = limit
         self.identity = identity
@@ -83,11 +84,11 @@ class PrefixDisk:
         self.writable = True
         self.lock = threading.Lock()
         self.jobs = queue.SimpleQueue[Callable[[], None] | None]()
-        self.owner = filelock.FileLock(folder / ".lock", thread_local=False)
+        self.owner = FileLock(folder / ".lock", thread_local=False)
         try:
             folder.mkdir(0o700, parents=True, exist_ok=True)
             self.owner.acquire(timeout=0)
-        except filelock.Timeout:
+        except Timeout:
             raise SpecDecError(f"the prefix cache '{folder}' is in use by another process; give each its own") from None
         except OSError as error:
             self._stop_writing(error)
