@@ -1,4 +1,4 @@
-"""What a user's type checker sees of the installed specdec."""
+"""Check with a type checker what types a user sees of the installed specdec. It is not run."""
 
 from typing import assert_type
 

@@ -33,17 +33,17 @@ class Embedded:
     description: one line about the model for users.
     """
 
-    package: str  # name on PyPI
-    version: str  # of the packages
-    member: str  # path of the piece in the wheel
-    piece_bytes: int  # size of each piece but the last
-    file: str  # name of the whole file
-    file_bytes: int  # size of the whole file
-    sha256: str  # of the whole file
-    download_bytes: int  # size of all wheels
-    cached_bytes: int  # size of the folder in the cache
-    licence: str  # of the model
-    description: str  # one line
+    package: str
+    version: str
+    member: str
+    piece_bytes: int
+    file: str
+    file_bytes: int
+    sha256: str
+    download_bytes: int
+    cached_bytes: int
+    licence: str
+    description: str
 
     @property
     def pieces(self) -> int:

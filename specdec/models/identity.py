@@ -60,11 +60,11 @@ def sample(parameter: Tensor | Blocks) -> Tensor:
 
 
 def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = sample) -> str:
-    """Return 32 hex digits that identify a model's weights in this precision, whatever dtype they are loaded to.
+    """Return 32 hex digits that identify a model's weights, whatever dtype and device they are loaded to.
 
     SHA-256 of each parameter's name, shape and up to 512 evenly spaced elements as bf16, in order of the names. Among
     parameters with equal content, such as tied ones, only the first counts. Parameters of one element do not count. The
-    fingerprint of a merged LoRA adapter counts, too.
+    fingerprint of a merged LoRA adapter counts, too. Quantized weights give another fingerprint.
     sample: the function that returns these elements of a parameter; a faster one must have the same result.
     """
     digest, seen = hashlib.sha256(), set()
@@ -84,9 +84,7 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
 
 
 def merged_adapter(model: nn.Module) -> Any:
-    """Return the record of the LoRA adapter that is merged into the model (an ``adapter.Merged``); None: none is
-    merged.
-    """
+    """Return the record of the LoRA adapter that is merged into ``model``, an ``adapter.Merged``; None: none is."""
     return getattr(model, "merged_adapter", None)
 
 

@@ -71,10 +71,9 @@ def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
 
 
 def guess_model(name: str) -> str:
-    """Return text for the end of an error message that suggests an embedded model with a similar name; "": there is
-    none.
+    """Return text for the end of an error message that suggests an embedded model with a similar name.
 
-    name: the unknown name that the user gave.
+    name: the unknown name that the user gave. "": no name is similar.
     """
     return did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
 
@@ -125,10 +124,11 @@ def whole_name(name: str) -> str:
 
 
 def part_paths(path: Path) -> list[Path]:
-    """Return the paths of all parts of the split GGUF file that ``path`` is a part of, in order; others are alone:
-    [path].
+    """Return the paths of all parts of the split GGUF file that ``path`` is a part of, in order.
 
-    The names tell the parts, so they need not exist. Raises SpecDecError for an impossible part number.
+    The names tell the parts, so they need not exist. For a file that is not split, the result is [path]. Raises
+    SpecDecError
+    for an impossible part number.
     """
     if (part := PART.fullmatch(path.name)) is None:
         return [path]

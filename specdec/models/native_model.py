@@ -96,8 +96,7 @@ class NativeModel(nn.Module):
         self.lm_head = head  # type: ignore[assignment]
 
     def transformers(self) -> PreTrainedModel:
-        """Return a model of transformers that shares the weights which this model has now. It is made at the first
-        call.
+        """Return a model of transformers that shares the present weights of this model; made at the first call.
 
         Weights in GGUF quantization blocks stay in them; its ``state_dict`` and ``save_pretrained`` dequantize them.
         """
@@ -132,8 +131,9 @@ def as_transformers(model: Any) -> PreTrainedModel:
 
 
 class Decoder(nn.Module):
-    """A decoder-only model without its output head: embeddings, layers, final norm and rotary embedding. No
-    ``forward``.
+    """A decoder-only model without its output head: embeddings, layers, norm and rotary embedding.
+
+    It has no ``forward``.
 
     embed_tokens: the token embedding, [V, D].
     layers: the decoder layers.
@@ -160,11 +160,11 @@ class Decoder(nn.Module):
 
 
 class Norm(nn.Module):
-    """An RMS norm over the last dimension, rounded and offset as the model's family does.
+    """An RMS norm over the last dimension, with the rounding and the weight convention of the model's family.
 
     size: number of features. eps: added to the mean square. family: says when results are rounded to the input's dtype,
         and
-    whether the weight is stored minus 1.
+    whether they are multiplied by weight or by 1 + weight.
     """
 
     def __init__(self, size: int, eps: float, family: Family) -> None:
@@ -266,7 +266,10 @@ class Attention(nn.Module):
 
 
 class DeltaRule(nn.Module):
-    """The weights of a recurrent layer that computes the gated delta rule (Qwen3-Next, Qwen3.5), without a ``forward``."""
+    """The weights of a recurrent layer that computes the gated delta rule, as in Qwen3-Next and Qwen3.5.
+
+    It has no ``forward``.
+    """
 
     def __init__(self, config: Config, family: Family) -> None:
         super().__init__()
