@@ -1,10 +1,9 @@
 """Write the figures of README and of the model cards from benchmark results: ``python .ci/figures.py [NAME=DIR ...]``.
 
 DIR is an output folder of ``specdec bench`` for one model. What the pages need of it is kept in
-``benchmarks/results/NAME.json``, without prompts. Then each block of a page between ``<!-- figures WHAT NAME -->``
-and ``<!-- end -->`` is written anew; a test compares the blocks with the kept results. WHAT is ``methods`` (a table
-with
-a line for each method) or the name of a method (a table with a line for each category of prompts).
+``benchmarks/results/NAME.json``, without prompts. Then each block of a page between ``<!-- figures WHAT NAME -->`` and
+``<!-- end -->`` is written anew; a test compares the blocks with the kept results. WHAT is ``methods`` (a table with a
+line for each method) or the name of a method (a table with a line for each category of prompts).
 """
 
 from __future__ import annotations

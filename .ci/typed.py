@@ -1,4 +1,4 @@
-"""Check with a type checker what types a user sees of the installed specdec. It is not run."""
+"""Use the public types of the installed specdec, so that a type checker shows what a user's checker sees. Never run."""
 
 from typing import assert_type
 

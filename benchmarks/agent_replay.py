@@ -200,8 +200,8 @@ def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads
     """Replay a session twice with llama.cpp, which keeps the KV cache of its last text; return both figures.
 
     path: the GGUF file. mode: how llama.cpp drafts: "" (it does not), "ngram-cache" or "ngram-simple". asked: (prompt
-        ids,
-    number of tokens to generate) of each turn. threads: number of threads. The first replay begins with an empty cache.
+    ids, number of tokens to generate) of each turn. threads: number of threads. The first replay begins with an empty
+    cache.
     """
     peer, name = Process("engine_llama_cpp:LlamaCppKeeping"), f"llama.cpp {mode}".strip()
     context = max(len(ids) + tokens for ids, tokens in asked) + 64

@@ -38,7 +38,7 @@ class ContextParams(ctypes.Structure):
     """llama.cpp's ``llama_context_params``: a context's sizes in tokens, and memory for further fields.
 
     context: size of the KV cache. batch: largest number of tokens of a call. part: largest number of tokens that are
-    computed together. sequences: number of sequences.
+        computed together. sequences: number of sequences.
     """
 
     _fields_ = (*((name, COUNT) for name in ("context", "batch", "part", "sequences")), ("room", COUNT * 124))
@@ -49,7 +49,7 @@ class LlamaBatch(ctypes.Structure):
 
     count: number of tokens. The others are C arrays with an entry for each token.
     token: its id. pos: its position. sequences, sequence: number and list of the sequences that it belongs to. output:
-    whether its logits are wanted. embd: not used.
+        whether its logits are wanted. embd: not used.
     """
 
     _fields_ = (
@@ -229,8 +229,7 @@ class LlamaContext:
         """Run one forward pass over ``ids``, at most 512 tokens, which follow the tokens in the KV cache.
 
         outputs: number of last tokens after which logits are computed. row: number of the sequence. The tokens are
-            added to the
-        cache.
+        added to the cache.
         """
         self.run([(token, len(self.tokens) + i, row) for i, token in enumerate(ids)], outputs)
         self.tokens += ids

@@ -137,8 +137,7 @@ def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, 
     """Measure an engine once; return its figures by name.
 
     They are the ms per decoded token ("ms"), the tokens/s of a prompt ("prefill"), and for N = 1, 2, 4, 8, 16 the ms of
-    a
-    pass over N tokens ("rows_N") and its ratio to a pass over one ("times_N").
+    a pass over N tokens ("rows_N") and its ratio to a pass over one ("times_N").
     vocabulary: number of tokens of the vocabulary. tokens: number of tokens to decode.
     """
     decoded = engine.ask("generate", ids=synthetic(PROMPT, vocabulary), count=tokens, eos=[])
@@ -215,7 +214,7 @@ def table_of(result: dict[str, Any]) -> Table:
         """Add the figure ``key`` of each engine to the table. label: its first cell. digits: digits after the point.
 
         ratio: whether specdec is compared with llama.cpp: 1 if less is faster, -1 if more is faster, 0 for no
-            comparison.
+        comparison.
         """
         cells = [with_range([figures[key] for figures in rounds[name]], digits) for name in names]
         for ours, theirs in pairs if ratio else ():

@@ -80,8 +80,7 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -
     """Decode the prompts with every decoder; return its figures by name of the decoder.
 
     The figures of a decoder are "tokens a step" (over all prompts), "over plain" (the median over the prompts of its
-    speed
-    divided by that of plain decoding), "least" (the smallest of these) and "slowest" (the prompt with it).
+    speed divided by that of plain decoding), "least" (the smallest of these) and "slowest" (the prompt with it).
     decoders: by name; "none" is plain decoding. how: arguments of ``SpecDecoder.open``. Ends the program if a drafter
     changes the text.
     """

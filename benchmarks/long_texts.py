@@ -105,8 +105,7 @@ def decode(decoder: SpecDecoder, ids: list[int], tokens: int, depth: Any) -> tup
     """Decode ``tokens`` tokens greedily after the prompt ``ids``.
 
     depth: draft length; 0: plain decoding; "auto": chosen in each step. Returns (seconds to the first delivery, seconds
-        per
-    token after it, the token ids, tokens per step).
+    per token after it, the token ids, tokens per step).
     """
     begun, arrivals, made = time.perf_counter(), list[float](), list[int]()
     counts = list[int]()

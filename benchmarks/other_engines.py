@@ -1,4 +1,4 @@
-"""``specdec`` with llama.cpp among the methods of its benchmarks.
+"""Run the ``specdec`` command with llama.cpp among the methods of its benchmarks.
 
     python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp --model MODEL.gguf
 
@@ -30,11 +30,9 @@ class PeerMethod(Method):
     """A method of a benchmark that decodes with another engine, such as llama.cpp, on the model's own file.
 
     Rounding may choose other tokens than specdec. The method's option ``context`` is the size of the engine's KV cache
-    in
-    tokens.
+    in tokens.
     base: specdec's decoder of the same model. cell: the settings of the measurement. Raises SpecDecError for settings
-        that
-    the engine does not support.
+        that the engine does not support.
     """
 
     same_arithmetic = False

@@ -1,8 +1,8 @@
 """Run other engines, each in a process of its own, which idles while another method runs.
 
 The process reads JSON commands from its input, one per line, and answers each with a line of JSON; ``serve`` runs in
-it. An engine is a class in its own module. Separate processes isolate engines that configure threads and the CPU's
-tile registers.
+it. An engine is a class in its own module. Separate processes isolate engines that configure threads and the CPU's tile
+registers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ class PeerEngine(Protocol):
         """Load the model file ``path``; return what to report of the engine, such as its version and settings.
 
         threads: number of threads. context: size of the KV cache in tokens. mode: how the engine drafts: "" (it does
-            not),
-        "ngram-cache", "ngram-simple" or "draft-model". source: the draft model's file, else "". depth: number of tokens
-        to
-        draft in a step; None: the engine's own default.
+        not), "ngram-cache", "ngram-simple" or "draft-model". source: the draft model's file, else "". depth: number of
+        tokens to draft in a step; None: the engine's own default.
         """
         ...
 
@@ -136,8 +134,7 @@ class Process:
         """Let the child execute a command, and return its result.
 
         do: name of a method of ``EngineServer``: "load", "generate", "passes" or "logits". given: its arguments, as
-            JSON
-        values. Raises SpecDecError if the engine raised an error or the process has ended.
+        JSON values. Raises SpecDecError if the engine raised an error or the process has ended.
         """
         assert self.child.stdin is not None
         try:
@@ -194,10 +191,8 @@ class EngineServer:
         """Decode greedily after the prompt ``ids``; return the tokens with their timing as a dict.
 
         Its keys: "tokens" are at most ``count`` token ids, cut after a token of ``eos``. "arrivals" are the seconds
-            from the
-        call to each delivery of tokens. "first" is the number of tokens in the first delivery. "seconds" is the
-        duration of the
-        call. Raises ValueError if the engine generates nothing.
+        from the call to each delivery of tokens. "first" is the number of tokens in the first delivery. "seconds" is
+        the duration of the call. Raises ValueError if the engine generates nothing.
         """
         tokens, arrivals, firsts, end = list[int](), list[float](), list[int](), set(eos)
         start = time.perf_counter()

@@ -5,8 +5,8 @@ with it. Here each step computes the whole text again, for one text at a time. d
 All layers of the model must attend to every earlier token. The class M2R2 needs the module names of Llama, which Qwen2
 and Qwen3 share.
 
-Shapes: T tokens of text, M drafted tokens, S tokens of a forward pass, D hidden size, V vocabulary size.
-N is the number of layers, E the exit layer. The *root* is the last token of the text; a draft begins after it.
+Shapes: T tokens of text, M drafted tokens, S tokens of a forward pass, D hidden size, V vocabulary size. N is the
+number of layers, E the exit layer. The *root* is the last token of the text; a draft begins after it.
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ def decode(
 
     model: a causal model of transformers. draft: takes the text so far and the largest depth, and returns a tree; by
     default it drafts nothing. sampling: how tokens are chosen; by default greedily. depth: largest depth of a tree,
-        which
-    the number of tokens still to come also limits. ends: ids of the tokens that end the text.
+    which the number of tokens still to come also limits. ends: ids of the tokens that end the text.
     """
     text, end, steps = list(prompt), len(prompt) + count, list[Step]()
     while len(text) < end and not (steps and text[-1] in ends):
@@ -141,8 +140,7 @@ def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
     """Return the token that ``sampling`` chooses from the ``logits`` [V] of the next token.
 
     before: all tokens before it, the prompt included; processors read them, and their number is the position of the
-        noise.
-    The largest of logits plus Gumbel noise is an exact draw from their softmax.
+    noise. The largest of logits plus Gumbel noise is an exact draw from their softmax.
     """
     scores = logits.float()[None]  # (1, V)
     for processor in sampling.processors:
@@ -182,8 +180,7 @@ def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Samp
     """Return a chain of ``depth`` drafted tokens after ``text``, chosen by ``sampling`` as the model's own tokens are.
 
     logits: takes the text and the tokens drafted so far, and returns the drafter's logits [V] of the next token. Draft
-        and
-    model add the same Gumbel noise at a position, so that similar logits mostly give the same token.
+    and model add the same Gumbel noise at a position, so that similar logits mostly give the same token.
     """
     tokens = list[int]()
     for _ in range(depth):
@@ -195,8 +192,8 @@ def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nod
     """Return the likeliest ``nodes`` nodes of a tree of drafted tokens after ``text`` (EAGLE-2, arXiv 2406.16858).
 
     logits: takes the text and the tokens of a path, and returns the drafter's logits [V] of the next token. depth:
-        number
-    of levels of the tree. width: number of nodes of a level that get children, and number of children of each of them.
+    number of levels of the tree. width: number of nodes of a level that get children, and number of children of each of
+    them.
     """
     level, found = [(0.0, list[int]())], list[tuple[float, list[int]]]()  # paths: log-probability, tokens
     for _ in range(depth):
@@ -216,8 +213,7 @@ class M2R2:
 
     The slow residual h is the model's own: h[k + 1] = h[k] + f_k(h[k]). Numbers of equations are those of
     docs/how-it-works.md. (1), (2) and (6) are the paper's idea; the projections (3) and (5), and the projected path
-    through
-    later layers (4), are an extension of this project.
+    through later layers (4), are an extension of this project.
 
     model: a Llama, Qwen2 or Qwen3 of transformers.
     path: the path in a drafter's config.json: exit_layer E; segments [[lo, hi], ...], ranges of later layers;
@@ -297,7 +293,7 @@ class M2R2:
 def add_adapter(count: int, down: Tensor, up: Tensor, module: nn.Module, given: tuple[Tensor], y: Tensor) -> None:
     """Add the low-rank adapter's result up(down(x)) to the output ``y`` [1, S, D] of a linear layer, in place.
 
-    A forward hook of ``module``. count: number of last tokens that are changed. down: [r, in]. up: [out, r].
-    given: the layer's input x [1, S, in], alone in a tuple.
+    A forward hook of ``module``. count: number of last tokens that are changed. down: [r, in]. up: [out, r]. given: the
+    layer's input x [1, S, in], alone in a tuple.
     """
     y[:, -count:] += given[0][:, -count:] @ down.T @ up.T

@@ -108,9 +108,8 @@ class SpecGenerate:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode as ``model.generate`` does: return the rows of ``input_ids`` [B, T] with n new tokens, [B, T + n].
 
-        transformers passes the arguments. generator: draws the seed for sampling; None: torch's global generator.
-        The result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError
-        for
+        transformers passes the arguments. generator: draws the seed for sampling; None: torch's global generator. The
+        result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError for
         unsupported arguments, and if the model's context is too short.
         """
         config: Any = generation_config
@@ -193,8 +192,7 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
     """Raise SpecDecError if a filled KV cache is given, or positions that do not count from the first token of a row.
 
     prompts: token ids of each row without padding. input_ids: [B, T], with padding. model_kwargs: may have the key
-        "cache",
-    a KV cache of transformers, and "position_ids", [B or 1, T].
+    "cache", a KV cache of transformers, and "position_ids", [B or 1, T].
     """
     cache = model_kwargs.get("cache")
     if cache is not None and cache.get_seq_length():
@@ -249,7 +247,7 @@ def _samplers(
 
     prompts: token ids of each row without padding. input_ids: [B, T], with padding. processors: the call's logits
     processors. sample: whether to sample; if not, decoding is greedy. generator: draws the seed; None: torch's global
-        one.
+    one.
     """
     seed = 0
     if sample:
@@ -294,8 +292,7 @@ class _GenerateCall:
         """Decode ``requests``, one for each row of the batch, in ``engine`` until every row has ended.
 
         streamer: gets the prompts and then the tokens of each new position; None: no streamer. Raises the error of a
-            request
-        that fails.
+        request that fails.
         """
         if streamer is not None:
             streamer.put(self.sequences.cpu())

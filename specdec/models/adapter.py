@@ -97,8 +97,7 @@ def find(name: str) -> Path:
     """Return the path of the adapter ``name``, a folder of PEFT or a GGUF file; downloads it if need be.
 
     name: a path, or ORG/NAME on Hugging Face with an optional @revision and :file.gguf. Raises SpecDecError if there is
-        no
-    such adapter.
+    no such adapter.
     """
     found = adapter_place(name)
     if isinstance(found, Path):
@@ -272,8 +271,7 @@ def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
     """Return the factor of the LoRA product of one linear layer: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
     name: the adapter's name in messages. config: the content of its adapter_config.json. path: module path of the
-        layer,
-    which selects an alpha in ``alpha_pattern``, or else ``lora_alpha``. rank: the inner size of the layer's two
+    layer, which selects an alpha in ``alpha_pattern``, or else ``lora_alpha``. rank: the inner size of the layer's two
     matrices.
     Raises SpecDecError for an impossible alpha, rank or pattern.
     """

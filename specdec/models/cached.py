@@ -50,8 +50,7 @@ def cached_models() -> list[CachedModel]:
     """Return all models that specdec has in its cache.
 
     These are embedded models, partly downloaded ones included, and all GGUF files and folders of which specdec has
-    stored
-    config and tokenizer. Entries that cannot be read are left out.
+    stored config and tokenizer. Entries that cannot be read are left out.
     """
     found = [CachedModel(name, paths) for name in EMBEDDED if (paths := _embedded(name))]
     for manifest in sorted(cache_dir().glob(f"models/*/{MANIFEST}")):
@@ -100,8 +99,8 @@ def _in_hub(file: Path) -> tuple[str, list[Path]]:
     """Return (name, files) of a cached GGUF model: its name for ``--model``, and its files in Hugging Face's cache.
 
     file: path of the GGUF file, with links resolved. For a file in Hugging Face's cache, the name is
-        ``ORG/REPO:member``,
-    and the files are the file and all links to it. For a file elsewhere, the name is its path, and the list is empty.
+    ``ORG/REPO:member``, and the files are the file and all links to it. For a file elsewhere, the name is its path, and
+    the list is empty.
     """
     root = hub_folder(file)
     files = [] if root is None else sorted(root.glob("snapshots/*/**/*.gguf"))

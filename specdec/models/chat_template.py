@@ -34,8 +34,8 @@ def render(
     messages: mappings such as {"role": "user", "content": "..."}.
     tools, documents: JSON values for the template; None: there are none.
     add_generation_prompt: whether the text ends with the opening of the assistant's next message.
-    continue_final_message: whether the text ends within the last message, which the answer continues.
-    more: further variables of the template, by name.
+    continue_final_message: whether the text ends within the last message, which the answer continues. more: further
+    variables of the template, by name.
     Raises ValueError for a chat that cannot be rendered so. Errors of the template itself pass through.
     """
     if not messages:
@@ -86,8 +86,7 @@ def _plain(value: Any) -> Any:
     """Return ``value`` converted to plain JSON types, recursively.
 
     Objects of other types have methods that a sandboxed template could call. An object that is no text, number, mapping
-    or
-    list becomes a text with the name of its type.
+    or list becomes a text with the name of its type.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value

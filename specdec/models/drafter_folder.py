@@ -5,8 +5,8 @@ header of the weights before they are read, and weights must be finite. A config
 and the base model that it was trained for (field ``base``): by a fingerprint of the model's weights and, to recognize
 the model in other precisions, by sampled values of them. This module knows no particular drafter.
 
-A matrix NAME may be stored quantized to 8 bits, as the tensors ``NAME.codes``, int8 [..., n], and ``NAME.scales``,
-bf16 [..., n / g]: g consecutive values have one scale. It is read as bf16.
+A matrix NAME may be stored quantized to 8 bits, as the tensors ``NAME.codes``, int8 [..., n], and ``NAME.scales``, bf16
+[..., n / g]: g consecutive values have one scale. It is read as bf16.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize the matrix ``values`` [..., n] to 8 bits; return (codes int8 [..., n], scales bf16 [..., n / g]).
 
     Each group of g consecutive values has one scale, and code times scale approximates a value. g is 32, or n if 32
-    does
-    not divide n.
+    does not divide n.
     """
     size = values.shape[-1]
     groups = values.detach().float().unflatten(-1, (-1, GROUP if size % GROUP == 0 else size))
@@ -202,12 +201,9 @@ def load(
     """Build a drafter's module and return it with the weights in ``folder``, on the CPU.
 
     vocab_size: vocabulary size of the target model. make: builds the module, called where tensors take no memory, with
-        the
-    token ids that the drafter can draft, int [V'] (None: all tokens). rename: maps a tensor's name in the file to the
-    name
-    of the module's parameter. Module and file header are compared before tensors are read. Raises SpecDecError, with
-    the
-    name of the tensor, if names, shapes or kinds differ, and for values that are not finite.
+    the token ids that the drafter can draft, int [V'] (None: all tokens). rename: maps a tensor's name in the file to
+    the name of the module's parameter. Module and file header are compared before tensors are read. Raises
+    SpecDecError, with the name of the tensor, if names, shapes or kinds differ, and for values that are not finite.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
@@ -235,10 +231,8 @@ def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name:
     """Return the ids of the tokens that a drafter can draft, int [V'], from an opened safetensors file.
 
     folder: the drafter's folder, for messages. stored: the opened file. vocab_size: vocabulary size of the target
-        model.
-    name: name of the tensor with the ids. None: the file has no such tensor. Raises SpecDecError if the tensor is no
-        list
-    of token ids of the target.
+    model. name: name of the tensor with the ids. None: the file has no such tensor. Raises SpecDecError if the tensor
+    is no list of token ids of the target.
     """
     if (found := stored.header.get(name)) is None:
         return None
@@ -257,8 +251,7 @@ def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Te
     """Raise SpecDecError unless a drafter's file has the tensor names, shapes and kinds that its module needs.
 
     folder: the drafter's folder, for messages. needed: the tensors of the module by name. found: the tensors of the
-        file by
-    name. Only floating point and integer are told apart as kinds: a float may have another precision.
+    file by name. Only floating point and integer are told apart as kinds: a float may have another precision.
     """
     for name in sorted(needed.keys() | found.keys()):
         kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
@@ -285,8 +278,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
     """Write a drafter folder with ``config`` as config.json and ``tensors`` as model.safetensors, each file atomically.
 
     tensors: the drafter's tensors by name. storage: how floating-point tensors are stored: the name of a dtype, or
-        "int8"
-    to quantize large matrices to 8 bits and store other tensors in float32; "": unchanged.
+    "int8" to quantize large matrices to 8 bits and store other tensors in float32; "": unchanged.
     Raises SpecDecError if the folder cannot be written.
     """
     text = json.dumps(config, indent=2) + "\n"
@@ -341,8 +333,7 @@ def not_shipped(drafter: str, training: str | None, model: str) -> SpecDecError:
     """Return the error that says that this package has no trained drafter for a model, and how to get one.
 
     drafter: name of the drafter. training: the command that trains one, such as "specdec train m2r2"; None: there is
-        none.
-    model: name of the model.
+    none. model: name of the model.
     """
     if training is None:
         return SpecDecError(f"no {drafter} drafter is shipped; give one with --drafter {drafter}=DIR or =ORG/NAME")
@@ -364,8 +355,7 @@ def find_shipped(drafter: str, base: Identified) -> Path | None:
     """Return the folder of the trained drafter in this package for the model ``base``; None: there is none.
 
     drafter: name of the drafter. A folder that was trained for exactly these weights is preferred to one that was
-        trained
-    for the same model in another precision.
+    trained for the same model in another precision.
     """
     found = list(_shipped(drafter))
     own = (folder for folder, trained in found if _is_of(trained, base))
@@ -401,8 +391,7 @@ def _is_of(trained: Mapping[str, Any], base: Identified) -> bool:
     """Return whether a drafter was trained for exactly the weights of ``base``.
 
     trained: the object ``base`` in the drafter's config, with the fingerprint of the model it was trained for. If
-        ``base``
-    has a merged LoRA adapter, its weights before the merge also count.
+    ``base`` has a merged LoRA adapter, its weights before the merge also count.
     """
     merged = identity.merged_adapter(base.model)
     return trained.get("fingerprint") in (base.fingerprint, None if merged is None else merged.base)

@@ -59,8 +59,7 @@ class Family:
     """The description of one model type: what its layers compute, and what its config and its GGUF files call it.
 
     norms: module names of four norms of a layer: before attention, after attention, before the MLP, after the MLP; "":
-        the
-        layer lacks this norm.
+        the layer lacks this norm.
     round_after_weight: whether a norm rounds to the model's dtype only after the product with its weight.
     around_zero: whether a norm multiplies by 1 + weight instead of weight.
     norm_over_heads: whether queries and keys have a norm over all heads together.
@@ -331,8 +330,7 @@ def key_sources(config: Any) -> list[int]:
     """Return for each layer the index of the layer whose keys and values its attention reads.
 
     config: the text model's config. Most layers read their own. The last ``num_kv_shared_layers`` layers compute none;
-        each
-    of them reads those of the last earlier layer of its type that has them.
+    each of them reads those of the last earlier layer of its type that has them.
     """
     count = int(config.num_hidden_layers)
     kinds: Any = getattr(config, "layer_types", None)
@@ -425,8 +423,7 @@ class Rotation(NamedTuple):
         """Return cosines and sines, float32 [count, 2, rotated / 2], for the positions 0 ... count - 1.
 
         rotary: the model's rotary module, called as in transformers. dtype: the dtype to which the module rounds the
-            table.
-        "rotated" is the number of values of a head that rotate.
+        table. "rotated" is the number of values of a head that rotate.
         """
         positions = torch.arange(count)
         with torch.no_grad():

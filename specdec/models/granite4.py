@@ -37,8 +37,7 @@ def renamed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors of a dense Granite 4 checkpoint by the names that a Granite checkpoint has.
 
     tensors: descriptions of the stored tensors by name. A Granite 4 stores the MLP's gate and up projections as one
-        tensor,
-    which becomes two descriptions of its halves.
+    tensor, which becomes two descriptions of its halves.
     """
     found = dict[str, TensorInfo]()
     for name, info in tensors.items():

@@ -54,8 +54,7 @@ def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[s
     """Return (paths of all files in a repository, its commit); without a network, of the copy in Hugging Face's cache.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
-        the
-    latest. Raises SpecDecError if the repository or the revision does not exist or cannot be reached.
+    the latest. Raises SpecDecError if the repository or the revision does not exist or cannot be reached.
     """
     from huggingface_hub import HfApi  # heavy
     from huggingface_hub.errors import HfHubHTTPError
@@ -75,11 +74,9 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
     """Download files of a repository; return their folder in Hugging Face's cache.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
-        the
-    latest. files: glob patterns of paths. hint: text at the end of error messages. Without a network, cached files are
-    used; cached files of a commit never need one. Raises SpecDecError if the repository or the revision does not exist
-    or
-    cannot be downloaded.
+    the latest. files: glob patterns of paths. hint: text at the end of error messages. Without a network, cached files
+    are used; cached files of a commit never need one. Raises SpecDecError if the repository or the revision does not
+    exist or cannot be downloaded.
     """
     from huggingface_hub import errors  # heavy
 

@@ -44,14 +44,13 @@ def load(
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
         ``ORG/REPO:file.gguf``.
     dtype: float32, bfloat16, float16 or "auto": the checkpoint's, and bfloat16 for a GGUF file.
-    device: PyTorch's name of a device, or "auto": the first CUDA device that can compute, else the CPU.
-    revision: branch, tag or commit of a Hugging Face id; None: the latest.
+    device: PyTorch's name of a device, or "auto": the first CUDA device that can compute, else the CPU. revision:
+    branch, tag or commit of a Hugging Face id; None: the latest.
     trust_remote_code: whether to run Python code of the repository.
-    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id.
-    check: called with the model's config before the weights are read; may raise.
+    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id. check:
+    called with the model's config before the weights are read; may raise.
     Weights are read from safetensors or GGUF, never from pickles. In bfloat16 on the CPU, those of a GGUF file stay in
-    its
-    quantization blocks. Raises SpecDecError for what is unknown, missing, broken or too large for this machine.
+    its quantization blocks. Raises SpecDecError for what is unknown, missing, broken or too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
@@ -114,8 +113,7 @@ def _merge(model: Any, change: tuple[str, Path] | None, file: GGUFFile | None = 
     """Merge a LoRA adapter into the weights of ``model``, in place; return the changed weights, [out, in] each.
 
     change: (name, path) of the adapter; None: there is no adapter, and the result is []. file: header of the GGUF file
-        that
-    the model is from; None: the model is not from a GGUF file.
+    that the model is from; None: the model is not from a GGUF file.
     """
     return [] if change is None else adapters.merge(model, adapters.read(*change, model, file))
 
@@ -131,8 +129,7 @@ def _native(
     """Return the model of ``source`` as a ``NativeModel`` with weights, adapter and generation config.
 
     entry: the folder in specdec's cache with its config files. found: the config in it. kind: the dtype; "auto":
-        bfloat16.
-    place: the device. change: (name, path) of the LoRA adapter to merge; None: none.
+    bfloat16. place: the device. change: (name, path) of the LoRA adapter to merge; None: none.
     None: the safetensors files have other tensors than the model needs, so that transformers must load it.
     """
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16

@@ -106,8 +106,7 @@ def companions(path: Path) -> list[Path]:
     """Return the paths of GGUF files beside ``path`` that, by their names, have the prediction layer of its model.
 
     path: the model's GGUF file. Such a file is called "mtp-" and the model's name or its beginning; types of weights in
-        the
-    names, such as Q4_K_M, may differ.
+    the names, such as Q4_K_M, may differ.
     """
     found = list[Path]()
     for each in sorted(path.parent.glob("*.gguf")):
@@ -127,8 +126,7 @@ def part_paths(path: Path) -> list[Path]:
     """Return the paths of all parts of the split GGUF file that ``path`` is a part of, in order.
 
     The names tell the parts, so they need not exist. For a file that is not split, the result is [path]. Raises
-    SpecDecError
-    for an impossible part number.
+    SpecDecError for an impossible part number.
     """
     if (part := PART.fullmatch(path.name)) is None:
         return [path]

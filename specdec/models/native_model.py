@@ -163,8 +163,7 @@ class Norm(nn.Module):
     """An RMS norm over the last dimension, with the rounding and the weight convention of the model's family.
 
     size: number of features. eps: added to the mean square. family: says when results are rounded to the input's dtype,
-        and
-    whether they are multiplied by weight or by 1 + weight.
+        and whether they are multiplied by weight or by 1 + weight.
     """
 
     def __init__(self, size: int, eps: float, family: Family) -> None:
@@ -231,8 +230,7 @@ class Attention(nn.Module):
 
     index: index of the layer. head_dim: size of a head. scaling: factor of the attention scores.
     A layer that reads the keys and values of another layer has no ``k_proj`` and ``v_proj``. If only ``v_proj`` is
-    missing,
-    ``k_proj`` computes keys and values.
+    missing, ``k_proj`` computes keys and values.
     """
 
     def __init__(self, config: Config, family: Family, index: int) -> None:

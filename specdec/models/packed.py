@@ -28,8 +28,7 @@ class Origin:
     maps: the bytes of each file in ``paths``, uint8, mapped into memory.
     adapter: fingerprint of the LoRA adapter that is merged into the model; "": none is merged.
     made: weights that are not in the file as they are: converted to another dtype, or changed by the adapter. Always in
-        the
-        same order.
+        the same order.
     """
 
     folder: Path
@@ -64,7 +63,7 @@ def stamp(files: Iterable[Path | int]) -> tuple[int, ...]:
     """Return four numbers for each file: size, modification time, change time (both in nanoseconds) and inode.
 
     files: paths or file descriptors. Equal results mean unchanged files, because their owner cannot set the change
-        time.
+    time.
     """
     found = [os.stat(file) for file in files]
     return tuple(n for each in found for n in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino))

@@ -150,8 +150,7 @@ def _files(model: AnyModel, source: str | None) -> Iterator[tuple[str, TensorFil
     """Yield (name for messages, opened file) of each file that may have the prediction layer, the likeliest first.
 
     model: the target model. source: the checkpoint that has the layer, as a model's name, or the path of a companion
-        file;
-    None: the files of ``model``. Raises SpecDecError if the files are missing or broken.
+    file; None: the files of ``model``. Raises SpecDecError if the files are missing or broken.
     """
     own, name = model.file if isinstance(model, NativeModel) else None, source or _own_name(model)
     if source is not None or own is None:
@@ -201,8 +200,7 @@ def read(model: AnyModel, found: Found) -> PredictionLayer:
     """Load a multi-token prediction layer; its weights have the dtype and device of ``model``.
 
     model: the target model. found: the place of the layer in its files. Weights stay in GGUF quantization blocks if
-        those
-    of the target do. Raises SpecDecError if the layer does not fit the target.
+    those of the target do. Raises SpecDecError if the layer does not fit the target.
     """
     of_gguf, tensors = isinstance(found.file, GGUFFile), dict(found.tensors)
     d, around = model.config.get_text_config().hidden_size, dict[str, TensorInfo]()
@@ -254,8 +252,7 @@ def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: 
     """Load a prediction layer as a ``NativeModel`` of one layer, with the embedding and output head of ``model``.
 
     model: the target model. found: the place of the layer. inside: name in the decoder layer -> description of the
-        tensor.
-    norm: description of the norm after the layer. Raises SpecDecError if the tensors do not fit.
+    tensor. norm: description of the norm after the layer. Raises SpecDecError if the tensors do not fit.
     """
     layer = NativeModel(Config(**_config(model) | {"tie_word_embeddings": False}), model.dtype)
     ends: Any = model.get_input_embeddings(), model.get_output_embeddings()
@@ -275,7 +272,7 @@ def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], no
 
     model: the target model, one of transformers. found: the place of the layer. inside: name in the decoder layer ->
     description of the tensor. norm: description of the norm after the layer. Raises SpecDecError if the tensors do not
-        fit.
+    fit.
     """
     make, base = type(model).from_pretrained, model.base_model_prefix
     named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}

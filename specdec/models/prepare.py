@@ -1,10 +1,9 @@
 """Make and check the folders of models in the user's cache. Loads no model.
 
-The cache has ``models/NAME/`` for embedded models (GGUF file, config, tokenizer, chat template),
-``models/NAME-HASH/`` for GGUF files and model folders that are given by path (only config, tokenizer and template),
-``downloads/`` for files that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder
-with other content: only models with our manifest file, and the content of a ``specdec-work/`` with our marker file, are
-deleted.
+The cache has ``models/NAME/`` for embedded models (GGUF file, config, tokenizer, chat template), ``models/NAME-HASH/``
+for GGUF files and model folders that are given by path (only config, tokenizer and template), ``downloads/`` for files
+that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder with other content: only
+models with our manifest file, and the content of a ``specdec-work/`` with our marker file, are deleted.
 
 Imports torch when a folder is made, and transformers where it is needed.
 """
@@ -73,8 +72,7 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
     """Return the cache folder with config, tokenizer and chat template of a GGUF file, made if need be.
 
     name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError if the file is broken or
-        not
-    supported, or the folder cannot be written.
+    not supported, or the folder cannot be written.
     """
     path, *others = [path.resolve() for path in file.paths]
     key = {"gguf": str(path), "stamp": [*packed.stamp([path])], "layout": LAYOUT}
@@ -142,9 +140,8 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
 
     name: the model's name in messages. key: entries of the folder's manifest, which identify the files it is made from.
     make: fills the empty folder that it gets, which is then renamed to ``folder``. One process at a time holds the
-        cache's
-    lock, which the system releases when a process dies. So work folders that are found belong to dead processes and are
-    deleted, and ``folder`` is complete whenever it exists. Raises SpecDecError if the folder cannot be made.
+    cache's lock, which the system releases when a process dies. So work folders that are found belong to dead processes
+    and are deleted, and ``folder`` is complete whenever it exists. Raises SpecDecError if the folder cannot be made.
     """
     if _defect(folder, key) is None:
         return folder
@@ -219,8 +216,7 @@ def _defect(folder: Path, key: dict[str, Any]) -> str | None:
     """Return what is wrong with a model's cache folder, as text; None: it is complete and up to date.
 
     key: entries that its manifest must have, which identify the files it is made from. The manifest also has the size
-        of
-    each file.
+    of each file.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))

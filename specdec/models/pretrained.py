@@ -32,7 +32,7 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the model ``source`` by transformers, and return it.
 
     trust_remote_code: whether to run Python code of the repository. Raises SpecDecError if there is no usable
-        tokenizer.
+    tokenizer.
     """
     try:
         with quiet_transformers(f"Loading {source.name}"):
@@ -84,7 +84,7 @@ def text_part(config: Any) -> dict[str, Any]:
     """Return keyword arguments for transformers' ``from_pretrained``, with which a text model is loaded.
 
     config: the model's config. Of a multimodal model whose text model is of a known family, only the text model is
-        loaded.
+    loaded.
     """
     text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
@@ -98,8 +98,7 @@ def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
 
     These are the weights of experts; others stay mapped from the files. name: the model's name in messages. config: the
     model's config. numbers: number of values of each tensor in the files. Raises SpecDecError if the config describes
-    over
-    twice as many weights as the files have.
+    over twice as many weights as the files have.
     """
     stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
@@ -121,8 +120,7 @@ def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Raise SpecDecError if the checkpoint lacks weights of the model, which transformers would leave random.
 
     name: the model's name in the message. model: the loaded model. info: transformers' report of keys that are missing
-        or
-    have another shape.
+    or have another shape.
     """
     names = {key for key, _ in model.named_parameters()}
     unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})

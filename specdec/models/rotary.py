@@ -19,8 +19,7 @@ class Rotary:
     """The rotary embedding of a model, equal to transformers' module bit by bit.
 
     inv_freq: layer type -> inverse frequencies, float32 [rotated / 2]; the key is "" if all layers have the same.
-        "rotated"
-        is the number of values of a head that rotate.
+        "rotated" is the number of values of a head that rotate.
     scaling: layer type -> factor of the cosines and sines, with the same keys.
     rope_type: the scaling type, such as "yarn", or a mapping from layer type to scaling type.
     halved: whether results have each cosine and sine once instead of twice.
@@ -46,8 +45,7 @@ class Rotary:
         """Return (cosines, sines) for ``positions`` [B, T], each [B, T, rotated]; [B, T, rotated / 2] if ``halved``.
 
         x: a tensor whose dtype the results get, unless ``wide``. layer_type: the layer type whose frequencies are used;
-            "": all
-        layers have the same. Raises SpecDecError for a scaling type that is not supported.
+        "": all layers have the same. Raises SpecDecError for a scaling type that is not supported.
         """
         if layer_type not in self.inv_freq:
             raise SpecDecError(f"rotary embeddings of type '{self.rope_type}' are not supported here")

@@ -37,10 +37,8 @@ def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -
     """Return whether the model in ``folder`` can become a ``NativeModel``, judged by its config.json.
 
     dtype: the wanted dtype; "auto": the config's. device: where the model is to run. All known families can in bfloat16
-        on
-    the CPU. A dense Granite 4 can always unless its dtype is "auto" and not bfloat16, since transformers has another
-    class
-    for it.
+    on the CPU. A dense Granite 4 can always unless its dtype is "auto" and not bfloat16, since transformers has another
+    class for it.
     """
     try:
         whole = json.loads((folder / CONFIG).read_text("utf-8"))
@@ -107,11 +105,9 @@ def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | Non
     """Set the parameters of ``model`` that have no values yet from safetensors files.
 
     name: the model's name in messages. file: the files' header. Weights of the model's dtype are mapped from the files,
-        and
-    experts stay there in any dtype. Returns the weights that had to be converted, in the order of the parameters; None:
-    the
-    tensors have other names or shapes than the model. Raises SpecDecError if converted weights need more memory than is
-    free.
+    and experts stay there in any dtype. Returns the weights that had to be converted, in the order of the parameters;
+    None: the tensors have other names or shapes than the model. Raises SpecDecError if converted weights need more
+    memory than is free.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     config, found = model.config, dict[str, list[TensorInfo]]()
@@ -134,8 +130,7 @@ def _tensors_of(
     """Return the tensors that make up one parameter of ``model``; None: one is missing, or has another shape or type.
 
     parameter: the parameter's name. shape: its shape. tensors: the file's tensors by name. It is one tensor; a
-        parameter of
-    experts may also be a matrix for each expert.
+    parameter of experts may also be a matrix for each expert.
     """
     path, _, leaf = parameter.rpartition(".")
     module, kinds = model.get_submodule(path), (*PLAIN,)

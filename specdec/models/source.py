@@ -110,8 +110,8 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
     """Return the path of the only GGUF file in a repository that is named ``wanted`` or whose name ends with it.
 
     repository: ORG/NAME, for messages. wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M"; case is ignored. files: paths of
-        all
-    files in the repository. The first part stands for a split file. Raises SpecDecError unless exactly one file fits.
+    all files in the repository. The first part stands for a split file. Raises SpecDecError unless exactly one file
+    fits.
     """
     every = dict[str, str]()
     beside = names.is_companion(wanted)

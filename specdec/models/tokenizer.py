@@ -27,8 +27,8 @@ def save(backend: Backend, folder: Path) -> None:
     """Write a tokenizer of the library ``tokenizers`` to the tokenizer.json in ``folder``.
 
     Merges are written as texts "LEFT RIGHT", which ``tokenizers`` reads in half the time that pairs take. They stay
-    pairs
-    if this would change one: a token has a space, or a text begins like the comment that ``tokenizers`` leaves out.
+    pairs if this would change one: a token has a space, or a text begins like the comment that ``tokenizers`` leaves
+    out.
     """
     content = json.loads(backend.to_str())
     merges = [" ".join(pair) for pair in content["model"].get("merges", ())]
@@ -100,8 +100,7 @@ class Tokenizer:
         """Return the token ids of ``text``, a string or a list of strings, as an ``Encoding``.
 
         how: keyword arguments of transformers' tokenizers, such as ``add_special_tokens``. For arguments that are not
-            supported
-        here, and for other kinds of text, transformers' tokenizer makes the result.
+        supported here, and for other kinds of text, transformers' tokenizer makes the result.
         """
         several = isinstance(text, list | tuple)
         plain = isinstance(text, str) or (several and all(isinstance(each, str) for each in text))
@@ -178,8 +177,8 @@ class Tokenizer:
         tools, documents: values for the template; None: there are none.
         chat_template: a Jinja template to use; None: the tokenizer's own.
         add_generation_prompt: whether the text ends with the opening of the assistant's next message.
-        continue_final_message: whether the text ends within the last message, which the answer continues.
-        more: further variables of the template, by name.
+        continue_final_message: whether the text ends within the last message, which the answer continues. more: further
+        variables of the template, by name.
         """
         from specdec.models.chat_template import render  # imports jinja2
 

@@ -92,8 +92,7 @@ def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[Tens
     """Return the descriptions of the tensors that decide together whether a parameter can stay in the file.
 
     parameter: its name. module: the module that it belongs to. found: parameter name -> the tensors that it is made of.
-        For
-    a matrix of experts, these are all matrices of the layer's experts; for others, the parameter's own tensors.
+    For a matrix of experts, these are all matrices of the layer's experts; for others, the parameter's own tensors.
     """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:
@@ -105,8 +104,7 @@ def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
     """Return whether the weights of ``module``, made of the tensors ``infos``, can stay in the file as they are stored.
 
     A linear layer or an embedding can, if its tensors are in GGUF quantization blocks of types that can be joined.
-    Experts
-    can also be unquantized. Other modules, such as routers, cannot.
+    Experts can also be unquantized. Other modules, such as routers, cannot.
     """
     kinds = {info.kind for info in infos}
     if isinstance(module, Experts):
@@ -120,8 +118,7 @@ def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -
 
     found: parameter name -> its tensors in the file. mapped: whether weights that the file has in the model's dtype are
     mapped from it, and need no memory. keep: whether matrices keep their GGUF blocks, which then need as many bytes as
-        in
-    the file, and experts stay in the file.
+    in the file, and experts stay in the file.
     """
     need, dtype = 0, model.dtype
     for parameter, values in unfilled(model):

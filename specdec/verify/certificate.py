@@ -57,8 +57,7 @@ class Check:
         """Compare an answer with the reference's answer to the same prompt, and count the result.
 
         name: the prompt's name in ``details``. prompt: token ids. output: the answer, decoded with drafts. right: the
-            tokens of
-        the reference. target: the model. sampler: a sampler for one row, which chose the tokens of both.
+        tokens of the reference. target: the model. sampler: a sampler for one row, which chose the tokens of both.
         """
         answer = output.token_ids
         self.answers += 1
@@ -87,9 +86,8 @@ class Certificate:
     """A losslessness test: answers prompts with and without drafts, greedily and by sampling, and compares the tokens.
 
     It compares greedy and sampled answers to single prompts, and answers of both kinds to batches of prompts, with
-    every
-    draft length. Sampling uses the same random numbers with and without drafts. In float32, greedy answers are also
-    compared with those of ``model.generate``.
+    every draft length. Sampling uses the same random numbers with and without drafts. In float32, greedy answers are
+    also compared with those of ``model.generate``.
 
     decoder: decodes with drafts.
     prompts: (name, token ids) of each prompt.
@@ -128,7 +126,7 @@ class Certificate:
         """Run the whole test, batch of prompts by batch.
 
         progress: called after each batch, greedy and sampled, with (number done, number in all, tokens compared so
-            far).
+        far).
         Raises SpecDecError for prompts that exceed the model's context.
         """
         steps = list(product(self.batches, self.params))
@@ -170,8 +168,8 @@ class Certificate:
         """Compare answers with those of a reference, and count the results in the check ``part``.
 
         All lists have one entry for each prompt. batch: (name, token ids). outputs: answers decoded with drafts.
-            rights: tokens
-        of the reference. noise: number of the random stream that the sampler used. how: the options of decoding.
+        rights: tokens of the reference. noise: number of the random stream that the sampler used. how: the options of
+        decoding.
         """
         for (label, prompt), output, right, stream in zip(batch, outputs, rights, noise, strict=True):
             sampler = Sampler([self.decoder.request(prompt, stream=stream, **how).sampler])

@@ -28,8 +28,7 @@ def replay(
 
     The result is float32 [n, V]: entry i is for the position of ``tokens[i]``.
     sampler: a sampler for one row. Its processors and its noise are applied, so that the largest value is at the token
-        that
-    it chooses. None: the raw logits.
+    that it chooses. None: the raw logits.
     raised: a number that is added to the logit of the last of ``tokens`` before the sampler's processors.
     """
     ids = torch.tensor([prompt + tokens], device=target.device)
@@ -101,8 +100,8 @@ def first_difference(
     """Compare the new tokens of two outputs for one prompt; return their first difference, None if they are equal.
 
     target: the model. ours: token ids decoded with drafts. plain: token ids of plain decoding. sampler: a sampler for
-        one
-    row, which chose the tokens; None: greedy decoding. A difference in length alone is a fault with an infinite margin.
+    one row, which chose the tokens; None: greedy decoding. A difference in length alone is a fault with an infinite
+    margin.
     """
     if ours == plain:
         return None

@@ -103,8 +103,7 @@ def common_kind(kinds: set[str]) -> str | None:
     """Return the GGUF type in which matrices of all the types ``kinds`` can be stored without loss; None: no type can.
 
     If all types are equal, it is this type. For Q4_K and Q5_K it is Q5_K, since a Q4_K value is a Q5_K value whose
-    fifth
-    bit is 0.
+    fifth bit is 0.
     """
     return "Q5_K" if kinds == {"Q4_K", "Q5_K"} else next(iter(kinds)) if len(kinds) == 1 else None
 
@@ -298,8 +297,7 @@ class BlockExperts(_OfBlocks):
         """Return (gate_up [2 F, D], down [D, F]), the dequantized matrices of the expert with the index ``number``.
 
         D is the hidden size and F the inner size of an expert. For gpt-oss (``transposed``) the matrices are
-        transposed,
-        [D, 2 F] and [F, D], and columns of gate and up alternate.
+        transposed, [D, 2 F] and [F, D], and columns of gate and up alternate.
         """
         matrices, last, *_ = expert(self, number)
         *parts, down = [
@@ -339,8 +337,7 @@ def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
     """Return ([matrices of gate and up], down [D, F]) of one expert, as views of a model's own module of experts.
 
     own: the module, with all experts in the parameters gate_up_proj and down_proj. number: index of the expert. The
-        list
-    has one matrix [2 F, D], gate before up, or two [F, D]. D is the hidden size and F the inner size of an expert.
+    list has one matrix [2 F, D], gate before up, or two [F, D]. D is the hidden size and F the inner size of an expert.
     """
     gate_up, down = own.gate_up_proj[number].detach(), own.down_proj[number].detach()
     return ([gate_up.T[::2], gate_up.T[1::2]], down.T) if own.is_transposed else ([gate_up], down)
@@ -350,10 +347,9 @@ def expert(experts: Any, number: int) -> tuple[Any, ...]:
     """Return ([matrices of gate and up], down, bias of gate and up, bias of down) of one expert of a mixture.
 
     experts: a layer's module of experts, in blocks or not. number: index of the expert. The list has one matrix [2 F,
-        D],
-    gate before up, or two [F, D]; down is [D, F]; biases are [2 F] and [D], or None if the experts have none. A matrix
-    that
-    is stored quantized is a ``Blocks``, any other a tensor. D is the hidden size and F the inner size of an expert.
+    D], gate before up, or two [F, D]; down is [D, F]; biases are [2 F] and [D], or None if the experts have none. A
+    matrix that is stored quantized is a ``Blocks``, any other a tensor. D is the hidden size and F the inner size of an
+    expert.
     """
     if isinstance(experts, BlockExperts):
         *gate_up, down = (_unblocked(each, experts.dtype) for each in (*experts.gate_up[number], experts.down[number]))
@@ -390,8 +386,7 @@ class ExpertBlocks(Blocks):
     data, kind, inputs: those of the first matrix.
     experts: number of experts.
     interleaved: for a transposed parameter [experts, inputs, rows], the number of parts, such as gate and up, whose
-        columns
-        alternate; 0: the parameter is not transposed.
+        columns alternate; 0: the parameter is not transposed.
     """
 
     matrices: tuple[Blocks, ...] = ()
@@ -435,8 +430,7 @@ def quantize_experts(experts: Any, kind: str) -> BlockExperts:
     """Return a layer's experts with all matrices quantized to blocks of the GGUF type ``kind``.
 
     experts: the layer's module of experts with unquantized matrices, whose memory is released. kind: Q4_0, Q4_1, Q5_0,
-        Q5_1
-    or Q8_0. Raises SpecDecError if a matrix has a number of inputs that is no multiple of 32.
+    Q5_1 or Q8_0. Raises SpecDecError if a matrix has a number of inputs that is no multiple of 32.
     """
     gate_up, down = list[list[Blocks]](), list[Blocks]()
     whole = isinstance(experts, BlockExperts)
@@ -518,8 +512,7 @@ def temporarily_dense(model: nn.Module) -> Iterator[None]:
     """Dequantize all weights of ``model`` in GGUF blocks during a ``with`` block, and restore the blocks after it.
 
     For callers that run the model's own ``forward`` many times. No effect on models without blocks. Raises SpecDecError
-    if
-    the dequantized weights need more memory than is free.
+    if the dequantized weights need more memory than is free.
     """
     modules = model.named_modules(remove_duplicate=False)
     replaced = [(path, module) for path, module in modules if isinstance(module, _OfBlocks)]

@@ -99,7 +99,7 @@ class GGUFFile(TensorFile):
 
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
-    """Read the header of a GGUF file, or the headers of all parts of a split file.
+    """Read and return the header of a GGUF file, or the joined headers of all parts of a split file.
 
     path: the file, or any part of a split one. name: the model's name in messages; "": the path.
     Raises SpecDecError if the file is broken or a part is missing.

@@ -73,7 +73,7 @@ def unused(config: Any) -> set[str]:
     """Return names of tensors that a GGUF file may have and that no layer reads.
 
     They are the key and value projections of layers that read the keys and values of other layers. config: of a Gemma
-        4.
+    4.
     """
     count, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", None) or 0
     parts = "attn_k", "attn_v", "attn_k_norm"
@@ -93,8 +93,7 @@ def _rotating(name: str, file: GGUFFile) -> float:
     """Return the fraction of an attention head that rotates in layers with full attention.
 
     name: the model's name in messages. file: the header of the GGUF file. A tensor in it divides rotary frequencies: by
-        1,
-    or by a huge number, which stops rotation. Raises SpecDecError if it has other divisors.
+    1, or by a huge number, which stops rotation. Raises SpecDecError if it has other divisors.
     """
     info = file.tensors.get(ROPE_FACTORS)
     divisors = torch.empty(0) if info is None or info.kind != "F32" else file.data(info).view(torch.float32)

@@ -25,8 +25,7 @@ def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, t
     """Read a LoRA adapter from a GGUF file; return (changes, name of the base model or "").
 
     name: the adapter's name in messages. path: the GGUF file. model: the model to adapt. file: the header of the GGUF
-        file
-    that the model is from. The changes are {module path of a linear layer: (A [r, in], B [out, r], scale)}, where
+    file that the model is from. The changes are {module path of a linear layer: (A [r, in], B [out, r], scale)}, where
     scale * B @ A is to be added to the layer's weight. Raises SpecDecError if the adapter is broken, is for another
     architecture, or changes anything but linear layers.
     """

@@ -73,8 +73,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template of a GGUF file into ``folder``.
 
     name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError for a file that is broken
-        or
-    not supported.
+    or not supported.
     """
     kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
@@ -176,10 +175,8 @@ def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str
     """Return the config field ``rope_scaling`` for GGUF metadata of scaled rotation.
 
     name: the model's name in messages. kind: the scaling type, such as "yarn". scaling: the metadata after
-        "rope.scaling.".
-    values: config fields by name; those that belong into ``rope_scaling`` leave them. Raises SpecDecError for an
-        unknown
-    type or impossible metadata.
+    "rope.scaling.". values: config fields by name; those that belong into ``rope_scaling`` leave them. Raises
+    SpecDecError for an unknown type or impossible metadata.
     """
     found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
     bad = [key for key, value in found.items() if not _positive(value)]
@@ -220,8 +217,7 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
     """Return for each parameter of ``model`` the names of the tensors in a GGUF file that make it up.
 
     name: the model's name in messages. file: the header of the GGUF file. model: the model, still without values.
-        Raises
-    SpecDecError if tensors are missing, superfluous, or of another shape or an unknown type.
+    Raises SpecDecError if tensors are missing, superfluous, or of another shape or an unknown type.
     """
     found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
@@ -311,9 +307,9 @@ def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
     """Set the parameters of ``model`` that have no values yet from the tensors of a GGUF file.
 
     name: the model's name in messages. file: the header of the GGUF file. keep: whether matrices and experts stay in
-        the
-    file's quantization blocks where kernels can read these; their modules are then replaced. If not, all weights are
-    dequantized. Raises SpecDecError if the tensors do not fit the model, or the weights need more memory than is free.
+    the file's quantization blocks where kernels can read these; their modules are then replaced. If not, all weights
+    are dequantized. Raises SpecDecError if the tensors do not fit the model, or the weights need more memory than is
+    free.
     """
     config, names = model.config, check_tensors(name, file, model)
     found = {parameter: [file.tensors[tensor] for tensor in tensors] for parameter, tensors in names.items()}
@@ -331,9 +327,9 @@ def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
 def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int = 1) -> Tensor | Blocks:
     """Return a parameter of a GGUF file with the changes of llama.cpp's converter undone.
 
-    The converter changes the order of some rows and columns, and adds 1 to the weights of some norms.
-    config: the model's config. parameter: the parameter's name in the model. stored: its values or blocks in the file.
-    tensors: number of the file's tensors that were joined, row after row, into ``stored``.
+    The converter changes the order of some rows and columns, and adds 1 to the weights of some norms. config: the
+    model's config. parameter: the parameter's name in the model. stored: its values or blocks in the file. tensors:
+    number of the file's tensors that were joined, row after row, into ``stored``.
     """
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
@@ -378,9 +374,8 @@ def rows_of(config: Config, path: str, count: int) -> Tensor | None:
     """Return, for each row of a linear layer's weight in the model, the index of its row in the GGUF file.
 
     config: the model's config. path: module path of the layer. count: number of rows of its weight. The file
-        interleaves
-    rows of the query and key projections for rotation. The result is int32 [count]; None: the rows are in the same
-    order.
+    interleaves rows of the query and key projections for rotation. The result is int32 [count]; None: the rows are in
+    the same order.
     """
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:

@@ -105,8 +105,7 @@ def restored(path: str, leaf: str, values: Tensor) -> Tensor:
     """Return a recurrent layer's parameter of a GGUF file with the changes of llama.cpp's converter undone.
 
     path: the module's path. leaf: the parameter's name in the module. values: the values in the file. A_log gets its
-        values
-    back, and the weight of conv1d its shape; other parameters are returned as they are.
+    values back, and the weight of conv1d its shape; other parameters are returned as they are.
     """
     if leaf == "A_log":
         return (-values.float()).log()

@@ -81,8 +81,7 @@ def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tok
     """Return the byte-level BPE tokenizer that the metadata of a GGUF file describe.
 
     file: the header of the GGUF file. metadata: its entries by their names after "tokenizer.ggml.". pre: llama.cpp's
-        name
-    of the rule that splits text into words. kind: the model type.
+    name of the rule that splits text into words. kind: the model type.
     """
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
