@@ -1,4 +1,4 @@
-"""The whole algorithm in plain PyTorch over a model of transformers: draft, score, verify and commit.
+"""Speculative decoding in plain PyTorch over a model of transformers: draft, score, verify and commit.
 
 The engine does the same with caches, batches and kernels. Its tests compare it with this module, which shares no code
 with it. Here each step computes the whole text again, for one text at a time. docs/how-it-works.md walks through it.
@@ -129,9 +129,9 @@ def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
 
 
 def mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a boolean mask [S, S] as an attention mask [1, 1, S, S], which the model adds to the attention scores.
+    """Return a boolean mask [S, S] as an attention mask of ``dtype``, [1, 1, S, S], which is added to attention scores.
 
-    sees: entry (i, j) says whether token i sees token j. dtype: dtype of the result.
+    sees: entry (i, j) says whether token i sees token j. The result is 0 where it does, else the smallest number.
     """
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 

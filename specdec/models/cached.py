@@ -23,7 +23,7 @@ from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in the cache.
+    """A model that is stored in specdec's or Hugging Face's cache.
 
     name: the name that ``--model`` takes; for a file or folder of the user, its path.
     paths: folders, files and links in the caches that only this model needs, and that deleting it removes.
@@ -47,10 +47,10 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Return all models that specdec has in its cache.
+    """Return all models that specdec has stored in its cache.
 
-    These are embedded models, partly downloaded ones included, and all GGUF files and folders of which specdec has
-    stored config and tokenizer. Entries that cannot be read are left out.
+    These are embedded models, partly downloaded ones included, and GGUF files and model folders that specdec has loaded
+    before. Entries that cannot be read are left out.
     """
     found = [CachedModel(name, paths) for name in EMBEDDED if (paths := _embedded(name))]
     for manifest in sorted(cache_dir().glob(f"models/*/{MANIFEST}")):

@@ -121,7 +121,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """The function ``dict`` of templates: makes dicts and has ``fromkeys``, without the class's other attributes."""
+    """The name ``dict`` in templates: can be called like the class and has ``fromkeys``, and nothing else of it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)

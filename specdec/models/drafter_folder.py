@@ -231,8 +231,8 @@ def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name:
     """Return the ids of the tokens that a drafter can draft, int [V'], from an opened safetensors file.
 
     folder: the drafter's folder, for messages. stored: the opened file. vocab_size: vocabulary size of the target
-    model. name: name of the tensor with the ids. None: the file has no such tensor. Raises SpecDecError if the tensor
-    is no list of token ids of the target.
+    model. name: name of the tensor with the ids. Returns None if the file has no such tensor.
+    Raises SpecDecError if the tensor is no list of token ids of the target.
     """
     if (found := stored.header.get(name)) is None:
         return None
@@ -401,7 +401,8 @@ def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str
     """Return how ``base`` differs, by more than rounding, from the model that a drafter was trained for, as text.
 
     trained: the object ``base`` in the drafter's config, which identifies that model. where: the drafter's folder, for
-    messages. None: the models do not differ. "": unknown, because the config has no sampled values.
+    messages. Returns None if the models do not differ, and "" if that is unknown, because the config has no sampled
+    values.
     """
     if not _of_size(trained, base.model.config):
         return "it is of another architecture or size"

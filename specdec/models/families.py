@@ -71,18 +71,19 @@ class Family:
     attention_bias: whether the config field ``attention_bias`` gives biases to attention's linear layers.
     mlp_bias: whether the config field ``mlp_bias`` gives biases to the MLP's linear layers.
     joined: whether one linear layer computes queries, keys and values, and one the gate and up projections.
-    mixer: the layer type that replaces attention in recurrent layers; "": the family has no recurrent layers.
+    mixer: name of the recurrence that replaces attention in recurrent layers; "": the family has no recurrent layers.
     gated: whether attention's result is multiplied by gates, which the query projection also computes.
     shared: whether each mixture-of-experts layer has one more expert, with a gate, for all tokens.
     half_tables: whether transformers' rotary tables have each cosine and sine once instead of twice.
     wide: whether rotary tables stay in float32 instead of the model's dtype.
     partial: whether ``partial_rotary_factor`` may exclude a part of each head from rotation.
-    fields: config fields that this family supports besides ``COMMON``; "rope_parameters.NAME" is a nested field.
+    fields: config fields that this family supports besides those of all families; "rope_parameters.NAME" is a nested
+        field.
     only: config field -> the only value of it that is supported.
     gguf: name of the architecture in GGUF files; "": GGUF files are not supported.
     interleaved: whether GGUF files store the rows of queries and keys in interleaved rotary order.
     tiled_heads: whether GGUF files store the first value head of every key head, then the second one, and so on.
-    keys: GGUF metadata key -> config field, besides those in ``KEYS``.
+    keys: GGUF metadata key -> config field, besides those of all families.
     """
 
     norms: tuple[str, str, str, str] = BEFORE

@@ -22,7 +22,8 @@ TIMEOUT = 10  # seconds for the Hub to answer
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
     """Split ``text``, such as "ORG/NAME@revision", into (repository, revision).
 
-    The revision is None if the text names none, which stands for the latest. None: ``text`` is no name of a repository.
+    The revision is None if the text names none, which stands for the latest. Returns None if ``text`` is no name of a
+    repository.
     """
     found = _ID.fullmatch(text)
     return None if found is None else (found[1], found[2])

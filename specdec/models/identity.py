@@ -157,8 +157,9 @@ def difference(given: Any, model: nn.Module, where: str) -> str | None:
     """Return how ``model`` differs by more than rounding from another model, of which only samples are known, as text.
 
     given: sampled values of the other model's weights, {weight: {"shape": [...], "values": "text"}}, from an untrusted
-    file. where: the file, for messages. None: the models do not differ, or would not without a LoRA adapter that is
-    merged into ``model``. Raises SpecDecError for broken samples.
+    file. where: the file, for messages. Returns None if the models do not differ, or would not without a LoRA adapter
+    that is merged into ``model``.
+    Raises SpecDecError for broken samples.
     """
     wanted, own = _read(given, where), dict(named_weights(model))
     found = _difference(wanted, own, {}, where)

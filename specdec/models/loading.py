@@ -129,8 +129,8 @@ def _native(
     """Return the model of ``source`` as a ``NativeModel`` with weights, adapter and generation config.
 
     entry: the folder in specdec's cache with its config files. found: the config in it. kind: the dtype; "auto":
-    bfloat16. place: the device. change: (name, path) of the LoRA adapter to merge; None: none.
-    None: the safetensors files have other tensors than the model needs, so that transformers must load it.
+    bfloat16. place: the device. change: (name, path) of the LoRA adapter to merge; None: none. Returns None if the
+    safetensors files have other tensors than the model needs, so that transformers must load it.
     """
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):

@@ -103,10 +103,10 @@ def is_companion(name: str) -> bool:
 
 
 def companions(path: Path) -> list[Path]:
-    """Return the paths of GGUF files beside ``path`` that, by their names, have the prediction layer of its model.
+    """Return the paths of GGUF files beside ``path`` that, by their names, have its model's prediction layer.
 
-    path: the model's GGUF file. Such a file is called "mtp-" and the model's name or its beginning; types of weights in
-    the names, such as Q4_K_M, may differ.
+    path: the model's GGUF file. The layer, for multi-token prediction, is in a file called "mtp-" and the model's name
+    or its beginning; types of weights in the names, such as Q4_K_M, may differ.
     """
     found = list[Path]()
     for each in sorted(path.parent.glob("*.gguf")):

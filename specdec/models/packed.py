@@ -49,7 +49,7 @@ class Origin:
     def place(self, matrix: Tensor) -> int | None:
         """Return where a matrix begins, as an offset in bytes through all of ``maps`` and then all of ``made``.
 
-        None: the matrix lies elsewhere in memory, or is not contiguous.
+        Returns None if the matrix lies elsewhere in memory, or is not contiguous.
         """
         begin = 0
         for part in (*self.maps, *self.made):

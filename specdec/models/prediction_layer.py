@@ -86,7 +86,7 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass(frozen=True)
 class Found:
-    """The place of a multi-token prediction layer in files, which are open but not read.
+    """The place of a multi-token prediction layer: an open file, and the layer's tensors in it, not read yet.
 
     name: the checkpoint's name, for messages.
     file: the file that has the layer.

@@ -85,8 +85,8 @@ def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Pa
     """Return the cache folder with config, tokenizer and chat template of a model folder, made if need be.
 
     name: the model's name in messages. folder: the user's model folder. write: writes these files into a folder that it
-    gets. None: ``write`` raised an error other than OSError, which means that transformers must load the model; or the
-    cache cannot store the folder, and a note says so.
+    gets. Returns None if ``write`` raises an error other than OSError, which means that transformers must load the
+    model, or if the cache cannot store the folder, and then prints a note.
     """
     path, refused = folder.resolve(), list[Exception]()
     files = sorted({file for pattern in PARTS for file in path.glob(pattern)})

@@ -34,11 +34,12 @@ SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they
 
 
 def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -> bool:
-    """Return whether the model in ``folder`` can become a ``NativeModel``, judged by its config.json.
+    """Return whether the model in ``folder`` can be loaded without transformers' modelling classes.
 
-    dtype: the wanted dtype; "auto": the config's. device: where the model is to run. All known families can in bfloat16
-    on the CPU. A dense Granite 4 can always unless its dtype is "auto" and not bfloat16, since transformers has another
-    class for it.
+    Only its config.json is read. dtype: the wanted dtype; "auto": the config's. device: where the model is to run.
+    Models of all known families are supported in bfloat16 on the CPU. A dense Granite 4, for which transformers has
+    another class, is supported on every device and in every dtype that is asked for; with "auto", its config's must be
+    bfloat16.
     """
     try:
         whole = json.loads((folder / CONFIG).read_text("utf-8"))
@@ -105,9 +106,9 @@ def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | Non
     """Set the parameters of ``model`` that have no values yet from safetensors files.
 
     name: the model's name in messages. file: the files' header. Weights of the model's dtype are mapped from the files,
-    and experts stay there in any dtype. Returns the weights that had to be converted, in the order of the parameters;
-    None: the tensors have other names or shapes than the model. Raises SpecDecError if converted weights need more
-    memory than is free.
+    and experts stay there in any dtype. Returns the weights that had to be converted, in the order of the parameters,
+    or None if the tensors have other names or shapes than the model.
+    Raises SpecDecError if converted weights need more memory than is free.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     config, found = model.config, dict[str, list[TensorInfo]]()

@@ -28,7 +28,8 @@ class Source:
 
     name: the name by which the user gave the model.
     folder: the folder with config and tokenizer.
-    entry: the folder in specdec's cache with config and tokenizer in specdec's form; None: transformers reads them.
+    entry: the folder in specdec's cache with config and tokenizer that specdec reads itself; None: transformers reads
+        those in ``folder``.
     file: the header of the GGUF file with the weights; None: they are in safetensors files.
     remote: whether ``folder`` lies in Hugging Face's cache. Its name is then the commit, and weights may be missing.
     """

@@ -171,14 +171,14 @@ class Tokenizer:
         tokenize: bool = True,
         **more: Any,
     ) -> Any:
-        """Return the token ids of a chat, or its text without ``tokenize``, rendered as by transformers.
+        """Return the text of a chat, or with ``tokenize`` its token ids in the form that transformers returns.
 
-        conversation: messages such as {"role": "user", "content": "..."}; or a list of chats, for several results.
+        conversation: messages such as {"role": "user", "content": "..."}; or a list of such chats, for several results.
         tools, documents: values for the template; None: there are none.
         chat_template: a Jinja template to use; None: the tokenizer's own.
         add_generation_prompt: whether the text ends with the opening of the assistant's next message.
-        continue_final_message: whether the text ends within the last message, which the answer continues. more: further
-        variables of the template, by name.
+        continue_final_message: whether the text ends within the last message, to be continued.
+        more: further variables of the template, by name.
         """
         from specdec.models.chat_template import render  # imports jinja2
 

@@ -165,11 +165,11 @@ class Certificate:
         noise: Sequence[int],
         how: dict[str, Any],
     ) -> None:
-        """Compare answers with those of a reference, and count the results in the check ``part``.
+        """Compare answers with those of a reference, and count the results in ``checks[part]``.
 
         All lists have one entry for each prompt. batch: (name, token ids). outputs: answers decoded with drafts.
-        rights: tokens of the reference. noise: number of the random stream that the sampler used. how: the options of
-        decoding.
+        rights: tokens of the reference. noise: number of the random stream from which the answer was sampled. how: the
+        options of decoding.
         """
         for (label, prompt), output, right, stream in zip(batch, outputs, rights, noise, strict=True):
             sampler = Sampler([self.decoder.request(prompt, stream=stream, **how).sampler])

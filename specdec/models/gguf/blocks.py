@@ -308,9 +308,10 @@ class BlockExperts(_OfBlocks):
         return (torch.stack(gate_up.chunk(2), 1).flatten(0, 1).T, down.T) if self.transposed else (gate_up, down)
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run R tokens ``x`` [R, D] through their experts; return the weighted sum of the results for each, [R, D].
+        """Run R tokens ``x`` [R, D] through their experts.
 
-        top_k_index: int [R, k], the experts of each token. top_k_weights: [R, k], their weights.
+        top_k_index: int [R, k], the experts of each token. top_k_weights: [R, k], their weights. Returns for each token
+        the weighted sum of its experts' results, [R, D].
         """
         out = torch.zeros_like(x)
         for number in top_k_index.unique().tolist():
@@ -378,9 +379,9 @@ def _unblocked(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
 
 @dataclass(frozen=True)
 class ExpertBlocks(Blocks):
-    """One parameter of a module of experts, [experts, rows, inputs], seen as the matrices of its experts in blocks.
+    """One parameter of a module of experts, [experts, rows, inputs], whose matrices are in GGUF blocks.
 
-    Only shape and single elements are needed, to sample values as of an ordinary parameter.
+    It has the parameter's shape and gives single elements of it, so that values can be sampled.
 
     matrices: the matrices of all experts, in order; an expert may have several, one below the other.
     data, kind, inputs: those of the first matrix.
@@ -469,9 +470,9 @@ def matrix(module: Any) -> Tensor | Blocks:
 
 
 def weight_rows(module: Any, index: Tensor) -> Tensor:
-    """Return rows of the weight of a linear layer or an embedding, [n, in], dequantized if it is stored in blocks.
+    """Return rows of the weight of a linear layer or an embedding, [n, in].
 
-    index: int [n], the rows' indices.
+    index: int [n], the rows' indices. Rows that are stored in GGUF quantization blocks are dequantized.
     """
     if isinstance(module, _BlockModule):
         return module.unpack(module.blocks, index, module.dtype)

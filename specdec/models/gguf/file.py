@@ -218,9 +218,10 @@ class _HeaderReader:
         return kind.unpack_from(self.data, at)[0]
 
     def count(self, least: int) -> int:
-        """Read and return the number of items of a list. Raises _Broken if the rest of the file is too small for them.
+        """Read and return the number of items of the list that follows in the header.
 
-        least: smallest number of bytes that an item can take.
+        least: smallest number of bytes that an item can take. Raises _Broken if the rest of the file is too small for
+        as many.
         """
         count: int = self.number(U64)
         if count * least > self.size - self.at:

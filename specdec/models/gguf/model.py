@@ -327,9 +327,9 @@ def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
 def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int = 1) -> Tensor | Blocks:
     """Return a parameter of a GGUF file with the changes of llama.cpp's converter undone.
 
-    The converter changes the order of some rows and columns, and adds 1 to the weights of some norms. config: the
-    model's config. parameter: the parameter's name in the model. stored: its values or blocks in the file. tensors:
-    number of the file's tensors that were joined, row after row, into ``stored``.
+    config: the model's config. parameter: the parameter's name in the model. stored: its values or blocks in the file.
+    tensors: number of the file's tensors that were joined, row after row, into ``stored``. The converter changes the
+    order of some rows and columns, and adds 1 to the weights of some norms.
     """
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
@@ -374,8 +374,8 @@ def rows_of(config: Config, path: str, count: int) -> Tensor | None:
     """Return, for each row of a linear layer's weight in the model, the index of its row in the GGUF file.
 
     config: the model's config. path: module path of the layer. count: number of rows of its weight. The file
-    interleaves rows of the query and key projections for rotation. The result is int32 [count]; None: the rows are in
-    the same order.
+    interleaves rows of the query and key projections for rotation. The result is int32 [count], or None if the rows of
+    this layer are in the same order.
     """
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:

@@ -68,7 +68,8 @@ def rows_of_two(config: Any) -> Tensor:
 def value_heads(config: Any, size: int) -> Tensor:
     """Return, for each row of the value heads in the model's order, the index of its row in a GGUF file's order.
 
-    config: the model's config. size: number of rows of a value head. The result is int64 [value heads * size].
+    config: the config of a model with recurrent layers (gated delta rule). size: number of rows of a value head. The
+    result is int64 [value heads * size].
     """
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     heads = torch.arange(values).view(values // keys, keys).t().flatten()
@@ -79,7 +80,7 @@ def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
     """Return, for each row of a recurrent layer's parameter in the model, the index of its row in the GGUF file.
 
     config: the model's config. path: the module's path. leaf: the parameter's name in the module. The result is int64
-    [rows]; None: the rows of this parameter are in the same order.
+    [rows], or None if the rows of this parameter are in the same order.
     """
     layer, _, name = path.rpartition("linear_attn")
     if not layer or name in (".norm", ".out_proj"):
@@ -94,7 +95,8 @@ def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
 def columns_of(config: Any, path: str) -> Tensor | None:
     """Return, for each column of a module's matrix in a GGUF file, the index of its column in the model, int64 [in].
 
-    config: the model's config. path: the module's path. None: the columns of this matrix are in the same order.
+    config: the model's config. path: the module's path. Returns None if the columns of this matrix are in the same
+    order.
     """
     if not path.endswith("linear_attn.out_proj"):
         return None
