@@ -196,8 +196,7 @@ class PackedFile:
         self.close()
 
     def _read(self) -> str | None:
-        """Read the file and return None. If it cannot be used, return the reason instead, or "" if it does not exist.
-        """
+        """Read the file and return None, or the reason why it cannot be used, which is "" if it does not exist."""
         try:
             with packed.open_file(self.path) as file:
                 self._read_from(file)
