@@ -1,12 +1,11 @@
-"""Speculative decoding in plain PyTorch over a model of transformers: draft, score, verify and commit.
+"""Speculative decoding in one sitting: draft, score, verify and commit, in plain PyTorch over a model of transformers.
 
 The engine does the same with caches, batches and kernels. Its tests compare it with this module, which shares no code
 with it. Here each step computes the whole text again, for one text at a time. docs/how-it-works.md walks through it.
-All layers of the model must attend to every earlier token. The class M2R2 needs the module names of Llama, which Qwen2
-and Qwen3 share.
+All layers of a model attend to every earlier token. M2R2 knows the names of Llama's parts, which Qwen2 and Qwen3 share.
 
-Shapes: T tokens of text, M drafted tokens, S tokens of a forward pass, D hidden size, V vocabulary size. N is the
-number of layers, E the exit layer. The *root* is the last token of the text; a draft begins after it.
+Shapes: T tokens of text, M drafted tokens, S tokens of a pass, D hidden size, V vocabulary.
+N is the number of layers, E the exit layer. The *root* is the last token of the text; a draft begins after it.
 """
 
 from __future__ import annotations
@@ -27,56 +26,40 @@ Processor = Callable[[Tensor, Tensor], Tensor]  # as in transformers: ids [1, T]
 
 @dataclass(frozen=True)
 class Tree:
-    """A tree of M drafted tokens. Node 0 is the root, the last token of the text; nodes 1 .. M are drafted tokens.
+    """Drafted tokens. Node 0 is the root, and nodes 1 .. M are the tokens; a chain is a tree without branches."""
 
-    A chain is a tree without branches.
-
-    tokens: the token ids of the nodes 1 .. M.
-    parents: the node before each of the nodes 1 .. M; a parent comes before its children.
-    """
-
-    tokens: Sequence[int] = ()
-    parents: Sequence[int] = ()
+    tokens: Sequence[int] = ()  # of the nodes 1 .. M
+    parents: Sequence[int] = ()  # the node before each of them, [M]; a parent comes before its children
 
     def path(self, node: int) -> list[int]:
         """Return the nodes from the root to ``node``, both included."""
         return [*self.path(self.parents[node - 1]), node] if node else [0]
 
     def text(self, path: Sequence[int]) -> list[int]:
-        """Return the tokens of the nodes in ``path``, which begins with the root, without the root's token."""
+        """Return the tokens of the nodes in ``path``, without the root's."""
         return [self.tokens[node - 1] for node in path[1:]]
 
     def child(self, parent: int, token: int) -> int | None:
-        """Return the first child node of the node ``parent`` whose token is ``token``; None: there is none."""
+        """Return the first child of ``parent`` that has ``token``; None if there is none."""
         nodes = enumerate(zip(self.parents, self.tokens, strict=True), start=1)
         return next((node for node, own in nodes if own == (parent, token)), None)
 
 
 class Step(NamedTuple):
-    """The draft and the result of one step of decoding.
+    """The draft and the result of one step of decoding."""
 
-    tree: the drafted tokens.
-    path: the accepted nodes of the tree, the root first.
-    tokens: the new tokens: those of the accepted nodes and the bonus token, cut where the text ends.
-    """
-
-    tree: Tree
-    path: list[int]
-    tokens: list[int]
+    tree: Tree  # what was drafted
+    path: list[int]  # the accepted nodes, the root first
+    tokens: list[int]  # the new tokens: those of the path and the bonus token, up to where the text ends
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rule by which a token is chosen from logits.
+    """The rule by which a token is chosen from logits."""
 
-    seed: seed of the noise; None: greedy decoding.
-    stream: a number that differs between texts with one seed, so that their noise differs.
-    processors: change the logits first, in this order, such as penalties, temperature or top-k.
-    """
-
-    seed: int | None = None
-    stream: int = 0
-    processors: Sequence[Processor] = ()
+    seed: int | None = None  # of the noise; None: greedy
+    stream: int = 0  # differs between texts with one seed
+    processors: Sequence[Processor] = ()  # change the logits first, in this order (penalties, temperature, top-k, ...)
 
 
 @torch.no_grad()
@@ -89,11 +72,11 @@ def decode(
     depth: int = 4,
     ends: frozenset[int] = frozenset(),
 ) -> list[Step]:
-    """Decode at most ``count`` tokens after the token ids ``prompt`` with drafts, and return the steps.
+    """Decode at most ``count`` tokens after ``prompt``, and return the steps.
 
-    model: a causal model of transformers. draft: takes the text so far and the largest depth, and returns a tree; by
-    default it drafts nothing. sampling: how tokens are chosen; by default greedily. depth: largest depth of a tree,
-    which the number of tokens still to come also limits. ends: ids of the tokens that end the text.
+    draft: takes the text and the largest depth; returns a tree. By default nothing is drafted.
+    depth: largest depth. The number of tokens that may still come bounds it, too.
+    sampling: how tokens are chosen; by default greedily. ends: tokens that end the text.
     """
     text, end, steps = list(prompt), len(prompt) + count, list[Step]()
     while len(text) < end and not (steps and text[-1] in ends):
@@ -110,11 +93,7 @@ def decode(
 
 
 def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
-    """Return the model's logits after the root and after each drafted token, [1 + M, V], computed in one forward pass.
-
-    The pass runs over the token ids ``text`` and the tokens of ``tree``; each drafted token sees the text and its
-    ancestors.
-    """
+    """Return logits [1 + M, V] after the root and after each drafted token, in one pass over ``text`` and ``tree``."""
     before, count = len(text) - 1, 1 + len(tree.tokens)
     sees = torch.ones(before + count, before + count, dtype=torch.bool).tril()  # (S, S): row i sees column j
     sees[before:, before:] = False
@@ -129,18 +108,14 @@ def score(model: Any, text: Sequence[int], tree: Tree) -> Tensor:
 
 
 def mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a boolean mask [S, S] as an attention mask of ``dtype``, [1, 1, S, S], which is added to attention scores.
-
-    sees: entry (i, j) says whether token i sees token j. The result is 0 where it does, else the smallest number.
-    """
+    """Return ``sees``, bool [S, S], as an attention mask of ``dtype``, [1, 1, S, S], that is added to the scores."""
     return torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
 
 
 def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
-    """Return the token that ``sampling`` chooses from the ``logits`` [V] of the next token.
+    """Return the token after the tokens ``before``, prompt included, chosen from its logits [V] by ``sampling``.
 
-    before: all tokens before it, the prompt included; processors read them, and their number is the position of the
-    noise. The largest of logits plus Gumbel noise is an exact draw from their softmax.
+    The largest of logits plus Gumbel noise is an exact draw from their softmax.
     """
     scores = logits.float()[None]  # (1, V)
     for processor in sampling.processors:
@@ -151,10 +126,7 @@ def choose(logits: Tensor, before: Sequence[int], sampling: Sampling) -> int:
 
 
 def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
-    """Return standard Gumbel noise for the token at ``position``, float32 [size].
-
-    seed, stream: identify the text's random stream. Equal arguments give equal noise. size: vocabulary size.
-    """
+    """Return standard Gumbel noise [V = ``size``] for the token at ``position``, made of seed, stream and position."""
     key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, position, 0], np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw((size + 1) // 2)  # 64 random bits in each
     bits = torch.from_numpy((words.view(np.uint32)[:size] >> 1).astype(np.int32))
@@ -163,10 +135,7 @@ def gumbel(seed: int, stream: int, position: int, size: int) -> Tensor:
 
 
 def verify(tree: Tree, chosen: Sequence[int]) -> list[int]:
-    """Return the accepted path: the longest path of nodes from the root along which the model chose each drafted token.
-
-    tree: the drafted tokens. chosen: the token that the model chooses after each node, [1 + M], after the root first.
-    """
+    """Return the nodes of the accepted path, the root first. chosen: the model's choice after each node, [1 + M]."""
     path = [0]
     while (node := tree.child(path[-1], chosen[path[-1]])) is not None:
         path.append(node)
@@ -177,10 +146,9 @@ DraftLogits = Callable[[list[int], list[int]], Tensor]  # text, drafted tokens a
 
 
 def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Sampling = Sampling()) -> Tree:
-    """Return a chain of ``depth`` drafted tokens after ``text``, chosen by ``sampling`` as the model's own tokens are.
+    """Return a chain of ``depth`` tokens after ``text``, chosen from draft ``logits`` as the model's are from its own.
 
-    logits: takes the text and the tokens drafted so far, and returns the drafter's logits [V] of the next token. Draft
-    and model add the same Gumbel noise at a position, so that similar logits mostly give the same token.
+    By ``sampling`` both add the same Gumbel noise at a position, so similar logits mostly give the same token.
     """
     tokens = list[int]()
     for _ in range(depth):
@@ -189,11 +157,9 @@ def draft_chain(logits: DraftLogits, text: list[int], depth: int, sampling: Samp
 
 
 def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nodes: int) -> Tree:
-    """Return the likeliest ``nodes`` nodes of a tree of drafted tokens after ``text`` (EAGLE-2, arXiv 2406.16858).
+    """Return the likeliest ``nodes`` nodes of a tree of ``depth`` levels after ``text`` (EAGLE-2, arXiv 2406.16858).
 
-    logits: takes the text and the tokens of a path, and returns the drafter's logits [V] of the next token. depth:
-    number of levels of the tree. width: number of nodes of a level that get children, and number of children of each of
-    them.
+    width: number of nodes of a level that get children, and number of children of each, the likeliest by ``logits``.
     """
     level, found = [(0.0, list[int]())], list[tuple[float, list[int]]]()  # paths: log-probability, tokens
     for _ in range(depth):
@@ -209,28 +175,20 @@ def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nod
 
 @dataclass(frozen=True)
 class M2R2:
-    """A drafter by the accelerated residual p of a model (M2R2, arXiv 2502.02040).
+    """The accelerated residual p of a model (arXiv 2502.02040). The slow residual is h: h[k + 1] = h[k] + f_k(h[k]).
 
-    The slow residual h is the model's own: h[k + 1] = h[k] + f_k(h[k]). Numbers of equations are those of
-    docs/how-it-works.md. (1), (2) and (6) are the paper's idea; the projections (3) and (5), and the projected path
-    through later layers (4), are an extension of this project.
+    Equations have the numbers of docs/how-it-works.md, as the paper's abstract was at hand, not its text: (1), (2) and
+    (6) are the paper's idea; the projections (3) and (5), and the segments (4), are an extension of this project.
 
-    model: a Llama, Qwen2 or Qwen3 of transformers.
-    path: the path in a drafter's config.json: exit_layer E; segments [[lo, hi], ...], ranges of later layers;
-        final_projection, whether there is (5); adapters, names of adapted modules by layer. All MLPs run whole.
-    tensors: a drafter's tensors by name: projections.*, adapters.* and, if only some tokens can be drafted,
-        draft_vocab.
+    path, tensors: as in config.json and model.safetensors of a drafter with one exit, whose MLPs run all neurons.
     """
 
     model: Any
-    path: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    path: Mapping[str, Any]  # exit_layer E; segments [[lo, hi], ..]; final_projection; adapters, names by layer
+    tensors: Mapping[str, Tensor]  # projections.*, adapters.* and, if the vocabulary is reduced, draft_vocab
 
     def logits(self, text: list[int], drafted: list[int]) -> Tensor:
-        """Return the draft logits [V] of the token that follows ``text`` and then the tokens ``drafted``.
-
-        Tokens that the drafter cannot draft get -inf.
-        """
+        """Return the draft logits [V] of the token after ``text`` and the tokens ``drafted`` after it."""
         parts, segments, last = self.model.model, self.path["segments"], self.model.config.num_hidden_layers
         root, count = len(text) - 1, len(text) + len(drafted)
         causal, positions = torch.ones(count, count, dtype=torch.bool).tril(), torch.arange(count)
@@ -262,19 +220,15 @@ class M2R2:
         return torch.full_like(logits, float("-inf")).index_copy(0, known, logits[known])
 
     def project(self, number: int, *states: Tensor) -> Tensor:
-        """Apply a trained linear map to the concatenation of ``states`` [1, 1, D] each; return its result [1, 1, D].
-
-        number: index of the map among the drafter's projections. Each state is divided by its root mean square first.
-        """
+        """Apply projection ``number`` to states [1, 1, D], each of which is divided by its root mean square."""
         units = torch.cat([F.rms_norm(state, state.shape[-1:], eps=1e-6) for state in states], -1)  # (1, 1, 2 or 3 D)
         weight, bias = (self.tensors[f"projections.{number}.{name}"].to(units.dtype) for name in ("weight", "bias"))
         return F.linear(units, weight, bias)
 
     def run(self, x: Tensor, sees: Tensor, positions: Tensor, lo: int, hi: int, adapted: int = 0) -> list[Tensor]:
-        """Run the layers [lo, hi) on ``x`` [1, S, D]; return the input of each and the output of the last.
+        """Return the residuals before each of the layers [lo, hi) and after the last, from ``x`` [1, S, D].
 
-        sees: bool [S, S], whether token i sees token j. positions: int [S]. adapted: number of last tokens on which the
-        drafter's low-rank adapters act. Each of the hi - lo + 1 results is [1, S, D].
+        sees: which tokens each sees, [S, S]. positions: [S]. Adapters act on the last ``adapted`` tokens.
         """
         residuals, parts = [x], self.model.model
         rotary = parts.rotary_emb(x, positions[None])
@@ -291,9 +245,5 @@ class M2R2:
 
 
 def add_adapter(count: int, down: Tensor, up: Tensor, module: nn.Module, given: tuple[Tensor], y: Tensor) -> None:
-    """Add the low-rank adapter's result up(down(x)) to the output ``y`` [1, S, D] of a linear layer, in place.
-
-    A forward hook of ``module``. count: number of last tokens that are changed. down: [r, in]. up: [out, r]. given: the
-    layer's input x [1, S, in], alone in a tuple.
-    """
+    """Add up(down(x)) to the output y of ``module`` for the last ``count`` tokens. given: its input x."""
     y[:, -count:] += given[0][:, -count:] @ down.T @ up.T
