@@ -24,8 +24,7 @@ _thread = threading.local()
 
 
 def capturing() -> bool:
-    """Return whether this thread is inside a function that is being captured; it must then not start another capture.
-    """
+    """Return whether this thread is inside a function that is being captured, and so must not start a capture."""
     return getattr(_thread, "inside", False)
 
 

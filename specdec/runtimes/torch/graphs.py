@@ -80,8 +80,7 @@ class CapturedTarget(TorchTarget):
     def static_cache(
         self, layers: Sequence[int], keys: tuple[int, int], recurrent: Sequence[int] = (), kinds: Any = None
     ) -> StaticCache:
-        """Return an empty static cache: tensors at fixed addresses for the keys, values and states of captured
-        functions.
+        """Return an empty static cache: tensors at fixed addresses for keys, values and states of captured functions.
 
         layers: indices of the attention layers that store keys and values.
         keys: number of key heads of a layer, and size of a head; the largest ones if layers differ.
@@ -174,7 +173,7 @@ class CapturedTarget(TorchTarget):
         return {layer.source for layer in self.network.layers[lo:hi] if layer.source < lo}
 
     def _without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
-        """Return the layers before ``lo`` whose keys layers [lo, hi) read and which lack keys of some uncommitted
+        """Return the layers before ``lo`` whose keys layers [lo, hi) read and which have not run all uncommitted
         tokens.
 
         cache: the KV cache of the pass through layers [lo, hi).

@@ -217,8 +217,9 @@ class Network:
         return x if self.scale is None else x * self.scale
 
     def embed_for_layers(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of token ids [B, T] that layers add themselves, P values for each of N layers: [B, T, N
-        P].
+        """Return the embeddings that the layers add themselves, for token ids [B, T]: P values for each of N layers.
+
+        The result is [B, T, N P].
         """
         table: Any = self.table_of_layers
         rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)

@@ -282,8 +282,7 @@ class Lanes:
         return LanesMask(self, positions, self.drafted, tree.expand(count, -1, -1))
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Store the keys ``k`` and values ``v`` [L, H, T, d] of the next T tokens; return all of them, [L, H, slots,
-        d].
+        """Store keys ``k`` and values ``v`` [L, H, T, d] of the next T tokens; return all of them, [L, H, slots, d].
 
         Slots that are not filled have old entries or zeros, which the caller must mask.
 

@@ -36,8 +36,7 @@ T = TypeVar("T")
 
 
 def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a target's method so that it raises MemoryFullError, with advice, where the device runs out of memory.
-    """
+    """Decorate a target's method so that it raises MemoryFullError, with advice, if the device's memory is full."""
 
     @functools.wraps(call)
     def explained(self: Target, *given: Any, **named: Any) -> T:
@@ -130,8 +129,7 @@ class TorchTarget(Target):
         return [made[index] for index in range(lo, hi)]
 
     def _adapt(self, index: int, adapters: Adapters) -> Layer:
-        """Return layer ``index`` as changed by ``adapters``: with the MLP neurons that they keep, and their low-rank
-        terms.
+        """Return layer ``index`` with the MLP neurons that ``adapters`` keep, and the adapters' low-rank (LoRA) terms.
         """
         base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
         maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
