@@ -129,8 +129,7 @@ class TorchTarget(Target):
         return [made[index] for index in range(lo, hi)]
 
     def _adapt(self, index: int, adapters: Adapters) -> Layer:
-        """Return layer ``index`` with the MLP neurons that ``adapters`` keep, and the adapters' low-rank (LoRA) terms.
-        """
+        """Return layer ``index`` as ``adapters`` change it: without removed MLP neurons, with low-rank (LoRA) terms."""
         base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
         maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
         sizes = {path: module.out_features for pairs in slots.values() for path, module in pairs}
