@@ -193,14 +193,12 @@ class KVCache:
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffers of all rows, row after row, in the order of ``names``: [2 (keys, values), N', H, slots, d]
-        each.
-        """
+        """Return the buffers of keys and values of all rows, row after row: [2 (keys, values), N', H, slots, d] each."""
         return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property
     def states(self) -> list[RowStates]:
-        """Return the recurrent states of each row (sequence), in batch order; [] if the model has no recurrent layers."""
+        """Return the recurrent states of each row (sequence), in batch order; [] without recurrent layers."""
         return [row.states for row in self.entries if row.states is not None]
 
     @property
@@ -312,8 +310,7 @@ class KVCache:
     def claim(
         self, lo: int, hi: int, counts: Sequence[int], heads: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> None:
-        """Reserve slots for the next tokens in layers [lo, hi) and count them as filled; the caller writes the
-        contents.
+        """Reserve slots for the next tokens in layers [lo, hi), and count them as filled; the caller fills them.
 
         A slot holds one token's keys and values.
 
@@ -368,7 +365,7 @@ class KVCache:
         return self.lengths[layer] - self.committed
 
     def _place_of(self, layer: int) -> tuple[str, int]:
-        """Return (name, index): the name of the buffer that holds the keys of ``layer``, and the layer's index in it."""
+        """Return (name, index): the name of the buffer with the keys of ``layer``, and the layer's index in it."""
         if self.layers is None:
             return str(layer), 0
         buffer, place = self._places[layer]
@@ -546,7 +543,7 @@ class KVCache:
             own.window_checkpoints = windows.thinned((*own.window_checkpoints, own.count))
 
     def of(self, entries: list[RowEntries]) -> Self:
-        """Return a cache with the settings of this one and the rows ``entries``. No token of these may be uncommitted."""
+        """Return a cache with the settings of this one and the rows ``entries``, which have no uncommitted tokens."""
         made = copy.copy(self)
         made._place(entries)
         return made
@@ -631,8 +628,7 @@ class KVCache:
         return {" ".join(map(str, key)): state.cpu().contiguous() for key, state in found.items()}
 
     def restore(self, parts: Iterable[dict[str, Tensor]], capacity: int) -> int:
-        """Write keys and values of a text's consecutive parts into this empty cache of one row; return their token
-        count.
+        """Write keys and values of a text's consecutive parts into this empty cache of one row; return their length.
 
         They are not committed: call ``resume`` next.
 

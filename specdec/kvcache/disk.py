@@ -131,8 +131,7 @@ class PrefixDisk:
         return CHUNK * len(self._there(ids, scope))
 
     def load(self, cache: Cache, ids: Sequence[int], scope: str | None, capacity: int) -> Cache:
-        """Fill ``cache`` with the longest stored beginning of the text ``ids``, commit its tokens, and return the
-        cache.
+        """Fill ``cache`` with the longest stored beginning of the text ``ids``, commit its tokens, and return it.
 
         The beginning ends before a chunk that cannot be read; if there is none, the cache stays empty.
 
@@ -163,8 +162,7 @@ class PrefixDisk:
         return cache
 
     def _load_windows(self, cache: KVCache, names: list[str]) -> list[int]:
-        """Read into ``cache`` the sliding-window layers' keys and values that a token after the chunks ``names`` will
-        see.
+        """Read into ``cache`` the sliding-window layers' keys and values that a token after ``names`` will see.
 
         If such a part cannot be read, chunks are removed from the end of ``names`` until a text can go on after them.
         Returns the indices of the chunks whose part was read, in ascending order; [] if there are no sliding-window
@@ -244,8 +242,7 @@ class PrefixDisk:
         return self.folder / (name + SUFFIX)
 
     def _read(self, name: str) -> Tensors | None:
-        """Return the tensors of the file ``name``; None if it is damaged, cannot be read, or is not in the cache any
-        more.
+        """Return the tensors of the file ``name``; None if it is damaged, unreadable, or no longer in the cache.
 
         Warns about a damaged file and removes it. Warns about a file that cannot be read.
         """

@@ -108,8 +108,7 @@ class RowMask(Mask):
         self.memo = {}
 
     def tree(self, row: int, window: int | None) -> Tensor | None:
-        """Return which uncommitted tokens each token of row ``row`` attends to, bool [tokens, U], contiguous; None: a
-        chain.
+        """Return which uncommitted tokens each token of row ``row`` attends to, bool [tokens, U]; None: a chain.
 
         window: attention window in tokens, outside of which nothing is visible; None: no limit.
         """

@@ -78,8 +78,8 @@ class RowStates(ABC):
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
-        """Replace ``states`` by those in ``ahead`` if these are the states after the tokens ``path``; return whether
-        they are.
+        """Use the states in ``ahead`` as ``states`` if they are those after the tokens ``path``; return whether they
+        are.
 
         path: ascending indices of the accepted tokens among the uncommitted ones.
         """
@@ -299,8 +299,7 @@ def _together(rows: Sequence[States]) -> States:
 
 
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
-    """Run ``layer`` on each row's pending tokens (accepted, but not in its states yet), so that the states include
-    them.
+    """Run ``layer`` on each row's pending tokens (accepted, but not in its states yet), which then include them.
 
     Rows with equal numbers of pending tokens run as a batch. advance: runs the layer on inputs and states.
     """
