@@ -78,8 +78,7 @@ class RowStates(ABC):
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
-        """Use the states in ``ahead`` as ``states`` if they are those after the tokens ``path``; return whether they
-        are.
+        """Use the states in ``ahead`` as ``states`` if they are those after the tokens ``path``; return whether so.
 
         path: ascending indices of the accepted tokens among the uncommitted ones.
         """
@@ -117,7 +116,7 @@ class RowStates(ABC):
         self.ahead = {}
 
     def checkpoint(self, count: int) -> None:
-        """Request a checkpoint after all ``count`` committed tokens: it is stored as soon as the states include them."""
+        """Request a checkpoint after all ``count`` committed tokens. It is stored once the states include them."""
         if count not in self.checkpoints:
             self.next_checkpoint = count
 

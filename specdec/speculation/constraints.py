@@ -50,9 +50,7 @@ class Constraint:
 
     @property
     def source(self) -> str:
-        """The constraint as text: by default the first field. Texts of more than ``LONGEST`` characters are refused
-        later.
-        """
+        """The constraint as text: by default the first field. ``compile_constraint`` refuses very long texts."""
         source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return source
 
@@ -332,9 +330,7 @@ class ConstraintState:
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """Return how many of ``tokens``, counted from the first, the constraint allows after ``ids`` (prompt and
-        output).
-        """
+        """Return how many of ``tokens``, counted from the first, may follow ``ids`` (prompt and output)."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
@@ -349,8 +345,9 @@ class ConstraintState:
         return next((n + 1 for n, token in enumerate(new) if token == block[1]), None)
 
     def _mask(self, new: Sequence[int]) -> Tensor | None:
-        """Compute which tokens may follow the generated tokens ``new``, bool [V]; None: no token, or ``new`` is
-        forbidden.
+        """Compute which tokens may follow the generated tokens ``new``, bool [V]; None: no token may.
+
+        None also if ``new`` itself breaks the constraint. new: the row's tokens after its prompt.
         """
         begin, block = self._begin(new), self.compiled.block
         if begin is None:
@@ -393,8 +390,7 @@ class ConstraintState:
         return count + int(self.matcher.validate_tokens(rest))
 
     def _go_to(self, new: Sequence[int]) -> bool:
-        """Move llguidance's matcher to the end of ``new``, rolling it back as needed; return whether it allows all of
-        them.
+        """Move llguidance's matcher to the end of ``new``, and return whether it allows all of these tokens.
 
         new: the generated tokens that are constrained, without a reasoning block.
         """

@@ -107,8 +107,9 @@ class Draft:
         return ancestors(self.parents) if self.held is None else self.held.ancestors
 
     def within(self, depths: list[int]) -> list[int]:
-        """Remove the nodes of each row b whose depth exceeds ``depths[b]``; return the indices of the rows that had to
-        be cut.
+        """Remove the nodes of each row b that are deeper than ``depths[b]``; return the indices of rows to be cut.
+
+        A row is returned if the tree's shape is deeper than the row's limit.
         """
         deep = self.depths()[1:]
         deepest = max(deep, default=0)
