@@ -193,7 +193,9 @@ class KVCache:
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffers of keys and values of all rows, row after row: [2 (keys, values), N', H, slots, d] each."""
+        """Return the buffers of keys and values of all rows, row after row: [2, N', H, slots, d] each (2: keys,
+        values).
+        """
         return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property

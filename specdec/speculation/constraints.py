@@ -161,7 +161,10 @@ class CompiledConstraint:
         self.reasoning[[end for end in ends if end < vocab_size]] = False
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
-        """Return the logits processor of one row (sequence). prompt: its token ids, which may end in a reasoning block."""
+        """Return the logits processor of one row (sequence).
+
+        prompt: token ids of the row's prompt, which may end in a reasoning block.
+        """
         return ConstraintState(self, prompt)
 
 

@@ -91,7 +91,7 @@ class Draft:
         return None
 
     def paths(self, row: int) -> list[list[int]]:
-        """Return, for each node that row ``row`` has, the token ids on the path from the root (excluded) to the node."""
+        """Return, for each node that row ``row`` has, the token ids on the path from the root (excluded) to it."""
         paths: list[list[int] | None] = [[]]
         for token, parent in zip(self.lists()[row], self.parents, strict=True):
             before = paths[parent]

@@ -88,8 +88,7 @@ class DrafterSpec:
         return cls(tuple(parts))
 
     def resolved(self) -> DrafterSpec:
-        """Return the spec with the names of all drafters filled in from their config.json; may download hub
-        repositories.
+        """Return the spec with the names of all drafters filled in from config.json; may download hub repositories.
 
         Raises SpecDecError if a source has no drafter.
         """
@@ -122,8 +121,7 @@ class DrafterSpec:
         return joined
 
     def refuse_early(self, model: str, config: Any = None) -> None:
-        """Raise SpecDecError if a drafter needs training and none is shipped for ``model``; call before loading
-        weights.
+        """Raise SpecDecError if a drafter needs training and none is shipped for ``model``.
 
         model: name of the model.
         config: the model's config; None: not downloaded yet, so only models of the package's own catalogue are checked.

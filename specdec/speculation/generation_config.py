@@ -98,8 +98,7 @@ def logits_processors(
 
 
 def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if a logits processor has a state that changes between calls, as rejected drafts would spoil
-    it.
+    """Raise SpecDecError if a logits processor has a state that calls change, since rejected drafts would spoil it.
 
     processors: logits processors; those of transformers with a state are known by their names.
     remedy: end of the error message: what the user can do.

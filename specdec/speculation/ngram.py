@@ -98,8 +98,7 @@ class Texts:
 
 
 class SortedTexts:
-    """Token ids of texts that never change, in 8 bytes per token, in which the last tokens of another text are
-    searched.
+    """Token ids of texts that never change, 8 bytes per token, in which another text's last tokens are searched.
 
     A search finds only the longest matches, of two tokens or more.
 
