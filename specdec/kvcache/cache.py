@@ -193,9 +193,7 @@ class KVCache:
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffers of keys and values of all rows, row after row: [2, N', H, slots, d] each (2: keys,
-        values).
-        """
+        """Return the buffers of keys and values of all rows, row after row: [2, N', H, slots, d] each."""
         return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property

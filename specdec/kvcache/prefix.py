@@ -118,14 +118,14 @@ class PrefixStore:
         return prefix.cache
 
     def drop(self) -> bool:
-        """Remove the least recently used text; return whether there was one."""
+        """Remove the least recently used cached text; return False if there is none."""
         if not self._texts:
             return False
         self._remove(next(iter(self._texts.values())))
         return True
 
     def clear(self) -> None:
-        """Remove all texts."""
+        """Remove all cached texts, with their KV caches."""
         while self.drop():
             pass
 

@@ -70,11 +70,11 @@ class RowStates(ABC):
 
     @abstractmethod
     def empty(self) -> Self:
-        """Return states of the same kind and size for a row without tokens."""
+        """Return empty recurrent states of the same kind and size, for a row (sequence) without tokens."""
 
     @abstractmethod
     def snapshot(self) -> StatesByKey:
-        """Return ``states`` as they are now; later passes do not change the returned tensors."""
+        """Return the present recurrent states, tensors by key, such that later passes do not change them."""
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:

@@ -64,9 +64,9 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Json(Constraint):
-    """Allows JSON of a schema, with the spaces of ``{"a": 1, "b": [2, 3]}`` and on one line.
+    """Constraint that allows only JSON text of a schema, on one line and spaced like ``{"a": 1, "b": [2, 3]}``.
 
-    schema: the JSON schema as a mapping or as text, or a pydantic model.
+    schema: the JSON schema as a mapping or as text, or a pydantic model class.
     """
 
     schema: Any
@@ -93,13 +93,13 @@ class Json(Constraint):
 
 
 def _refuse_constant(name: str) -> None:
-    """Raise an error for the constant ``name`` (NaN or Infinity), which Python's JSON parser would accept."""
+    """Raise ValueError for the constant ``name`` (such as NaN or Infinity), which Python's JSON parser would accept."""
     raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """Allows text that matches the regular expression ``pattern`` from its beginning to its end."""
+    """Constraint that allows only text which the regular expression ``pattern`` matches from beginning to end."""
 
     pattern: str
     kind = "regular expression"
@@ -110,7 +110,7 @@ class Regex(Constraint):
 
 @dataclass(frozen=True)
 class Grammar(Constraint):
-    """Allows text of a grammar. lark: the grammar in llguidance's variant of Lark."""
+    """Constraint that allows only text of a grammar. lark: the grammar, in llguidance's variant of Lark."""
 
     lark: str
     kind = "grammar"
@@ -118,7 +118,7 @@ class Grammar(Constraint):
 
 @dataclass(frozen=True)
 class Choice(Constraint):
-    """Allows one of the strings ``texts``, none of which is empty."""
+    """Constraint that allows only one of the strings ``texts``, none of which may be empty."""
 
     texts: Sequence[str]
     kind = "choice"
@@ -216,7 +216,7 @@ def _invalid(constraint: Constraint, why: str) -> SpecDecError:
 
 
 def _sentence(why: str) -> str:
-    """Return llguidance's error message ``why`` as one sentence, without the dump of its state."""
+    """Return llguidance's error message ``why`` as one short sentence, without the dump of its state."""
     if NO_TEXT in why:
         return "it allows no text"
     if NO_END in why:

@@ -63,12 +63,12 @@ class Traits:
 
 
 class Learner(ABC):
-    """Base class of the part of a drafter that trains it, while the engine runs, on rows (sequences) that have ended."""
+    """Base class of the part of a drafter that trains it, while the engine runs, on rows (sequences) that ended."""
 
     @property
     @abstractmethod
     def version(self) -> int:
-        """A number that changes when training has replaced the drafter's weights, so that older statistics count less."""
+        """A number that changes when training has replaced the drafter's weights; older statistics then count less."""
 
     @abstractmethod
     def work(self) -> bool:

@@ -32,7 +32,10 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Parse ``text``: NAME, a drafter folder, or ORG/NAME[@revision]. Raises SpecDecError for anything else."""
+        """Parse the text that names one drafter: its name, a drafter folder, or a hub repository ORG/NAME[@revision].
+
+        Downloads nothing. Raises SpecDecError for an unknown name, and for a folder without a drafter.
+        """
         if text in registry.names("drafters") or not ("/" in text or Path(text).is_dir()):
             registry.check_name("drafters", text)
             return cls(text)
@@ -44,9 +47,9 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return this part with its name filled in; downloads a hub repository.
+        """Return this part with the drafter's name filled in; downloads a hub repository to read its config.json.
 
-        Raises SpecDecError if the source has no drafter.
+        Raises SpecDecError if the folder or repository has no drafter.
         """
         if self.name:
             return self

@@ -142,9 +142,9 @@ class Prior:
 
     @classmethod
     def count(cls, ids: Ints, vocab_size: int) -> Prior:
-        """Return the prior of texts: the ``FOLLOWERS`` most frequent successors of each token, and their probabilities.
+        """Count which tokens follow each token in texts, and return the ``FOLLOWERS`` most frequent ones as a prior.
 
-        A successor that comes after c of the n occurrences of a token has the probability c / (n + 2).
+        A successor that comes after c of the n occurrences of a token gets the probability c / (n + 2).
 
         ids: token ids, int32 [n], with a -1 between two texts, across which nothing is counted.
         vocab_size: V, which all ids are below.

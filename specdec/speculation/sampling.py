@@ -63,8 +63,7 @@ class Noise:
         return noise
 
     def choose(self, lib: Any, scores: Tensor, position: int) -> int:
-        """Return the token drawn at ``position``: the argmax of ``scores`` plus this noise; -1 if the scores are not
-        finite.
+        """Return the token drawn at ``position``, the argmax of ``scores`` plus this noise; -1: scores not finite.
 
         Equals ``__call__`` and argmax, but makes noise only for tokens that can win.
 
@@ -177,7 +176,7 @@ class Sampler:
 
     @property
     def best_allowed(self) -> bool:
-        """Whether every row's choice is the argmax of the raw logits of the tokens that its constraint, if any, allows."""
+        """Whether every row's choice is the argmax of the raw logits of the tokens that its constraint allows."""
         return all(row.plain_greedy or row.masked_greedy for row in self.rows)
 
     @property

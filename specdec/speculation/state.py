@@ -66,10 +66,9 @@ class State:
         return any(row.constraint is not None for row in self.sampler.rows)
 
     def allowed(self, row: int, tokens: list[int]) -> list[int]:
-        """Return the first of ``tokens`` up to where the constraint of row ``row`` forbids one; all without a
-        constraint.
+        """Return ``tokens`` up to the first one that the constraint of row ``row`` forbids; all without a constraint.
 
-        tokens: ids of tokens that follow the row's text.
+        tokens: ids of tokens that follow the row's text. The forbidden token is not included.
         """
         constraint = self.sampler.rows[row].constraint
         return tokens if constraint is None else tokens[: constraint.allows(self.ids[row], tokens)]

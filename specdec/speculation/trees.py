@@ -1,4 +1,4 @@
-"""The shape of a draft tree: the most expected accepted tokens for a number of nodes, or for the price of scoring."""
+"""The shape of draft trees: the most expected accepted tokens for a number of nodes, or for the price of scoring."""
 
 from __future__ import annotations
 
