@@ -99,9 +99,10 @@ class RowEntries:
         self.sharers[name] = weakref.WeakSet([self])
 
     def window_slots(self, slots: int, window: int) -> int:
-        """Return how many of the row's first ``slots`` slots sliding-window layers hold, or will hold at most.
+        """Return for how many of the row's first ``slots`` tokens sliding-window layers keep keys and values, at most.
 
-        A slot holds one token's keys and values. window: number of tokens before a token that these layers see.
+        It is an upper bound until the next ``KVCache.evict``. window: number of tokens before a token that these layers
+        see.
         """
         begin = self.dropped[-1][1] if self.dropped else 0
         before = sum(end - start for start, end in windows.held(self.dropped, begin))
@@ -220,11 +221,11 @@ class KVCache:
         return int(total)
 
     def _whole_slots(self, row: RowEntries, slots: int, share: float | None = None) -> float:
-        """Return how many slots of all layers take as much memory as a row's first ``slots`` slots do.
+        """Return the memory of a row's first ``slots`` tokens, in units of one token's keys and values in all layers.
 
-        The result is below ``slots`` if sliding-window layers drop some. A slot holds one token's keys and values.
+        The result is below ``slots`` if sliding-window layers drop some of them.
 
-        row: the row. share: part of a slot's memory, from 0 to 1, that belongs to sliding-window layers; None: as in
+        row: the row. share: part of a token's memory, from 0 to 1, that belongs to sliding-window layers; None: as in
             all buffers together.
         """
         share = self._share if share is None else share
@@ -241,34 +242,37 @@ class KVCache:
         return max((states.nbytes for states in self.states), default=0)
 
     def expect(self, slots: Sequence[int]) -> None:
-        """Set how many tokens each row will need space for in all, so that this memory counts as used early.
+        """Set how many tokens each row will need space for in all (prompt and output).
 
-        slots: one number for each row, in batch order.
+        From a row's next growth on, this space counts as used, so that memory does not run out later.
+
+        slots: number of tokens of each row, in batch order.
         """
         for row, count in zip(self.entries, slots, strict=True):
             row.expected = count
 
     def capacities(self, ends: Sequence[int]) -> list[float]:
-        """Return, for each row, the number of slots that it would hold after growing to ``ends[b]`` tokens.
+        """Return, for each row, the memory that it would hold after growing to ``ends[b]`` tokens.
 
-        A slot holds one token's keys and values in all layers. Slots of which sliding-window layers drop their part
-        count in proportion, so the numbers may be fractions.
+        The unit is the memory of one token's keys and values in all layers. Tokens whose keys sliding-window layers
+        drop count less than 1.
         """
         pairs = zip(self.entries, ends, strict=True)
         held = [(row, row.held if end <= row.held else self._slots(row, end, row.slots)) for row, end in pairs]
         return [self._whole_slots(row, slots) for row, slots in held]
 
     def new_capacity(self, slots: int) -> float:
-        """Return the number of slots (tokens) that a new row would hold which expects ``slots`` tokens.
+        """Return the memory that a new row would hold which will have ``slots`` tokens.
 
-        Slots of which sliding-window layers drop their part count in proportion, as in ``capacities``.
+        The unit is the memory of one token's keys and values in all layers. Tokens whose keys sliding-window layers
+        drop count less than 1.
         """
         return self._whole_slots(RowEntries(), -(-slots // self.block) * self.block)
 
     def _slots(self, row: RowEntries, end: int, have: int) -> int:
-        """Return the number of slots (tokens) that a row holds after it has grown to ``end`` tokens.
+        """Return the number of tokens for which a row has space after it has grown to ``end`` tokens.
 
-        It is a multiple of the block size. have: the row's capacity in slots before.
+        It is a multiple of the block size (256 by default). have: number of tokens for which it has space before.
         """
         more = row.expected if self.device.type == "cpu" else grown(have)
         return -(-max(end, more) // self.block) * self.block
@@ -422,10 +426,12 @@ class KVCache:
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
         """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-        Stores the inputs, from which states are computed again after roll-back.
+        Stores the inputs: the states of accepted tokens are computed from them later.
 
+        layer: index of the layer in the model.
         tree: which of the U uncommitted tokens each new token sees, bool [T, U]; None: a chain.
-        advance: runs the layer on inputs [B, T, D] and states; returns outputs and new states.
+        advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
+            states.
         """
         held = self.lengths[layer] - self.committed
         rows = [states for states in self.states if isinstance(states, LayerStates)]
@@ -506,7 +512,7 @@ class KVCache:
         self.roll_back()
 
     def resumable(self, row: int, count: int) -> int:
-        """Return with how many of the first ``count`` committed tokens of row ``row`` another text can begin.
+        """Return how many of the first ``count`` committed tokens of row ``row`` another text can begin with.
 
         That is ``count`` if the cache still has all that a next token needs. Otherwise it is the largest smaller number
         with a checkpoint of the recurrent states and with all keys and values of a window before it; 0: there is none.
@@ -520,18 +526,21 @@ class KVCache:
         return count
 
     def checkpoints(self, row: int) -> set[int]:
-        """Return the checkpoints of row ``row`` at which another text can go on, as numbers of tokens."""
+        """Return the checkpoints of row ``row``: numbers of its first tokens that another text can begin with."""
         own = self.entries[row]
         stored = own.window_checkpoints if own.states is None else own.states.checkpoints
         return {count for count in stored if self.resumable(row, count) == count}
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether another text can go on only at a row's end and at its checkpoints, not after any of its tokens."""
+        """Whether another text can reuse a row's tokens only up to its end or a checkpoint, and not up to any token.
+
+        That is so with recurrent and with sliding-window layers.
+        """
         return bool(self.recurrent or self.window)
 
     def checkpoint(self, row: int) -> None:
-        """Store a checkpoint after the committed tokens of row ``row``, so that another text can go on there.
+        """Store a checkpoint after the committed tokens of row ``row``, up to which other texts can reuse them.
 
         With recurrent layers, it is a copy of their states. With sliding-window layers, the keys and values of a window
         before it are kept; of such checkpoints, a row keeps a few. Does nothing for a model without such layers.
@@ -619,9 +628,10 @@ class KVCache:
         return {name: own.buffers[name][..., start:end, :][:, each] for name, each in self.windowed.items() if each}
 
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
-        """Return the recurrent states of row ``row`` after its first ``count`` tokens, as CPU tensors.
+        """Return the recurrent states of row ``row`` after its first ``count`` tokens, as CPU tensors by name.
 
-        The names are the states' keys as text, joined by spaces. {} if there is no checkpoint after ``count`` tokens.
+        A name is the state's key as text, its parts joined by spaces. {} if there is no checkpoint after ``count``
+        tokens.
         """
         states = self.entries[row].states
         found = {} if states is None else states.checkpoints.get(count, {})

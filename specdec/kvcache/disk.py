@@ -195,7 +195,7 @@ class PrefixDisk:
         return range(max(count - -(-self.window // CHUNK), 0), count)
 
     def _shorten(self, names: list[str]) -> None:
-        """Remove chunks from the end of ``names`` until the sliding-window part needed after the last one is on disk.
+        """Remove chunks from the end of ``names`` until all that a next token sees through windows is on disk.
 
         names: file names of the consecutive chunks of a text. All stay if there are no sliding-window layers.
         """

@@ -28,7 +28,7 @@ class Prefix:
     cache: the KV cache. Raises ValueError if it has more tokens than ``ids``.
     scope: name of the owner whose requests alone may begin with the text; None: the default owner.
     key: the text and its scope as bytes, by which the text is sorted.
-    points: the keys of all beginnings of the text after which another text can go on, ``key`` included.
+    points: the keys of all beginnings of the text that other texts can reuse, ``key`` included.
     nbytes: bytes of the keys, values and recurrent states.
     """
 
@@ -140,8 +140,7 @@ class PrefixStore:
     def _beginnings(self, key: bytes) -> Iterator[bytes]:
         """Yield the keys in the index with which ``key`` begins, longest first.
 
-        Each is a beginning of a cached text after which another text can go on. key: scope and token ids of a text as
-        bytes.
+        Each is the beginning of a cached text, and can be reused. key: scope and token ids of a text as bytes.
         """
         index = bisect_right(self._points, key)
         while index:

@@ -21,12 +21,10 @@ Range = tuple[int, int]  # slots from a first one to an end, which is not includ
 
 
 def outside(count: int, window: int, checkpoints: Iterable[int], dropped: Sequence[Range] = ()) -> tuple[Range, ...]:
-    """Return the ranges [begin, end) of slots that sliding-window layers need no longer, in ascending order.
-
-    A slot holds one token's keys and values.
+    """Return the ranges [begin, end) of tokens whose keys and values sliding-window layers need no longer, in order.
 
     count: number of tokens of the row (sequence). window: number of tokens before a token that these layers see.
-    checkpoints: numbers of tokens after which another text may go on, so that a window before them is needed.
+    checkpoints: numbers of tokens up to which other texts may reuse the row, so that a window before them is needed.
     dropped: the ranges that are dropped already; the result includes them.
     """
     found, begin = list(dropped), FIRST
@@ -54,7 +52,7 @@ def intersection(left: Sequence[Range], right: Sequence[Range]) -> tuple[Range, 
 
 
 def held(dropped: Sequence[Range], count: int) -> tuple[Range, ...]:
-    """Return the ranges of the numbers 0 to ``count`` - 1 that are not in ``dropped``: the slots that are still held.
+    """Return the ranges of 0 to ``count`` - 1 that are not in ``dropped``: tokens whose keys are still held.
 
     dropped: half-open ranges [begin, end) in ascending order.
     """
@@ -64,9 +62,9 @@ def held(dropped: Sequence[Range], count: int) -> tuple[Range, ...]:
 
 
 def resumable(count: int, window: int, dropped: Sequence[Range]) -> int:
-    """Return the largest number of tokens, at most ``count``, after which a text can go on.
+    """Return the largest number of first tokens of a row, at most ``count``, that another text can reuse.
 
-    That is one at which the next token's attention window, as far as it lies before, has no dropped slot.
+    After that number, no dropped token is in the attention window of the next one.
 
     window: number of tokens before a token that sliding-window layers see.
     dropped: half-open ranges of tokens whose keys and values are dropped, in ascending order.
@@ -80,7 +78,7 @@ def resumable(count: int, window: int, dropped: Sequence[Range]) -> int:
 def thinned(checkpoints: Iterable[int]) -> frozenset[int]:
     """Return at most ``MAX_CHECKPOINTS`` of the checkpoints: the last one, and others at growing distances before it.
 
-    checkpoints: numbers of tokens after which a text can be resumed.
+    checkpoints: numbers of first tokens of a row (sequence) that other texts can reuse.
     """
     kept = sorted({*checkpoints})
     while len(kept) > MAX_CHECKPOINTS:

@@ -123,7 +123,7 @@ class LevelNodes(NamedTuple):
     """The C candidate tokens of each of B rows, as tensors on the target's device, parents before children.
 
     scores: float32 [B, C], as in ``speculation.candidates.Candidates``; -inf: there is no such node.
-    tokens: token ids, int64 [B, C]. parents: 0: the root, i + 1: node i, int64 [B, C].
+    tokens: token ids, int64 [B, C]. parents: 0: the root, i + 1: node i, int64 [B, C]. -1 in nodes that pad a row.
     raw: raw probabilities of each of S sources, float32 [B, S, C]. With another source's tree these are that source
         where the heads have no candidates, that source elsewhere, and the heads; else the heads.
     depths: level of each node, int64 [B, C]; the root's children have 1.

@@ -77,7 +77,10 @@ class Candidates(NamedTuple):
         return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Return, for depths 1, 2, .., the expected number of accepted tokens: the sum of its nodes' probabilities."""
+        """Return, for depths 1, 2, .., the expected number of accepted tokens at that depth.
+
+        It is the sum of the probabilities that the paths to the nodes at the depth are accepted.
+        """
         depths = self.depths()
         found = [0.0] * max(depths, default=0)
         for depth, score in zip(depths, self.scores, strict=True):

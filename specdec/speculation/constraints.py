@@ -55,9 +55,9 @@ class Constraint:
         return source
 
     def grammar(self, matcher: Any) -> str:
-        """Return the constraint as a grammar of llguidance. Raises ValueError if the constraint's source is invalid.
+        """Return the constraint as a grammar string of the package llguidance.
 
-        matcher: llguidance's class ``LLMatcher``.
+        Raises ValueError if the constraint's source is invalid. matcher: llguidance's class ``LLMatcher``.
         """
         return str(matcher.grammar_from_lark(self.source))
 
@@ -216,7 +216,10 @@ def _invalid(constraint: Constraint, why: str) -> SpecDecError:
 
 
 def _sentence(why: str) -> str:
-    """Return llguidance's error message ``why`` as one short sentence, without the dump of its state."""
+    """Return an error message of the package llguidance as one short sentence, without the dump of its state.
+
+    why: the message.
+    """
     if NO_TEXT in why:
         return "it allows no text"
     if NO_END in why:

@@ -72,18 +72,18 @@ class Learner(ABC):
 
     @abstractmethod
     def work(self) -> bool:
-        """Train for about 50 ms, between two steps of the engine; return False if there is nothing to learn from."""
+        """Train the drafter for about 50 ms, between two steps of the engine; return False if there are no data."""
 
     @abstractmethod
     def claim(self) -> None:
-        """Make this process the only one that writes what is learned to the disk.
+        """Make this process the only one that writes what a drafter learns to the disk.
 
         Raises SpecDecError if another process is that already, or if the file cannot be written.
         """
 
     @abstractmethod
     def save(self) -> None:
-        """Write what was learned to the disk for later processes; does nothing without ``claim`` before."""
+        """Write the drafter's learned weights to the disk for later processes; no effect without ``claim`` before."""
 
 
 class Drafter(ABC):

@@ -47,7 +47,7 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return this part with the drafter's name filled in; downloads a hub repository to read its config.json.
+        """Return this named drafter with its name filled in; downloads a hub repository to read its config.json.
 
         Raises SpecDecError if the folder or repository has no drafter.
         """

@@ -47,9 +47,9 @@ class Prices:
     beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
-        """Return a copy with only the calibration tables of some sources of candidates.
+        """Return a copy with only the calibration tables (raw to calibrated probabilities) of some sources.
 
-        tables: indices of these sources, in the wanted order.
+        tables: indices of these sources of candidates, in the wanted order.
         """
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 

@@ -24,7 +24,7 @@ _thread = threading.local()
 
 
 def capturing() -> bool:
-    """Return whether this thread is inside a function that is being captured, and so must not start a capture."""
+    """Return whether this thread is inside a function that is being captured as a CUDA graph."""
     return getattr(_thread, "inside", False)
 
 
@@ -64,7 +64,7 @@ class CudaRecorder:
 
 
 class Captured:
-    """A function of tensors that is recorded once over input tensors at fixed addresses, and replayed at each call.
+    """A function of tensors that is recorded once, as a CUDA graph, over inputs at fixed addresses, then replayed.
 
     It keeps alive all that the function reads. Recording runs the function with the present values of ``inputs``, which
     must do no harm, such as writing into a sequence in use.

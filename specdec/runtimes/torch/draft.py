@@ -37,23 +37,6 @@ DRAWN = 64  # of how many of the likeliest tokens the noise chooses
 FOUND = 24  # candidates of a row that the host reads of a tree
 
 
-class Given(NamedTuple):
-    """The draft trees that another source, such as n-grams, gives for B rows, as tensors padded to G nodes per row.
-
-    scores: logarithm of each node's acceptance probability after its parent, float32 [B, G]; -inf in padding.
-    tokens: token ids, int64 [B, G]; -1 in padding.
-    parents: the node's parent, int64 [B, G]: 0: the root, g + 1: node g, -1: padding.
-    raw: the source's own (uncalibrated) probability of each node after its parent, float32 [B, G].
-    depths: depth of each node, int64 [B, G]; children of the root have 1, padding has 0.
-    """
-
-    scores: Tensor
-    tokens: Tensor
-    parents: Tensor
-    raw: Tensor
-    depths: Tensor
-
-
 class Rules(NamedTuple):
     """What decides, besides the draft logits, which tokens become candidates of a draft, for B rows.
 
@@ -75,7 +58,7 @@ class Rules(NamedTuple):
     tables: Tensor | None = None
     noise: Tensor | Callable[[int, Tensor], Tensor] | None = None
     sampling: Tensor | None = None
-    given: Given | None = None
+    given: LevelNodes | None = None
     forbidden: Tensor | None = None
     masks: Masks | None = None
 
@@ -127,12 +110,14 @@ def _noise_of(sampled: Sequence[Sampled], size: int, level: int, ids: Tensor) ->
     return torch.stack(rows)
 
 
-def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | None:
-    """Convert another source's draft trees, one per row (sequence), to padded tensors on ``device``.
+def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> LevelNodes | None:
+    """Convert another source's draft trees, one per row (sequence), to tensors on ``device``, padded to G nodes.
+
+    G is a power of two. Padding has the score -inf, and -1 as token and as parent.
 
     trees: for each row the lists (scores, tokens, parents, raw): log-probabilities of the nodes' paths, token ids,
-        parents (0: the root, i + 1: node i), and a list with one list of raw probabilities. The number of nodes is
-        padded to a power of two. None: there are no trees, and None is returned.
+        parents (0: the root, i + 1: node i), and a list with one list of raw probabilities. None: there are no trees,
+        and None is returned.
     """
     if trees is None:
         return None
@@ -142,13 +127,11 @@ def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | Non
         depths, none = [0], count - len(tokens)
         for parent in parents:
             depths.append(depths[parent] + 1)
-        before = [0.0, *scores]
-        own = [score - before[parent] for score, parent in zip(scores, parents, strict=True)]
-        padded = (own, -math.inf), (tokens, -1), (parents, -1), (raw[0], 0.0), (depths[1:], 0)
+        padded = (scores, -math.inf), (tokens, -1), (parents, -1), (raw[0], 0.0), (depths[1:], 0)
         rows.append([[*part, *[value] * none] for part, value in padded])
     every = upload(rows, device, torch.float32)
     whole = every.long()
-    return Given(every[:, 0], whole[:, 1], whole[:, 2], every[:, 3], whole[:, 4])
+    return LevelNodes(every[:, 0], whole[:, 1], whole[:, 2], every[:, 3:4], whole[:, 4])
 
 
 def grow(
@@ -290,9 +273,10 @@ class _OtherSource:
     the tree is one node: the other source's. Indices: b row, w token of the present draft level, k candidate after it,
     g node of the other source.
 
-    given: the other source's trees.
+    given: the other source's trees, padded to G nodes with parents of -1.
     tables: calibration tables [B, 3, 11]; number 1 is for the other source's nodes that the heads also propose, number
         2 for the others. None: no calibration.
+    raw: the other source's own probability of each node after its parent, [B, G].
     places: the node of each token of the level in the other source's tree, [B, W]: 0: the root, g + 1: node g, -2: it
         is not in that tree.
     valid: whether node g is a child of token w, [B, W, G].
@@ -302,14 +286,14 @@ class _OtherSource:
     heads: raw probability that the drafter's heads give each node, [B, G]; 0: none.
     """
 
-    def __init__(self, given: Given, tables: Tensor | None) -> None:
-        self.given = given
+    def __init__(self, given: LevelNodes, tables: Tensor | None) -> None:
+        self.given, self.raw = given, given.raw[:, 0]
         self.inside, self.beside = (
-            calibrated(given.raw, None if tables is None else tables[:, source]) for source in (1, 2)
+            calibrated(self.raw, None if tables is None else tables[:, source]) for source in (1, 2)
         )
         self.places = torch.zeros_like(given.tokens[:, :1])
         self.scores = torch.full_like(given.scores, -math.inf)
-        self.heads, self.reached = torch.zeros_like(given.raw), torch.zeros_like(given.raw, dtype=torch.bool)
+        self.heads, self.reached = torch.zeros_like(self.raw), torch.zeros_like(self.raw, dtype=torch.bool)
 
     def meet(self, ids: Tensor, raw: Tensor, sure: Tensor, scores: Tensor) -> Tensor:
         """Match the heads' candidates of a draft level with the other source's nodes; return their probabilities.
@@ -384,13 +368,14 @@ class _OtherSource:
         raw = self.heads[:, None]
         if not waits:
             # A node behind those that were reached is as likely after its parent as its source says
-            value = torch.where(self.reached, own, given.scores)
+            before = F.pad(given.scores, (1, 0)).gather(1, given.parents.clamp(min=0))
+            value = torch.where(self.reached, own, given.scores - before)
             to = given.parents.masked_fill(self.reached | (given.parents < 0), 0)
             value, to = (torch.cat((part.new_zeros(len(part), 1), part), 1) for part in (value, to))
             for _ in range(to.shape[1].bit_length()):
                 value, to = value + value.gather(1, to), to.gather(1, to)
             own, alone = value[:, 1:], self.heads == 0
-            parts = given.raw * (alone & ~self.reached), given.raw * (alone & self.reached), self.heads
+            parts = self.raw * (alone & ~self.reached), self.raw * (alone & self.reached), self.heads
             raw = torch.stack(parts, 1)
         nothing = raw.new_zeros(len(raw), raw.shape[1] - 1, grown.raw.shape[2])
         both = own, given.tokens, given.parents.clamp(min=0), raw, given.depths

@@ -92,7 +92,7 @@ class CapturedTarget(TorchTarget):
         return StaticCache(layers, keys, *how, recurrent, kinds, self.hidden_size, self.num_layers)
 
     def _forget(self, static: StaticCache) -> None:
-        """Delete all captured functions that use ``static``. A static cache calls this when it replaces its memory."""
+        """Delete all captured functions (CUDA graphs) that use ``static``, a static cache whose memory is replaced."""
         kept = ((key, each) for key, each in self.captured_functions.items() if key[0] is not static)
         self.captured_functions = OrderedDict(kept)
 
@@ -106,7 +106,7 @@ class CapturedTarget(TorchTarget):
         return KVCache(self.num_layers, batch, self.device, layers=layers, recurrent=recurrent, least=least)
 
     def _capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
-        """Return the captured function of ``key``; capture it at the first call with this key.
+        """Return the captured function (CUDA graph) of ``key``; capture it at the first call with this key.
 
         key: hashable; tells captured functions apart. At most ``CAPTURES`` functions are kept; the least recently used
             one is dropped.
@@ -226,15 +226,15 @@ class CapturedTarget(TorchTarget):
         return y
 
     def _pending(self, cache: KVCache, ranges: Sequence[tuple[int, int]]) -> tuple[list[list[int]], int, list[int]]:
-        """Return (pending, most, run): what a captured function must know about recurrent layers in ``ranges``.
+        """Return (pending, most, run): what a CUDA graph must know about the recurrent layers that it runs.
 
         Pending tokens are accepted tokens that a recurrent layer's state does not include yet.
 
         pending: pending[b][r] is the number of pending tokens of row b in recurrent layer number r.
-        most: the largest of these numbers in the ranges, rounded up to a power of two; 0: there are no pending tokens.
-        run: which recurrent layers are in the ranges, as indices r among the recurrent layers.
+        most: the largest of these numbers in ``ranges``, rounded up to a power of two; 0: there are no pending tokens.
+        run: which recurrent layers are in ``ranges``, as indices r among the recurrent layers.
 
-        cache: the KV cache. ranges: ranges of layers [lo, hi) that the function runs.
+        cache: the KV cache. ranges: ranges of layers [lo, hi) that the graph runs.
         """
         pending = [list(states.pending) for states in cache.states]
         run = [n for n, layer in enumerate(cache.recurrent) if any(lo <= layer < hi for lo, hi in ranges)]

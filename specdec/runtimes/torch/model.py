@@ -115,7 +115,7 @@ class Layer:
 
 
 class PerLayer(NamedTuple):
-    """The term that a decoder layer adds to its output from an embedding of its own per token (size P).
+    """The term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 3n).
 
     The term is after(out(act(gate(x)) * e)). The embedding e is the sum of a projection of the first layer's input and
     of a looked-up embedding, divided by the square root of 2.
@@ -176,11 +176,11 @@ class Network:
             self.layers.append(layer)
 
     def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
-        """Return the term that decoder layer ``own`` adds from token embeddings of its own.
+        """Return the term that a decoder layer adds to its output from a per-layer embedding of each token.
 
         decoder: the module with all layers. own: the module of the layer.
-        part: the layer's columns among the embeddings of all layers. make: makes one function of a list of linear
-            layers.
+        part: the layer's columns among the per-layer embeddings of all layers.
+        make: makes one function of a list of linear layers.
         """
         image: Any = decoder.per_layer_model_projection
         before, after = (
@@ -217,10 +217,7 @@ class Network:
         return x if self.scale is None else x * self.scale
 
     def embed_for_layers(self, ids: Tensor) -> Tensor:
-        """Return the embeddings that the layers add themselves, for token ids [B, T]: P values for each of N layers.
-
-        The result is [B, T, N P].
-        """
+        """Return the per-layer embeddings of token ids [B, T]: P values for each of N layers, [B, T, N P]."""
         table: Any = self.table_of_layers
         rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)
         return rows * table.embed_scale.to(rows.device, rows.dtype)

@@ -105,17 +105,17 @@ class StaticCache:
 
     @property
     def slots(self) -> int:
-        """The number of slots (tokens) of a lane; 0: nothing is allocated."""
+        """The number of tokens for which each row has space in this cache; 0: nothing is allocated."""
         return 0 if self.whole is None else int(self.whole.shape[4])
 
     @property
     def spare_bytes(self) -> int:
-        """The bytes of keys and values that are allocated for lanes without a row."""
+        """The bytes of keys and values that are allocated for lanes (indices of the batch axis) without a row."""
         whole = self.whole
         return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
 
     def _users(self) -> dict[int, RowEntries]:
-        """Return the rows (sequences) whose keys and values are in a lane of this cache, by the lane's index."""
+        """Return the rows (sequences) whose keys and values are in this cache, by lane (index on its batch axis)."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
         return {
             lane: row
@@ -211,7 +211,9 @@ class StaticCache:
         ahead: int = 0,
         pending: Sequence[Sequence[int]] = (),
     ) -> InLanes:
-        """Return the description of a batch's lanes that a captured function over the first ``count`` lanes reads.
+        """Return what a captured function (CUDA graph) over the first ``count`` lanes must know of the rows in them.
+
+        A lane is one index of the static cache's batch axis, and holds one row (sequence).
 
         places: the lane of each row. committed: number of committed tokens of each row.
         ahead: number of uncommitted tokens of each row before those of the pass.
@@ -231,7 +233,7 @@ class StaticCache:
 
 
 class Lanes:
-    """The first L lanes of a static cache in a captured function, which uses it in place of a ``KVCache``.
+    """The first L lanes of a static cache inside a captured function (CUDA graph), used in place of a ``KVCache``.
 
     A lane holds one row (sequence). Committed tokens belong to the text; uncommitted ones are drafted or being run.
 
@@ -351,7 +353,7 @@ class Lanes:
         return out[:, first:]
 
     def keep(self, counts: Tensor) -> None:
-        """Commit the first ``counts`` [L] tokens that the captured function has run in each lane, in all layers."""
+        """Commit the first ``counts`` [L] tokens that this captured function has run in each lane, in all layers."""
         self.committed, self.starts = self.committed + counts, self.starts + counts
         self.lengths = [0] * len(self.lengths)
 
