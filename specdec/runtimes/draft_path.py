@@ -144,8 +144,8 @@ class LevelNodes(NamedTuple):
 
     scores: logarithm of the calibrated probability that the path to the node is accepted, float32 [B, C]; -inf: there
         is no such node.
-    tokens: token ids, int64 [B, C].
-    parents: parent of each node, int64 [B, C]; 0: the root, i + 1: node i.
+    tokens: token ids, int64 [B, C]; -1 in nodes that only pad a sequence (``given_of``).
+    parents: parent of each node, int64 [B, C]; 0: the root, i + 1: node i, -1: padding.
     raw: probability of each node after its parent, not calibrated, float32 [B, S, C], by each of S sources; 0: the
         source does not have the node. S is 1: the draft's output heads. S is 3 if another source's tree is included:
         that source after nodes where the heads have no candidates, that source elsewhere, and the heads.
