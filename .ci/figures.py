@@ -1,9 +1,9 @@
-"""Writes the figures of README and of the model cards from results: ``python .ci/figures.py [NAME=DIR ...]``.
+"""Write the figures of README and of the model cards from benchmark results: ``python .ci/figures.py [NAME=DIR ...]``.
 
 DIR is an output folder of ``specdec bench`` for one model. What the pages need of it is kept in
-``benchmarks/results/NAME.json``, without prompts. Then each block of a page between ``<!-- figures WHAT NAME -->``
-and ``<!-- end -->`` is written anew; a test compares the blocks with the kept results. WHAT is ``methods`` (a row for
-each method) or the name of a method (a row for each category of prompts).
+``benchmarks/results/NAME.json``, without prompts. Then each block of a page between ``<!-- figures WHAT NAME -->`` and
+``<!-- end -->`` is written anew; a test compares the blocks with the kept results. WHAT is ``methods`` (a table with a
+line for each method) or the name of a method (a table with a line for each category of prompts).
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ NAMES = {"none": "plain", "hf": "model.generate"}
 
 
 def keep(name: str, folder: Path) -> None:
-    """Write what the pages need of the results in ``folder`` into ``benchmarks/results/NAME.json``."""
+    """Write what the pages need of benchmark results into ``benchmarks/results/NAME.json``.
+
+    name: the NAME of the file. folder: an output folder of ``specdec bench``.
+    """
     records = [
         {part: {key: record[part].get(key) for key in keys} for part, keys in KEPT.items()}
         for record in load_results(folder).done
@@ -48,7 +51,10 @@ def pages() -> list[Path]:
 
 
 def written(page: str) -> str:
-    """Return the text ``page`` with its blocks made from the kept results."""
+    """Return the text of a page with its blocks of figures written anew from the kept results.
+
+    page: the text so far; a block lies between ``<!-- figures WHAT NAME -->`` and ``<!-- end -->``.
+    """
 
     def block(found: re.Match[str]) -> str:
         records = json.loads((RESULTS / f"{found[3]}.json").read_text("utf-8"))
@@ -59,7 +65,10 @@ def written(page: str) -> str:
 
 
 def methods(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a table with a row for each method: plain decoding, then the fastest first."""
+    """Yield the lines of a Markdown table with the speed of each method: plain decoding first, then the fastest.
+
+    records: kept results of a benchmark, one for each method.
+    """
     baselines = list(dict.fromkeys(name for record in records for name in record["method"]["speedup"]))
     yield from head("method", "mean acceptance length", *(f"x {NAMES.get(name, name)}" for name in baselines))
     first = [record for record in records if record["cell"]["drafter"] == PLAIN]
@@ -79,7 +88,10 @@ def speedup(record: dict[str, Any]) -> float:
 
 
 def kinds(records: list[dict[str, Any]], method: str) -> Iterator[str]:
-    """Yield the lines of a table with a row for each category of prompts, for one method."""
+    """Yield the lines of a Markdown table with the speed of one method on each category of prompts.
+
+    records: kept results of a benchmark, one for each method. method: the method's name.
+    """
     (figures,) = [record["method"] for record in records if record["cell"]["drafter"] == method]
     yield from head("prompts", "mean acceptance length", "x plain")
     for name, some in [*sorted((figures["categories"] or {}).items()), ("all", figures)]:
@@ -88,7 +100,10 @@ def kinds(records: list[dict[str, Any]], method: str) -> Iterator[str]:
 
 
 def about(records: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield lines of text that say what ran where."""
+    """Yield lines of text that say what a benchmark ran on which machine, and whether outputs were equal.
+
+    records: kept results of the benchmark, one for each method.
+    """
     cell, prompts, machine = (records[0][part] for part in ("cell", "prompts", "environment"))
     equal = [
         record["method"]["equal_to_plain"] for record in records if record["cell"]["drafter"] not in cell["against"]

@@ -1,6 +1,6 @@
-"""Check the installed specdec: it generates text, with the native runtime if the CPU supports that.
+"""Check the installed specdec: it must generate text, with the native runtime if the CPU supports that.
 
---no-kernels: it was installed without a compiler and says once that the kernels are missing.
+--no-kernels: it was installed without a compiler; it must then say once that the kernels are missing.
 """
 
 import subprocess

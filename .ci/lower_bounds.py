@@ -1,4 +1,7 @@
-"""Print what pyproject.toml depends on for pip: at its lower bound, but for torch, whose older builds are gigabytes."""
+"""Print the dependencies in pyproject.toml as requirements for pip, each at its lowest version.
+
+torch keeps its range of versions, because its older builds are gigabytes.
+"""
 
 import re
 import tomllib

@@ -20,7 +20,7 @@ COLUMNS = 96
 
 
 def run(command: list[str]) -> str:
-    """The output of the command in a terminal."""
+    """Run the command in a terminal, and return what it prints, with the terminal's control codes."""
     written: list[bytes] = []
 
     def read(descriptor: int) -> bytes:

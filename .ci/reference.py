@@ -28,7 +28,7 @@ NOTICE = "<!-- Written by .ci/reference.py from the code. Change the code, and r
 
 
 def command_line() -> str:
-    """Every command with its arguments and options, as Markdown."""
+    """Return the page docs/cli.md: every command with its arguments and options, as Markdown."""
     parts, seen = ["# Command line", "", NOTICE, "", "Every command prints this with `--help`.", ""], dict[str, str]()
     for path, command in commands("specdec", typer.main.get_command(app)):
         names = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
@@ -42,7 +42,10 @@ def command_line() -> str:
 
 
 def commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """All commands that run by themselves, by their paths such as "specdec train m2r2"."""
+    """Yield (path, command) of all commands that can be run, recursively; a path is such as "specdec train m2r2".
+
+    path, command: the command or group of commands to begin with.
+    """
     if path != "specdec" and getattr(command, "invoke_without_command", True):
         yield path, command
     for name, inner in getattr(command, "commands", {}).items():
@@ -50,7 +53,7 @@ def commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 
 def row(parameter: Any) -> str:
-    """A parameter as a line of a table: its names and values, what it does, its default."""
+    """Return a command's argument or option as a line of a Markdown table: names, meaning and default."""
     named = parameter.param_type_name == "argument"
     choices = getattr(getattr(parameter, "type", None), "choices", None)
     metavar = parameter.metavar or ("|".join(choices) if choices else parameter.name.upper())
@@ -66,7 +69,7 @@ def row(parameter: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Plain text for a cell: Markdown and HTML are escaped, and quoted commands are code."""
+    """Return plain text for a cell of a Markdown table: Markdown is escaped, and quoted commands become code."""
     text = re.sub(r"([\\*_<>|\[\]])", r"\\\1", text)
     return re.sub(r"'((?:specdec|--)[^']*)'", lambda found: f"`{found[1].replace(chr(92), '')}`", text)
 
@@ -89,7 +92,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python() -> str:
-    """docs/api.md: .ci/api.md with the documentation of every name in it."""
+    """Return the page docs/api.md: the text of .ci/api.md with the documentation of every name that it mentions."""
     text = (ROOT / ".ci/api.md").read_text("utf-8")
     head, rest = text.split("\n", 1)
     named = re.compile(r"^::: (\w+)\n\n(```python.*?^```)$", re.M | re.S)
@@ -104,7 +107,10 @@ def parsed(made: type) -> ast.ClassDef:
 
 
 def documentation(name: str, example: str) -> str:
-    """A public class: how it is made, its docstring, an example, its methods and properties."""
+    """Return the documentation of a public class as Markdown: signature, docstring, example, methods and properties.
+
+    name: the class in ``specdec``. example: Markdown that follows the docstring.
+    """
     made = getattr(specdec, name)
     tree = parsed(made)
     bases = [ast.unparse(base) for base in tree.bases if ast.unparse(base) not in ("ABC", "TypedDict", "NamedTuple")]
@@ -137,7 +143,10 @@ def documentation(name: str, example: str) -> str:
 
 
 def fields_of(tree: ast.ClassDef) -> Iterator[tuple[str, ast.expr, ast.expr | None]]:
-    """The fields of a class that its constructor takes: name, type, default."""
+    """Yield (name, type, default) of each field that the constructor of a dataclass takes; default None: it has none.
+
+    tree: the syntax tree of the class.
+    """
     for each in tree.body:
         if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
             default = each.value
@@ -153,7 +162,10 @@ def marks(tree: Function | ast.ClassDef) -> set[str]:
 
 
 def member(owner: str, tree: Function) -> list[str]:
-    """A method or a property of the class ``owner``."""
+    """Return the documentation of a method or property as lines of Markdown.
+
+    owner: name of its class. tree: its syntax tree.
+    """
     own, doc = marks(tree), ast.get_docstring(tree) or ""
     if "property" in own:
         kind = f"Property, `{simple(tree.returns)}`." if tree.returns else "Property."
@@ -165,7 +177,10 @@ def member(owner: str, tree: Function) -> list[str]:
 
 
 def signature(name: str, tree: Function) -> list[str]:
-    """The lines of a signature, without ``self``."""
+    """Return the signature of a function as lines of a Markdown code block, without ``self``.
+
+    name: what stands before the parentheses, such as "def generate". tree: the function's syntax tree.
+    """
     given = tree.args
     plain = [*given.posonlyargs, *given.args]
     defaults: list[ast.expr | None] = [None] * (len(plain) - len(given.defaults)) + list(given.defaults)
@@ -184,7 +199,10 @@ def signature(name: str, tree: Function) -> list[str]:
 
 
 def lines(name: str, shown: list[str], returns: str = "") -> list[str]:
-    """A block of code with a signature, in one line if it fits."""
+    """Return a signature as lines of a Markdown code block, with an argument in each line if it is long.
+
+    name: what stands before the parentheses. shown: the arguments as text. returns: what stands after the parentheses.
+    """
     whole = f"{name}({', '.join(shown)}){returns}" if shown or not name.startswith("class") else name
     if len(whole) > WIDTH:
         whole = "\n".join([f"{name}(", *(f"    {each}," for each in shown), f"){returns}"])
@@ -201,7 +219,7 @@ def argument(name: str, kind: ast.expr | None, default: ast.expr | None) -> str:
 
 @cache
 def aliases() -> dict[str, ast.expr]:
-    """The types that the package has names for, such as ``Count``, by these names."""
+    """Return {name: type} for the type aliases in the package, such as ``Count``, as syntax trees."""
     found = dict[str, ast.expr]()
     for module in TYPES:
         source = Path(str(import_module(f"specdec.{module}").__file__)).read_text("utf-8")
@@ -214,7 +232,7 @@ def aliases() -> dict[str, ast.expr]:
 
 
 class Simple(ast.NodeTransformer):
-    """Replaces names of types by the types, and leaves out how values are checked."""
+    """A transformer of syntax trees that replaces type aliases by their types and removes rules for checking values."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return self.visit(aliases()[node.id]) if node.id in aliases() else node
@@ -228,12 +246,12 @@ class Simple(ast.NodeTransformer):
 
 
 def simple(kind: ast.expr) -> str:
-    """A type as a reader may know it."""
+    """Return a type annotation as text, without the package's aliases and rules for checking values."""
     return ast.unparse(Simple().visit(ast.parse(ast.unparse(kind), mode="eval").body))
 
 
 def cell(kind: ast.expr) -> str:
-    """A type for a table, with its bounds."""
+    """Return a type annotation as text for a cell of a Markdown table, with the bounds of its values."""
     node, bounds = kind, list[str]()
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     while True:
@@ -257,7 +275,10 @@ def cell(kind: ast.expr) -> str:
 
 
 def described(doc: str, checked: bool) -> list[str]:
-    """A docstring as Markdown: ``name: ...`` lines become a list. checked: wrong arguments are refused."""
+    """Return a docstring as lines of Markdown; its lines "name: ..." become a list.
+
+    checked: whether wrong arguments raise SpecDecError, which is then said if the docstring does not.
+    """
     out, listed = list[str](), False
     for line in doc.splitlines():
         name = NAMED.match(line)
@@ -277,7 +298,7 @@ def described(doc: str, checked: bool) -> list[str]:
 
 
 def escaped_text(line: str) -> str:
-    """Escape brackets and tags that are not code."""
+    """Return a line of a docstring as Markdown: brackets are escaped, except between double backticks."""
     parts = line.split("``")
     return "`".join(re.sub(r"([\[\]<])", r"\\\1", part) if place % 2 == 0 else part for place, part in enumerate(parts))
 

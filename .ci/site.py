@@ -1,4 +1,4 @@
-"""Pages of the site from other places: Markdown files in the repository's root."""
+"""A hook of MkDocs: adds the Markdown files of the repository's root to the site, and adapts links."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to sources lead somewhere in the repository, not on the site."""
+    """Return the Markdown of a page with links to sources replaced by their text: the site has no sources."""
     return re.sub(r"\[([^\]]+)\]\(\.\./[\w/]+(?:\.py)?\)", r"\1", markdown)
 
 
 def moved(text: str) -> str:
-    """A page of the repository's root with links that work in the folder of documents."""
+    """Return the Markdown of a page of the repository's root with links that work in the folder of documents."""
     for page, source in BESIDE.items():
         text = text.replace(f"]({source}", f"]({page}")
     return re.sub(r"\[([^\]]+)\]\([\w/]+\.py\)", r"\1", text).replace("](docs/", "](")

@@ -1,4 +1,4 @@
-"""What a user's type checker sees of the installed specdec."""
+"""Use the public types of the installed specdec, so that a type checker shows what a user's checker sees. Never run."""
 
 from typing import assert_type
 

@@ -1,4 +1,4 @@
-"""A coding agent's session, replayed turn by turn: time to the first token and seconds per turn, beside llama.cpp.
+"""Replay a coding agent's session turn by turn: seconds to the first token and per turn, beside llama.cpp.
 
     python benchmarks/agent_replay.py record TRACE.json --session keys --model qwen2.5-coder-1.5b-instruct
     python benchmarks/agent_replay.py replay TRACE.json --model FILE.gguf --llama-cpp plain,ngram-cache
@@ -6,11 +6,11 @@
 ``record`` lets the model answer a session with files of this repository: a system prompt with tools, files that are
 read, edits, output of tests. A trace holds its messages and the recorded answers, with their license; an unfinished
 trace is continued. ``replay`` sends each turn with the recorded answers of the turns before it, so that all engines do
-the same work, and asks for as many tokens as were recorded. Every drafter runs four passes: ``cold``; ``warm``, with
-the caches that ``cold`` left; ``restart``, in a new process that has only the prefix cache on disk; ``last``, in
-another new process, which asks for the last turn alone. llama.cpp runs ``cold`` and ``warm``, with its own cache of the
-last text. The last line is JSON, with a digest of each pass's texts; the exit code is 1 unless specdec's texts are
-equal in all passes.
+the same work, and asks for as many tokens as were recorded. Every drafter replays the trace four times: ``cold``;
+``warm``, with the caches that ``cold`` left; ``restart``, in a new process that has only the prefix cache on disk;
+``last``, in another new process, which asks for the last turn alone. llama.cpp runs ``cold`` and ``warm``, with its own
+cache of the last text. The last line is JSON, with a digest of the texts of each replay; the exit code is 1 unless
+specdec's texts are equal in all replays.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ SESSIONS = {"counters": COUNTERS, "keys": KEYS}
 
 
 def session(name: str) -> list[dict[str, str]]:
-    """Return the messages of a session of ``SESSIONS``: the system message, then a user message per answer."""
+    """Return the chat messages of a recorded session: the system message, then a user message before each answer.
+
+    name: a name in ``SESSIONS``. Files that the messages mention are included in full.
+    """
     tools = [
         {"name": name, "description": what, "parameters": {key: {"type": "string"} for key in keys}}
         for name, (what, keys) in TOOLS.items()
@@ -111,7 +114,10 @@ def session(name: str) -> list[dict[str, str]]:
 
 @contextmanager
 def server(model: str, drafter: str, folder: str) -> Iterator[Client]:
-    """Run ``specdec serve`` with the prefix cache in ``folder`` during the ``with`` block; yield a client of it."""
+    """Run ``specdec serve`` during a ``with`` block; yield an HTTP client of it.
+
+    model, drafter: their names. folder: where the server stores its prefix cache.
+    """
     command = [sys.executable, "-m", "specdec", "serve", "--model", model, "--drafter", drafter, "--port", "0"]
     command += ["--quiet", "--name", "model", "--prefix-cache", folder]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -131,10 +137,13 @@ def server(model: str, drafter: str, folder: str) -> Iterator[Client]:
 
 @dataclass
 class Pass:
-    """The figures of one replay of a trace.
+    """The figures of one replay of a recorded session. A turn is a user message with its answer.
 
-    first, seconds: seconds to the first token and to the last one, by turn.
-    cached: number of prompt tokens that were in a cache, by turn. texts: answers, by turn.
+    name: which drafter or engine, and which replay: "cold", "warm", "restart" or "last".
+    first: seconds to the first token of each turn.
+    seconds: seconds to the last token of each turn.
+    cached: number of prompt tokens of each turn that were in a cache.
+    texts: the answer of each turn.
     """
 
     name: str
@@ -148,14 +157,17 @@ class Pass:
         return sum(self.seconds)
 
     def told(self) -> Pass:
-        """Print the figures to stderr and return this object."""
+        """Print the figures of this replay to stderr, and return this object."""
         first = " ".join(f"{seconds:.2f}" for seconds in self.first)
         print(f"{self.name}: {self.total:.1f} s; first tokens after {first} s", file=sys.stderr, flush=True)
         return self
 
 
 def prompts(trace: dict[str, Any], turns: int, first: int = 0) -> Iterator[tuple[list[dict[str, str]], int]]:
-    """Yield (messages, number of tokens to generate) for the turns ``first`` to ``turns`` - 1 of a trace."""
+    """Yield (messages, number of tokens to generate) for the turns ``first`` to ``turns`` - 1 of a recorded session.
+
+    trace: the recording, with "messages" and "answers". Messages contain the recorded answers of the turns before.
+    """
     messages = [trace["messages"][0]]
     for n, (message, answer) in enumerate(zip(trace["messages"][1 : turns + 1], trace["answers"], strict=False)):
         messages.append(message)
@@ -165,9 +177,10 @@ def prompts(trace: dict[str, Any], turns: int, first: int = 0) -> Iterator[tuple
 
 
 async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> Pass:
-    """Replay a trace against a server of specdec.
+    """Replay a recorded session against a server of specdec, and return the figures.
 
-    name: of the pass; a name that ends with "last" asks for the last turn only.
+    client: of the server. name: name of this replay; if it ends with "last", only the last turn is asked. trace: the
+    recording. turns: number of turns to replay.
     """
     done = Pass(name)
     for messages, tokens in prompts(trace, turns, turns - 1 if name.endswith("last") else 0):
@@ -184,9 +197,11 @@ async def ours(client: Client, name: str, trace: dict[str, Any], turns: int) -> 
 
 
 def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads: int) -> list[Pass]:
-    """Replay twice with llama.cpp, which keeps the KV cache of its last text: cold and warm.
+    """Replay a session twice with llama.cpp, which keeps the KV cache of its last text; return both figures.
 
-    path: the GGUF file. mode: of ``Peer``. asked: (prompt ids, number of tokens to generate) of each turn.
+    path: the GGUF file. mode: how llama.cpp drafts: "" (it does not), "ngram-cache" or "ngram-simple". asked: (prompt
+    ids, number of tokens to generate) of each turn. threads: number of threads. The first replay begins with an empty
+    cache.
     """
     peer, name = Process("engine_llama_cpp:LlamaCppKeeping"), f"llama.cpp {mode}".strip()
     context = max(len(ids) + tokens for ids, tokens in asked) + 64
@@ -203,12 +218,15 @@ def theirs(path: str, mode: str, asked: Sequence[tuple[list[int], int]], threads
 
 
 def digest(texts: Sequence[str]) -> str:
-    """Return a digest of 16 hex digits of the texts."""
+    """Return 16 hex digits that identify a list of texts: the start of their SHA-256."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def record(args: argparse.Namespace) -> int:
-    """Write a trace: the messages of the session, and the model's answer to each. Return the exit code."""
+    """Let the model answer the messages of a session and write both to a trace file; return the exit code 0.
+
+    args: the options of the command line. An unfinished file is continued.
+    """
     told = session(args.session)
     trace: dict[str, Any] = {"licence": LICENCE, "model": Path(args.model).name, "messages": told, "answers": []}
     if args.trace.exists():
@@ -236,7 +254,10 @@ def record(args: argparse.Namespace) -> int:
 
 
 def replay(args: argparse.Namespace) -> int:
-    """Replay a trace with all drafters and llama.cpp, print the figures and return the exit code."""
+    """Replay a trace file with all drafters and llama.cpp, and print the figures.
+
+    args: the options of the command line. Returns the exit code: 1 if specdec's texts differ between replays, else 0.
+    """
     trace = json.loads(args.trace.read_text("utf-8"))
     turns = min(args.turns or len(trace["answers"]), len(trace["answers"]))
     passes, asked = list[Pass](), list[tuple[list[int], int]]()

@@ -1,9 +1,9 @@
-"""llama.cpp on the CPU, as an engine of ``peers``: its shared library, called through ctypes.
+"""Run llama.cpp on the CPU as an engine of ``peers``: its shared library, called through ctypes.
 
-The library is that of the folder $LLAMA_CPP, such as the unpacked npm package @node-llama-cpp/linux-x64, else that of
+The library is in the folder $LLAMA_CPP, such as the unpacked npm package @node-llama-cpp/linux-x64, or else belongs to
 an installed llama-cpp-python. If the folder has a backend for each kind of CPU, $LLAMA_CPP_CPU names the one to use,
-such as "haswell" (AVX2 alone). Structures declare the fields that are equal in all versions; ``room`` covers the
-others.
+such as "haswell" (AVX2 alone). Structures declare the fields that are equal in all versions; the field ``room`` covers
+the others.
 """
 
 from __future__ import annotations
@@ -29,19 +29,28 @@ POINTER, INT, COUNT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32
 
 
 class ModelParams(ctypes.Structure):
-    """llama.cpp's ``llama_model_params``, as memory that is only passed on."""
+    """llama.cpp's ``llama_model_params``: memory of sufficient size, which is only passed on."""
 
     _fields_ = (("room", ctypes.c_uint64 * 64),)
 
 
 class ContextParams(ctypes.Structure):
-    """llama.cpp's ``llama_context_params``: sizes in tokens of context, batch and physical batch, and sequences."""
+    """llama.cpp's ``llama_context_params``: a context's sizes in tokens, and memory for further fields.
+
+    context: size of the KV cache. batch: largest number of tokens of a call. part: largest number of tokens that are
+        computed together. sequences: number of sequences.
+    """
 
     _fields_ = (*((name, COUNT) for name in ("context", "batch", "part", "sequences")), ("room", COUNT * 124))
 
 
 class LlamaBatch(ctypes.Structure):
-    """llama.cpp's ``llama_batch``: tokens of one pass, their positions and sequences, and whether logits are wanted."""
+    """llama.cpp's ``llama_batch``: the tokens of one forward pass.
+
+    count: number of tokens. The others are C arrays with an entry for each token.
+    token: its id. pos: its position. sequences, sequence: number and list of the sequences that it belongs to. output:
+        whether its logits are wanted. embd: not used.
+    """
 
     _fields_ = (
         ("count", INT),
@@ -78,13 +87,16 @@ COMMON: dict[str, tuple[Any, ...]] = {  # of libllama-common, whose names are th
 
 
 class Vector(ctypes.Structure):
-    """A ``std::vector<int32_t>``: addresses of its first element, of the elements' end and of the memory's end."""
+    """A C++ ``std::vector<int32_t>`` as libstdc++ stores it.
+
+    begin: address of the first element. end: address after the last one. room: address after the vector's memory.
+    """
 
     _fields_ = (("begin", POINTER), ("end", POINTER), ("room", POINTER))
 
     @classmethod
     def of(cls, ids: Sequence[int], room: int = 0) -> Vector:
-        """Return a vector of ``ids`` with memory for ``room`` more, so that pushing them allocates nothing."""
+        """Return a vector with the elements ``ids``. room: number of elements that can be added without new memory."""
         array = (INT * (len(ids) + room))(*ids)
         at = ctypes.addressof(array)
         made = cls(at, at + 4 * len(ids), at + 4 * len(array))
@@ -92,13 +104,16 @@ class Vector(ctypes.Structure):
         return made
 
     def ids(self) -> list[int]:
-        """Return the elements."""
+        """Return the elements of the vector as a list."""
         count = ((self.end or 0) - (self.begin or 0)) // 4
         return list((INT * count).from_address(self.begin)) if count else []
 
 
 def empty_map() -> Any:
-    """Return the memory of an empty ``std::unordered_map`` of libstdc++: one bucket, no element, a load factor of 1."""
+    """Return the memory of an empty C++ ``std::unordered_map``, as libstdc++ stores it.
+
+    It has one bucket, no element and a load factor of 1.
+    """
     made = (ctypes.c_uint64 * 7)()
     made[0], made[1] = ctypes.addressof(made) + 48, 1
     ctypes.c_float.from_buffer(made, 32).value = 1.0
@@ -106,9 +121,9 @@ def empty_map() -> Any:
 
 
 class Ngrams:
-    """llama.cpp's own drafting by n-grams, as its server's ``--spec-type`` ngram-cache and ngram-simple.
+    """llama.cpp's own drafting by n-grams, which its server calls ``--spec-type`` ngram-cache and ngram-simple.
 
-    depth: largest number of drafted tokens per step.
+    depth: largest number of drafted tokens in a step. Raises ValueError if the library lacks a function.
     """
 
     def __init__(self, depth: int) -> None:
@@ -125,11 +140,14 @@ class Ngrams:
         self.begin()
 
     def begin(self) -> None:
-        """Start a new request: forget the n-grams of the last one."""
+        """Start a new request: forget the n-grams of the request before."""
         self.maps, self.entered = [empty_map() for _ in range(3)], 0  # context, dynamic, static
 
     def cache(self, ids: list[int]) -> list[int]:
-        """Draft the tokens that most often followed the last tokens of the text ``ids`` (ngram-cache)."""
+        """Draft the tokens that most often followed the last tokens of the text ``ids``; return their ids.
+
+        This is llama.cpp's method ngram-cache.
+        """
         new = Vector.of(ids[max(self.entered - CACHED_NGRAMS[1], 0) :])
         at = [ctypes.addressof(each) for each in self.maps]
         self.call["cache_update"](at[0], *CACHED_NGRAMS, ctypes.byref(new), len(ids) - self.entered, False)
@@ -139,7 +157,10 @@ class Ngrams:
         return draft.ids()[1:]
 
     def simple(self, ids: list[int]) -> list[int]:
-        """Draft what followed the latest earlier occurrence of the last tokens of the text ``ids`` (ngram-simple)."""
+        """Draft the tokens after the latest earlier occurrence of the text's last tokens; return their ids.
+
+        ids: the text. This is llama.cpp's method ngram-simple.
+        """
         found, config = Vector(), (ctypes.c_uint16 * 8)(SIMPLE, self.depth)
         text = Vector.of(ids[:-1])
         self.call["simple_draft"](ctypes.byref(found), config, ctypes.byref(text), ids[-1])
@@ -147,7 +168,7 @@ class Ngrams:
 
 
 def folder() -> Path | None:
-    """Return the folder of llama.cpp's shared library; None if there is none."""
+    """Return the folder of llama.cpp's library: $LLAMA_CPP or that of llama-cpp-python; None: there is neither."""
     if given := os.environ.get("LLAMA_CPP"):
         return Path(given)
     spec = importlib.util.find_spec("llama_cpp")
@@ -155,9 +176,9 @@ def folder() -> Path | None:
 
 
 def library() -> Any:
-    """Load llama.cpp with the backend $LLAMA_CPP_CPU, else with all.
+    """Load llama.cpp's shared library with the CPU backend that $LLAMA_CPP_CPU names, or with all backends; return it.
 
-    Raises ValueError if library or backend is missing.
+    Raises ValueError if the library or the backend is missing.
     """
     place, wanted = folder(), os.environ.get("LLAMA_CPP_CPU")
     if place is None or not (found := sorted(place.glob("libllama.*so"))):
@@ -177,9 +198,12 @@ def library() -> Any:
 
 
 class LlamaContext:
-    """A loaded GGUF model with a KV cache of ``context`` tokens for ``rows`` sequences.
+    """A GGUF model that llama.cpp has loaded, with a KV cache.
 
-    tokens: the token ids in the cache of sequence 0. vocabulary: number of tokens of the vocabulary.
+    lib: llama.cpp's library. path: the GGUF file. threads: number of threads. context: size of the KV cache in tokens.
+    rows: number of sequences in it.
+    tokens: the token ids in the cache of sequence 0. vocabulary: size of the vocabulary.
+    Raises ValueError if the model cannot be loaded or memory does not suffice.
     """
 
     def __init__(self, lib: Any, path: str, threads: int, context: int, rows: int = 1) -> None:
@@ -197,20 +221,24 @@ class LlamaContext:
         self.memory, self.batch = lib.llama_get_memory(self.handle), lib.llama_batch_init(PART, 0, 1)
 
     def keep(self, count: int, row: int = 0) -> None:
-        """Remove all but the first ``count`` tokens of the sequence ``row`` from the KV cache."""
+        """Remove all but the first ``count`` tokens of a sequence from the KV cache. row: number of the sequence."""
         self.lib.llama_memory_seq_rm(self.memory, row, count, -1)
         del self.tokens[count:]
 
     def decode(self, ids: Sequence[int], outputs: int = 1, row: int = 0) -> None:
-        """Run one pass over ``ids``, at most ``PART`` tokens, after the tokens in the KV cache.
+        """Run one forward pass over ``ids``, at most 512 tokens, which follow the tokens in the KV cache.
 
-        outputs: for how many of the last tokens logits are computed. row: the sequence.
+        outputs: number of last tokens after which logits are computed. row: number of the sequence. The tokens are
+        added to the cache.
         """
         self.run([(token, len(self.tokens) + i, row) for i, token in enumerate(ids)], outputs)
         self.tokens += ids
 
     def run(self, tokens: Sequence[tuple[int, int, int]], outputs: int) -> None:
-        """Run one pass over (token, position, sequence) triples; compute logits of the last ``outputs`` ones."""
+        """Run one forward pass over ``tokens``, triples (token id, position, sequence number).
+
+        outputs: number of last tokens after which logits are computed. Raises ValueError if llama.cpp fails.
+        """
         batch, first = self.batch, len(tokens) - outputs
         batch.count = len(tokens)
         for i, (token, position, row) in enumerate(tokens):
@@ -222,11 +250,14 @@ class LlamaContext:
         self.lib.llama_synchronize(self.handle)
 
     def logits(self, index: int) -> Any:
-        """Return the logits after token ``index`` of the last pass, float32 [V], valid until the next pass."""
+        """Return the logits after the token ``index`` of the last pass, float32 [V], valid until the next pass."""
         return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.handle, index), (self.vocabulary,))
 
     def follow(self, ids: list[int]) -> int:
-        """Run the tokens of ``ids`` that the KV cache does not begin with; return the most likely next token."""
+        """Return the most likely token after the text ``ids``.
+
+        Only the tokens that the KV cache does not begin with are run; the cache then has the whole text.
+        """
         same = next((i for i, (a, b) in enumerate(zip(self.tokens, ids, strict=False)) if a != b), len(self.tokens))
         self.keep(min(same, len(ids) - 1))
         while new := ids[len(self.tokens) :]:
@@ -235,9 +266,13 @@ class LlamaContext:
 
 
 class LlamaCpp:
-    """Greedy decoding of a GGUF file by llama.cpp (``PeerEngine``): plain, with n-grams, or with a draft model.
+    """Greedy decoding of a GGUF file by llama.cpp, as an engine that a benchmark runs in a process of its own.
 
-    rows: sequences that are decoded together. keeps: whether a request reuses the KV cache of the last one.
+    It decodes plainly, or drafts with n-grams or with a draft model.
+
+    ngrams: llama.cpp's drafting by n-grams; None: it is not used.
+    rows: number of sequences that are decoded together.
+    keeps: whether a request reuses the KV cache of the request before.
     """
 
     ngrams: Ngrams | None
@@ -259,7 +294,10 @@ class LlamaCpp:
         return settings
 
     def drafted(self, ids: list[int]) -> list[int]:
-        """Draft ``depth`` tokens after ``ids`` greedily with the draft model."""
+        """Draft tokens greedily after the text ``ids`` with the draft model; return their ids.
+
+        Their number is the draft length with which the model was loaded.
+        """
         out = list[int]()
         for _ in range(self.depth):
             out.append(self.second.follow(ids + out))
@@ -306,6 +344,6 @@ class LlamaCpp:
 
 
 class LlamaCppKeeping(LlamaCpp):
-    """llama.cpp that reuses the KV cache of its last text, as its server does with one slot."""
+    """llama.cpp as an engine of benchmarks that reuses the KV cache of its last text, as llama.cpp's server does."""
 
     keeps = True

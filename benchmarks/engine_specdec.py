@@ -1,4 +1,4 @@
-"""specdec itself as an engine of ``peers``: in a process of its own, with the same commands as the others."""
+"""Run specdec itself as an engine of ``peers``: in a process of its own, with the same commands as other engines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from specdec.verify.replay import replay
 
 
 class Specdec:
-    """Plain decoding with specdec (``PeerEngine``).
+    """Plain decoding with specdec, as an engine that a benchmark runs in a process of its own.
 
-    mode: "float32" (through PyTorch), a value of ``--weights``, or "".
+    Its ``load`` takes a ``mode``: "float32" (computed by transformers), a value of the option ``--weights``, or "": the
+    default.
     """
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:

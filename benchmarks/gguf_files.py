@@ -1,4 +1,4 @@
-"""Every native build that this CPU runs on GGUF files, beside llama.cpp on the same files; the last line is JSON.
+"""Measure every native build that this CPU runs on GGUF files, beside llama.cpp; the last line is JSON.
 
     pip install llama-cpp-python                    # or: export LLAMA_CPP=FOLDER, see engine_llama_cpp.py
     python benchmarks/gguf_files.py smollm2-135m-instruct MODEL.gguf --threads 2 --json result.json
@@ -48,9 +48,10 @@ Rounds = dict[str, list[dict[str, float]]]  # figures of each round, by engine
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a GGUF file. vocabulary: number of tokens.
+    """Sizes of a GGUF file.
 
-    bytes_read: bytes of the tensors that a forward pass reads.
+    vocabulary: number of tokens of the vocabulary.
+    bytes_read: number of bytes of the tensors that a forward pass reads.
     """
 
     vocabulary: int
@@ -58,7 +59,7 @@ class Shape:
 
 
 def read_shape(file: Path) -> Shape:
-    """Read the sizes of a GGUF file from its header."""
+    """Return the vocabulary size and the bytes that a forward pass reads, from the header of the GGUF file ``file``."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     embedding = tensors["token_embd.weight"]
     unread = int(embedding.n_bytes) if "output.weight" in tensors else 0
@@ -66,14 +67,17 @@ def read_shape(file: Path) -> Shape:
 
 
 def readable(size: int) -> torch.Tensor:
-    """Return a tensor [2, n] of about ``size`` bytes on large pages, as packed weights lie on them."""
+    """Return a float tensor [2, n] of about ``size`` bytes in large memory pages, in which packed weights lie, too."""
     data = torch.empty(size // 8, 2)
     library.load().specdec_large_pages(data.data_ptr(), data.nbytes)
     return data.fill_(1.0).view(2, -1)
 
 
 def read_seconds(data: torch.Tensor) -> float:
-    """Return the seconds of reading ``data`` [2, n] once with all threads, the best of three products of its halves."""
+    """Return the seconds that all threads need to read ``data`` [2, n] once, measured as the product of its two halves.
+
+    It is the best of three measurements.
+    """
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
@@ -83,7 +87,10 @@ def read_seconds(data: torch.Tensor) -> float:
 
 
 def gguf_of(model: str) -> Path:
-    """Return the GGUF file of an embedded model, or the file ``model``; end the program if there is none."""
+    """Return the GGUF file of the embedded model ``model``, or ``model`` as a path.
+
+    Ends the program if it is neither an embedded model nor a file.
+    """
     if model in catalogue.EMBEDDED:
         return prepare.prepare_embedded(model) / prepare.GGUF
     if not Path(model).is_file():
@@ -92,18 +99,24 @@ def gguf_of(model: str) -> Path:
 
 
 def builds() -> list[str]:
-    """Return the instruction sets of kernels that this CPU runs, the best one first."""
+    """Return the names of the instruction sets for which this CPU has native kernels, the best one first."""
     best = library.LEVELS.index(library.load().level)
     return list(library.LEVELS[best:0:-1])
 
 
 def rival(build: str) -> str:
-    """Return the name of the llama.cpp engine that a build is compared with."""
+    """Return the name of the llama.cpp engine that is compared with specdec's native build for an instruction set.
+
+    build: name of the instruction set, such as "avx2".
+    """
     return f"{LLAMA} {build}" if build in BACKENDS else LLAMA
 
 
 def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[str, str]]]:
-    """Return the engines to measure: name -> ("module:Class", environment variables). cache: specdec's cache folder."""
+    """Return the engines to measure: {name: ("module:Class", environment variables of its process)}.
+
+    args: the options of the command line. cache: specdec's cache folder.
+    """
     own = {"SPECDEC_CACHE": str(cache), "OMP_NUM_THREADS": str(args.threads)}
     out = {build: ("engine_specdec:Specdec", own | {library.LEVEL: build}) for build in args.builds}
     for build in () if args.alone else args.builds:
@@ -113,14 +126,19 @@ def engines(args: argparse.Namespace, cache: Path) -> dict[str, tuple[str, dict[
 
 
 def synthetic(count: int, vocabulary: int) -> list[int]:
-    """Return ``count`` token ids from the first three quarters of the vocabulary: special tokens are at its end."""
+    """Return ``count`` token ids as a prompt, from the first three quarters of a vocabulary.
+
+    vocabulary: number of its tokens; the special ones are at its end.
+    """
     return [(7919 * n) % (vocabulary * 3 // 4) for n in range(1, count + 1)]
 
 
 def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, float]:
-    """Measure one round of an engine.
+    """Measure an engine once; return its figures by name.
 
-    Return ms per decoded token, prefill tokens/s, and ms per pass by number of tokens.
+    They are the ms per decoded token ("ms"), the tokens/s of a prompt ("prefill"), and for N = 1, 2, 4, 8, 16 the ms of
+    a pass over N tokens ("rows_N") and its ratio to a pass over one ("times_N").
+    vocabulary: number of tokens of the vocabulary. tokens: number of tokens to decode.
     """
     decoded = engine.ask("generate", ids=synthetic(PROMPT, vocabulary), count=tokens, eos=[])
     prompt = engine.ask("generate", ids=synthetic(PREFILL, vocabulary), count=1, eos=[])
@@ -132,7 +150,10 @@ def one_round(engine: peers.Process, vocabulary: int, tokens: int) -> dict[str, 
 
 
 def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    """Measure all engines on one file and return the figures as JSON values."""
+    """Measure all engines on one GGUF file; return the figures as JSON values.
+
+    model: the file, or an embedded model. args: the options of the command line. cache: specdec's cache folder.
+    """
     file = gguf_of(model)
     shape, loads, running = read_shape(file), dict[str, dict[str, float]](), dict[str, peers.Process]()
     missing, loading = list[str](), {"path": str(file), "threads": args.threads, "context": CONTEXT}
@@ -174,13 +195,13 @@ def measure(model: str, args: argparse.Namespace, cache: Path) -> dict[str, Any]
 
 
 def with_range(values: list[float], digits: int = 1) -> str:
-    """Return the median of ``values`` with their range as text."""
+    """Return the median of ``values`` and their range as text, such as "1.2 (1.0-1.5)". digits: after the point."""
     low, high = min(values), max(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    """Return the table of the result of ``measure``."""
+    """Return a table of the figures that ``measure`` returned for one GGUF file."""
     rounds, names, held = result["rounds"], list(result["rounds"]), result["builds"]
     pairs = [(build, rival(build)) for build in held if rival(build) in rounds]
     reading = with_range([figures["read_ms"] for figures in rounds[names[0]]])
@@ -190,7 +211,11 @@ def table_of(result: dict[str, Any]) -> Table:
         table.add_column(column, justify="right" if column else "left")
 
     def row(label: str, key: str, digits: int = 1, ratio: int = 0) -> None:
-        """Add a row of the figure ``key``. ratio: 1 if less is faster, -1 if more is faster, 0 for no comparison."""
+        """Add the figure ``key`` of each engine to the table. label: its first cell. digits: digits after the point.
+
+        ratio: whether specdec is compared with llama.cpp: 1 if less is faster, -1 if more is faster, 0 for no
+        comparison.
+        """
         cells = [with_range([figures[key] for figures in rounds[name]], digits) for name in names]
         for ours, theirs in pairs if ratio else ():
             both = zip(rounds[ours], rounds[theirs], strict=True)

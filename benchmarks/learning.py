@@ -1,4 +1,4 @@
-"""How a drafter that learns by itself improves with the text it has seen, beside plain decoding and n-grams.
+"""Measure how a drafter that learns by itself improves with the text it has seen, beside plain decoding and n-grams.
 
     python benchmarks/learning.py MODEL --texts answers.jsonl --prompts mt-bench --output DIR
 
@@ -37,7 +37,10 @@ KEPT = "latest", "read"
 
 
 def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecoder:
-    """Return a copy of ``plain`` with a drafter that has learned what ``folder`` holds and continues from there."""
+    """Return a copy of the decoder ``plain`` with a drafter that continues learning from what ``folder`` has stored.
+
+    drafter: name of the drafter. A drafter of the package is left out, so that learning starts from nothing.
+    """
     shipped = mock.patch.object(drafter_folder, "find_shipped", lambda *args: None)
     with shipped, mock.patch.object(learned, "folder", lambda: folder):
         decoder = plain.with_drafter(drafter)
@@ -47,12 +50,15 @@ def opened(plain: SpecDecoder, folder: Path, drafter: str = "m2r2") -> SpecDecod
 
 
 def learner_of(decoder: SpecDecoder) -> M2R2Learner:
-    """Return the object through which the drafter of ``decoder`` learns."""
+    """Return the object through which the drafter of ``decoder`` learns while it decodes."""
     return decoder.drafter.learner  # type: ignore[attr-defined,no-any-return]
 
 
 def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
-    """Learn from the text ``ids``, whose answer begins at ``start``; return the seconds of the longest chunk."""
+    """Let the drafter of ``decoder`` learn from one text; return the seconds of its longest uninterrupted work.
+
+    ids: token ids of prompt and answer. start: index of the answer's first token.
+    """
     learner_of(decoder).add(ids, start)
     longest, more = 0.0, True
     while more:
@@ -63,7 +69,7 @@ def learn(decoder: SpecDecoder, ids: list[int], start: int) -> float:
 
 
 def keep(decoder: SpecDecoder) -> None:
-    """Write what was learned to the folder, and the texts that the learner has in memory."""
+    """Write what the drafter of ``decoder`` has learned to its folder, and the texts that it has in memory."""
     learner = learner_of(decoder)
     learner.save()
     if learner.fits.store.path.exists():
@@ -71,10 +77,12 @@ def keep(decoder: SpecDecoder) -> None:
 
 
 def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -> Figures:
-    """Decode the prompts with every decoder and return figures for each.
+    """Decode the prompts with every decoder; return its figures by name of the decoder.
 
-    A figure is: pooled tokens per step, the median speed over plain decoding, the least one and its prompt.
-    how: arguments of ``SpecDecoder.open``. Ends the program if a drafter changes the text.
+    The figures of a decoder are "tokens a step" (over all prompts), "over plain" (the median over the prompts of its
+    speed divided by that of plain decoding), "least" (the smallest of these) and "slowest" (the prompt with it).
+    decoders: by name; "none" is plain decoding. how: arguments of ``SpecDecoder.open``. Ends the program if a drafter
+    changes the text.
     """
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
     steps, tokens, text = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0), list[int]()
@@ -102,7 +110,7 @@ def measured(decoders: dict[str, SpecDecoder], prompts: list[str], **how: Any) -
 def draw(curve: list[dict[str, Any]], names: list[str], path: Path) -> None:
     """Draw the speed over plain decoding of each drafter in ``names`` into the picture file ``path``.
 
-    curve: the entries of curve.json, each with "tokens" (learned from) and the figures of ``measured`` per drafter.
+    curve: the entries of curve.json, each with "tokens" (learned from) and, by drafter, figures such as "over plain".
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -118,7 +126,10 @@ def draw(curve: list[dict[str, Any]], names: list[str], path: Path) -> None:
 
 
 def texts_after(path: Path, number: int) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids, number of prompt tokens) of the texts in a file after the first ``number``."""
+    """Yield (token ids, number of prompt tokens) of each text in a JSONL file, without the first ``number`` texts.
+
+    A line has "prompt_ids" and "response_ids". Texts with an answer of one token are left out and not counted.
+    """
     for _, line in inputs.lines(path):
         text = inputs.parse_json(line)
         ids, start = [*text["prompt_ids"], *text["response_ids"]], len(text["prompt_ids"])

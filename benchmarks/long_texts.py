@@ -1,4 +1,4 @@
-"""Decoding after long texts: the default drafter beside plain decoding, and llama.cpp; the last line is JSON.
+"""Measure decoding after long texts: the default drafter beside plain decoding, and llama.cpp; the last line is JSON.
 
     export LLAMA_CPP=FOLDER                          # see engine_llama_cpp.py
     python benchmarks/long_texts.py MODEL --contexts 256,1024,4096,16384 --llama-cpp plain,ngram-cache
@@ -53,11 +53,18 @@ REQUESTS = {  # kind -> document, request
 
 @dataclass
 class Figures:
-    """What was measured of one prompt. Seconds are per token after the first delivery, one for each turn.
+    """The figures of one prompt. A turn decodes it once plainly and once with drafts.
 
-    context: number of tokens of the prompt. prefill: seconds to the first token, where no prefix of it was kept.
-    acceptance: tokens a drafting step. peers: seconds per token of each other engine.
-    same: whether all texts are equal.
+    Seconds per token count from the first delivery of tokens.
+
+    kind: kind of the request, such as "summary".
+    context: number of tokens of the prompt.
+    prefill: seconds to the first token, if no prefix of the prompt was cached; None: one was.
+    plain: seconds per token of plain decoding, of each turn.
+    drafted: seconds per token with drafts, of each turn.
+    acceptance: tokens per step with drafts, of each turn.
+    peers: seconds per token of other engines, by name.
+    same: whether the texts of all turns are equal.
     """
 
     kind: str
@@ -70,12 +77,15 @@ class Figures:
     same: bool = True
 
     def speedup(self) -> float:
-        """Median over the turns of plain over drafted."""
+        """Return the median over the turns of the speed with drafts divided by the speed of plain decoding."""
         return statistics.median(a / b for a, b in zip(self.plain, self.drafted, strict=True))
 
 
 def prompt(decoder: SpecDecoder, kind: str, context: int) -> list[int]:
-    """Return token ids of a prompt of the kind with exactly ``context`` tokens."""
+    """Return the token ids of a prompt with exactly ``context`` tokens: a document, cut to fit, and a request.
+
+    kind: kind of the request, such as "summary". Ends the program if the document is too short.
+    """
     document, request = REQUESTS[kind]
     tokenizer: Any = decoder.tokenizer
     text = "\n\n".join(f"{path.relative_to(ROOT)}:\n{path.read_text('utf-8')}" for path in DOCUMENTS[document])
@@ -92,7 +102,11 @@ def prompt(decoder: SpecDecoder, kind: str, context: int) -> list[int]:
 
 
 def decode(decoder: SpecDecoder, ids: list[int], tokens: int, depth: Any) -> tuple[float, float, list[int], float]:
-    """Return seconds to the first token, seconds per token after it, the tokens, and tokens a step."""
+    """Decode ``tokens`` tokens greedily after the prompt ``ids``.
+
+    depth: draft length; 0: plain decoding; "auto": chosen in each step. Returns (seconds to the first delivery, seconds
+    per token after it, the token ids, tokens per step).
+    """
     begun, arrivals, made = time.perf_counter(), list[float](), list[int]()
     counts = list[int]()
     options: Any = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
@@ -108,7 +122,10 @@ def decode(decoder: SpecDecoder, ids: list[int], tokens: int, depth: Any) -> tup
 
 
 def measure(decoder: SpecDecoder, args: argparse.Namespace, peers: dict[str, Process]) -> list[Figures]:
-    """Measure all prompts; say each on stderr."""
+    """Measure every prompt with specdec and all other engines, print each to stderr, and return the figures.
+
+    args: the options of the command line. peers: processes of other engines, by name.
+    """
     found = list[Figures]()
     for context in args.contexts:
         kept = set[str]()
@@ -144,7 +161,7 @@ def measure(decoder: SpecDecoder, args: argparse.Namespace, peers: dict[str, Pro
 
 
 def show(found: Sequence[Figures], console: Console) -> None:
-    """Print a row for each context and kind, and one with the geometric means of a context."""
+    """Print a table with a line for each prompt, and one with the geometric means of all prompts of the same length."""
     names = [*found[0].peers]
     columns = ["plain, ms a token", "x plain", "tokens a step", "prefill, tokens/s", *(f"x {name}" for name in names)]
     table = Table("context", "kind", *columns)

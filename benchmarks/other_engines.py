@@ -1,4 +1,4 @@
-"""``specdec`` with llama.cpp among the methods of its benchmarks.
+"""Run the ``specdec`` command with llama.cpp among the methods of its benchmarks.
 
     python benchmarks/other_engines.py bench --drafters none,m2r2,llama.cpp --model MODEL.gguf
 
@@ -27,10 +27,12 @@ CONTEXT = 4096  # tokens for which another engine makes room
 
 
 class PeerMethod(Method):
-    """A method of a benchmark that decodes with another engine, on the model's own file.
+    """A method of a benchmark that decodes with another engine, such as llama.cpp, on the model's own file.
 
-    Rounding may choose other tokens.
-    Its option ``context`` is the size of the engine's KV cache in tokens.
+    Rounding may choose other tokens than specdec. The method's option ``context`` is the size of the engine's KV cache
+    in tokens.
+    base: specdec's decoder of the same model. cell: the settings of the measurement. Raises SpecDecError for settings
+        that the engine does not support.
     """
 
     same_arithmetic = False
@@ -63,7 +65,10 @@ class PeerMethod(Method):
 
 
 def model_file(name: str) -> Path | None:
-    """Return the GGUF file of an embedded model, else the file or folder ``name``; None if there is neither."""
+    """Return the GGUF file of the embedded model ``name``, or ``name`` as a path; None: there is neither.
+
+    Downloads the embedded model if need be.
+    """
     if name in catalogue.EMBEDDED:
         return prepare.prepare_embedded(name) / prepare.GGUF
     path = Path(name).expanduser().absolute()
@@ -71,7 +76,7 @@ def model_file(name: str) -> Path | None:
 
 
 def register() -> None:
-    """Add the engines of ``peers`` to ``EXTERNAL_METHODS``, so that ``specdec bench`` knows them as methods."""
+    """Make the engines of ``peers``, such as llama.cpp, known to ``specdec bench`` as methods."""
     for name, peer in PEERS.items():
         source = "FILE" if peer.mode == "draft-model" else ""
         EXTERNAL_METHODS[name] = ExternalMethod(

@@ -1,8 +1,8 @@
-"""Other engines, each in its own process, which idles while another method runs.
+"""Run other engines, each in a process of its own, which idles while another method runs.
 
 The process reads JSON commands from its input, one per line, and answers each with a line of JSON; ``serve`` runs in
-it. An engine is a class in its own module. Separate processes isolate engines that configure threads and the CPU's
-tile registers.
+it. An engine is a class in its own module. Separate processes isolate engines that configure threads and the CPU's tile
+registers.
 """
 
 from __future__ import annotations
@@ -31,36 +31,43 @@ Put = Callable[[Sequence[int]], bool]  # takes new tokens as they come; False: n
 
 
 class PeerEngine(Protocol):
-    """The interface of an engine, which runs in a process of its own and executes the commands of ``Process.ask``."""
+    """A protocol for engines that decode a model greedily, in a process of their own that executes commands."""
 
     def load(self, path: str, threads: int, context: int, mode: str, source: str, depth: int | None) -> dict[str, Any]:
-        """Load the model file ``path`` and return what to report: version and settings.
+        """Load the model file ``path``; return what to report of the engine, such as its version and settings.
 
-        context: size of the KV cache in tokens. mode: as in ``Peer``; source: the draft model's file in mode
-        "draft-model".
-        depth: tokens to draft per step; None: the engine's own default.
+        threads: number of threads. context: size of the KV cache in tokens. mode: how the engine drafts: "" (it does
+        not), "ngram-cache", "ngram-simple" or "draft-model". source: the draft model's file, else "". depth: number of
+        tokens to draft in a step; None: the engine's own default.
         """
         ...
 
     def generate(self, ids: list[int], count: int, put: Put) -> None:
-        """Decode at most ``count`` tokens greedily after ``ids``; pass new tokens to ``put`` until it returns False."""
+        """Decode at most ``count`` tokens greedily after the prompt ``ids``.
+
+        put: takes new tokens; decoding ends when it returns False.
+        """
         ...
 
     def passes(self, sizes: list[int]) -> dict[str, float]:
-        """Return {number of tokens, as text: seconds of a forward pass over as many tokens} for ``sizes``."""
+        """Time forward passes over several tokens; return {number of tokens, as text: seconds of a pass over them}.
+
+        sizes: the numbers of tokens.
+        """
         ...
 
     def logits(self, ids: list[int], count: int) -> Any:
-        """Return the logits that predict each of the last ``count`` tokens of ``ids``, float32 [count, V]."""
+        """Return the logits that predict each of the last ``count`` tokens of the text ``ids``, float32 [count, V]."""
         ...
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine that benchmarks can run, in one of its modes.
+    """An engine that benchmarks can run, in one of its ways to draft.
 
-    engine: "module:Class" of the ``PeerEngine``. module, package: the module that it imports, and the package to
-    install.
+    engine: "module:Class" of the engine.
+    module: the Python module that the engine needs.
+    package: the package to install for it.
     reads: suffixes of model files, or names of files in model folders, that the engine loads.
     mode: how the engine drafts: "" (it does not), "ngram-cache", "ngram-simple" or "draft-model".
     folder: environment variable that may name the library's folder instead of the package; "": there is none.
@@ -75,7 +82,7 @@ class Peer:
 
     @property
     def missing(self) -> str:
-        """Why the engine cannot run here; "" if it can."""
+        """Return why the engine cannot run here, as the end of a sentence; "": it can."""
         if os.environ.get(self.folder) or importlib.util.find_spec(self.module):
             return ""
         where = f", or let {self.folder} name the folder of its library" if self.folder else ""
@@ -93,7 +100,10 @@ PEERS: dict[str, Peer] = {
 
 
 def readable(name: str, model: Path | None) -> Path:
-    """Return ``model`` if the peer ``name`` can load this file or folder; raise SpecDecError if it cannot."""
+    """Return ``model`` if an engine can load this file or folder; raise SpecDecError if it cannot, or it is None.
+
+    name: the engine's name.
+    """
     peer = PEERS[name]
     if model is not None and (model.suffix in peer.reads or any((model / kind).is_file() for kind in peer.reads)):
         return model
@@ -101,10 +111,12 @@ def readable(name: str, model: Path | None) -> Path:
 
 
 class Process:
-    """A child process that runs the engine ``"module:Class"``.
+    """A child process that runs an engine and executes commands.
 
-    environment: variables in addition to those of this process.
-    close: ends the child. libraries: resident memory in MB before a model is loaded.
+    engine: "module:Class" of the engine. environment: variables in addition to those of this process.
+    close: a function that ends the child.
+    libraries: resident memory of the child in MB before a model is loaded; None: the system does not tell.
+    Raises SpecDecError if the engine does not start.
     """
 
     def __init__(self, engine: str, **environment: str) -> None:
@@ -119,9 +131,10 @@ class Process:
         self.libraries = self.resident("VmRSS")  # MB, before a model is loaded
 
     def ask(self, do: str, **given: Any) -> Any:
-        """Send the command ``do`` (a method of ``EngineServer``) with its arguments and return the result.
+        """Let the child execute a command, and return its result.
 
-        Raises SpecDecError if the engine raised an error or the process has ended.
+        do: name of a method of ``EngineServer``: "load", "generate", "passes" or "logits". given: its arguments, as
+        JSON values. Raises SpecDecError if the engine raised an error or the process has ended.
         """
         assert self.child.stdin is not None
         try:
@@ -142,7 +155,10 @@ class Process:
         return answer["value"]
 
     def resident(self, field: str = "VmHWM") -> float | None:
-        """Return the memory of the child, as ``machine.resident`` does."""
+        """Return the peak memory of the child in MB; None: the system does not tell.
+
+        field: "VmHWM" is the peak, "VmRSS" the present size.
+        """
         return machine.resident(field, self.child.pid)
 
 
@@ -158,21 +174,25 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 
 class EngineServer:
-    """The side of the child process: it executes commands with an engine and times generation."""
+    """The part that runs in the child process: it executes commands with an engine, and times generation."""
 
     def __init__(self, engine: PeerEngine) -> None:
         self.load, self.passes = engine.load, engine.passes
         self.engine = engine
 
     def logits(self, ids: list[int], count: int, path: str) -> None:
-        """Write the result of ``PeerEngine.logits`` to the file ``path`` (.npy)."""
+        """Write the logits that predict each of the last ``count`` tokens of ``ids`` to the file ``path`` (.npy).
+
+        They are float32 [count, V].
+        """
         np.save(path, self.engine.logits(ids, count))
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> dict[str, Any]:
-        """Decode greedily after ``ids`` and return the tokens with their timing.
+        """Decode greedily after the prompt ``ids``; return the tokens with their timing as a dict.
 
-        tokens: at most ``count``, cut after a token of ``eos``. arrivals: seconds until each delivery of tokens.
-        first: number of tokens in the first delivery. seconds: duration of the whole call.
+        Its keys: "tokens" are at most ``count`` token ids, cut after a token of ``eos``. "arrivals" are the seconds
+        from the call to each delivery of tokens. "first" is the number of tokens in the first delivery. "seconds" is
+        the duration of the call. Raises ValueError if the engine generates nothing.
         """
         tokens, arrivals, firsts, end = list[int](), list[float](), list[int](), set(eos)
         start = time.perf_counter()
@@ -198,7 +218,10 @@ class EngineServer:
 
 
 def serve(engine: str) -> None:
-    """Answer commands on standard input until it ends. engine: "module:Class". What libraries print goes to stderr."""
+    """Answer commands on standard input with an engine until the input ends. engine: "module:Class".
+
+    What libraries print goes to stderr.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark handles Ctrl-C and ends this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""How far quantized runs of a GGUF file are from its weights in float32: KL divergence and agreement of tokens.
+"""Measure how far quantized runs of a GGUF file are from its weights in float32: KL divergence and equal tokens.
 
     python benchmarks/quality_of_activations.py MODEL.gguf --answers answers.jsonl.gz --output DIR
     python benchmarks/quality_of_activations.py MODEL.gguf --prompts mt-bench --output DIR --runs auto,dense,llama.cpp
@@ -42,9 +42,9 @@ Answer = dict[str, list[int]]
 
 
 def answers_of(args: argparse.Namespace) -> list[Answer]:
-    """Return the answers to compare on, ``--positions`` tokens in all: whole answers, and the last one cut.
+    """Return the answers to compare on, {"prompt_ids", "response_ids"} each, with ``args.positions`` tokens in all.
 
-    They are stored in the output folder and read from there if they exist.
+    args: the options of the command line. Answers are stored in the output folder, and read from there if they exist.
     """
     kept = args.output / "answers.jsonl"
     if not kept.exists():
@@ -54,7 +54,10 @@ def answers_of(args: argparse.Namespace) -> list[Answer]:
 
 
 def chosen(lines: Iterator[Answer], positions: int) -> Iterator[Answer]:
-    """Yield usable answers of ``lines`` until they have ``positions`` answer tokens; the last one is cut."""
+    """Yield usable answers of ``lines`` until they have ``positions`` answer tokens; the last answer is cut to fit.
+
+    Answers that are very short, or too long with their prompts, are left out.
+    """
     for line in lines:
         ids = {"prompt_ids": line["prompt_ids"], "response_ids": line["response_ids"][:positions]}
         if len(ids["response_ids"]) >= min(LEAST, positions) and sum(map(len, ids.values())) <= CONTEXT:
@@ -65,13 +68,16 @@ def chosen(lines: Iterator[Answer], positions: int) -> Iterator[Answer]:
 
 
 def read(file: Path) -> Iterator[Answer]:
-    """Yield the answers of a JSONL file, which may be a ``.gz``."""
+    """Yield the answers in a JSONL file, which may be compressed (.gz): {"prompt_ids", "response_ids"} each."""
     with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
         yield from map(json.loads, lines)
 
 
 def made(args: argparse.Namespace) -> Iterator[Answer]:
-    """Yield the model's greedy answers to the first turns of the prompts."""
+    """Yield the model's own greedy answers to a set of prompts: {"prompt_ids", "response_ids"} each.
+
+    args: the options of the command line.
+    """
     torch.set_num_threads(args.threads)
     decoder = SpecDecoder.from_pretrained(str(args.model), drafter="none", device="cpu")
     turns = [c.turns[0] for c in evenly_spaced(load_prompts(args.prompts).conversations, args.limit)]
@@ -84,9 +90,10 @@ def made(args: argparse.Namespace) -> Iterator[Answer]:
 
 @contextmanager
 def engine(run: str, args: argparse.Namespace) -> Iterator[peers.Process]:
-    """Run the engine of ``run`` in a process with the model loaded, during the ``with`` block.
+    """Yield a process of its own with an engine and the loaded model, for a ``with`` block.
 
-    Raises SpecDecError if missing.
+    run: "llama.cpp", or a value of the option ``--weights`` of specdec. args: the options of the command line. Raises
+    SpecDecError if the engine is missing.
     """
     llama = run == "llama.cpp"
     if llama and (missing := peers.PEERS[run].missing):
@@ -102,7 +109,7 @@ def engine(run: str, args: argparse.Namespace) -> Iterator[peers.Process]:
 
 
 def compare(reference: Any, logits: Any) -> tuple[list[float], list[bool]]:
-    """Return KL(reference || logits) in nats, and whether the argmax is equal, for each of n positions.
+    """Return for each of n positions (KL(reference || logits) in nats, whether the argmax is equal), as two lists.
 
     reference, logits: float32 [n, V].
     """
@@ -112,7 +119,11 @@ def compare(reference: Any, logits: Any) -> tuple[list[float], list[bool]]:
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Run what the output folder lacks and return {run: [{"kl", "same"} of each answer]}."""
+    """Compute what the output folder lacks; return {run: a dict for each answer}.
+
+    A dict has "kl", the KL divergence from the reference in nats, and "same", whether the likeliest token is equal, as
+    lists with an entry for each token of the answer. args: the options of the command line. console: prints progress.
+    """
     answers, rows = answers_of(args), args.output / "rows.jsonl"
     known = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     done = {(row["run"], row["answer"]): row for row in known}

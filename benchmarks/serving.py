@@ -1,4 +1,4 @@
-"""A server under load: tokens per second and latencies by number of clients, with and without the drafter.
+"""Measure a server under load: tokens per second and latencies by number of clients, with and without the drafter.
 
     python benchmarks/serving.py --drafter ngram+m2r2
     python benchmarks/serving.py --model qwen2.5-coder-1.5b-instruct --drafter ngram+m2r2 --seconds 8
@@ -38,9 +38,12 @@ _TEXT = re.compile(rb'"content":"[^"]')
 
 @dataclass
 class StreamedAnswer:
-    """One streamed answer of the server.
+    """One answer that the server streams.
 
-    status: HTTP status; 0: the answer has not ended. began: time of the request. times: when data with text arrived.
+    status: HTTP status; 0: the answer has not ended.
+    began: time of the request in seconds, by ``time.perf_counter``.
+    times: times at which data with text arrived.
+    text: the whole text.
     usage: the token counts that the server reports.
     """
 
@@ -51,7 +54,7 @@ class StreamedAnswer:
     usage: dict[str, Any] = field(default_factory=dict)
 
     def read(self, received: bytes) -> StreamedAnswer:
-        """Parse the whole response ``received``, set status, text and usage, and return this object."""
+        """Set status, text and usage from the whole HTTP response ``received``, and return this object."""
         self.status = int(received.split(maxsplit=2)[1])
         for line in received.splitlines():
             if line.startswith(b"data: {"):
@@ -65,17 +68,20 @@ class StreamedAnswer:
 
     @property
     def first(self) -> float:
-        """Seconds to the first text."""
+        """Return the seconds from the request to the first text."""
         return self.times[0] - self.began
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between consecutive deliveries of text."""
+        """Return the seconds between consecutive deliveries of text."""
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
 class Client:
-    """A minimal HTTP/1.1 client with one connection per request. It uses little time: the server needs the cores."""
+    """A minimal HTTP/1.1 client with one connection per request. It uses little time: the server needs the cores.
+
+    url: the server's address.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -88,7 +94,7 @@ class Client:
         return reader, writer
 
     async def lines(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[bytes]:
-        """Yield the status line of a response, and then the lines of its body."""
+        """Send an HTTP request; yield the status line of the response, and then the lines of its body."""
         reader, writer = await self._ask(method, path, body)
         try:
             yield await reader.readline()
@@ -100,7 +106,10 @@ class Client:
             writer.close()
 
     async def chat(self, body: dict[str, Any], answer: StreamedAnswer | None = None) -> StreamedAnswer:
-        """Send a chat request, stream the answer into ``answer`` (None: a new one), and return it, parsed."""
+        """Send a chat request and return its answer, streamed and then parsed.
+
+        body: the fields of the request. answer: the object that gets the answer while it streams; None: a new one.
+        """
         answer = StreamedAnswer(0, time.perf_counter()) if answer is None else answer
         reader, writer = await self._ask("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}).encode())
         parts = list[bytes]()
@@ -114,12 +123,12 @@ class Client:
         return answer.read(b"".join(parts))
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Post a JSON body and return the JSON answer."""
+        """Post a JSON body to the path ``path``, and return the JSON value of the answer."""
         found = [line async for line in self.lines("POST", path, json.dumps(body).encode())]
         return json.loads(b"".join(found[1:]))
 
     async def figures(self) -> dict[str, float]:
-        """Return the server's metrics that begin with "vllm:", by name without this prefix."""
+        """Return the server's metrics whose names begin with "vllm:", by name without this prefix."""
         found: dict[str, float] = {}
         async for line in self.lines("GET", "/metrics"):
             if match := re.match(rb"vllm:(\w+)\{[^}]*\} (\S+)", line):
@@ -127,9 +136,9 @@ class Client:
         return found
 
     async def quiet(self) -> dict[str, float]:
-        """Wait until no request runs or waits, and return the metrics.
+        """Wait, at most ten seconds, until no request runs or waits at the server; return its metrics by name.
 
-        Cancelled requests leave with the current step.
+        Cancelled requests leave the server only at the end of a decoding step.
         """
         for _ in range(100):
             figures = await self.figures()
@@ -141,7 +150,10 @@ class Client:
 
 @contextmanager
 def server(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the address of ``--url``, or of a server that runs during the ``with`` block."""
+    """Yield the address of a server for a ``with`` block: that of ``--url``, or a new server that ends with it.
+
+    args: the options of the command line.
+    """
     if args.url:
         yield args.url
         return
@@ -163,7 +175,10 @@ def server(args: argparse.Namespace) -> Iterator[str]:
 
 
 def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict[str, Any]]:
-    """Return the request bodies: one per prompt, with its own seed. name: the model's name at the server."""
+    """Return the bodies of the chat requests, one for each prompt, each with its own seed.
+
+    args: the options of the command line. name: the model's name at the server.
+    """
     conversations = evenly_spaced(load_prompts(args.prompts).conversations, args.limit)
     return [
         {
@@ -180,10 +195,13 @@ def bodies(args: argparse.Namespace, name: str, temperature: float) -> list[dict
 
 @dataclass
 class Block:
-    """A measurement of some seconds under load.
+    """A measurement of a server under load, for some seconds.
 
-    tokens: number of tokens that the server generated in these seconds. answers: the answers that were requested.
-    steps, accepted: decoding steps and accepted drafted tokens of all requests of the block.
+    seconds: its duration.
+    tokens: number of tokens that the server generated in this time.
+    steps: number of decoding steps of all its requests.
+    accepted: number of drafted tokens that were accepted.
+    answers: the answers that were requested.
     """
 
     seconds: float
@@ -194,9 +212,10 @@ class Block:
 
 
 async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, draft: bool, seconds: float) -> Block:
-    """Let ``clients`` send the requests ``wanted`` in turn for ``seconds``, counted from when all are being answered.
+    """Measure the server while ``clients`` clients send requests one after the other, each after its last answer.
 
-    draft: whether the server drafts.
+    client: connects to the server. wanted: bodies of the requests, sent in turn. draft: whether the server drafts.
+    seconds: duration, counted from when all clients are receiving answers.
     """
     left, answers = itertools.cycle(wanted), list[StreamedAnswer]()
 
@@ -228,18 +247,24 @@ async def block(client: Client, wanted: Sequence[dict[str, Any]], clients: int, 
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
-    """Return P50 and P99 of times in seconds, in milliseconds."""
+    """Return the 50th and 99th percentile of times in seconds, converted to milliseconds."""
     return [round(1e3 * float(x), 1) for x in np.percentile(values, (50, 99))] if values else [0.0, 0.0]
 
 
 def turns(repeats: int) -> Iterator[bool]:
-    """Yield whether the drafter is on: ``repeats`` times on and off, in alternating order."""
+    """Yield for each measurement whether the drafter is on.
+
+    It is on and off ``repeats`` times each, in alternating order.
+    """
     for repeat in range(repeats):
         yield from (True, False) if repeat % 2 == 0 else (False, True)
 
 
 async def load(args: argparse.Namespace, client: Client, name: str, temperature: float) -> list[dict[str, Any]]:
-    """Measure all numbers of clients at one temperature, with the drafter on and off; return rows of figures."""
+    """Measure all numbers of clients with the drafter on and off; return a dict of figures for each.
+
+    args: the options of the command line. name: the model's name at the server. temperature: of all requests.
+    """
     wanted = bodies(args, name, temperature)
     for draft in turns(1):
         await block(client, wanted, max(args.clients), draft, 1)  # warm-up
@@ -270,7 +295,10 @@ async def load(args: argparse.Namespace, client: Client, name: str, temperature:
 
 
 async def run(args: argparse.Namespace, url: str) -> list[dict[str, Any]]:
-    """Measure all temperatures and return the rows of figures."""
+    """Measure the server at ``url`` at all temperatures; return a dict of figures for each combination of settings.
+
+    args: the options of the command line.
+    """
     client = Client(url)
     models = b"".join([line async for line in client.lines("GET", "/v1/models")][1:])
     name = json.loads(models)["data"][0]["id"]
@@ -278,7 +306,7 @@ async def run(args: argparse.Namespace, url: str) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return the rows of figures as a table."""
+    """Return the measured figures as a table. rows: a dict of figures for each combination of settings."""
     columns = ("clients", "T", "drafter", "tokens/s", "x off", "acceptance length", "TTFT P50 P99 ms", "ITL P50 P99 ms")
     made = Table(*columns, box=None)
     for row in rows:

@@ -1,4 +1,4 @@
-"""From the command to the first token: medians over starts of whole processes, with files in the page cache.
+"""Measure the time from a command to its first token: medians over starts of whole processes, with files cached.
 
     python benchmarks/start.py smollm2-135m-instruct MODEL.gguf --rounds 5
     python benchmarks/start.py MODEL.gguf --llama-cpp llama-cli --json result.json
@@ -34,7 +34,7 @@ LIMIT = 600.0  # seconds that a start may take
 
 
 def run(command: Sequence[str], code: int = 0, **environment: str) -> tuple[float, float]:
-    """Run a command; return its seconds and its peak memory in MB. Ends the program if its exit code is not ``code``.
+    """Run a command; return (its seconds, its peak memory in MB). Ends the program if its exit code is not ``code``.
 
     environment: variables in addition to those of this process.
     """
@@ -50,18 +50,21 @@ def run(command: Sequence[str], code: int = 0, **environment: str) -> tuple[floa
 
 
 def first(model: str) -> tuple[float, float]:
-    """Generate one token with an empty cache folder; return the seconds and the peak memory in MB."""
+    """Generate one token with an empty cache folder; return (seconds, peak memory in MB).
+
+    model: a GGUF file, for which the cache folder is then prepared anew.
+    """
     with tempfile.TemporaryDirectory() as folder:
         return run((*GENERATE, model), SPECDEC_CACHE=folder)
 
 
 def megabytes(usage: resource.struct_rusage) -> float:
-    """Return the peak memory of a process in MB."""
+    """Return the peak memory of a process in MB. usage: the resources that the system reports for it."""
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def serve(model: str) -> tuple[float, float]:
-    """Start a server; return the seconds until it is ready, and its peak memory in MB."""
+    """Start a server of ``model`` and end it; return (seconds until it was ready, its peak memory in MB)."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     start = time.perf_counter()
@@ -79,7 +82,7 @@ def serve(model: str) -> tuple[float, float]:
 
 
 def ready(port: str) -> bool:
-    """Return whether the server's ``/health`` answers 200."""
+    """Return whether ``/health`` of the server at ``port`` of this machine answers with status 200."""
     try:
         with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
             return int(answer.status) == 200
@@ -88,9 +91,9 @@ def ready(port: str) -> bool:
 
 
 def methods(models: Sequence[str], llama: str | None) -> dict[str, Callable[[], tuple[float, float]]]:
-    """Return what is measured: name -> function that returns (seconds, peak MB).
+    """Return what is measured: {name: function that runs it once and returns (seconds, peak memory in MB)}.
 
-    llama: llama.cpp's program; None: none.
+    models: names or GGUF files. llama: llama.cpp's program; None: it is not measured.
     """
     found: dict[str, Callable[[], tuple[float, float]]] = {
         "import SpecDecoder": lambda: run((sys.executable, "-c", "from specdec import SpecDecoder")),

@@ -1,4 +1,7 @@
-"""specdec: lossless speculative decoding for Hugging Face causal language models."""
+"""Lossless speculative decoding for Hugging Face causal language models.
+
+The public names are imported at their first use.
+"""
 
 from __future__ import annotations
 

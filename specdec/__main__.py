@@ -1,4 +1,7 @@
-"""The ``specdec`` command, and ``python -m specdec``: the imports of the command line may be interrupted, too."""
+"""The program behind the ``specdec`` command and ``python -m specdec``.
+
+It imports the command line within a function, so that Ctrl-C during the imports ends the program quietly, too.
+"""
 
 import atexit
 import gc

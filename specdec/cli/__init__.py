@@ -8,31 +8,24 @@ specdec: an unexpected exception, or an output that differs from plain decoding 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from specdec import __version__
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, out_of_memory
-from specdec.cli import (
-    bench,
-    chat,
-    doctor,
-    generate,
-    learn,
-    models,
-    serve,
-    train,
-    verify,
-)
 from specdec.cli.shared import INTERRUPTED
 from specdec.speculation import registry
+
+if TYPE_CHECKING:
+    app: typer.Typer
 
 DEBUG = "SPECDEC_DEBUG"  # environment variable: print tracebacks
 
@@ -100,52 +93,82 @@ def _explain(error: Exception, debug: bool) -> int:
     return 2
 
 
-app = typer.Typer(
-    name="specdec",
-    cls=Commands,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare',
-)
-app.command(
-    epilog='Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare\n\n'
-    "Example: cat letter.txt | specdec generate --system 'Answer in French.' --temperature 0.7 > answer.txt"
-)(generate.generate)
-app.command(epilog="Example: specdec serve qwen2.5-coder-0.5b-instruct --port 8000")(serve.serve)
-app.command(epilog="Example: specdec chat --system 'Answer in one sentence.'")(chat.chat)
-app.add_typer(models.app, name="models", epilog="Example: specdec models --json; then: specdec models pull NAME")
-app.command(epilog="Example: specdec drafters --json")(doctor.drafters)
-app.add_typer(
-    train.app,
-    name="train",
-    epilog="Example: specdec train m2r2 --model my-model --prompts prompts.jsonl --output my-drafter --minutes 30",
-)
-app.command(epilog="Example: specdec bench --drafters hf,none,prompt-lookup,m2r2 --limit 8 --output DIR")(bench.bench)
-app.command(epilog="Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl")(
-    verify.verify
-)
-app.command(epilog="Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR")(bench.sweep)
-app.command(epilog="Example: specdec report DIR --format markdown")(bench.report)
-app.add_typer(learn.app, name="learn", epilog="Example: specdec learn my-model --minutes 3; then: specdec learn status")
-app.command(epilog="Example: specdec doctor --json")(doctor.doctor)
+# The commands, as the help lists them: the module of this package that has the command, or a group of commands as its
+# ``app``, and the last lines of the command's help.
+COMMANDS = {
+    "generate": (
+        "generate",
+        'Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare\n\n'
+        "Example: cat letter.txt | specdec generate --system 'Answer in French.' --temperature 0.7 > answer.txt",
+    ),
+    "serve": ("serve", "Example: specdec serve qwen2.5-coder-0.5b-instruct --port 8000"),
+    "chat": ("chat", "Example: specdec chat --system 'Answer in one sentence.'"),
+    "models": ("models", "Example: specdec models --json; then: specdec models pull NAME"),
+    "drafters": ("doctor", "Example: specdec drafters --json"),
+    "train": (
+        "train",
+        "Example: specdec train m2r2 --model my-model --prompts prompts.jsonl --output my-drafter --minutes 30",
+    ),
+    "bench": ("bench", "Example: specdec bench --drafters hf,none,prompt-lookup,m2r2 --limit 8 --output DIR"),
+    "verify": ("verify", "Example: specdec verify --model my-model --drafter my-drafter --prompts prompts.jsonl"),
+    "sweep": ("bench", "Example: specdec sweep quick drafter=m2r2,prompt-lookup --output DIR"),
+    "report": ("bench", "Example: specdec report DIR --format markdown"),
+    "learn": ("learn", "Example: specdec learn my-model --minutes 3; then: specdec learn status"),
+    "doctor": ("doctor", "Example: specdec doctor --json"),
+}
+
+
+def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """Return the command line with the commands ``names``. Imports only the modules of these."""
+    made = typer.Typer(
+        name="specdec",
+        cls=Commands,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog='Example: specdec generate "Why is the sky blue?" --drafter m2r2 --compare',
+    )
+    made.callback(invoke_without_command=True)(root)
+    for name in names:
+        module, epilog = COMMANDS[name]
+        found = import_module(f"specdec.cli.{module}")
+        if hasattr(found, "app"):
+            made.add_typer(found.app, name=name, epilog=epilog)
+        else:
+            made.command(name, epilog=epilog)(getattr(found, name))
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":  # the whole command line, which takes longer to make than one command
+        return _whole()
+    raise AttributeError(f"module 'specdec.cli' has no attribute '{name}'")
+
+
+@functools.cache
+def _whole() -> typer.Typer:
+    return application()
 
 
 def main() -> None:
+    """Run the command that the arguments of the process name. Ends the process with its exit code."""
     try:
         terminal.guard_streams()
     except SpecDecError as error:
         terminal.error(str(error))
         sys.exit(2)
-    app()
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    made = application([command]) if command in COMMANDS else _whole()
+    made()
 
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from specdec import __version__  # reads the metadata of the installed package
+
         print(f"specdec {__version__}")
         raise typer.Exit()
 
 
-@app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
     version: Annotated[

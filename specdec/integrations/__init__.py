@@ -1,1 +1,1 @@
-"""specdec inside other libraries."""
+"""Use specdec inside other libraries: transformers and lm-eval."""

@@ -1,7 +1,7 @@
-"""A model for lm-eval (extra ``lm-eval``), registered as ``specdec`` when this module is imported.
+"""Register the model ``specdec`` for lm-eval, when this module is imported (needs the extra ``lm-eval``).
 
-Log-likelihoods are log-probabilities of prompts; text is generated with the drafter. Run as a program, this module is
-lm-eval's command with the model registered.
+Log-likelihoods are log-probabilities of prompt tokens; text is generated with a drafter. Run as a program, this module
+is lm-eval's command with the model registered.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ from specdec.base.options import SamplingOptions
 class SpecDecLM(TemplateLM):  # type: ignore[misc]
     """The model ``specdec`` of lm-eval: scores and generates text with a ``SpecDecoder``.
 
-    pretrained: a ``SpecDecoder``, or a model's name to load one from.
-    drafter, device, dtype, more: arguments for loading, as in ``SpecDecoder.from_pretrained``.
-    batch_size: number of prompts that run together; "auto": 8. max_batch_size: ignored; lm-eval passes it.
-    max_length: largest number of tokens of a text, without its last token; None: the model's context.
+    pretrained: a ``SpecDecoder``, or the name of a model to load one for.
+    drafter: the drafter to load, such as "m2r2", "none" or "auto".
+    batch_size: number of prompts that run together; "auto": 8.
+    max_batch_size: ignored; lm-eval passes it.
+    device: PyTorch's name of the device; None, or CUDA where there is none: chosen automatically.
+    dtype: dtype of the weights by name; "auto": the checkpoint's.
+    max_length: largest number of tokens of a text, without its last token; None: as many as the model's context allows.
     max_gen_toks: largest number of new tokens if a task sets no limit.
+    more: further keyword arguments of ``SpecDecoder.from_pretrained``.
+    Raises SpecDecError if the decoder has no tokenizer.
     """
 
     def __init__(
@@ -140,7 +145,10 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 
 
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
-    """Translate an lm-eval task's options into arguments of ``generate_batch``. most: default of new tokens."""
+    """Translate the generation options of an lm-eval task into keyword arguments of ``SpecDecoder.generate_batch``.
+
+    given: the task's options, such as "until" and "temperature". most: number of new tokens if the task sets no limit.
+    """
     until = given.get("until") or []
     options: dict[str, Any] = {
         name: given[name] for name in SamplingOptions.__annotations__ if given.get(name) is not None

@@ -1,8 +1,8 @@
-"""``model.generate(..., custom_generate=SpecGenerate(...))``: the call of transformers, decoded by the engine.
+"""Decode ``model.generate(..., custom_generate=SpecGenerate(...))`` of transformers with drafts.
 
-transformers prepares the call: it merges configs, expands rows, and creates logits processors and stopping criteria.
-The engine decodes, and some rows may be longer than others meanwhile. Tokens are then added position by position, as in
-``model.generate``, so that criteria and streamers see the same calls.
+transformers prepares the call: it merges configs, expands rows of the batch, and creates logits processors and stopping
+criteria. specdec's engine decodes, in which some rows get ahead of others. Tokens are then added to all rows position
+by position, as in ``model.generate``, so that criteria and streamers see the same calls.
 """
 
 from __future__ import annotations
@@ -44,12 +44,17 @@ MODES = ("greedy_search", "sample")
 
 
 class SpecGenerate:
-    """A value for ``model.generate(custom_generate=...)`` that decodes with drafts. An object runs one call at a time.
+    """A value for ``model.generate(custom_generate=...)`` that decodes with drafts. It runs one call at a time.
 
     The first call creates a decoder, which later calls with the same model use; the model's weights must not change.
-    drafter, more: the arguments of ``SpecDecoder`` with these names.
-    tokenizer, stop_strings, streamer: as in ``generate``, which does not pass them on to ``custom_generate``.
-    num_speculative_tokens: draft length, or "auto".
+
+    drafter: name, folder or object of the drafter; "auto": the best one for the model.
+    tokenizer: the model's tokenizer; None: not needed unless ``stop_strings`` are given.
+    stop_strings: strings that end a text. ``generate`` does not pass its own ones on.
+    streamer: gets new tokens, as in ``generate``, which does not pass its own one on; None: no streamer.
+    num_speculative_tokens: draft length, the largest number of tokens drafted in a step; "auto": chosen anew in each
+        step.
+    more: further keyword arguments of ``SpecDecoder``.
     metrics: the metrics of each row of the last call.
     Raises SpecDecError for values of wrong types; the first call raises it for unknown names.
     """
@@ -78,7 +83,10 @@ class SpecGenerate:
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     def decoder(self, model: PreTrainedModel) -> SpecDecoder:
-        """Return the decoder of ``model``, created at the first call and again for another model."""
+        """Return the ``SpecDecoder`` for ``model``, created at the first call and again for another model.
+
+        Raises SpecDecError for an encoder-decoder model, or options that ``SpecDecoder`` refuses.
+        """
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
@@ -98,11 +106,11 @@ class SpecGenerate:
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Decode as ``model.generate`` does: return the rows of ``input_ids`` [B, T] with new tokens [B, T + n].
+        """Decode as ``model.generate`` does: return the rows of ``input_ids`` [B, T] with n new tokens, [B, T + n].
 
-        transformers passes the arguments. generator: draws the seed for sampling; None: torch's global generator.
-        The result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError
-        for unsupported arguments.
+        transformers passes the arguments. generator: draws the seed for sampling; None: torch's global generator. The
+        result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError for
+        unsupported arguments, and if the model's context is too short.
         """
         config: Any = generation_config
         decoder = self.decoder(model)
@@ -141,7 +149,10 @@ class SpecGenerate:
 
 
 def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError if the generation config, a processor or an argument is not supported."""
+    """Raise SpecDecError for a part of a ``generate`` call that ``SpecGenerate`` does not support.
+
+    config: the generation config. processors: the logits processors. model_kwargs: arguments for the model's forward.
+    """
     mode = config.get_generation_mode()
     if mode.value not in MODES:
         raise SpecDecError(f"SpecGenerate cannot do {mode.value.replace('_', ' ')}; it decodes greedily or samples")
@@ -178,7 +189,11 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
 
 
 def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError if a filled cache is given, or positions that do not count from a row's first token."""
+    """Raise SpecDecError if a filled KV cache is given, or positions that do not count from the first token of a row.
+
+    prompts: token ids of each row without padding. input_ids: [B, T], with padding. model_kwargs: may have the key
+    "cache", a KV cache of transformers, and "position_ids", [B or 1, T].
+    """
     cache = model_kwargs.get("cache")
     if cache is not None and cache.get_seq_length():
         raise SpecDecError("SpecGenerate has its own KV cache and cannot use another; leave the cache out")
@@ -196,9 +211,12 @@ def _check_inputs(prompts: Sequence[Sequence[int]], input_ids: Tensor, model_kwa
 
 
 class _RowProcessors(LogitsProcessor):
-    """The logits processors of a call, applied to one row as if the whole batch were processed.
+    """The logits processors of a ``generate`` call, applied to one row as if the whole batch were processed.
 
-    row: index of the row. before: the padding before its tokens [1, p]. batch: number of rows of the call.
+    processors: the call's logits processors, in order.
+    row: index of the row in the batch.
+    before: the padding before the tokens of this row, [1, p].
+    batch: number of rows in the batch.
     """
 
     def __init__(self, processors: list[LogitsProcessor], row: int, before: Tensor, batch: int) -> None:
@@ -206,7 +224,10 @@ class _RowProcessors(LogitsProcessor):
         self.before, self.batch = before, batch
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the processed logits [1, V] of ``scores`` [1, V] after the tokens ``input_ids`` [1, n], unpadded."""
+        """Return the processed logits [1, V] of the logits ``scores`` [1, V].
+
+        input_ids: the tokens of the row before the position of these logits, [1, n], without padding.
+        """
         device = self.before.device
         ids = torch.cat((self.before, input_ids.to(device)), 1).expand(self.batch, -1)
         found = scores.to(device).repeat(self.batch, 1)
@@ -222,7 +243,12 @@ def _samplers(
     sample: bool,
     generator: torch.Generator | None,
 ) -> list[RowSampler]:
-    """Return the ``RowSampler`` of each row. sample: False is greedy. generator: draws the seed; None: torch's own."""
+    """Return for each row of a ``generate`` call the sampler that chooses its tokens.
+
+    prompts: token ids of each row without padding. input_ids: [B, T], with padding. processors: the call's logits
+    processors. sample: whether to sample; if not, decoding is greedy. generator: draws the seed; None: torch's global
+    one.
+    """
     seed = 0
     if sample:
         device = "cpu" if generator is None else generator.device
@@ -242,11 +268,15 @@ def _samplers(
 
 
 class _GenerateCall:
-    """The state of one ``generate`` call, which adds one token of every row to the sequences, position by position.
+    """The state of one ``generate`` call, which adds one token to every row of the batch at a time.
 
-    sequences: [B, T + count]. ends: token ids that end a row.
-    pads: whether rows that have ended are padded until all have; if not, they go on.
-    pad: the padding token. unfinished: bool [B]. count: number of new positions.
+    sequences: the token ids of all rows so far, [B, T + count].
+    criteria: the stopping criteria of the call.
+    ends: ids of the tokens that end a row.
+    pads: whether a row that has ended gets padding until all rows have; if not, it goes on.
+    pad: id of the padding token.
+    unfinished: bool [B], the rows that have not ended.
+    count: number of positions that were added.
     """
 
     def __init__(self, input_ids: Tensor, criteria: StoppingCriteriaList, config: Any) -> None:
@@ -259,7 +289,11 @@ class _GenerateCall:
         self.count = 0
 
     def run(self, engine: Engine, requests: Sequence[Request], streamer: Any) -> None:
-        """Decode ``requests``, one per row, until every row has ended. streamer: gets each position; None: no one."""
+        """Decode ``requests``, one for each row of the batch, in ``engine`` until every row has ended.
+
+        streamer: gets the prompts and then the tokens of each new position; None: no streamer. Raises the error of a
+        request that fails.
+        """
         if streamer is not None:
             streamer.put(self.sequences.cpu())
         for request in requests:
@@ -277,7 +311,10 @@ class _GenerateCall:
             streamer.end()
 
     def _next(self, requests: Sequence[Request]) -> list[int] | None:
-        """Return the token of each row at the next position; None if a row has not been decoded so far."""
+        """Return the token of each row at the next position; None: a row has not been decoded so far yet.
+
+        requests: the engine's request of each row. A row that has ended gets the padding token.
+        """
         tokens = []
         for request, going in zip(requests, self._running(), strict=True):
             at = len(request.prompt) + self.count
@@ -287,11 +324,17 @@ class _GenerateCall:
         return tokens
 
     def _running(self) -> list[bool]:
-        """Return for each row whether it still gets tokens of its own. Without padding, all rows do."""
+        """Return for each row of the batch whether it still gets decoded tokens.
+
+        A row that has ended gets padding; in a call without padding, all rows get tokens until all have ended.
+        """
         return [going or not self.pads for going in self.unfinished.tolist()]
 
     def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
-        """Add one token per row to the sequences, and cancel the requests of rows that the stopping criteria end."""
+        """Add one token to each row, and cancel the requests of the rows that the stopping criteria end now.
+
+        requests: the engine's request of each row. tokens: the token of each row at the next position.
+        """
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)
         self.count += 1

@@ -1,1 +1,1 @@
-"""Keys, values and recurrent states of tokens that have been run: caches with roll-back, and cached prefixes."""
+"""The KV cache: keys, values and recurrent states of tokens that have been run, with roll-back, and cached prefixes."""

@@ -1,8 +1,9 @@
-"""The KV cache: keys, values and recurrent states of a batch of rows, with roll-back.
+"""The KV cache: keys, values and recurrent states of a batch of rows (sequences), with roll-back.
 
-Each row has its own buffers, so that rows join and leave the batch without a copy of the others. The slot of a
-committed token is its position, and the draft's slots follow: a row has no holes. Layers may be filled to different
-lengths during a draft; ``commit`` drops or compacts the draft's slots. The cache knows no models, tokens or acceptance.
+Each row has its own buffers, so that rows join and leave the batch without a copy of the others. A slot holds one
+token's keys and values. The slot of a committed token is its position in the text; uncommitted (drafted) tokens follow,
+so a row has no holes. During a draft, layers may be filled to different lengths; ``commit`` keeps the accepted
+uncommitted tokens and drops the others. The cache knows no models, token ids or rules of acceptance.
 """
 
 from __future__ import annotations
@@ -34,21 +35,26 @@ if hasattr(mmap, "MAP_PRIVATE"):
 
 
 class RowEntries:
-    """One row of a ``KVCache``: keys and values of its tokens, and its recurrent states.
+    """One row (sequence) of a ``KVCache``: the keys and values of its tokens, and its recurrent states.
+
+    A slot is the place of one token's keys and values in a buffer.
 
     count: number of committed tokens.
-    expected: number of slots that the row will need; 0: unknown. On a CPU, it holds them from the next growth on.
-    held: number of slots that count as memory. On a CPU, buffers have more slots, which take no memory until they are
-        written; elsewhere, this is their capacity.
+    expected: number of slots that the row will need in all; 0: unknown. On a CPU, the next growth reserves that many.
+    held: number of slots that count as used memory. On a CPU, buffers have more slots, which take no memory until they
+        are written; elsewhere, this is the buffers' capacity.
     buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, "kv1" of those with
-        other heads, or one for each layer, such as "3", with N' = 1. If keys and values differ in size, d is the larger
-        one.
-    pointers: capacity in slots of each buffer, and the addresses of its keys and of its values, by name.
+        other head sizes, or one for each layer, such as "3", with N' = 1. If keys and values differ in size, d is the
+        larger size.
+    pointers: for each buffer, its capacity in slots and the addresses of its keys and of its values.
     states: the states of the recurrent layers; None: the model has no recurrent layers.
-    lent: whether "kv" is a graph buffer of the runtime, which other caches must copy and not share.
-    dropped: ranges of committed slots, in order, that the windowed layers hold no longer (``KVCache.evict``).
-    window_checkpoints: numbers of tokens before which the windowed layers still hold a window.
-    sharers: all rows that share a buffer, this one included, by its name: what one of them holds stays in memory.
+    lent: whether the buffer "kv" is memory of a runtime's CUDA graphs, which other caches must copy and not share.
+    dropped: ranges [begin, end) of committed slots, in order, that ``KVCache.evict`` has dropped in sliding-window
+        layers.
+    window_checkpoints: numbers of tokens after which the row can be resumed, because the slots of a window before them
+        are not dropped.
+    sharers: for each buffer name, all rows that share the buffer, this one included: a slot stays in memory while any
+        of them holds it.
     """
 
     def __init__(self, states: RowStates | None = None) -> None:
@@ -65,11 +71,14 @@ class RowEntries:
 
     @property
     def slots(self) -> int:
-        """Return the capacity of the largest buffer in slots."""
+        """Return the capacity of the row's largest buffer, in tokens."""
         return max((buffer.shape[-2] for buffer in self.buffers.values()), default=0)
 
     def shared(self) -> RowEntries:
-        """Return this row as it is now, with the same buffers: committed entries that a row holds never change."""
+        """Return a copy of this row object that uses the same buffers.
+
+        Later tokens of this row do not change the copy's committed tokens, which are never overwritten.
+        """
         made = copy.copy(self)
         made.buffers, made.pointers, made.sharers = dict(self.buffers), dict(self.pointers), dict(self.sharers)
         for rows in made.sharers.values():
@@ -77,9 +86,10 @@ class RowEntries:
         return made
 
     def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
-        """Set the buffer ``name``. held: as the attribute; None: all slots of the buffer.
+        """Set ``buffer`` [2, N', H, slots, d] as the row's buffer ``name``, and record its addresses.
 
-        lent: whether it is a graph buffer of the runtime, which caches must copy.
+        held: number of the row's slots that count as used memory; None: all slots of the buffer.
+        lent: whether it is memory of a runtime's CUDA graphs, which other caches must copy and not share.
         """
         self.buffers[name] = buffer
         self.held = buffer.shape[-2] if held is None else held
@@ -89,7 +99,11 @@ class RowEntries:
         self.sharers[name] = weakref.WeakSet([self])
 
     def window_slots(self, slots: int, window: int) -> int:
-        """Return how many of the row's first ``slots`` slots windowed layers hold, or will hold at most."""
+        """Return for how many of the row's first ``slots`` tokens sliding-window layers keep keys and values, at most.
+
+        It is an upper bound until the next ``KVCache.evict``. window: number of tokens before a token that these layers
+        see.
+        """
         begin = self.dropped[-1][1] if self.dropped else 0
         before = sum(end - start for start, end in windows.held(self.dropped, begin))
         most = window + windows.MARGIN + 2 * BLOCK + max(windows.FIRST - before, 0)  # until the next ``evict``
@@ -97,26 +111,27 @@ class RowEntries:
 
 
 class KVCache:
-    """Keys and values of all layers, and recurrent states, for a batch of B rows.
+    """Stores keys and values of all layers, and recurrent states, for a batch of B rows (sequences).
 
-    A runtime appends keys and values by ``append``, which returns those of all rows in one tensor, or it counts slots
-    as filled by ``claim`` and writes them itself.
+    A slot holds one token's keys and values. A runtime appends them by ``append``, which returns those of all rows in
+    one tensor, or it counts slots as filled by ``claim`` and writes keys and values itself.
 
-    layers: numbers of the N' attention layers that have one buffer per row, for each buffer; None: each layer has its
-        own. names: names of these buffers.
-    recurrent: numbers of the recurrent layers.
-    shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
+    num_layers: number of the model's layers. batch: B. device: where buffers are.
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
-    least: minimum number and size of the key heads of a buffer, for layers that have fewer or smaller ones.
+    layers: for each buffer of a row, the indices of the N' attention layers in it; None: each layer has its own buffer.
+        names: names of these buffers.
+    recurrent: indices of the recurrent layers.
+    shape: size of the recurrent states, if native kernels change them in place; None: PyTorch runs these layers.
     limit: maximum number of tokens of a row; 0: unknown. On a CPU, a row reserves addresses for so many, so that it
         grows without a copy.
-    window: number of slots before a token that the windowed layers see; 0: ``evict`` drops nothing.
-    windowed: numbers of the windowed layers; as an attribute, their indices in each buffer, by its name. The others,
-        ``unlimited``, see all slots.
-    widths: number of all key heads' elements in a layer, for each buffer; (): all buffers are alike.
+    window: number of tokens before a token that sliding-window layers see; 0: nothing is ever dropped (``evict``).
+    windowed: indices of the sliding-window layers. As an attribute, by buffer name: their indices within the buffer.
+        ``unlimited`` has those of all other layers, which see all tokens.
+    widths: for each buffer, total size of a layer's key heads; (): all buffers are alike.
+    least: minimum (number, size) of the key heads of a buffer, for layers that have fewer or smaller ones.
     entries: the rows.
-    lengths: number of filled slots of each layer, in the row with most committed tokens.
-    draft_positions: positions of the uncommitted slots, int64 [B, U].
+    lengths: for each layer, number of filled slots of the row with most committed tokens.
+    draft_positions: positions of the U uncommitted tokens, int64 [B, U].
     """
 
     def __init__(
@@ -169,22 +184,22 @@ class KVCache:
 
     @property
     def rows(self) -> list[int]:
-        """Return the number of committed tokens of each row."""
+        """Return the number of committed tokens of each row (sequence) of the batch."""
         return [row.count for row in self.entries]
 
     @property
     def committed(self) -> int:
-        """Return the number of committed tokens of the row that has most; 0 without rows."""
+        """Return the number of committed tokens of the row (sequence) that has most of them; 0 if there are no rows."""
         return max((row.count for row in self.entries), default=0)
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffers of all layers of each row."""
+        """Return the buffers of keys and values of all rows, row after row: [2, N', H, slots, d] each."""
         return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property
     def states(self) -> list[RowStates]:
-        """Return the recurrent states of each row; [] without recurrent layers."""
+        """Return the recurrent states of each row (sequence), in batch order; [] without recurrent layers."""
         return [row.states for row in self.entries if row.states is not None]
 
     @property
@@ -194,7 +209,10 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the slots that all rows hold, without recurrent states and dropped slots."""
+        """Return the bytes of keys and values for which all rows hold memory.
+
+        Recurrent states, and slots that sliding-window layers have dropped, are not counted.
+        """
         total = 0.0
         for row in self.entries:
             for name, x in row.buffers.items():
@@ -203,16 +221,19 @@ class KVCache:
         return int(total)
 
     def _whole_slots(self, row: RowEntries, slots: int, share: float | None = None) -> float:
-        """Return how many slots of all layers take the memory of a row's first ``slots`` slots.
+        """Return the memory of a row's first ``slots`` tokens, in units of one token's keys and values in all layers.
 
-        share: part of the memory that is of windowed layers; None: as in all buffers together.
+        The result is below ``slots`` if sliding-window layers drop some of them.
+
+        row: the row. share: part of a token's memory, from 0 to 1, that belongs to sliding-window layers; None: as in
+            all buffers together.
         """
         share = self._share if share is None else share
         return slots - share * (slots - row.window_slots(slots, self.window)) if share else slots
 
     @property
     def num_states(self) -> int:
-        """Return the number of row states that are stored: one for each row, and one for each checkpoint."""
+        """Return the number of sets of recurrent states that are stored: one per row, and one per checkpoint."""
         return self.batch + sum(len(states.checkpoints) for states in self.states)
 
     @property
@@ -221,25 +242,38 @@ class KVCache:
         return max((states.nbytes for states in self.states), default=0)
 
     def expect(self, slots: Sequence[int]) -> None:
-        """Tell the cache the number of slots that each row will need, so that they count as memory early."""
+        """Set how many tokens each row will need space for in all (prompt and output).
+
+        From a row's next growth on, this space counts as used, so that memory does not run out later.
+
+        slots: number of tokens of each row, in batch order.
+        """
         for row, count in zip(self.entries, slots, strict=True):
             row.expected = count
 
     def capacities(self, ends: Sequence[int]) -> list[float]:
-        """Return the number of slots that each row would hold after growing to ``ends`` tokens.
+        """Return, for each row, the memory that it would hold after growing to ``ends[b]`` tokens.
 
-        A slot that only a part of the layers hold counts as this part.
+        The unit is the memory of one token's keys and values in all layers. Tokens whose keys sliding-window layers
+        drop count less than 1.
         """
         pairs = zip(self.entries, ends, strict=True)
         held = [(row, row.held if end <= row.held else self._slots(row, end, row.slots)) for row, end in pairs]
         return [self._whole_slots(row, slots) for row, slots in held]
 
     def new_capacity(self, slots: int) -> float:
-        """Return the number of slots, counted as in ``capacities``, that a new row holds which expects ``slots``."""
+        """Return the memory that a new row would hold which will have ``slots`` tokens.
+
+        The unit is the memory of one token's keys and values in all layers. Tokens whose keys sliding-window layers
+        drop count less than 1.
+        """
         return self._whole_slots(RowEntries(), -(-slots // self.block) * self.block)
 
     def _slots(self, row: RowEntries, end: int, have: int) -> int:
-        """Return the number of slots that a row holds after it has grown to ``end`` tokens. have: capacity before."""
+        """Return the number of tokens for which a row has space after it has grown to ``end`` tokens.
+
+        It is a multiple of the block size (256 by default). have: number of tokens for which it has space before.
+        """
         more = row.expected if self.device.type == "cpu" else grown(have)
         return -(-max(end, more) // self.block) * self.block
 
@@ -253,15 +287,19 @@ class KVCache:
         counts: Sequence[int] | None = None,
         trees: Sequence[Tensor | None] | None = None,
     ) -> RowMask:
-        """Return the mask of the next T tokens of each row, whose pass begins in ``layer``.
+        """Return the attention mask of the next T tokens of each row, which run through the layers from ``layer`` on.
 
-        A token attends to all committed tokens of its row, and to the uncommitted tokens that its tree marks.
-        positions: int64 [B, T].
-        tree: bool [T, U] for all rows or [B, T, U], where U counts the uncommitted slots, the T new ones included;
-            None: a chain, in which each token attends to all earlier ones and to itself.
-        counts: number of tokens of each row, for a pass over rows of different lengths. Then ``positions`` is [1, T]
-            with the rows one after the other, no other token may be uncommitted, and ``trees`` replaces ``tree``.
-        trees: for each row bool [count, count], or None for a chain. Without ``trees``, the caller commits all tokens.
+        A token attends to all committed tokens of its row, and to the uncommitted ones that its tree marks.
+
+        positions: positions of the tokens, int64 [B, T].
+        tree: which uncommitted tokens each new token attends to, bool [T, U] for all rows or [B, T, U], where U counts
+            the row's uncommitted tokens, the T new ones included; None: a chain, in which each token attends to all
+            earlier ones and to itself.
+        counts: number of tokens of each row, for a pass over rows of different lengths. Then ``positions`` is [1, sum
+            of counts], one row after the other, no other token may be uncommitted, and ``trees`` replaces ``tree``.
+            None: all rows have T tokens.
+        trees: with ``counts``, for each row bool [count, count], or None for a chain. If ``trees`` is None, all are
+            chains, and the caller commits all tokens.
         """
         if counts is not None:
             drafted = positions[0].split(list(counts))
@@ -276,10 +314,12 @@ class KVCache:
     def claim(
         self, lo: int, hi: int, counts: Sequence[int], heads: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> None:
-        """Count the next slots as filled in layers [lo, hi); the runtime then writes their keys and values itself.
+        """Reserve slots for the next tokens in layers [lo, hi), and count them as filled; the caller fills them.
 
-        counts: number of slots of each row. heads: number and size of key heads, for each buffer.
-        dtype: type of all keys and values.
+        A slot holds one token's keys and values.
+
+        counts: number of tokens of each row. heads: for each buffer, the number and the size of its key heads.
+        dtype: dtype of keys and values before any 8-bit quantisation.
         """
         ahead = self.lengths[lo] - self.committed
         for row, count in zip(self.entries, counts, strict=True):
@@ -289,11 +329,11 @@ class KVCache:
         self.lengths[lo:hi] = [self.committed + ahead + max(counts)] * (hi - lo)
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Append keys ``k`` and values ``v`` [B, H, T, d] to ``layer``; return all keys and values [B, H, S, d].
+        """Append keys ``k`` and values ``v`` [B, H, T, d] to ``layer``; return all keys and values, [B, H, S, d] each.
 
-        S is the length of the longest row, rounded up to ``multiple``. Slots after a row's own have old or zero
-        entries, which the caller must mask. With one row, the results are views of the buffers. The sizes d of keys and
-        values may differ.
+        S is the length of the longest row, rounded up to ``multiple``. Slots after a row's last token have old entries
+        or zeros, which the caller must mask. With one row, the results are views of the buffers. The sizes d of keys
+        and of values may differ.
         """
         name, index = self._place_of(layer)
         ahead, (_, heads, t, size) = self.lengths[layer] - self.committed, k.shape
@@ -309,9 +349,12 @@ class KVCache:
     def all_keys(
         self, layer: int, length: int, heads: int, sizes: tuple[int, int], multiple: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [B, H, S, d] of ``layer``, as ``append`` does. S: ``length``, rounded up.
+        """Return the keys and values of all rows in ``layer``, [B, H, S, d] each, for the first ``length`` tokens.
 
-        heads, sizes: H, and the sizes d of keys and of values.
+        S is ``length`` rounded up to ``multiple``. Slots after a row's last token have old entries or zeros, which the
+        caller must mask. With one row, the results are views of the buffers if these have S slots.
+
+        heads: H, number of key heads. sizes: size d of a key head, and of a value head.
         """
         name, index = self._place_of(layer)
         end, made = -(-length // multiple) * multiple, list[Tensor]()
@@ -322,18 +365,21 @@ class KVCache:
         return made[0], made[1]
 
     def uncommitted(self, layer: int) -> int:
-        """Return the number of uncommitted slots that ``layer`` has filled."""
+        """Return the number of uncommitted tokens of each row that ``layer`` has run."""
         return self.lengths[layer] - self.committed
 
     def _place_of(self, layer: int) -> tuple[str, int]:
-        """Return the name of the buffer of ``layer``, and the layer's index in it."""
+        """Return (name, index): the name of the buffer with the keys of ``layer``, and the layer's index in it."""
         if self.layers is None:
             return str(layer), 0
         buffer, place = self._places[layer]
         return self.names[buffer], place
 
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Let a row hold at least ``end`` slots, and the buffer ``name`` have them."""
+        """Enlarge the buffer ``name`` of a row so that it has at least ``end`` slots (tokens), and count them as held.
+
+        heads: number of key heads. head_dim: size of a head. dtype: dtype of keys and values before 8-bit quantisation.
+        """
         if self.int8:
             head_dim, dtype = head_dim + 2 * head_dim // GROUP, torch.int8
         heads, head_dim = max(heads, self.least[0]), max(head_dim, self.least[1])
@@ -350,7 +396,11 @@ class KVCache:
         row.held = max(row.held, held)
 
     def _copy(self, row: RowEntries, name: str, to: Tensor, count: int) -> None:
-        """Copy the first ``count`` slots of a row's buffer ``name`` to another, without those that are dropped."""
+        """Copy the first ``count`` tokens' keys and values from a row's buffer ``name`` to the buffer ``to``.
+
+        Slots that sliding-window layers have dropped are left out. to: a buffer of the same layout, [2, N', H, slots,
+        d].
+        """
         source = row.buffers[name]
         if not row.dropped:
             to[..., :count, :] = source[..., :count, :]
@@ -362,7 +412,10 @@ class KVCache:
                 to[:, layer, :, begin:end] = source[:, layer, :, begin:end]
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a buffer [..., slots, d] of zeros. On a CPU, it has slots up to ``limit`` if there are addresses."""
+        """Return a new buffer of zeros of ``shape`` (..., slots, d).
+
+        On a CPU, it has more slots if possible, up to the maximum length of a row; they take no memory until written.
+        """
         *outer, slots, size = shape
         if self.device.type == "cpu":
             most = MAX_RESERVED // max(math.prod(outer) * size * dtype.itemsize, 1)
@@ -371,19 +424,23 @@ class KVCache:
         return zeros(shape, dtype, self.device)
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor | None, advance: Advance) -> Tensor:
-        """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D]; return its outputs [B, T, D].
+        """Run recurrent ``layer`` on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-        Stores what roll-back needs. tree: the mask [T, U] (``register``). advance: runs the mixer on inputs [B, T, D]
-        and states, and returns its outputs and the new states.
+        Stores the inputs: the states of accepted tokens are computed from them later.
+
+        layer: index of the layer in the model.
+        tree: which of the U uncommitted tokens each new token sees, bool [T, U]; None: a chain.
+        advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
+            states.
         """
         held = self.lengths[layer] - self.committed
         rows = [states for states in self.states if isinstance(states, LayerStates)]
         return run_rows(rows, self.recurrent.index(layer), x, held, tree, advance)
 
     def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
-        """Drop the last ``count`` slots of layers [lo, hi). hi: None: all layers from ``lo`` on.
+        """Drop the last ``count`` uncommitted tokens of each row in layers [lo, hi).
 
-        Raises ValueError for committed slots, which cannot be dropped.
+        hi: None: all layers from ``lo`` on. Raises ValueError if fewer tokens are uncommitted in one of these layers.
         """
         left = [length - count for length in self.lengths[lo:hi]]
         if min(left, default=self.committed) < self.committed:
@@ -391,16 +448,19 @@ class KVCache:
         self.lengths[lo:hi] = left
 
     def roll_back(self) -> None:
-        """Drop all uncommitted slots and states, in all layers and rows."""
+        """Drop all uncommitted tokens, with their keys, values and recurrent states, in all layers and rows."""
         self._settle()
         for states in self.states:
             states.ahead = {}
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
-        """Commit the accepted tokens of each row, and drop its other uncommitted ones.
+        """Commit the accepted tokens of each row, and drop its other uncommitted tokens, in all layers.
 
-        paths: for each row, ascending indices of the accepted tokens among the uncommitted ones; [] accepts none.
-        All layers must have run all uncommitted tokens.
+        The keys and values of accepted tokens move so that they follow the committed ones without holes. All layers
+        must have run all uncommitted tokens.
+
+        paths: paths[b] has the ascending indices of row b's accepted tokens among its uncommitted ones; [] accepts
+            none.
         """
         for row, path in zip(self.entries, paths, strict=True):
             n, count = row.count, len(path)
@@ -415,10 +475,11 @@ class KVCache:
         self._settle()
 
     def evict(self) -> None:
-        """Drop the committed slots of windowed layers that no window sees any more, and release their memory.
+        """Free the memory of keys and values that no sliding-window layer will read again.
 
-        Kept are the first ones, for drafts, and those before the end of a row and before its checkpoints. Slots that
-        another row shares and holds stay in memory.
+        Each row keeps, in its sliding-window layers, its first tokens (which drafters read), the last ``window`` tokens
+        with a margin, and as many before each of its checkpoints. Memory that another row shares and still holds is not
+        freed. Does nothing in layers without a window, and if ``window`` is 0.
         """
         for row in self.entries if self.window else ():
             if not row.dropped and row.count <= self.window + windows.MARGIN:
@@ -438,11 +499,11 @@ class KVCache:
     # -- rows come and go ---------------------------------------------------------------------------------------------
 
     def join(self, other: KVCache) -> None:
-        """Add the rows of ``other`` after those of this cache. Nothing may be uncommitted in either."""
+        """Add the rows of the cache ``other`` after those of this cache. No token may be uncommitted in either."""
         self._place(self.entries + other.entries)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only ``rows`` of the batch, in that order. Nothing may be uncommitted."""
+        """Keep only the rows with the indices ``rows``, in that order. No token may be uncommitted."""
         self._place([self.entries[b] for b in rows])
 
     def _place(self, entries: list[RowEntries]) -> None:
@@ -451,10 +512,10 @@ class KVCache:
         self.roll_back()
 
     def resumable(self, row: int, count: int) -> int:
-        """Return how many of the first ``count`` committed tokens of ``row`` another text can begin with.
+        """Return how many of the first ``count`` committed tokens of row ``row`` another text can begin with.
 
-        That is ``count``, or the largest number with a checkpoint (recurrent layers) and a whole window before it
-        (windowed layers); 0: none.
+        That is ``count`` if the cache still has all that a next token needs. Otherwise it is the largest smaller number
+        with a checkpoint of the recurrent states and with all keys and values of a window before it; 0: there is none.
         """
         own, before = self.entries[row], -1
         while count not in (before, own.count):
@@ -465,21 +526,24 @@ class KVCache:
         return count
 
     def checkpoints(self, row: int) -> set[int]:
-        """Return the numbers of tokens at which checkpoints of ``row`` are stored that it can be resumed from."""
+        """Return the checkpoints of row ``row``: numbers of its first tokens that another text can begin with."""
         own = self.entries[row]
         stored = own.window_checkpoints if own.states is None else own.states.checkpoints
         return {count for count in stored if self.resumable(row, count) == count}
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether rows can be resumed at their end and at checkpoints, and not everywhere."""
+        """Whether another text can reuse a row's tokens only up to its end or a checkpoint, and not up to any token.
+
+        That is so with recurrent and with sliding-window layers.
+        """
         return bool(self.recurrent or self.window)
 
     def checkpoint(self, row: int) -> None:
-        """Store a checkpoint of ``row`` after its committed tokens; no effect where it can be resumed everywhere.
+        """Store a checkpoint after the committed tokens of row ``row``, up to which other texts can reuse them.
 
-        With recurrent layers it has their states. With windowed layers, their slots of a window are not dropped; the
-        last few checkpoints of a row stay (``window.thinned``).
+        With recurrent layers, it is a copy of their states. With sliding-window layers, the keys and values of a window
+        before it are kept; of such checkpoints, a row keeps a few. Does nothing for a model without such layers.
         """
         own = self.entries[row]
         if own.states is not None:
@@ -488,15 +552,16 @@ class KVCache:
             own.window_checkpoints = windows.thinned((*own.window_checkpoints, own.count))
 
     def of(self, entries: list[RowEntries]) -> Self:
-        """Return a cache of the same kind with the rows ``entries``, of which nothing may be uncommitted."""
+        """Return a cache with the settings of this one and the rows ``entries``, which have no uncommitted tokens."""
         made = copy.copy(self)
         made._place(entries)
         return made
 
     def copy(self, row: int, count: int, capacity: int = 0) -> Self:
-        """Return a cache of one row with a copy of the first ``count`` committed tokens of ``row``.
+        """Return a cache of one row with a copy of the first ``count`` committed tokens of row ``row``.
 
-        count: as ``resumable`` returns it; ValueError for another one. capacity: minimum number of slots of the copy.
+        count: a number that ``resumable`` returns. Raises ValueError for another one.
+        capacity: minimum number of tokens for which the copy has memory.
         """
         own = self.entries[row]
         if count and count != self.resumable(row, count):
@@ -514,14 +579,17 @@ class KVCache:
         return self.of([made])
 
     def take(self, row: int) -> Self:
-        """Return a cache of one row that shares the buffers of ``row``, or has a copy of a graph buffer."""
+        """Return a cache of one row with all committed tokens of row ``row``, without copying keys and values.
+
+        They are copied if the row's buffer is memory of a runtime's CUDA graphs.
+        """
         own = self.entries[row]
         return self.copy(row, own.count) if own.lent else self.of([own.shared()])
 
     def take_compact(self, row: int) -> Self:
-        """Return a cache of one row like ``take`` that holds little more than its tokens.
+        """Return a cache of one row with all committed tokens of row ``row``, with little unused memory.
 
-        That is a copy if over a fifth of the buffers would be unused memory.
+        It shares the row's buffers, or copies them if otherwise over a fifth of their memory would be unused.
         """
         own = self.entries[row]
         if self.device.type == "cpu" and not own.lent:
@@ -532,7 +600,7 @@ class KVCache:
         return self.copy(row, own.count) if spare else self.take(row)
 
     def reference(self) -> Self:
-        """Return this cache as it is now, for another thread to read. It shares the committed entries."""
+        """Return this cache as it is now, for another thread to read while this one grows. It shares the buffers."""
         made = copy.copy(self)
         made.entries = [row.shared() for row in self.entries]
         return made
@@ -540,9 +608,9 @@ class KVCache:
     # -- reading and writing entries ----------------------------------------------------------------------------------
 
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
-        """Return a copy on the CPU of the buffers of ``row`` for the committed tokens [start, end), by name.
+        """Return a CPU copy of the keys and values of row ``row`` for the committed tokens [start, end).
 
-        Without those of windowed layers.
+        They are by buffer name, [2 (keys, values), N', H, end - start, d] each, without sliding-window layers.
         """
         parts = {name: buffer[..., start:end, :] for name, buffer in self.entries[row].buffers.items()}
         if self.window:
@@ -550,9 +618,9 @@ class KVCache:
         return {name: part.to("cpu", copy=True).contiguous() for name, part in parts.items()}
 
     def read_window(self, row: int, start: int, end: int) -> dict[str, Tensor]:
-        """Return what ``read`` leaves out: the windowed layers' part for the tokens [start, end), by name.
+        """Return the sliding-window layers' keys and values of row ``row`` for the committed tokens [start, end).
 
-        {} if any of it is dropped.
+        They are by buffer name, [2 (keys, values), N', H, end - start, d] each; {} if any of them has been dropped.
         """
         own = self.entries[row]
         if windows.intersection(own.dropped, [(start, end)]):
@@ -560,20 +628,23 @@ class KVCache:
         return {name: own.buffers[name][..., start:end, :][:, each] for name, each in self.windowed.items() if each}
 
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
-        """Return the recurrent states of ``row`` after ``count`` tokens on the CPU, by key as text.
+        """Return the recurrent states of row ``row`` after its first ``count`` tokens, as CPU tensors by name.
 
-        {} if there is no checkpoint after ``count`` tokens.
+        A name is the state's key as text, its parts joined by spaces. {} if there is no checkpoint after ``count``
+        tokens.
         """
         states = self.entries[row].states
         found = {} if states is None else states.checkpoints.get(count, {})
         return {" ".join(map(str, key)): state.cpu().contiguous() for key, state in found.items()}
 
     def restore(self, parts: Iterable[dict[str, Tensor]], capacity: int) -> int:
-        """Write consecutive parts of a text into the buffers of this empty cache of one row.
+        """Write keys and values of a text's consecutive parts into this empty cache of one row; return their length.
 
-        parts: each as ``read`` returns it, on the CPU. A part is written before the next one is taken.
-        capacity: number of slots that the row then holds, at least those of all parts.
-        Returns the number of tokens in the parts. ``resume`` commits them.
+        They are not committed: call ``resume`` next.
+
+        parts: CPU tensors by buffer name, as ``read`` returns them. Each part is written before the next one is
+            requested.
+        capacity: number of tokens for which the row then has memory, at least those of all parts.
         """
         [row], count = self.entries, 0
         for part in parts:
@@ -594,16 +665,20 @@ class KVCache:
         return count
 
     def restore_window(self, start: int, part: dict[str, Tensor]) -> None:
-        """Write the part of windowed layers, as ``read_window`` returns it, for the tokens from ``start`` on."""
+        """Write the sliding-window layers' keys and values of the tokens from ``start`` on into this cache of one row.
+
+        part: CPU tensors by buffer name, as ``read_window`` returns them. Call it after ``restore``.
+        """
         [row] = self.entries
         for name, values in part.items():
             _write(row.buffers[name][..., start : start + values.shape[-2], :], self.windowed[name], values)
 
     def resume(self, count: int, states: dict[str, Tensor], dropped: Sequence[windows.Range] = ()) -> None:
-        """Commit the first ``count`` tokens that ``restore`` has written.
+        """Commit the first ``count`` tokens whose keys and values ``restore`` has written into this cache of one row.
 
         states: the recurrent states after them, as ``read_states`` returns them; {} without recurrent layers.
-        dropped: the ranges of slots, in order, that ``restore_window`` has not written; () without windowed layers.
+        dropped: the ranges [begin, end) of tokens, in order, whose keys and values sliding-window layers lack; ()
+            without such layers.
         """
         [row] = self.entries
         if row.states is not None:
@@ -613,9 +688,10 @@ class KVCache:
         self._settle()
 
     def of_layer(self, layer: int, row: int) -> dict[str, Tensor]:
-        """Return the keys "k" and values "v" of a row's filled slots in ``layer``, each [S, H, d].
+        """Return the keys "k" and values "v" of row ``row`` in layer ``layer``, [S, H, d] each, for its S filled slots.
 
-        The tensors may be views. {} if the layer stores no keys. Slots that ``evict`` has dropped are undefined.
+        The tensors may be views; 8-bit entries are converted to bfloat16. Entries that ``evict`` has dropped are
+        undefined. {} if the layer stores no keys.
         """
         own = self.entries[row]
         name, index = self._place_of(layer) if self.layers is None or layer in self._places else ("", 0)
@@ -627,9 +703,11 @@ class KVCache:
 
 
 def _write(view: Tensor, layers: Sequence[int] | None, values: Tensor) -> None:
-    """Write ``values`` [2, n, H, T, d] into n ``layers`` of ``view`` [2, N', H, T, d], both on the CPU.
+    """Write ``values`` [2, n, H, T, d] into n layers of ``view`` [2, N', H, T, d], both on the CPU.
 
-    layers: indices of the layers; None: all. PyTorch's threads would wait for each other at the end of each part.
+    NumPy copies them, because PyTorch's threads would wait for each other at the end of each copy.
+
+    layers: indices of the n layers in ``view``; None: all.
     """
     to, written = view.view(torch.uint8).numpy(), values.view(torch.uint8).numpy()
     if layers is None:
@@ -639,7 +717,10 @@ def _write(view: Tensor, layers: Sequence[int] | None, values: Tensor) -> None:
 
 
 def quantize_rows(x: Tensor) -> Tensor:
-    """Quantize ``x`` [..., d] to int8 [..., d + d / 16]: d codes, then the bytes of a bf16 scale for each 32 codes."""
+    """Quantize ``x`` [..., d] to int8 [..., d + d / 16]: d codes, then a bfloat16 scale (2 bytes) for each 32 codes.
+
+    d must be a multiple of 32.
+    """
     parts = x.float().unflatten(-1, (-1, GROUP))  # (..., d / 32, 32)
     scales = (parts.abs().amax(-1, keepdim=True) / 127).bfloat16()
     codes = (parts / scales.float().clamp_min(1e-30)).round().to(torch.int8)
@@ -647,19 +728,22 @@ def quantize_rows(x: Tensor) -> Tensor:
 
 
 def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values [..., d] of ``rows``, which ``quantize_rows`` made, in ``dtype``."""
+    """Return the values [..., d], in ``dtype``, of int8 ``rows`` [..., d + d / 16] that ``quantize_rows`` has made."""
     d = rows.shape[-1] * 16 // 17
     parts, scales = rows[..., :d].unflatten(-1, (-1, GROUP)), rows[..., d:].contiguous().view(torch.bfloat16)
     return (parts * scales[..., None].float()).flatten(-2).to(dtype)
 
 
 def grown(slots: int) -> int:
-    """Return the capacity after growing from ``slots``."""
+    """Return the capacity of a buffer after growing, a quarter more than ``slots``, its capacity before."""
     return slots + slots // 4
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return ``torch.zeros``; on a CPU, its pages take memory only when they are written. OSError without addresses."""
+    """Return a tensor of zeros. On a CPU, its memory pages are allocated by the system only when they are written.
+
+    Raises OSError if the process cannot map as many addresses.
+    """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,8 +1,9 @@
-"""Cached prefixes on disk: keys and values of texts in chunks, which later requests and processes load.
+"""The prefix cache on disk: keys and values of texts in chunks, which later requests and processes load.
 
-The name of a chunk's file is a hash of the model's identity (``identity.numbers``), the scope of its text, and all
-tokens up to its end. So a chunk is found only by its text. Recurrent states after a chunk have a file of their own, and
-so have the keys and values of windowed layers, if the text's row still holds them.
+A chunk is the keys and values of ``CHUNK`` consecutive tokens, in a file. Its name is a hash of the model's identity,
+the owner of the text (scope), and all tokens up to the chunk's end, so a chunk is found only by its text. Recurrent
+states after a chunk have a file of their own, and so have the keys and values of sliding-window layers, if the cache
+still holds them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import TypeVar
 
-import filelock
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -51,17 +51,19 @@ Tensors = dict[str, Tensor]
 
 
 class PrefixDisk:
-    """The prefix cache on disk: files of chunks in one folder, which only one process uses. ``close`` ends it.
+    """The prefix cache on disk: files of keys and values in one folder, which only one process uses. ``close`` ends it.
 
-    A thread writes the texts. After an error in writing, it writes nothing more, with one warning. A damaged file is
-    removed with a warning. A file that cannot be opened stays.
+    A file has one chunk, the keys and values of 64 consecutive tokens of a text. A thread writes the files. After an
+    error in writing, it warns once and writes nothing more. A damaged file is removed with a warning. A file that
+    cannot be opened stays.
 
     folder: the folder; it is made if it is missing.
-    limit: maximum bytes of all files; the least recently used ones are evicted.
+    limit: maximum bytes of all files; the least recently used ones are deleted above it.
     identity: text that identifies the model and the runtime; files with another identity are not found.
-    recurrent: whether the model has recurrent layers, so that a text can be resumed only after a chunk with states.
-    window: number of slots before a token that windowed layers see, so that a text can be resumed only after chunks
-        with their keys and values; 0: the runtime keeps those of all layers.
+    recurrent: whether the model has recurrent layers, so that a text can go on only after a chunk with stored states.
+    window: number of tokens before a token that sliding-window layers see, if the runtime drops their older keys; a
+        text can then go on only after chunks with these layers' keys and values. 0: the runtime keeps those of all
+        layers.
     sizes: bytes of each file by its name, the least recently used first.
     held: bytes of all files.
     queries, hits: number of tokens that were looked up, and of those that were loaded.
@@ -72,6 +74,8 @@ class PrefixDisk:
     """
 
     def __init__(self, folder: Path, limit: int, identity: str, recurrent: bool = False, window: int = 0) -> None:
+        from filelock import FileLock, Timeout  # imports asyncio, which is slow
+
         self.folder = folder
         self.limit = limit
         self.identity = identity
@@ -83,11 +87,11 @@ class PrefixDisk:
         self.writable = True
         self.lock = threading.Lock()
         self.jobs = queue.SimpleQueue[Callable[[], None] | None]()
-        self.owner = filelock.FileLock(folder / ".lock", thread_local=False)
+        self.owner = FileLock(folder / ".lock", thread_local=False)
         try:
             folder.mkdir(0o700, parents=True, exist_ok=True)
             self.owner.acquire(timeout=0)
-        except filelock.Timeout:
+        except Timeout:
             raise SpecDecError(f"the prefix cache '{folder}' is in use by another process; give each its own") from None
         except OSError as error:
             self._stop_writing(error)
@@ -99,7 +103,10 @@ class PrefixDisk:
         self.thread.start()
 
     def _scan(self) -> None:
-        """Read the sizes of the files, and evict files above the limit."""
+        """Read the names and sizes of the folder's files, and delete the least recently used ones above the size limit.
+
+        Also deletes unfinished files of a process that was killed.
+        """
         found = list[tuple[int, str, int]]()
         for entry in os.scandir(self.folder):
             if match := _NAME.fullmatch(entry.name):
@@ -114,18 +121,24 @@ class PrefixDisk:
             self._make_room(0)
 
     def figures(self) -> dict[str, int]:
-        """Return the fields of ``EngineStats`` for the disk: tokens looked up, tokens loaded, bytes stored."""
+        """Return the statistics of this cache by name: tokens looked up, tokens loaded, bytes stored."""
         return {"disk_queries": self.queries, "disk_hits": self.hits, "disk_bytes": self.held}
 
     def longest(self, ids: Sequence[int], scope: str | None) -> int:
-        """Return how many of the first tokens of ``ids`` are stored for ``scope``, a multiple of ``CHUNK``."""
+        """Return how many of the first tokens of ``ids`` have their keys and values on disk, a multiple of ``CHUNK``.
+
+        scope: name of the owner of the text, whose texts alone are found; None: the default owner.
+        """
         return CHUNK * len(self._there(ids, scope))
 
     def load(self, cache: Cache, ids: Sequence[int], scope: str | None, capacity: int) -> Cache:
-        """Fill ``cache``, an empty one of one row, with the stored beginning of ``ids``, and return it.
+        """Fill ``cache`` with the longest stored beginning of the text ``ids``, commit its tokens, and return it.
 
-        scope: tenant of the request. capacity: minimum number of slots of the row.
-        The beginning ends before a chunk that cannot be read.
+        The beginning ends before a chunk that cannot be read; if there is none, the cache stays empty.
+
+        cache: an empty cache of one row (sequence).
+        scope: name of the owner of the text, whose texts alone are found; None: the default owner.
+        capacity: minimum number of tokens for which the row gets memory.
         """
         names, states = self._there(ids, scope), dict[str, Tensor]()
         with ThreadPoolExecutor(READERS) as pool:
@@ -150,10 +163,14 @@ class PrefixDisk:
         return cache
 
     def _load_windows(self, cache: KVCache, names: list[str]) -> list[int]:
-        """Fill ``cache`` with the windowed layers' part of the chunks ``names`` that a next token sees.
+        """Read into ``cache`` the sliding-window layers' keys and values that a token after ``names`` will see.
 
-        Removes chunks from the end of ``names`` after which such a part is missing. Returns the indices of the chunks
-        whose part was read, in order; [] without windowed layers.
+        If such a part cannot be read, chunks are removed from the end of ``names`` until a text can go on after them.
+        Returns the indices of the chunks whose part was read, in ascending order; [] if there are no sliding-window
+        layers.
+
+        cache: a cache of one row into which the chunks' other keys and values have been written.
+        names: file names of the consecutive chunks of a text.
         """
         self._shorten(names)
         while self.window and names:
@@ -175,20 +192,25 @@ class PrefixDisk:
         return []
 
     def _before(self, count: int) -> range:
-        """Return the indices of the chunks that a token after ``count`` chunks sees through a window."""
+        """Return the indices of the chunks that the token after ``count`` chunks sees through the attention window."""
         return range(max(count - -(-self.window // CHUNK), 0), count)
 
     def _shorten(self, names: list[str]) -> None:
-        """Remove chunks from the end of ``names`` until a text can be resumed after the last one."""
+        """Remove chunks from the end of ``names`` until all that a next token sees through windows is on disk.
+
+        names: file names of the consecutive chunks of a text. All stay if there are no sliding-window layers.
+        """
         there = [not self.window or _window(name) in self.sizes for name in names]
         while names and not all(there[n] for n in self._before(len(names))):
             names.pop()
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Let the thread write the chunks of the text ``ids`` of tenant ``scope`` that are not stored yet.
+        """Let the writing thread store the chunks of the text ``ids`` that are not on disk yet.
 
-        cache: one row with the text. Its buffers stay shared until they are written. A text is skipped if more than
-        ``MAX_PENDING`` bytes would wait.
+        Does nothing if more than ``MAX_PENDING`` bytes would then wait to be written.
+
+        cache: cache of one row with the text. Its buffers are shared, and stay in memory, until they are written.
+        scope: name of the owner of the text, for whom alone it is found later; None: the default owner.
         """
         size = cache.nbytes + cache.num_states * cache.state_bytes
         if self.writable and len(ids) >= CHUNK and (not self.pending or self.pending + size <= MAX_PENDING):
@@ -197,7 +219,7 @@ class PrefixDisk:
             self.jobs.put(partial(self._keep, ids, cache.reference(), scope, size))
 
     def close(self) -> None:
-        """Write the pending texts, end the thread, and release the folder."""
+        """Write the texts that wait, end the writing thread, and let other processes use the folder."""
         self.jobs.put(None)
         if self.thread is not threading.current_thread():
             self.thread.join()
@@ -221,7 +243,10 @@ class PrefixDisk:
         return self.folder / (name + SUFFIX)
 
     def _read(self, name: str) -> Tensors | None:
-        """Return the tensors of a file; None if it is damaged, cannot be read, or has been evicted meanwhile."""
+        """Return the tensors of the file ``name``; None if it is damaged, unreadable, or no longer in the cache.
+
+        Warns about a damaged file and removes it. Warns about a file that cannot be read.
+        """
         size, path = self.sizes.get(name), self._path(name)
         if size is None:
             return None
@@ -271,8 +296,12 @@ class PrefixDisk:
                 self.pending -= size
 
     def _write(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Write the chunks of a text that are not stored, and mark all as used, the last one first.
-        Stops before a chunk that would evict earlier chunks of the same text."""
+        """Write the chunks of the text ``ids`` that are not on disk, and mark all of its chunks as recently used.
+
+        Stops before a chunk for which earlier chunks of the same text would have to be deleted.
+
+        cache: cache of one row with the text. scope: name of the owner of the text; None: the default owner.
+        """
         chunks, used = [*self._names(ids, scope)], dict[str, None]()
         self._note(chunks)
         for n, chunk in enumerate(chunks):
@@ -308,7 +337,10 @@ class PrefixDisk:
                         os.utime(self._path(name), ns=(now, now))
 
     def _make_room(self, size: int, used: Container[str] = ()) -> bool:
-        """Evict files, but not ``used``, to make room for ``size`` bytes; return whether there is room."""
+        """Delete the least recently used files until ``size`` more bytes fit; return whether they fit.
+
+        Deletes nothing if they cannot fit. used: names of files that must stay.
+        """
         with self.lock:
             more, old = self.held + size - self.limit, list[str]()
             for name, each in self.sizes.items():

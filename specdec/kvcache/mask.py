@@ -1,4 +1,4 @@
-"""Masks: which cached keys each query of a pass may attend to."""
+"""Attention masks: which cached keys each token of a forward pass may attend to."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from specdec.base.devices import upload
 
 
 class Chunk(int):
-    """The window of chunked attention: a query attends only to keys whose position // chunk size equals its own."""
+    """The chunk size in tokens of chunked attention, used in place of a window.
+
+    A query attends only to keys whose position // chunk size equals its own.
+    """
 
 
 class Mask:
-    """Which of S keys each of T queries in B rows may attend to. A runtime makes one for each pass.
+    """An attention mask: which of S keys each of T queries in B rows (sequences) may attend to. Made for each pass.
 
     query: positions of the queries, int64 [B, T].
     keys: positions of the keys, int64 [B, S].
-    visible: bool [B, T, S]; None: each query may attend to all keys.
+    visible: whether a query may attend to a key, bool [B, T, S]; None: each query may attend to all keys.
     length: S.
     causal: whether the queries are the last T of the S keys, in order, and each attends to the keys up to itself.
-    ancestors: the ``tree`` of ``KVCache.register``, bool [T, U] or [B, T, U]; None: chains.
+    ancestors: which uncommitted (drafted) tokens each query attends to, bool [T, U] or [B, T, U]; None: a chain, so all
+        earlier ones and itself.
     memo: tensors that runtimes derive from the mask, because one mask serves many layers.
     """
 
@@ -41,8 +45,8 @@ class Mask:
     def bool_mask(self, window: int | None = None) -> Tensor | None:
         """Return the mask as bool [B, 1, T, S], True where a query attends; None if all queries attend to all keys.
 
-        window: a query attends only to the last ``window`` positions, its own included, or to those of its chunk if
-            ``window`` is a ``Chunk``; None: no limit.
+        window: attention window: a query attends only to the last ``window`` positions, its own included, or to those
+            of its chunk if ``window`` is a ``Chunk``; None: no limit.
         """
         if window not in self.memo:
             keys, visible = self._keys_and_visible()
@@ -58,23 +62,25 @@ class Mask:
         return self.memo[window]
 
     def filled(self, count: int) -> Tensor:
-        """Return which slots are committed or among the first ``count`` uncommitted ones, bool [B, 1, 1, S].
+        """Return which of S keys belong to committed or to the first ``count`` uncommitted tokens, bool [B, 1, 1, S].
 
-        NotImplementedError if the mask knows no slots.
+        Uncommitted tokens are drafted, or run in this pass. Raises NotImplementedError if the mask does not know them.
         """
         raise NotImplementedError
 
 
 class RowMask(Mask):
-    """The mask of a pass over the rows of a ``KVCache``. Its tensors are made when they are needed.
+    """The mask of a pass over the rows (sequences) of a ``KVCache``. Its tensors are made when they are needed.
+
+    Committed tokens belong to the text, and all are visible; uncommitted ones are drafted, or run in this pass.
 
     query: positions of the tokens, int64 [B, T]; [1, T] if the rows have different numbers of tokens and lie one after
         the other. ``bool_mask`` is then not available.
     committed: number of committed tokens of each row.
     counts: number of tokens of each row in the pass.
-    trees: for each row, bool [its tokens, its uncommitted slots]; None: a chain.
-    ahead: number of uncommitted slots before the tokens of the pass.
-    drafted: positions of each row's U uncommitted slots, int64 [B, U] or a tensor [U] for each row.
+    trees: for each row, which of its U uncommitted tokens each token attends to, bool [tokens, U]; None: a chain.
+    ahead: number of uncommitted tokens of each row before those of the pass.
+    drafted: positions of each row's uncommitted tokens, int64 [B, U], or a tensor [U] for each row.
     whole: whether the caller commits all tokens of the pass.
     chains: whether no row has a tree.
     """
@@ -102,7 +108,10 @@ class RowMask(Mask):
         self.memo = {}
 
     def tree(self, row: int, window: int | None) -> Tensor | None:
-        """Return the tree of a row with the slots outside ``window`` masked, contiguous; None: a chain."""
+        """Return which uncommitted tokens each token of row ``row`` attends to, bool [tokens, U]; None: a chain.
+
+        window: attention window in tokens, outside of which nothing is visible; None: no limit.
+        """
         key = row, window
         if key not in self.memo:
             tree = self.trees[row]

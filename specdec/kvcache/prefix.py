@@ -1,8 +1,8 @@
 """Cached prefixes: texts whose keys and values stay cached after their requests, for prompts with the same beginning.
 
-An index holds the texts as sorted bytes, so that the text with the longest common prefix is a neighbor of the search
-position: a search makes few comparisons. A text with recurrent states or dropped slots can be resumed at its
-checkpoints, and the part of the text up to each checkpoint is also in the index.
+An index holds the texts as sorted byte strings, so that the text with the longest common prefix is a neighbor of a
+prompt's place in it: a search makes few comparisons. With recurrent or sliding-window layers, a new text can go on only
+at the checkpoints of a cached one; its beginnings up to the checkpoints are then in the index, too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ SCOPE, TOKEN = 32, array("I").itemsize  # bytes of a key: for its scope, and for
 
 
 class Prefix:
-    """A cached text, and a KV cache of one row with exactly its tokens.
+    """A cached text, with a KV cache of one row (sequence) that holds exactly its tokens.
 
-    ids: the token ids. scope: name of the tenant whose requests may begin with the text; None: the default tenant.
-    key: the text as bytes in the index. points: the keys of all parts that can be resumed, ``key`` included.
-    nbytes: size of the buffers of keys and values, and of the recurrent states.
+    ids: the token ids; as an argument, further ids that the cache does not hold may follow.
+    cache: the KV cache. Raises ValueError if it has more tokens than ``ids``.
+    scope: name of the owner whose requests alone may begin with the text; None: the default owner.
+    key: the text and its scope as bytes, by which the text is sorted.
+    points: the keys of all beginnings of the text that other texts can reuse, ``key`` included.
+    nbytes: bytes of the keys, values and recurrent states.
     """
 
     def __init__(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
@@ -42,9 +45,10 @@ class Prefix:
 
 
 class PrefixStore:
-    """Prefixes by key, the least recently used first.
+    """The cached texts (``Prefix``) of an engine, the least recently used first.
 
-    nbytes: the sum of those of its prefixes. max_bytes: the limit that an engine keeps to by ``drop``.
+    nbytes: bytes of all cached texts.
+    max_bytes: the limit of ``nbytes``. The engine, not this class, keeps to it by calling ``drop``.
     """
 
     def __init__(self) -> None:
@@ -59,9 +63,12 @@ class PrefixStore:
         return [*self._texts.values()]
 
     def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> Prefix:
-        """Add the text ``ids``, which ``cache`` of one row holds, unless it is empty; return its entry.
+        """Add the text ``ids``, whose keys and values are in the one row of ``cache``, and return its entry.
 
-        Removes texts that are a beginning of the new one and, at ``MAX_PREFIXES``, the least recently used text.
+        Removes cached texts that are a beginning of the new one. If the store is full, it removes the least recently
+        used text. An empty text is not stored.
+
+        scope: name of the owner whose requests alone may begin with the text; None: the default owner.
         """
         made = Prefix(ids, cache, scope)
         if made.ids:
@@ -79,10 +86,12 @@ class PrefixStore:
         return made
 
     def longest(self, ids: Sequence[int], scope: str | None = None) -> tuple[Prefix | None, int, int]:
-        """Find the text with which most of ``ids`` can begin, and mark it as used.
+        """Find the cached text with the longest reusable beginning of ``ids``, and mark it as recently used.
 
-        Returns the text (None: there is none), the number of tokens that can be resumed from it, and the length of the
-        longest common prefix with any text.
+        Returns a tuple of three: the text (None: there is none); the number of first tokens of ``ids`` whose keys and
+        values it can provide; and the length of the longest common prefix with any cached text, which may be larger.
+
+        scope: name of the owner whose texts alone are searched; None: the default owner.
         """
         key = _key(ids, scope)
         index = bisect_right(self._points, key)
@@ -103,20 +112,20 @@ class PrefixStore:
         return best, most, shared
 
     def take(self, prefix: Prefix) -> KVCache:
-        """Remove a text and return its cache, which a row of the batch then extends."""
+        """Remove a cached text and return its KV cache, which the caller may extend."""
         if self._texts.get(prefix.key) is prefix:
             self._remove(prefix)
         return prefix.cache
 
     def drop(self) -> bool:
-        """Remove the least recently used text; return whether there was one."""
+        """Remove the least recently used cached text; return False if there is none."""
         if not self._texts:
             return False
         self._remove(next(iter(self._texts.values())))
         return True
 
     def clear(self) -> None:
-        """Remove all texts."""
+        """Remove all cached texts, with their KV caches."""
         while self.drop():
             pass
 
@@ -129,7 +138,10 @@ class PrefixStore:
                 del self._holders[point], self._points[bisect_left(self._points, point)]
 
     def _beginnings(self, key: bytes) -> Iterator[bytes]:
-        """Yield the keys of the resumable beginnings (``Prefix.points``) with which ``key`` begins, longest first."""
+        """Yield the keys in the index with which ``key`` begins, longest first.
+
+        Each is the beginning of a cached text, and can be reused. key: scope and token ids of a text as bytes.
+        """
         index = bisect_right(self._points, key)
         while index:
             index -= 1

@@ -1,8 +1,9 @@
-"""The states of recurrent layers (linear attention, state space, convolution) of a row, with roll-back.
+"""The states of recurrent layers (linear attention, state space, convolution) of a row (sequence), with roll-back.
 
-A scan returns only its last state. So the states after the committed tokens stay unchanged while a draft is verified,
-and the inputs of the drafted tokens are stored. Roll-back drops inputs. Inputs of accepted tokens are "pending":
-the next pass runs these inputs again, only through the layer's mixer, before its own tokens.
+A scan over tokens returns only its last state. So the states after the committed tokens stay unchanged while a draft is
+verified, and the layers' inputs of the drafted tokens are stored. Roll-back drops these inputs. Accepted tokens whose
+inputs are not in the states yet are "pending": the next pass runs their stored inputs through the recurrent layers
+before its own tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ Advance = Callable[..., tuple[Tensor, States]]
 
 
 class StateShape(NamedTuple):
-    """The sizes of a row's recurrent states in the native runtime.
+    """The sizes of a row's (sequence's) recurrent states, as the native kernels store them.
 
     layers: number of recurrent layers.
     state_bytes: bytes of the states of one layer.
-    width: number of bf16 values that the kernels store as the inputs of one token in one layer.
+    width: number of bfloat16 values that are stored as the inputs of one token in one layer.
     """
 
     layers: int
@@ -44,16 +45,18 @@ class StateShape(NamedTuple):
 
 
 class RowStates(ABC):
-    """The recurrent states of one row: what ``LayerStates`` and ``KernelStates`` have in common.
+    """The recurrent states of one row (sequence) with roll-back: base class of ``LayerStates`` and ``KernelStates``.
+
+    Uncommitted tokens are drafted, or just run. Pending tokens are accepted, but not in the states yet.
 
     layers: number of recurrent layers.
-    states: states after the committed tokens that are not pending. The keys are the subclass's.
-    inputs: [layers, capacity, width]: inputs of the pending tokens or, in layers without pending tokens, of the
-        uncommitted ones.
-    pending: for each layer, number of accepted tokens that ``states`` does not contain yet. A pass sets it to 0.
-    ahead: by layer number, or ``ALL_LAYERS``: number of uncommitted tokens that ran, and the states after them.
-    checkpoints: copies of ``states`` by number of tokens.
-    next_checkpoint: number of tokens of a checkpoint to store when no token is pending; None: there is none.
+    states: states after the committed tokens that are not pending. The subclass chooses the keys.
+    inputs: layer inputs of the pending tokens or, in layers without pending tokens, of the uncommitted ones, [layers,
+        capacity, width].
+    pending: for each layer, the number of pending tokens. A pass through the layer sets it to 0.
+    ahead: by layer number, or ``ALL_LAYERS``: (number of uncommitted tokens that ran, the states after them).
+    checkpoints: copies of ``states``, by the number of tokens that they include.
+    next_checkpoint: number of tokens of a checkpoint to store as soon as no token is pending; None: there is none.
     """
 
     def __init__(self, layers: int) -> None:
@@ -67,22 +70,28 @@ class RowStates(ABC):
 
     @abstractmethod
     def empty(self) -> Self:
-        """Return states of the same kind and size for a row without tokens."""
+        """Return empty recurrent states of the same kind and size, for a row (sequence) without tokens."""
 
     @abstractmethod
     def snapshot(self) -> StatesByKey:
-        """Return ``states`` as they are now; later passes do not change the returned tensors."""
+        """Return the present recurrent states, tensors by key, such that later passes do not change them."""
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
-        """Use the states in ``ahead`` if they are the states after the tokens ``path``; return whether they are."""
+        """Use the states in ``ahead`` as ``states`` if they are those after the tokens ``path``; return whether so.
+
+        path: ascending indices of the accepted tokens among the uncommitted ones.
+        """
 
     @property
     def nbytes(self) -> int:
         return sum(state.nbytes for state in self.states.values())
 
     def make_room(self, tokens: int, like: Tensor | None = None) -> None:
-        """Enlarge ``inputs`` to hold ``tokens`` tokens. like: a tensor [..., width] of the new width and dtype."""
+        """Enlarge the buffer ``inputs`` so that it holds the layer inputs of ``tokens`` tokens.
+
+        like: a tensor [..., width] whose width and dtype the larger buffer gets; None: those of ``inputs``.
+        """
         have, like = self.inputs.shape[1], self.inputs if like is None else like
         if tokens > have:
             grown = like.new_zeros(self.layers, -(-tokens // INPUT_MULTIPLE) * INPUT_MULTIPLE, like.shape[-1])
@@ -91,7 +100,10 @@ class RowStates(ABC):
             self.inputs = grown
 
     def commit(self, path: Sequence[int]) -> None:
-        """Accept the uncommitted tokens with the ascending indices ``path``, and drop the others."""
+        """Accept the uncommitted tokens with the ascending indices ``path``, and drop the others.
+
+        Raises ValueError if tokens that were accepted before have not run through all layers.
+        """
         was_pending, count = any(self.pending), len(path)
         if self.next_checkpoint is not None and not was_pending:
             self.checkpoints[self.next_checkpoint], self.next_checkpoint = self.snapshot(), None
@@ -104,24 +116,24 @@ class RowStates(ABC):
         self.ahead = {}
 
     def checkpoint(self, count: int) -> None:
-        """Store a checkpoint of the states after all ``count`` committed tokens, when no token is pending."""
+        """Request a checkpoint after all ``count`` committed tokens. It is stored once the states include them."""
         if count not in self.checkpoints:
             self.next_checkpoint = count
 
     def begin(self, count: int, states: StatesByKey) -> None:
-        """Set the states to ``states``, those after ``count`` tokens, and store them as a checkpoint."""
+        """Set the states after ``count`` tokens to ``states``, tensors by key, and store them as a checkpoint, too."""
         self.states = self.checkpoints[count] = states
         self.states = self.snapshot()
 
     def restored(self, count: int) -> Self:
-        """Return a copy of the states at the checkpoint after ``count`` tokens."""
+        """Return new states of the checkpoint after ``count`` tokens, with the checkpoints up to it."""
         made = self.empty()
         made.begin(count, self.checkpoints[count])
         made.checkpoints = {n: states for n, states in self.checkpoints.items() if n <= count}
         return made
 
     def copy(self) -> Self:
-        """Return a copy. Nothing may be uncommitted."""
+        """Return an independent copy of the states, pending tokens and checkpoints. No token may be uncommitted."""
         made = self.empty()
         made.states = self.snapshot()
         made.inputs = self.inputs[:, : max(self.pending, default=0)].clone()
@@ -132,9 +144,12 @@ class RowStates(ABC):
 
 
 class LayerStates(RowStates):
-    """The states of layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number), which never change.
+    """The states of one row's recurrent layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number).
 
-    home: states at fixed addresses that captured passes change in place, as in ``states``; {}: there are none.
+    The layer number counts the recurrent layers only. The tensors are replaced, never changed, except those in
+    ``home``.
+
+    home: states at fixed addresses that CUDA graphs change in place, by the same keys; {}: there are none.
     """
 
     def __init__(self, layers: int) -> None:
@@ -148,7 +163,11 @@ class LayerStates(RowStates):
         return {key: state.clone() if state is self.home.get(key) else state for key, state in self.states.items()}
 
     def move(self, home: StatesByKey, inputs: Tensor) -> None:
-        """Keep the states in ``home``, and the inputs in ``inputs`` [layers, capacity, D], at fixed addresses."""
+        """Move the states and layer inputs to memory at fixed addresses, where CUDA graphs change them.
+
+        home: tensors that receive the states, by key. inputs: tensor that receives the stored layer inputs, [layers,
+            capacity, D].
+        """
         for key, place in home.items():
             if (state := self.states.get(key)) is not place:
                 place.copy_(torch.zeros_like(place) if state is None else state)
@@ -161,14 +180,16 @@ class LayerStates(RowStates):
         self.home = home
 
     def ran(self, layers: Sequence[int]) -> None:
-        """Note that a captured pass has run ``layers``, numbers among the recurrent ones: none of their tokens is
-        pending."""
+        """Note that a captured pass (CUDA graph) has run ``layers``, so that no token is pending in them.
+
+        layers: numbers of the layers among the recurrent ones.
+        """
         for layer in layers:
             self.pending[layer] = 0
             self.ahead.pop(layer, None)
 
     def of_layer(self, layer: int) -> States:
-        """Return the states of one layer, without the layer number in the keys."""
+        """Return the states of recurrent layer number ``layer``, [1, ...] each, by (kind, number)."""
         return {key[1:]: state for key, state in self.states.items() if key[0] == layer}  # type: ignore[misc]
 
     def _take_ahead(self, path: Sequence[int]) -> bool:
@@ -181,7 +202,10 @@ class LayerStates(RowStates):
 
 
 class KernelStates(RowStates):
-    """The states that the native kernels change in place: one uint8 tensor [layers, bytes] with key ``ALL_LAYERS``."""
+    """The states of one row's recurrent layers that the native kernels change in place.
+
+    They are one uint8 tensor [layers, bytes], under the key (``ALL_LAYERS``,). shape: the sizes of the states.
+    """
 
     def __init__(self, shape: StateShape) -> None:
         super().__init__(shape.layers)
@@ -196,11 +220,15 @@ class KernelStates(RowStates):
         return {key: state.clone() for key, state in self.states.items()}
 
     def arguments(self, uncommitted: int, count: int, whole: bool) -> tuple[int | None, ...]:
-        """Prepare the next ``count`` tokens of the row, and return the kernels' arguments for them.
+        """Prepare the row's buffers for its next ``count`` tokens, and return the native kernels' arguments for them.
 
-        uncommitted: number of uncommitted tokens before them.
-        whole: whether the tokens are committed together. The kernels then write the states after them, and no inputs.
-        Returns the fields ``held`` ... ``pending`` of ``SequenceArgs``: numbers and pointers.
+        Returns a tuple of six: ``uncommitted``; the capacity of the stored inputs in tokens; and the addresses of the
+        states, of the states after the tokens (None: not to be written), of the stored inputs, and of the numbers of
+        pending tokens.
+
+        uncommitted: number of uncommitted tokens of the row before these.
+        whole: whether the tokens will be committed together. If they are many, the kernels then write the states after
+            them instead of their inputs.
         """
         if not (whole and count > RERUN_TOKENS and not uncommitted):
             self.ahead = {}
@@ -228,9 +256,14 @@ def run_rows(
 ) -> Tensor:
     """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
-    Stores the inputs of ``x`` for roll-back. Raises SpecDecError if each row has a tree of its own.
-    layer: number of the layer among the recurrent ones. held: number of uncommitted tokens before ``x``, U.
-    tree: bool [T, U + T] as in ``KVCache.register``, one for all rows; None: chains. advance: runs the layer's mixer.
+    First runs accepted tokens that are not in the states yet. Stores the inputs ``x``, so that the tokens can be rolled
+    back. Raises SpecDecError if ``tree`` has three axes (a tree for each row).
+
+    rows: the states of each row. layer: number of the layer among the recurrent ones.
+    held: U, number of uncommitted tokens of each row before ``x``.
+    tree: which of the U + T uncommitted tokens each new token sees, for all rows, bool [T, U + T]; None: chains.
+    advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
+        states.
     """
     if tree is not None and tree.dim() == 3:
         raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
@@ -265,7 +298,10 @@ def _together(rows: Sequence[States]) -> States:
 
 
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
-    """Run ``layer`` on each row's accepted tokens that are not in its states yet, in batches of equal length."""
+    """Run ``layer`` on each row's pending tokens (accepted, but not in its states yet), which then include them.
+
+    Rows with equal numbers of pending tokens run as a batch. advance: runs the layer on inputs and states.
+    """
     groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
         if row.pending[layer]:
@@ -279,10 +315,13 @@ def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
 
 
 def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) -> Tensor:
-    """Run a recurrent layer on draft trees, each branch as a row; return outputs [B, T, D] of the last T tokens.
+    """Run a recurrent layer on draft trees, each root-to-leaf path as a sequence of its own.
 
-    inputs: inputs of all U uncommitted tokens, [B, U, D]. states: the states before them.
-    tree: whether a token is on the path to one of the last T tokens, bool [T, U].
+    Returns the outputs of the last T of U uncommitted tokens, [B, T, D].
+
+    inputs: layer inputs of the U uncommitted tokens, [B, U, D]. states: the states before them, each [B, ...].
+    tree: which uncommitted tokens are on the path to each of the last T tokens, bool [T, U]; one tree for all rows.
+    advance: runs the layer on inputs and states.
     """
     (batch, _, width), (t, u) = inputs.shape, tree.shape
     paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]

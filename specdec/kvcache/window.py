@@ -1,8 +1,8 @@
-"""Which slots the sliding-window layers of a row hold, and the memory of those that they do not.
+"""Which tokens' keys and values sliding-window layers keep in the KV cache, and how the memory of others is freed.
 
-A windowed layer sees only the last ``window`` slots before a token. Slots below are dropped: their memory goes back to
-the system, and addresses stay. What a later text may begin with stays: the slots before the row's end and before its
-checkpoints.
+A windowed layer sees only the last ``window`` tokens before a token. A slot (one token's keys and values) below is
+dropped: its memory goes back to the system, and its address stays valid. Kept are the first slots, and a window before
+the end of a row (sequence) and before its checkpoints, where later texts may go on.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ Range = tuple[int, int]  # slots from a first one to an end, which is not includ
 
 
 def outside(count: int, window: int, checkpoints: Iterable[int], dropped: Sequence[Range] = ()) -> tuple[Range, ...]:
-    """Return the ranges of slots that the windowed layers of a row of ``count`` tokens need no longer, in order.
+    """Return the ranges [begin, end) of tokens whose keys and values sliding-window layers need no longer, in order.
 
-    checkpoints: numbers of tokens at which another text may go on. dropped: the ranges that are gone already.
+    count: number of tokens of the row (sequence). window: number of tokens before a token that these layers see.
+    checkpoints: numbers of tokens up to which other texts may reuse the row, so that a window before them is needed.
+    dropped: the ranges that are dropped already; the result includes them.
     """
     found, begin = list(dropped), FIRST
     for end in sorted({*checkpoints, count}):
@@ -34,7 +36,7 @@ def outside(count: int, window: int, checkpoints: Iterable[int], dropped: Sequen
 
 
 def union(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """Return the union of ``ranges`` as disjoint ranges in order."""
+    """Return the union of half-open ranges [begin, end) as disjoint ranges in ascending order."""
     made = list[Range]()
     for begin, end in sorted(ranges):
         if made and begin <= made[-1][1]:
@@ -45,19 +47,28 @@ def union(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def intersection(left: Sequence[Range], right: Sequence[Range]) -> tuple[Range, ...]:
-    """Return the slots that are in both of two lists of ranges."""
+    """Return the intersection of two lists of half-open ranges, as disjoint ranges in ascending order."""
     return union((max(a, c), min(b, d)) for a, b in left for c, d in right if max(a, c) < min(b, d))
 
 
 def held(dropped: Sequence[Range], count: int) -> tuple[Range, ...]:
-    """Return the ranges of the first ``count`` slots that are not in ``dropped``, which is in order."""
+    """Return the ranges of 0 to ``count`` - 1 that are not in ``dropped``: tokens whose keys are still held.
+
+    dropped: half-open ranges [begin, end) in ascending order.
+    """
     ends = [0, *(end for _, end in dropped)]
     begins = [*(begin for begin, _ in dropped), count]
     return union((begin, min(end, count)) for begin, end in zip(ends, begins, strict=True))
 
 
 def resumable(count: int, window: int, dropped: Sequence[Range]) -> int:
-    """Return the largest number of tokens, at most ``count``, after which no token's window has a dropped slot."""
+    """Return the largest number of first tokens of a row, at most ``count``, that another text can reuse.
+
+    After that number, no dropped token is in the attention window of the next one.
+
+    window: number of tokens before a token that sliding-window layers see.
+    dropped: half-open ranges of tokens whose keys and values are dropped, in ascending order.
+    """
     for begin, end in reversed(dropped):
         if begin < count < end + window:
             count = begin
@@ -65,7 +76,10 @@ def resumable(count: int, window: int, dropped: Sequence[Range]) -> int:
 
 
 def thinned(checkpoints: Iterable[int]) -> frozenset[int]:
-    """Return at most ``MAX_CHECKPOINTS`` of ``checkpoints``: the last one, and others ever farther before it."""
+    """Return at most ``MAX_CHECKPOINTS`` of the checkpoints: the last one, and others at growing distances before it.
+
+    checkpoints: numbers of first tokens of a row (sequence) that other texts can reuse.
+    """
     kept = sorted({*checkpoints})
     while len(kept) > MAX_CHECKPOINTS:
         last = kept[-1] + MARGIN
@@ -75,9 +89,10 @@ def thinned(checkpoints: Iterable[int]) -> frozenset[int]:
 
 
 def release(buffer: Tensor, layers: Sequence[int], ranges: Sequence[Range]) -> None:
-    """Give the memory of slots back to the system; whole pages only. They read as zeros then.
+    """Return the memory of some slots of a buffer to the system, whole memory pages only. They then read as zeros.
 
-    buffer: [2, N', H, slots, d], on a CPU. layers: indices of the layers. ranges: ranges of the slots.
+    buffer: keys and values [2, N', H, slots, d] on a CPU. layers: indices of layers, along N'.
+    ranges: half-open ranges [begin, end) of slots.
     """
     for part in buffer.unbind(0):
         for layer in layers:

@@ -1,1 +1,1 @@
-"""Where weights come from: the hub, GGUF files, the embedded catalogue, checkpoints and drafter folders."""
+"""Find, download, read and identify models, adapters and trained drafters: Hugging Face, GGUF and safetensors files."""

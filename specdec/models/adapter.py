@@ -1,7 +1,8 @@
-"""LoRA adapters: low-rank changes of a model's linear layers, merged when the model is loaded.
+"""Read LoRA adapters and merge them into the weights of a model when it is loaded.
 
-An adapter is a folder of PEFT (``adapter_config.json``, ``adapter_model.safetensors``) or, for GGUF models, a GGUF file
-(``gguf.lora``). Settings that merging would ignore are refused. Knows no runtimes.
+An adapter changes linear layers by low-rank products. It is a folder of PEFT (``adapter_config.json`` and
+``adapter_model.safetensors``) or, for models of GGUF files, a GGUF file. An adapter with settings that change its
+result, and that a merge of low-rank products cannot express, is refused with SpecDecError.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weigh
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The change of one linear layer's weight: scale * up @ down, with down [r, in] and up [out, r]."""
+    """The LoRA change of one linear layer: ``scale * up @ down`` [out, in] is added to the layer's weight.
+
+    down: LoRA's matrix A, [r, in], where r is the rank.
+    up: LoRA's matrix B, [out, r].
+    scale: factor of the product.
+    """
 
     down: Tensor
     up: Tensor
@@ -57,10 +63,12 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter that was read.
+    """A LoRA adapter that was read from its files and is not merged yet.
 
-    name: as the user gave it. fingerprint: hash of its weights. maps: the changes by module path.
-    base: name of the base model in the adapter's config; "": unknown.
+    name: the name or path by which the user gave the adapter.
+    fingerprint: 32 hex digits, a hash of all its matrices and scales.
+    maps: the change of each adapted linear layer, by module path such as "model.layers.0.self_attn.q_proj".
+    base: name of the base model in the adapter's config; "": the config names none.
     """
 
     name: str
@@ -71,10 +79,12 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The record of a merged adapter, in the model's attribute ``merged_adapter``.
+    """A record of the adapter that is merged into a model, kept in the model's attribute ``merged_adapter``.
 
-    name, fingerprint: those of the adapter. base: fingerprint of the model without the adapter.
-    samples: ``identity.samples_of`` the changed weights before the merge.
+    name: the name or path by which the user gave the adapter.
+    fingerprint: the adapter's fingerprint, 32 hex digits.
+    base: fingerprint of the model's weights before the merge, 32 hex digits.
+    samples: sampled values of the changed weights before the merge: {weight: {"shape": [...], "values": "text"}}.
     """
 
     name: str
@@ -84,9 +94,10 @@ class Merged:
 
 
 def find(name: str) -> Path:
-    """Return the folder or GGUF file of the adapter ``name``, downloaded if need be.
+    """Return the path of the adapter ``name``, a folder of PEFT or a GGUF file; downloads it if need be.
 
-    Raises SpecDecError if there is none.
+    name: a path, or ORG/NAME on Hugging Face with an optional @revision and :file.gguf. Raises SpecDecError if there is
+    no such adapter.
     """
     found = adapter_place(name)
     if isinstance(found, Path):
@@ -101,9 +112,11 @@ def find(name: str) -> Path:
 
 
 def merge(model: Any, adapter: Adapter) -> list[Tensor]:
-    """Merge an adapter into ``model``; return the changed weights, [out, in] in the model's dtype, in their order.
+    """Add the low-rank changes of ``adapter`` to the weights of ``model``, in place; return the changed weights.
 
-    Weights in blocks become dense. Raises SpecDecError if the adapter does not fit the model.
+    The result has one tensor [out, in] in the model's dtype for each changed layer, in the order of ``adapter.maps``. A
+    weight that is stored in GGUF quantization blocks becomes an ordinary dense weight. The model gets the attribute
+    ``merged_adapter``. Raises SpecDecError if the adapter does not fit the model, or makes weights that are not finite.
     """
     own = dict(model.named_modules())
     for path, change in adapter.maps.items():
@@ -136,7 +149,10 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Return whether two names may be of one model: the name of a file or copy contains that of the repository."""
+    """Return whether two model names may name one model: one's last path component contains the other's.
+
+    Punctuation and case are ignored. So the name of a file or of a copy matches that of its repository.
+    """
     short, long = sorted(
         (re.sub(r"[\W_]", "", name.rstrip("/").rpartition("/")[2]).lower() for name in (one, other)), key=len
     )
@@ -150,7 +166,11 @@ def _values(weight: Tensor | Blocks) -> Tensor:
 
 
 def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, change: LowRank) -> None:
-    """Raise SpecDecError unless ``change`` fits the module at ``path``. own: the model's modules by path."""
+    """Raise SpecDecError unless the model has a linear layer at ``path`` whose weight has the shape of ``change``.
+
+    adapter, model: named in the message. own: all modules of the model by path. path: module path of the changed layer.
+    An output head that shares its weight with the embedding is refused as well.
+    """
     what = f"adapter '{adapter.name}' does not fit model '{model.config._name_or_path}'"
     made_for = f"; load the model it was made for{f' ({adapter.base})' if adapter.base else ''}"
     module = own.get(path)
@@ -169,7 +189,10 @@ def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, chan
 
 
 def fingerprint(maps: Mapping[str, LowRank]) -> str:
-    """Return 32 hex digits that identify the changes ``maps`` (by module path): SHA-256 of all their numbers."""
+    """Return 32 hex digits that identify a set of LoRA changes: the start of a SHA-256 of all matrices and scales.
+
+    maps: the change of each linear layer, by module path.
+    """
     digest = hashlib.sha256()
     for path, change in sorted(maps.items()):
         digest.update(f"{path} {change.scale!r} {tuple(change.up.shape)} {tuple(change.down.shape)}\n".encode())
@@ -182,10 +205,11 @@ def fingerprint(maps: Mapping[str, LowRank]) -> str:
 
 
 def read(name: str, path: Path, model: Any, file: GGUFFile | None) -> Adapter:
-    """Read the adapter in the folder or GGUF file ``path``.
+    """Read the adapter in the PEFT folder or GGUF file ``path``.
 
-    name: the adapter's name in messages. model: the base model, with transformers' module names. file: the model's GGUF
-    file; None: it has none. Raises SpecDecError for an adapter that is broken or of an unsupported kind.
+    name: the adapter's name in messages and in the result. model: the base model, with transformers' module names.
+    file: header of the GGUF file that the base model is from; None: the model is not from a GGUF file.
+    Raises SpecDecError for an adapter that is broken, empty or of an unsupported kind.
     """
     if path.is_dir():
         maps, base = _read_folder(name, path)
@@ -244,7 +268,13 @@ def _refuse(name: str, config: Mapping[str, Any]) -> None:
 
 
 def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Return the factor of the change at ``path``: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
+    """Return the factor of the LoRA product of one linear layer: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+
+    name: the adapter's name in messages. config: the content of its adapter_config.json. path: module path of the
+    layer, which selects an alpha in ``alpha_pattern``, or else ``lora_alpha``. rank: the inner size of the layer's two
+    matrices.
+    Raises SpecDecError for an impossible alpha, rank or pattern.
+    """
     alphas, rooted = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
     if not isinstance(alphas, dict):
         raise _broken(name, f"alpha_pattern is {short_repr(alphas)}")

@@ -1,7 +1,8 @@
-"""The models in the cache: their sizes, and deleting one.
+"""List the models in the cache with their sizes, and delete one.
 
-A GGUF file that was downloaded as ``ORG/REPO:file.gguf`` lies in Hugging Face's cache and belongs to the model. A file
-or folder of the user, and a whole repository, which other programs may use, do not.
+Deleting a model removes its folder in specdec's cache, and a GGUF file that was downloaded as ``ORG/REPO:file.gguf``
+into Hugging Face's cache. A file or folder of the user stays, and so does a whole repository in Hugging Face's cache,
+because other programs may use it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from specdec.models.prepare import MANIFEST, WORK, locked, work_folder
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model in the cache.
+    """A model that is stored in specdec's or Hugging Face's cache.
 
-    name: its name for ``--model``; for a file or folder of the user, the path.
-    paths: folders, files and links in the cache that only this model needs.
+    name: the name that ``--model`` takes; for a file or folder of the user, its path.
+    paths: folders, files and links in the caches that only this model needs, and that deleting it removes.
     """
 
     name: str
@@ -33,7 +34,7 @@ class CachedModel:
 
     @property
     def predicts(self) -> bool:
-        """Return whether the model's config, where it is known, says that it has a multi-token prediction layer."""
+        """Return whether the model's cached config names a multi-token prediction layer; False if it cannot be read."""
         try:
             return bool(getattr(read_config(self.paths[0]), "mtp_num_hidden_layers", 0))
         except (OSError, ValueError, TypeError):  # incomplete, or made again at its next use
@@ -41,12 +42,16 @@ class CachedModel:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes that deleting the model frees."""
+        """Return the number of bytes that deleting the model from the cache frees."""
         return size_of(*(path for path in self.paths if not path.is_symlink()))
 
 
 def cached_models() -> list[CachedModel]:
-    """Return all models in the cache, incomplete ones included."""
+    """Return all models that specdec has stored in its cache.
+
+    These are embedded models, partly downloaded ones included, and GGUF files and model folders that specdec has loaded
+    before. Entries that cannot be read are left out.
+    """
     found = [CachedModel(name, paths) for name in EMBEDDED if (paths := _embedded(name))]
     for manifest in sorted(cache_dir().glob(f"models/*/{MANIFEST}")):
         try:
@@ -64,9 +69,10 @@ def cached_models() -> list[CachedModel]:
 
 
 def remove(name: str) -> int:
-    """Delete the model ``name`` from the cache and return the freed bytes; files of the user stay.
+    """Delete the model ``name`` from the cache, and return the number of freed bytes; files of the user stay.
 
-    name: as in ``CachedModel``, or a path that leads to the same file. Raises SpecDecError if it is not in the cache.
+    name: a model's name as ``cached_models`` lists it, or another path that leads to the same file or folder.
+    Raises SpecDecError if the cache has no such model, or a file cannot be deleted.
     """
     known = {model.name: model for model in cached_models()}
     found = known.get(name) or known.get(str(Path(name).expanduser().resolve()))
@@ -90,10 +96,11 @@ def _embedded(name: str) -> tuple[Path, ...]:
 
 
 def _in_hub(file: Path) -> tuple[str, list[Path]]:
-    """Return the name by which ``--model`` takes a GGUF file, and what belongs to it in Hugging Face's cache.
+    """Return (name, files) of a cached GGUF model: its name for ``--model``, and its files in Hugging Face's cache.
 
-    file: its path with links resolved. The name is ``ORG/REPO:member``, and the links to the file and the file itself
-    belong to it. For a file elsewhere, it is the path, and nothing belongs to it ([]).
+    file: path of the GGUF file, with links resolved. For a file in Hugging Face's cache, the name is
+    ``ORG/REPO:member``, and the files are the file and all links to it. For a file elsewhere, the name is its path, and
+    the list is empty.
     """
     root = hub_folder(file)
     files = [] if root is None else sorted(root.glob("snapshots/*/**/*.gguf"))

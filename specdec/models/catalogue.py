@@ -1,6 +1,7 @@
-"""The embedded models and the drafters in the package.
+"""The catalogue of embedded models, and of the trained drafters that the package contains.
 
-An embedded model is a GGUF file in packages on PyPI. Imports nothing heavy, so listing is instant.
+An embedded model has a short name and is a GGUF file, published in pieces as packages on PyPI. This module imports
+nothing heavy, so that listing is instant.
 """
 
 from __future__ import annotations
@@ -14,39 +15,51 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Embedded:
-    """An embedded model: one GGUF file, published in pieces in packages.
+    """An embedded model: one GGUF file, whose consecutive pieces are published in wheels on PyPI.
 
-    A piece is a part of the file's bytes, in a wheel of its own.
-    In ``package`` and ``member``, "{n}" is the number of the piece from 1 on, and "{before}" the number from 0 on.
+    Each piece has a package of its own. In ``package`` and ``member``, "{n}" stands for a piece's number from 1 on, and
+    "{before}" for its number from 0 on.
+
+    package: name of a piece's package on PyPI.
+    version: version of all these packages.
+    member: path of a piece in its wheel.
+    piece_bytes: size of each piece but the last, which may be smaller.
+    file: name of the whole GGUF file.
+    file_bytes: size of the whole GGUF file.
+    sha256: SHA-256 of the whole GGUF file, 64 hex digits.
+    download_bytes: size of all wheels together.
+    cached_bytes: size of the model's folder in the cache.
+    licence: licence of the model.
+    description: one line about the model for users.
     """
 
-    package: str  # name on PyPI
-    version: str  # of the packages
-    member: str  # path of the piece in the wheel
-    piece_bytes: int  # size of each piece but the last
-    file: str  # name of the whole file
-    file_bytes: int  # size of the whole file
-    sha256: str  # of the whole file
-    download_bytes: int  # size of all wheels
-    cached_bytes: int  # size of the folder in the cache
-    licence: str  # of the model
-    description: str  # one line
+    package: str
+    version: str
+    member: str
+    piece_bytes: int
+    file: str
+    file_bytes: int
+    sha256: str
+    download_bytes: int
+    cached_bytes: int
+    licence: str
+    description: str
 
     @property
     def pieces(self) -> int:
-        """Return the number of pieces."""
+        """Return the number of pieces, and so of packages, that the GGUF file is published in."""
         return -(-self.file_bytes // self.piece_bytes)
 
     def size(self, number: int) -> int:
-        """Return the size in bytes of piece ``number``, from 1 on."""
+        """Return the size in bytes of one piece of the GGUF file. number: the piece's number, from 1 on."""
         return min(self.piece_bytes, self.file_bytes - (number - 1) * self.piece_bytes)
 
     def part(self, number: int) -> str:
-        """Return the path of piece ``number``, from 1 on, in its wheel."""
+        """Return the path of one piece of the GGUF file in its wheel. number: the piece's number, from 1 on."""
         return self.member.format(n=number, before=number - 1)
 
     def wheel(self, number: int) -> str:
-        """Return the file name of the wheel with piece ``number``, from 1 on."""
+        """Return the file name of the wheel with one piece of the GGUF file. number: the piece's number, from 1 on."""
         return f"{self.package.format(n=number).replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
@@ -107,7 +120,7 @@ EMBEDDED: dict[str, Embedded] = {
 
 
 def shipped_drafters() -> dict[str, list[str]]:
-    """Return the trained drafters in the package: {drafter: names of the models that it was trained for}."""
+    """Return the trained drafters in the package: {name of a drafter: names of the models that it was trained for}."""
     root, found = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained", dict[str, list[str]]()
     for path in sorted(root.glob("*/*/config.json")):
         found.setdefault(path.parent.parent.name, []).append(path.parent.name)

@@ -1,6 +1,7 @@
-"""Chat templates: rendered by jinja2 in a sandbox, with the names and filters that transformers gives templates.
+"""Render chat templates by jinja2 in a sandbox, with the names and filters that transformers gives to templates.
 
-A template is code of a model's author and sees only plain JSON values. A test compares the texts with transformers'.
+A template is code by the author of a model, so it is not trusted and sees only plain JSON values. A test compares the
+rendered texts with those of transformers.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def render(
 
     messages: mappings such as {"role": "user", "content": "..."}.
     tools, documents: JSON values for the template; None: there are none.
-    add_generation_prompt: whether the text opens the answer's turn.
-    continue_final_message: whether the text ends within the last message, which the answer continues.
-    more: further variables of the template.
-    Raises ValueError for a chat that cannot be rendered in this way, and all errors of the template.
+    add_generation_prompt: whether the text ends with the opening of the assistant's next message.
+    continue_final_message: whether the text ends within the last message, which the answer continues. more: further
+    variables of the template, by name.
+    Raises ValueError for a chat that cannot be rendered so. Errors of the template itself pass through.
     """
     if not messages:
         raise ValueError("the chat has no messages")
@@ -82,7 +83,11 @@ def _until_mark(text: str, last: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` as plain JSON types, because other types have methods that the sandbox does not know."""
+    """Return ``value`` converted to plain JSON types, recursively.
+
+    Objects of other types have methods that a sandboxed template could call. An object that is no text, number, mapping
+    or list becomes a text with the name of its type.
+    """
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):
@@ -99,7 +104,10 @@ def _plain(value: Any) -> Any:
 
 
 class _Generation(Extension):
-    """The tag ``{% generation %} ... {% endgeneration %}``, which marks answers for training; renders its content."""
+    """A jinja2 extension: the tag ``{% generation %} ... {% endgeneration %}``, which renders its content unchanged.
+
+    Templates mark the assistant's answers with it, for training.
+    """
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -113,7 +121,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """The global ``dict`` of templates: callable, but without the attributes of the class."""
+    """The name ``dict`` in templates: can be called like the class and has ``fromkeys``, and nothing else of it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -123,7 +131,10 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """The global ``namespace`` of templates; refuses attributes with a leading underscore."""
+    """The function ``namespace`` in templates: an object with attributes that a template may set.
+
+    Raises jinja2's SecurityError for an attribute name with a leading underscore.
+    """
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as jinja's: "self" may be an attribute
         self, fields = args[0], dict(*args[1:], **kwargs)

@@ -1,4 +1,4 @@
-"""The config and the generation config of a model as plain values. Imports nothing heavy."""
+"""The config and the generation config of a model as plain values, and their JSON files. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 class Config:
-    """A text model's config: its fields as attributes, with all defaults, as ``to_dict`` of transformers gives them."""
+    """The config of a text model: all fields of its transformers config as attributes, defaults included.
+
+    Reading a field that the config lacks raises AttributeError. Objects have the methods and private fields of a
+    transformers config that this package uses.
+    """
 
     is_encoder_decoder = False
     architectures: list[str] | None = None
@@ -33,7 +37,7 @@ class Config:
 
 
 class GenerationSettings:
-    """The fields of a ``generation_config.json`` as attributes; a field that is not given is None."""
+    """The fields of a ``generation_config.json`` as attributes; a field that the file lacks reads as None."""
 
     eos_token_id: int | list[int] | None = None
     repetition_penalty: float | None = None
@@ -47,12 +51,12 @@ class GenerationSettings:
         return None
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the fields that are not None, by name."""
+        """Return the fields that are not None as {name: value}."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def read_config(folder: Path) -> Config:
-    """Read the config that ``write_config`` wrote into ``folder``."""
+    """Read the model config in ``folder``, a config.json that ``write_config`` of this module wrote."""
     return Config(**json.loads((folder / CONFIG).read_text("utf-8")))
 
 
@@ -61,7 +65,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def write_generation(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write a generation config with ``fields`` into ``folder``, without those that are None."""
+    """Write ``fields`` to the generation_config.json in ``folder``, without the fields that are None."""
     given = {name: value for name, value in fields.items() if value is not None}
     (folder / GENERATION).write_text(json.dumps(given, indent=1) + "\n", "utf-8")
 

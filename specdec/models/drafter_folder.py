@@ -1,12 +1,12 @@
-"""Trained drafters on disk: a folder with ``config.json`` and ``model.safetensors``.
+"""Read and write trained drafters: folders with ``config.json`` and ``model.safetensors``.
 
-Files are untrusted data. Counts in a config are bounded, the drafter's module is built without memory and compared with
-the header of the weights, and weights must be finite. A config names its drafter (``drafter``) and its base model
-(``base``): by a fingerprint of the model's weights and, for other precisions, by sampled values. Knows no particular
-drafter.
+Files are untrusted. Counts in a config are bounded. The drafter's module is built without memory and compared with the
+header of the weights before they are read, and weights must be finite. A config names its drafter (field ``drafter``)
+and the base model that it was trained for (field ``base``): by a fingerprint of the model's weights and, to recognize
+the model in other precisions, by sampled values of them. This module knows no particular drafter.
 
-A matrix NAME may be quantized to 8 bits: ``NAME.codes`` int8 [..., n] and ``NAME.scales`` bf16 [..., n / g], one scale
-for g inputs. It is read as bf16.
+A matrix NAME may be stored quantized to 8 bits, as the tensors ``NAME.codes``, int8 [..., n], and ``NAME.scales``, bf16
+[..., n / g]: g consecutive values have one scale. It is read as bf16.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Identified(Protocol):
-    """A loaded model, the base of a drafter: its sizes and the fingerprint of its weights. A ``Target`` is one.
+    """A protocol for a loaded model as the base of a drafter: its sizes and the fingerprint of its weights.
 
-    fingerprint: a hash of sampled weights, another one in another precision.
+    model: the module, with a ``config`` as transformers has it.
+    fingerprint: 32 hex digits, a hash of sampled weights; the same model in another precision has another one.
+    num_layers: number of decoder layers.
+    hidden_size: width of the hidden states.
+    vocab_size: number of tokens in the vocabulary.
     """
 
     model: Any
@@ -54,10 +58,11 @@ class Identified(Protocol):
 
 
 def read_config(folder: Path, drafter: str | None = None, base: Identified | None = None) -> dict[str, Any]:
-    """Return the ``config.json`` of a drafter folder, also one in the speculators format.
+    """Return the content of a drafter folder's ``config.json``, also of one in the format of the library speculators.
 
-    drafter: the drafter that it must describe; None: any. base: the model that it must be trained for; None: any.
-    Raises SpecDecError if the config is missing or broken, or of another drafter or base.
+    drafter: name of the drafter that the folder must have; None: any drafter.
+    base: the model that the drafter must have been trained for; None: any model.
+    Raises SpecDecError if the config is missing or broken, or is for another drafter or model.
     """
     if not folder.is_dir():
         raise SpecDecError(f"drafter folder '{folder}' does not exist")
@@ -79,17 +84,18 @@ def read_config(folder: Path, drafter: str | None = None, base: Identified | Non
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file of at most ``CONFIG_BYTES``. Raises SpecDecError if it cannot be read."""
+    """Return the value in a JSON file. Raises SpecDecError if it is broken, unreadable or larger than 4 MB."""
     with errors_as(f"cannot read '{path}'", ValueError):
         return inputs.parse_json(inputs.read_text(path, CONFIG_BYTES))
 
 
 class StoredTensors:
-    """The tensors of an open safetensors file. A quantized matrix is one tensor.
+    """The tensors of an opened safetensors file. A matrix stored in 8 bits, as codes and scales, counts as one tensor.
 
-    path: the file's path, for messages. file: the opened safetensors file.
-    header: name -> a tensor without values (on the device "meta") with the shape and dtype. coded: names of the
-    quantized matrices.
+    path: the file's path, for messages.
+    file: the opened safetensors file.
+    header: for each tensor name, a tensor without values (on the device "meta") with its shape and dtype.
+    coded: names of the matrices that are stored in 8 bits.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -120,7 +126,10 @@ class StoredTensors:
             raise SpecDecError(f"tensor '{name}' in '{self.path}' has {what}") from None
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor ``name``, dequantized. Raises SpecDecError if it holds NaN or infinite values."""
+        """Return the tensor ``name`` on the CPU; a matrix stored in 8 bits is dequantized to bf16.
+
+        Raises SpecDecError if it has NaN or infinite values.
+        """
         if name in self.coded:
             codes, scales = self.file.get_tensor(name + CODES), self.file.get_tensor(name + SCALES)
             tensor, finite = dequantize(codes, scales), (128 * scales.float()).isfinite()  # codes are not above 128
@@ -144,9 +153,10 @@ def _scaled(codes: Tensor, scales: Tensor) -> bool:
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize the matrix ``values`` [..., n] to 8 bits: return codes int8 [..., n] and scales bf16 [..., n / g].
+    """Quantize the matrix ``values`` [..., n] to 8 bits; return (codes int8 [..., n], scales bf16 [..., n / g]).
 
-    g is ``GROUP``, or n if ``GROUP`` does not divide n.
+    Each group of g consecutive values has one scale, and code times scale approximates a value. g is 32, or n if 32
+    does not divide n.
     """
     size = values.shape[-1]
     groups = values.detach().float().unflatten(-1, (-1, GROUP if size % GROUP == 0 else size))
@@ -157,7 +167,10 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the matrix bf16 [..., n] with codes [..., n] and scales [..., n / g]."""
+    """Return the bf16 matrix [..., n] of int8 ``codes`` [..., n] and ``scales`` [..., n / g]: codes times scales.
+
+    Each group of g consecutive values has one scale.
+    """
     values = codes.unflatten(-1, (scales.shape[-1], -1)).bfloat16()  # exact
     values *= scales[..., None]
     return values.flatten(-2)
@@ -165,7 +178,7 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[StoredTensors]:
-    """Open a safetensors file. Raises SpecDecError if it is missing, truncated or another kind of file."""
+    """Open a safetensors file for a ``with`` block. Raises SpecDecError if it is missing, truncated or another kind."""
     if not path.is_file():
         raise SpecDecError(f"'{path.parent}' is no complete drafter folder: {path.name} is missing")
     what = f"'{path}' is truncated or no safetensors file; copy or train it again"
@@ -174,7 +187,10 @@ def open_tensors(path: Path) -> Iterator[StoredTensors]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors in ``folder`` by name. Raises SpecDecError if the file is missing, broken or not finite."""
+    """Return all tensors of the drafter in ``folder`` by name, on the CPU; matrices stored in 8 bits are dequantized.
+
+    Raises SpecDecError if the file with them is missing or broken, or a value is NaN or infinite.
+    """
     with open_tensors(folder / WEIGHTS) as stored:
         return {name: stored.read(name) for name in stored.header}
 
@@ -182,12 +198,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def load(
     folder: Path, vocab_size: int, make: Callable[[Tensor | None], M], rename: Callable[[str], str] = lambda name: name
 ) -> M:
-    """Return the drafter's module with the weights in ``folder``.
+    """Build a drafter's module and return it with the weights in ``folder``, on the CPU.
 
-    vocab_size: vocabulary size of the target. make: builds the module, without memory, for a draft vocabulary, int [V']
-    (None: all tokens). rename: maps the name of a tensor in the file to its name in the module.
-    The module is compared with the file's header before tensors are read. Raises SpecDecError, with the name of the
-    tensor, if file and module do not fit, and for impossible values.
+    vocab_size: vocabulary size of the target model. make: builds the module, called where tensors take no memory, with
+    the token ids that the drafter can draft, int [V'] (None: all tokens). rename: maps a tensor's name in the file to
+    the name of the module's parameter. Module and file header are compared before tensors are read. Raises
+    SpecDecError, with the name of the tensor, if names, shapes or kinds differ, and for values that are not finite.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
@@ -203,19 +219,20 @@ def load(
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Tensor | None:
-    """Return the draft vocabulary in ``folder``, int [V']; None: all tokens. Raises SpecDecError if it is impossible.
+    """Return the ids of the tokens that the drafter in ``folder`` can draft, int [V']; None: all tokens.
 
-    vocab_size: vocabulary size of the target.
+    vocab_size: vocabulary size of the target model. Raises SpecDecError if they are no list of its token ids.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         return draft_vocabulary(folder, stored, vocab_size)
 
 
 def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name: str = "draft_vocab") -> Tensor | None:
-    """Return the draft vocabulary in the tensor ``name``, int [V']; None: the file has none.
+    """Return the ids of the tokens that a drafter can draft, int [V'], from an opened safetensors file.
 
-    folder: for messages. stored: the open file. vocab_size: vocabulary size of the target. Raises SpecDecError if the
-    tensor is no list of token ids.
+    folder: the drafter's folder, for messages. stored: the opened file. vocab_size: vocabulary size of the target
+    model. name: name of the tensor with the ids. Returns None if the file has no such tensor.
+    Raises SpecDecError if the tensor is no list of token ids of the target.
     """
     if (found := stored.header.get(name)) is None:
         return None
@@ -231,9 +248,10 @@ def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name:
 
 
 def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise SpecDecError unless ``found`` has the names, shapes and kinds (float, integer) of ``needed``.
+    """Raise SpecDecError unless a drafter's file has the tensor names, shapes and kinds that its module needs.
 
-    needed: the tensors of the drafter's module. found: those of the file, both by name. folder: for messages.
+    folder: the drafter's folder, for messages. needed: the tensors of the module by name. found: the tensors of the
+    file by name. Only floating point and integer are told apart as kinds: a float may have another precision.
     """
     for name in sorted(needed.keys() | found.keys()):
         kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
@@ -249,18 +267,19 @@ def _kind(tensor: Tensor) -> str:
 
 
 def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
-    """Return ``value`` if it is an int from 1 to ``WIDEST`` hidden sizes, else raise SpecDecError.
+    """Return ``value`` if it is an int from 1 to 16 times ``hidden_size``; raise SpecDecError otherwise.
 
-    name: the field's name in the drafter's config. hidden_size: that of the base model.
+    name: the field's name in the drafter's config, for the message. hidden_size: width of the base model.
     """
     return options.check_int(f"{name} in the drafter's config.json", value, 1, WIDEST * hidden_size)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], storage: str = "") -> None:
-    """Write a drafter folder with ``config`` and ``tensors``, each file atomically.
+    """Write a drafter folder with ``config`` as config.json and ``tensors`` as model.safetensors, each file atomically.
 
-    storage: format of the floating-point tensors: the name of a dtype, or "int8" to quantize large matrices; "": as
-    they are. Raises SpecDecError if the folder cannot be written.
+    tensors: the drafter's tensors by name. storage: how floating-point tensors are stored: the name of a dtype, or
+    "int8" to quantize large matrices to 8 bits and store other tensors in float32; "": unchanged.
+    Raises SpecDecError if the folder cannot be written.
     """
     text = json.dumps(config, indent=2) + "\n"
     kept = dict[str, Tensor]()
@@ -281,10 +300,10 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
 
 
 def describe_base(base: Identified, name: str) -> dict[str, Any]:
-    """Return the entry ``base`` of the config of a drafter for the model ``base``.
+    """Return the field ``base`` of a drafter's config: a JSON object that identifies the model ``base``.
 
-    name: the model's name in messages. The entry has the fingerprint, the sizes and "samples" of the weights' values,
-    by which the model is known in other precisions.
+    name: the model's name, for messages when the drafter is loaded. The object has the name, the model type, the sizes,
+    the fingerprint of the weights, and "samples" of their values, which identify the model in other precisions.
     """
     return {
         "fingerprint": base.fingerprint,
@@ -298,10 +317,11 @@ def describe_base(base: Identified, name: str) -> dict[str, Any]:
 
 
 def find(drafter: str, training: str | None, base: Identified, source: str | None) -> Path:
-    """Return the folder of a drafter for the model ``base``: ``source``, or (None) the one in the package.
+    """Return the folder of a trained drafter for the model ``base``.
 
-    drafter: name of the drafter. training: the command that trains one, as in ``not_shipped``, for the error.
-    Raises SpecDecError if ``source`` is None and none is shipped for this model.
+    drafter: name of the drafter. training: the command that trains one, such as "specdec train m2r2", for the error
+    message; None: there is none. source: the folder that the user gave; None: the one in this package for ``base``.
+    Raises SpecDecError if ``source`` is None and the package has no such drafter for ``base``.
     """
     folder = find_shipped(drafter, base) if source is None else Path(source)
     if folder is None:
@@ -310,9 +330,10 @@ def find(drafter: str, training: str | None, base: Identified, source: str | Non
 
 
 def not_shipped(drafter: str, training: str | None, model: str) -> SpecDecError:
-    """Return the error for a ``model`` for which no ``drafter`` is shipped.
+    """Return the error that says that this package has no trained drafter for a model, and how to get one.
 
-    training: the command that trains one, such as "specdec train m2r2"; None: there is none.
+    drafter: name of the drafter. training: the command that trains one, such as "specdec train m2r2"; None: there is
+    none. model: name of the model.
     """
     if training is None:
         return SpecDecError(f"no {drafter} drafter is shipped; give one with --drafter {drafter}=DIR or =ORG/NAME")
@@ -323,14 +344,18 @@ def not_shipped(drafter: str, training: str | None, model: str) -> SpecDecError:
 
 
 def training_command(training: str, model: str) -> str:
-    """Return the whole command that trains a drafter for ``model``. training: its beginning."""
+    """Return the command that trains a drafter for a model.
+
+    training: the start of the command, such as "specdec train m2r2". model: the model's name; "": a placeholder.
+    """
     return f"{training} --model {model or 'MODEL'} --prompts FILE --output DIR"
 
 
 def find_shipped(drafter: str, base: Identified) -> Path | None:
-    """Return the folder of a trained drafter in the package for the model ``base``; None: there is none.
+    """Return the folder of the trained drafter in this package for the model ``base``; None: there is none.
 
-    drafter: name of the drafter. A folder for exactly this model goes before one for another precision of the model.
+    drafter: name of the drafter. A folder that was trained for exactly these weights is preferred to one that was
+    trained for the same model in another precision.
     """
     found = list(_shipped(drafter))
     own = (folder for folder, trained in found if _is_of(trained, base))
@@ -339,14 +364,17 @@ def find_shipped(drafter: str, base: Identified) -> Path | None:
 
 
 def may_be_shipped(drafter: str, config: Any) -> bool:
-    """Return whether the package has a trained ``drafter`` for a model with the architecture and size of ``config``."""
+    """Return whether this package has a trained drafter for some model with the type and sizes in ``config``.
+
+    drafter: name of the drafter. config: a model config; weights are not compared.
+    """
     return any(_of_size(trained, config) for _, trained in _shipped(drafter))
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the folders ``pretrained/DRAFTER/MODEL`` of ``drafter`` in the package.
+    """Yield (folder, base) of each trained drafter in this package that has the name ``drafter``.
 
-    Each comes with the entry ``base`` of its config; {} if it has none.
+    base: the object in its config that identifies the model it was trained for; {} if the config has none.
     """
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):
@@ -360,19 +388,21 @@ def _of_size(trained: Mapping[str, Any], config: Any) -> bool:
 
 
 def _is_of(trained: Mapping[str, Any], base: Identified) -> bool:
-    """Return whether a drafter was trained for exactly the model ``base``, or for it without its merged adapter.
+    """Return whether a drafter was trained for exactly the weights of ``base``.
 
-    trained: the entry ``base`` of the drafter's config.
+    trained: the object ``base`` in the drafter's config, with the fingerprint of the model it was trained for. If
+    ``base`` has a merged LoRA adapter, its weights before the merge also count.
     """
     merged = identity.merged_adapter(base.model)
     return trained.get("fingerprint") in (base.fingerprint, None if merged is None else merged.base)
 
 
 def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str | None:
-    """Return how the model ``base`` differs, by more than rounding, from the one that a drafter was trained for.
+    """Return how ``base`` differs, by more than rounding, from the model that a drafter was trained for, as text.
 
-    trained: the entry ``base`` of the drafter's config. where: the drafter's folder, for messages.
-    None: it does not differ. "": unknown, because the config has no samples.
+    trained: the object ``base`` in the drafter's config, which identifies that model. where: the drafter's folder, for
+    messages. Returns None if the models do not differ, and "" if that is unknown, because the config has no sampled
+    values.
     """
     if not _of_size(trained, base.model.config):
         return "it is of another architecture or size"
@@ -380,9 +410,9 @@ def _difference(trained: Mapping[str, Any], base: Identified, where: str) -> str
 
 
 def check_base(config: dict[str, Any], base: Identified, where: str) -> None:
-    """Raise SpecDecError if the drafter of ``config`` was trained for another model than ``base``.
+    """Raise SpecDecError if the drafter with this ``config`` was trained for another model than ``base``.
 
-    Accepts another precision of the same model, with a note on stderr. where: the drafter's folder, for messages.
+    where: the drafter's folder, for messages. The same model in another precision is accepted, with a note on stderr.
     """
     trained = config.get("base", {})
     if _is_of(trained, base):

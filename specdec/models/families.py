@@ -1,7 +1,7 @@
-"""Families of models: what their layers compute, the config fields that say so, and the metadata of their GGUF files.
+"""Describe the supported model families: what their layers compute, their config fields, and their GGUF metadata.
 
-A family that needs no new arithmetic is one entry of ``FAMILIES``. The runtimes read a family here: the PyTorch one in
-Python, the native one writes it into the structures that its kernels read (``native.h``).
+A family that needs no new arithmetic is one entry of ``FAMILIES``. The PyTorch runtime reads a family directly. The
+native runtime translates it into the C structures that its kernels read.
 """
 
 from __future__ import annotations
@@ -56,31 +56,34 @@ SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_wi
 
 @dataclass(frozen=True)
 class Family:
-    """What the layers of one model type compute, and how its files describe it. ``FAMILIES`` has one for each type.
+    """The description of one model type: what its layers compute, and what its config and its GGUF files call it.
 
-    norms: module names of the norms of attention's input, attention's result, the MLP's input and the MLP's result;
-        "": there is no such norm.
-    round_after_weight: whether norms round only after their weight, not also before it.
-    around_zero: whether the factor of a norm is 1 + weight.
-    norm_over_heads, norm_by_head: whether queries and keys have a norm over all heads together, or over each head.
-    norm_values: whether values also have a norm over each head, without weights.
-    unscaled: whether attention scores have no factor.
-    scales_layers: whether the output of each layer is multiplied by a number of its own.
-    qkv_bias: whether queries, keys and values always have biases.
-    attention_bias, mlp_bias: whether the config field of that name gives all linear layers there biases.
-    joined: whether queries, keys and values are one linear layer, and gate and up projections also.
-    mixer: what recurrent layers have instead of attention; "": there are no recurrent layers.
-    gated: whether attention's results are multiplied by gates, which the query projection also computes.
-    shared: whether one more expert, with a gate, serves all tokens.
-    half_tables: whether transformers' rotary tables have each cosine and sine once, not twice.
-    wide: whether rotary tables stay in float32 and are not rounded to the model's dtype.
+    norms: module names of four norms of a layer: before attention, after attention, before the MLP, after the MLP; "":
+        the layer lacks this norm.
+    round_after_weight: whether a norm rounds to the model's dtype only after the product with its weight.
+    around_zero: whether a norm multiplies by 1 + weight instead of weight.
+    norm_over_heads: whether queries and keys have a norm over all heads together.
+    norm_by_head: whether queries and keys have a norm over each head.
+    norm_values: whether values have a norm over each head, without a weight.
+    unscaled: whether attention scores have no scale factor.
+    scales_layers: whether each layer's output is multiplied by a scalar weight of the layer.
+    qkv_bias: whether the query, key and value projections always have biases.
+    attention_bias: whether the config field ``attention_bias`` gives biases to attention's linear layers.
+    mlp_bias: whether the config field ``mlp_bias`` gives biases to the MLP's linear layers.
+    joined: whether one linear layer computes queries, keys and values, and one the gate and up projections.
+    mixer: name of the recurrence that replaces attention in recurrent layers; "": the family has no recurrent layers.
+    gated: whether attention's result is multiplied by gates, which the query projection also computes.
+    shared: whether each mixture-of-experts layer has one more expert, with a gate, for all tokens.
+    half_tables: whether transformers' rotary tables have each cosine and sine once instead of twice.
+    wide: whether rotary tables stay in float32 instead of the model's dtype.
     partial: whether ``partial_rotary_factor`` may exclude a part of each head from rotation.
-    fields: config fields that this family supports besides ``COMMON``; "rope_parameters.NAME" for a nested one.
-    only: config fields of which only the given value is supported.
-    gguf: architecture name in GGUF files; "": not supported.
+    fields: config fields that this family supports besides those of all families; "rope_parameters.NAME" is a nested
+        field.
+    only: config field -> the only value of it that is supported.
+    gguf: name of the architecture in GGUF files; "": GGUF files are not supported.
     interleaved: whether GGUF files store the rows of queries and keys in interleaved rotary order.
-    tiled_heads: whether GGUF files store the first value heads of all key heads, then the second ones, and so on.
-    keys: config field by GGUF metadata key, besides ``KEYS``.
+    tiled_heads: whether GGUF files store the first value head of every key head, then the second one, and so on.
+    keys: GGUF metadata key -> config field, besides those of all families.
     """
 
     norms: tuple[str, str, str, str] = BEFORE
@@ -272,11 +275,15 @@ FAMILIES = {
 
 
 class Numbers(NamedTuple):
-    """Constants of a model's arithmetic.
+    """The constants in a model's arithmetic.
 
-    embeddings, results, logits: factors of the embeddings, of what layers add to the residual, and of the logits.
-    scores_cap, logits_cap: attention scores and logits x become cap tanh(x / cap); 0: no cap.
-    limit, alpha: parameters of the activation "clamped".
+    embeddings: factor of the token embeddings.
+    results: factor of what attention and MLP add to the residual.
+    logits: factor of the logits.
+    scores_cap: attention scores x become cap * tanh(x / cap); 0: no cap.
+    logits_cap: logits x become cap * tanh(x / cap); 0: no cap.
+    limit: bound at which the MLP activation "clamped" of gpt-oss cuts its inputs; 0 in other models.
+    alpha: factor in the sigmoid of the MLP activation "clamped"; 1 in other models.
     """
 
     embeddings: float = 1.0
@@ -289,7 +296,10 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(config: Any) -> Numbers:
-    """Return the factors and caps of the model with this ``config``. The embedding factor is rounded to bfloat16."""
+    """Return the factors and caps in the arithmetic of a model. config: the text model's config.
+
+    The factor of Gemma's embeddings, the square root of the hidden size, is rounded to bfloat16.
+    """
     family = FAMILIES[config.model_type]
     known = {name: getattr(config, name) for name in family.fields if hasattr(config, name)}
     width = float(torch.tensor(config.hidden_size**0.5).bfloat16()) if family.fields >= GEMMA else 1.0
@@ -305,7 +315,10 @@ def numbers_of(config: Any) -> Numbers:
 
 
 def head_sizes(config: Any, layer: int) -> tuple[int, int]:
-    """Return the size of a head and the number of key heads in attention layer ``layer``. config: a ``Config``."""
+    """Return (size of a head, number of key-value heads) of the attention layer with the index ``layer``.
+
+    config: the text model's config, in which single layers may have sizes of their own.
+    """
     own = {int(number): fields for number, fields in (getattr(config, "per_layer_config", None) or {}).items()}
     fields = own.get(layer, {})
     size = (
@@ -315,9 +328,10 @@ def head_sizes(config: Any, layer: int) -> tuple[int, int]:
 
 
 def key_sources(config: Any) -> list[int]:
-    """Return for each layer the one whose keys and values it reads: its own, or those of an earlier layer of its type.
+    """Return for each layer the index of the layer whose keys and values its attention reads.
 
-    The last ``num_kv_shared_layers`` layers have no keys and values.
+    config: the text model's config. Most layers read their own. The last ``num_kv_shared_layers`` layers compute none;
+    each of them reads those of the last earlier layer of its type that has them.
     """
     count = int(config.num_hidden_layers)
     kinds: Any = getattr(config, "layer_types", None)
@@ -326,16 +340,19 @@ def key_sources(config: Any) -> list[int]:
 
 
 def embedded_per_layer(config: Any) -> int:
-    """Return the size of the embedding of each token that each layer reads; 0: there are none."""
+    """Return the size of the extra token embedding that each layer of a Gemma 4 model reads; 0: the model has none.
+
+    config: the text model's config.
+    """
     return int(getattr(config, "hidden_size_per_layer_input", None) or 0)
 
 
 class Mixture(NamedTuple):
-    """The sizes of a mixture of experts.
+    """The sizes of a model's mixture-of-experts layers.
 
-    experts: number of experts of a layer; 0: the model has no experts.
-    top_k: number of experts that a token uses.
-    normalize_top_k: whether the weights of a token's experts are scaled to sum to 1.
+    experts: number of experts in a layer; 0: the model has no experts.
+    top_k: number of experts that each token uses.
+    normalize_top_k: whether the router weights of a token's experts are scaled to sum to 1.
     """
 
     experts: int = 0
@@ -344,7 +361,10 @@ class Mixture(NamedTuple):
 
 
 def mixture_of(config: Any) -> Mixture:
-    """Return the sizes of a model's mixture of experts; ``Mixture()`` if it has none."""
+    """Return the sizes of a model's mixture-of-experts layers; for a model without experts, all sizes are 0.
+
+    config: the text model's config.
+    """
     if not FAMILIES[config.model_type].fields >= EXPERTS:
         return Mixture()
     count = getattr(config, "num_experts", None) or config.num_local_experts
@@ -352,11 +372,14 @@ def mixture_of(config: Any) -> Mixture:
 
 
 class Mixer(NamedTuple):
-    """The sizes of a model's recurrent layers (gated delta rule).
+    """The sizes of a model's recurrent layers, which compute the gated delta rule behind a short convolution.
 
-    layers: number of recurrent layers; 0: there are none.
-    key_heads, value_heads: number of heads. key_dim, value_dim: sizes of a head.
-    taps: tokens that the convolution covers, the newest included.
+    layers: number of recurrent layers; 0: the model has none.
+    key_heads: number of query and key heads.
+    value_heads: number of value heads.
+    key_dim: size of a query or key head.
+    value_dim: size of a value head.
+    taps: width of the convolution in tokens, the newest token included.
     """
 
     layers: int = 0
@@ -368,12 +391,15 @@ class Mixer(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Return the number of inputs of the convolution: all queries, keys and values of a token."""
+        """Return the number of channels of the convolution: the queries, keys and values of a token in all heads."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 def mixer_of(config: Any) -> Mixer:
-    """Return the sizes of a model's recurrent layers; ``Mixer()`` if it has none."""
+    """Return the sizes of a model's recurrent layers; for a model without such layers, all sizes are 0.
+
+    config: the text model's config.
+    """
     if not FAMILIES[config.model_type].mixer:
         return Mixer()
     heads = config.linear_num_key_heads, config.linear_num_value_heads
@@ -382,11 +408,11 @@ def mixer_of(config: Any) -> Mixer:
 
 
 class Rotation(NamedTuple):
-    """One rotary table that layers use.
+    """The description of a rotary table, by which the queries or keys of some layers are rotated.
 
-    layer_type: the layer type whose parameters the table has; "": all layers have the same.
-    beta, span: the table is multiplied by 1 + beta log(1 + position // span).
-    half_tables: as in ``Family``.
+    layer_type: the layer type whose rotary parameters the table has; "": all layers have the same parameters.
+    beta, span: the table is multiplied by 1 + beta * log(1 + position // span), which scales queries in long texts.
+    half_tables: whether transformers' rotary module returns each cosine and sine once instead of twice.
     """
 
     layer_type: str = ""
@@ -395,9 +421,10 @@ class Rotation(NamedTuple):
     half_tables: bool = False
 
     def tables(self, rotary: Any, count: int, dtype: torch.dtype) -> Tensor:
-        """Return cosines and sines, float32 [count, 2, rotated / 2], for positions 0 ... count - 1.
+        """Return cosines and sines, float32 [count, 2, rotated / 2], for the positions 0 ... count - 1.
 
-        rotary: the model's rotary embedding. dtype: dtype in which ``rotary`` makes the table.
+        rotary: the model's rotary module, called as in transformers. dtype: the dtype to which the module rounds the
+        table. "rotated" is the number of values of a head that rotate.
         """
         positions = torch.arange(count)
         with torch.no_grad():
@@ -408,7 +435,10 @@ class Rotation(NamedTuple):
 
 
 def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
-    """Return for each layer the rotary tables of its queries and of its keys; None: the layer has no rotation."""
+    """Return for each layer (rotary table of its queries, rotary table of its keys); None: the layer rotates neither.
+
+    config: the text model's config. Layers with equal descriptions of a table share it.
+    """
     count, rope = int(config.num_hidden_layers), config.rope_parameters
     nested = all(isinstance(value, dict) for value in rope.values())
     found = list[tuple[Rotation, Rotation] | None]()
@@ -424,14 +454,20 @@ def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
 
 
 def activation(config: Any) -> str:
-    """Return the name of the MLP's activation, such as "silu"; "clamped" for that of gpt-oss."""
+    """Return the name of the MLP's activation, such as "silu"; "clamped" stands for that of gpt-oss.
+
+    config: the text model's config.
+    """
     if FAMILIES[config.model_type].fields >= CLAMPED:
         return "clamped"
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def check_fields(config: Any) -> None:
-    """Raise SpecDecError for a config field that may change the output and that the model's family does not support."""
+    """Raise SpecDecError for a config field that may change the output and that the model's family does not support.
+
+    config: the text model's config. Its MLP activation must be a known one, too.
+    """
     family = FAMILIES[config.model_type]
     for name, value in _fields(config):
         if value and name in MISSING:
@@ -447,7 +483,11 @@ def check_fields(config: Any) -> None:
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a config with their names, and those of nested ones that are not in ``ROPE``."""
+    """Yield (name, value) of each field of a model config that may change the output.
+
+    Private fields and token ids are left out. Fields nested in ``rope_parameters`` and ``per_layer_config`` follow as
+    "PARENT.NAME", except the rotary parameters that transformers computes tables from.
+    """
     for name, value in config.to_dict().items():
         if not name.startswith("_") and not name.endswith("_token_id"):
             yield name, value
@@ -457,7 +497,10 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_sizes(name: str, config: Any) -> None:
-    """Raise SpecDecError for impossible or too large sizes in the ``config`` of the model called ``name``."""
+    """Raise SpecDecError if a size in the ``config`` of the model called ``name`` is impossible or too large.
+
+    Configs are untrusted, so this runs before anything of such a size is allocated.
+    """
     text = config.get_text_config()
     fields = text.to_dict()  # of a size that differs by layer, transformers has no attribute
     values = {key: fields[key] if key in fields else getattr(text, key, None) for key in SIZES}
@@ -480,7 +523,10 @@ def check_sizes(name: str, config: Any) -> None:
 
 
 def _check_layers(name: str, config: Any, layers: int) -> None:
-    """Raise SpecDecError for impossible sizes of single layers in the ``config`` of the model called ``name``."""
+    """Raise SpecDecError for impossible sizes of single layers in the config of a Gemma 4 model.
+
+    name: the model's name in messages. config: the text model's config. layers: number of layers.
+    """
     found = config.to_dict()
     shared, size = (found.get(key) or 0 for key in ("num_kv_shared_layers", "hidden_size_per_layer_input"))
     kinds, own = found.get("layer_types") or [], found.get("per_layer_config") or {}

@@ -1,4 +1,7 @@
-"""Dense models of Granite 4. Their checkpoints have the type of the hybrids, and compute what a Granite does."""
+"""Read dense Granite 4 models as models of the older type Granite, which compute the same.
+
+Their checkpoints have the model type of Granite 4's hybrid models with Mamba layers, "granitemoehybrid".
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ JOINED, DOWN = ".shared_mlp.input_linear.", ".shared_mlp.output_linear."
 
 
 def as_granite(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config fields with those of a dense Granite 4 replaced by those of a Granite.
+    """Return the config fields of a Granite for those of a dense Granite 4; return other fields unchanged.
 
-    A model of the type "granitemoehybrid" is dense if all its layers have rotary attention, and none has experts.
-    Fields of other models are returned as they are.
+    fields: the fields of a config.json. A model of the type "granitemoehybrid" is dense if all its layers have rotary
+    attention and none has experts.
     """
     kinds = set(fields.get("layer_types") or fields.get("layers_block_type") or ("mamba",))
     dense = fields.get("model_type") == "granitemoehybrid" and kinds <= {"attention", "full_attention"}
@@ -31,7 +34,11 @@ def as_granite(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors of a checkpoint by the names of a Granite's: gate and up are two halves of one tensor."""
+    """Return the tensors of a dense Granite 4 checkpoint by the names that a Granite checkpoint has.
+
+    tensors: descriptions of the stored tensors by name. A Granite 4 stores the MLP's gate and up projections as one
+    tensor, which becomes two descriptions of its halves.
+    """
     found = dict[str, TensorInfo]()
     for name, info in tensors.items():
         if JOINED in name and len(info.shape) == 2:

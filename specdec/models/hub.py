@@ -1,4 +1,7 @@
-"""Downloads from the Hugging Face Hub. A drafter is ``ORG/NAME[@revision]``; only its config and weights are read."""
+"""Download models, drafters and adapters from the Hugging Face Hub into Hugging Face's cache, and list their files.
+
+Of a drafter, named ``ORG/NAME`` with an optional ``@revision``, only config and weights are downloaded.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ TIMEOUT = 10  # seconds for the Hub to answer
 
 
 def parse_repo_id(text: str) -> tuple[str, str | None] | None:
-    """Split ``text``, ``ORG/NAME[@revision]``, into repository and revision (None: the latest).
+    """Split ``text``, such as "ORG/NAME@revision", into (repository, revision).
 
-    Returns None if ``text`` is not the name of a repository.
+    The revision is None if the text names none, which stands for the latest. Returns None if ``text`` is no name of a
+    repository.
     """
     found = _ID.fullmatch(text)
     return None if found is None else (found[1], found[2])
@@ -27,9 +31,9 @@ def parse_repo_id(text: str) -> tuple[str, str | None] | None:
 
 @functools.lru_cache(maxsize=64)
 def fetch_drafter(text: str) -> Path:
-    """Download the drafter ``text``, ``ORG/NAME[@revision]``; return its folder in Hugging Face's cache.
+    """Download the drafter ``text``, ORG/NAME with an optional @revision; return its folder in Hugging Face's cache.
 
-    Raises SpecDecError if that fails or the repository is no drafter.
+    Raises SpecDecError if the download fails or the repository is no drafter.
     """
     named = parse_repo_id(text)
     if named is None:
@@ -48,10 +52,10 @@ def snapshot_download(*args: Any, **more: Any) -> str:
 
 
 def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[str], str]:
-    """Return the paths of a repository's files, and its commit; without a network, those in Hugging Face's cache.
+    """Return (paths of all files in a repository, its commit); without a network, of the copy in Hugging Face's cache.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
-    the latest.
+    the latest. Raises SpecDecError if the repository or the revision does not exist or cannot be reached.
     """
     from huggingface_hub import HfApi  # heavy
     from huggingface_hub.errors import HfHubHTTPError
@@ -68,11 +72,12 @@ def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[s
 
 
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
-    """Download files of a repository; return their folder in Hugging Face's cache. Without a network, use the cache.
+    """Download files of a repository; return their folder in Hugging Face's cache.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
-    the latest. Cached files of a commit need no network. files: glob patterns. hint: the end of error messages.
-    Raises SpecDecError if the repository or the revision does not exist or cannot be downloaded.
+    the latest. files: glob patterns of paths. hint: text at the end of error messages. Without a network, cached files
+    are used; cached files of a commit never need one. Raises SpecDecError if the repository or the revision does not
+    exist or cannot be downloaded.
     """
     from huggingface_hub import errors  # heavy
 
@@ -93,10 +98,11 @@ def fetch(kind: str, repository: str, revision: str | None, files: list[str], hi
 
 
 def fetch_file(kind: str, repository: str, revision: str | None, name: str, hint: str = "") -> Path:
-    """Download the file ``name`` of a repository, and all parts of a split GGUF file; return its path.
+    """Download the file ``name`` of a repository into Hugging Face's cache, and return its path there.
 
-    kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
-    the latest. hint: the end of error messages. Raises SpecDecError if the file cannot be downloaded.
+    Of a split GGUF file, all parts are downloaded. kind: "model", "drafter" or "adapter", for messages. repository:
+    ORG/NAME. revision: branch, tag or commit; None: the latest. hint: text at the end of error messages.
+    Raises SpecDecError if the file does not exist or cannot be downloaded.
     """
     path = fetch(kind, repository, revision, [str(part) for part in part_paths(Path(name))], hint) / name
     if not path.is_file():

@@ -1,8 +1,10 @@
-"""The identity of a model, for trained drafters, which need their model in any precision, and for stored KV caches.
+"""Identify models, by hashes and by sampled values of their weights.
 
-A ``fingerprint`` is a hash of sampled weights, ``content`` a hash of all. For unequal fingerprints, ``samples`` decide
-whether one model is the other in another precision: quantized weights of a block lie on a grid whose step a few values
-show, and quantization moves a value by at most half a step. Smaller changes of a model are not detected.
+A trained drafter needs the model that it was trained for, in any precision; a stored KV cache needs one whose results
+are equal bit for bit. ``fingerprint`` hashes some elements of each parameter, ``content`` hashes all. If fingerprints
+differ, stored ``samples`` tell whether one model is the other in another precision: quantized weights lie on a grid
+whose step a few neighbouring values show, and quantization moves a value by at most half a step. Smaller changes of a
+model are not detected.
 """
 
 from __future__ import annotations
@@ -33,13 +35,16 @@ BEYOND, BEYOND_ONE = 0.05, 0.5
 
 
 def sample_positions(size: int) -> Tensor:
-    """Return up to ``SAMPLES`` evenly strided indices below ``size``, int64 [n]."""
+    """Return up to 512 evenly spaced indices below ``size``, int64 [n]."""
     count = min(size, SAMPLES)
     return torch.arange(count) * size // max(count, 1)
 
 
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """Return up to ``SAMPLES`` evenly strided elements of a parameter, [n], and release its pages of a mapped file."""
+    """Return up to 512 evenly spaced elements of a parameter, [n], dequantized if it is stored in GGUF blocks.
+
+    The parameter's pages of a mapped file, which were read for this, are released.
+    """
     positions = sample_positions(parameter.shape.numel())
     if isinstance(parameter, Blocks):
         found = parameter.at(positions // parameter.shape[-1], positions % parameter.shape[-1])
@@ -55,12 +60,12 @@ def sample(parameter: Tensor | Blocks) -> Tensor:
 
 
 def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = sample) -> str:
-    """Return 32 hex digits that identify a model's weights, whatever their dtype and device.
+    """Return 32 hex digits that identify a model's weights, whatever dtype and device they are loaded to.
 
-    SHA-256 of each parameter's name, shape and up to 512 evenly strided elements as bf16, in order of names. Among
-    parameters with equal content, such as tied ones, only the first counts. Single numbers, which transformers may not
-    hold as parameters, do not count. All numbers of a merged adapter count.
-    sample: a faster function with the result of ``identity.sample``.
+    SHA-256 of each parameter's name, shape and up to 512 evenly spaced elements as bf16, in order of the names. Among
+    parameters with equal content, such as tied ones, only the first counts. Parameters of one element do not count. The
+    fingerprint of a merged LoRA adapter counts, too. Quantized weights give another fingerprint.
+    sample: the function that returns these elements of a parameter; a faster one must have the same result.
     """
     digest, seen = hashlib.sha256(), set()
     if (merged := merged_adapter(model)) is not None:
@@ -79,16 +84,16 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
 
 
 def merged_adapter(model: nn.Module) -> Any:
-    """Return the ``adapter.Merged`` of a model with a merged adapter; None: no adapter is merged."""
+    """Return the record of the LoRA adapter that is merged into ``model``, an ``adapter.Merged``; None: none is."""
     return getattr(model, "merged_adapter", None)
 
 
 def numbers(target: Any, *more: object) -> str:
-    """Return 64 hex digits: targets with equal ones compute keys, values and logits with equal bits.
+    """Return 64 hex digits that are equal only for targets whose keys, values and logits are equal bit for bit.
 
-    SHA-256 of the fingerprint of the weights, the text config, the model's buffers (such as rotary frequencies), the
-    formats, and the kernels with their versions.
-    target: a ``runtimes.target.Target``. more: further values that are hashed.
+    SHA-256 of the weights' fingerprint, the text config, the model's buffers (such as rotary frequencies), dtypes and
+    formats of weights, activations and KV cache, and the versions of libraries and kernels.
+    target: a ``runtimes.target.Target``, a loaded model with its runtime. more: further values that are hashed.
     """
     model = target.model
     config = model.config.get_text_config()
@@ -108,10 +113,10 @@ def numbers(target: Any, *more: object) -> str:
 
 
 def content(model: nn.Module) -> str:
-    """Return 64 hex digits that identify all weights of a model, bit for bit.
+    """Return 64 hex digits that identify all weights of a model, bit for bit, as a SHA-256.
 
-    SHA-256 of the weights. For weights that are mapped from a file, the file's stamp is hashed instead, because reading
-    them takes seconds per gigabyte.
+    Weights that are mapped from a file are represented by the file's size, times and inode and their position in it,
+    because reading them takes seconds per gigabyte.
     """
     digest, origin = hashlib.sha256(), getattr(model, "origin", None)
     if origin is not None:
@@ -127,7 +132,10 @@ def content(model: nn.Module) -> str:
 
 
 def samples(model: nn.Module) -> dict[str, Any]:
-    """Return samples of some tensors for drafters' configs: {name: {"shape": [...], "values": "text"}}."""
+    """Return sampled values of some weights, for a drafter's config: {weight: {"shape": [...], "values": "text"}}.
+
+    Up to 4 vectors and 12 matrices are sampled. The text has up to 32 decimal numbers, separated by spaces.
+    """
     found = dict[str, Any]()
     weights = {name: weight for name, weight in named_weights(model) if weight.shape.numel() > 1}
     for dimensions, most in ((1, VECTORS), (2, MATRICES)):
@@ -138,15 +146,20 @@ def samples(model: nn.Module) -> dict[str, Any]:
 
 
 def samples_of(weights: Mapping[str, Tensor | Blocks]) -> dict[str, Any]:
-    """Return samples of tensors by name: {name: {"shape": [...], "values": "text"}}."""
+    """Return sampled values of ``weights``, which are given by name: {weight: {"shape": [...], "values": "text"}}.
+
+    The text has up to 32 decimal numbers, separated by spaces.
+    """
     return {n: {"shape": list(weight.shape), "values": _text(_values(weight))} for n, weight in weights.items()}
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:
-    """Return how ``model`` differs by more than rounding from the model of the samples ``given``, as text.
+    """Return how ``model`` differs by more than rounding from another model, of which only samples are known, as text.
 
-    None: it does not differ, or it does not differ without its merged adapter.
-    given: ``samples`` from an untrusted file. where: the file, for messages. Raises SpecDecError for broken samples.
+    given: sampled values of the other model's weights, {weight: {"shape": [...], "values": "text"}}, from an untrusted
+    file. where: the file, for messages. Returns None if the models do not differ, or would not without a LoRA adapter
+    that is merged into ``model``.
+    Raises SpecDecError for broken samples.
     """
     wanted, own = _read(given, where), dict(named_weights(model))
     found = _difference(wanted, own, {}, where)
@@ -161,7 +174,12 @@ def _difference(
     before: Mapping[str, tuple[list[int], Tensor]],
     where: str,
 ) -> str | None:
-    """Compare ``wanted`` samples with the weights ``own``, or with the samples ``before`` for the names in these."""
+    """Return how weights differ by more than rounding from samples of another model, as text; None: they do not.
+
+    wanted: {weight: (shape, sampled values)} of the other model. own: weights of this model by name. before: samples of
+    this model's weights before a merge, which replace those of ``own``. where: the file with ``wanted``, for messages.
+    Raises SpecDecError if ``wanted`` has another number of values than ``own``.
+    """
     beyond, count = 0, 0
     for name, (shape, values) in wanted.items():
         if name not in own:
@@ -181,7 +199,7 @@ def _difference(
 
 
 def _values(weight: Tensor | Blocks) -> Tensor:
-    """Return the values of a tensor at fixed indices, float32: ``WINDOWS`` windows of up to ``WINDOW`` values."""
+    """Return the values of a weight at fixed indices, float32: two windows of up to 16 neighbouring values each."""
     rows, columns = (1, *weight.shape)[-2:]
     width = min(WINDOW, columns)
     starts = [(n * rows // WINDOWS, n * (columns // width) // WINDOWS * width) for n in range(WINDOWS)]
@@ -194,7 +212,10 @@ def _values(weight: Tensor | Blocks) -> Tensor:
 
 
 def _beyond(found: Tensor, given: Tensor) -> int:
-    """Return how many values differ by more than the rounding of both models explains."""
+    """Return how many values differ by more than the rounding of both models explains.
+
+    found, given: values of one weight at the same indices in two models, each two windows of neighbouring values.
+    """
     count = 0
     for pair in zip(found.chunk(WINDOWS), given.chunk(WINDOWS), strict=True):
         largest = float(torch.stack(pair).abs().max())
@@ -204,7 +225,10 @@ def _beyond(found: Tensor, given: Tensor) -> int:
 
 
 def _step(values: Tensor) -> float:
-    """Return the quantization step of a few values of one block: all are multiples of it; 0: there is none."""
+    """Return the step of the grid on which quantized values lie: all are multiples of it; 0: there is no such grid.
+
+    values: neighbouring values of one row, which have a scale in common if the weight is quantized.
+    """
     largest = float(values.abs().max())
     gaps = values.unique().diff()
     if not len(gaps) or float(gaps.min()) <= largest / FINE:

@@ -1,7 +1,7 @@
-"""Loads a model, frozen, and its tokenizer; finds dtypes and devices by name. Knows no runtimes and no decoding.
+"""Load a model, frozen, with its tokenizer; find dtypes and devices by name. Knows no runtimes and no decoding.
 
-GGUF files of known architectures, and folders of models of known families in bfloat16 on the CPU, become a
-``NativeModel``. Transformers loads all other models.
+A GGUF file of a known architecture, and a folder with a model of a known family in bfloat16 on the CPU, become a
+``NativeModel``, which does without transformers' modelling classes. transformers loads all other models.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def load(
     adapter: str | os.PathLike[str] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> tuple[AnyModel, Any]:
-    """Load a decoder-only model, frozen and in evaluation mode, and its tokenizer.
+    """Load a decoder-only model and its tokenizer; return (model, tokenizer), the model frozen and in evaluation mode.
 
-    Weights are read from safetensors or GGUF, never from pickles. Weights of a GGUF file stay in its blocks if the
-    dtype is bfloat16, the device is the CPU and ``gguf.model`` supports the architecture.
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
-    ``ORG/REPO:file.gguf``. dtype: "auto" (the checkpoint's; bfloat16 for a GGUF file), float32, bfloat16 or float16.
-    device: "auto" (the first CUDA device that can compute, else the CPU) or PyTorch's name of a device. revision: of a
-    Hugging Face id. adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging
-    Face id. trust_remote_code: whether to run Python code of the repository. check: called with the model's config
-    before the weights are read; may raise. Raises SpecDecError, in one line, for what is unknown, missing, broken or
-    too large for this machine.
+        ``ORG/REPO:file.gguf``.
+    dtype: float32, bfloat16, float16 or "auto": the checkpoint's, and bfloat16 for a GGUF file.
+    device: PyTorch's name of a device, or "auto": the first CUDA device that can compute, else the CPU. revision:
+    branch, tag or commit of a Hugging Face id; None: the latest.
+    trust_remote_code: whether to run Python code of the repository.
+    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id. check:
+    called with the model's config before the weights are read; may raise.
+    Weights are read from safetensors or GGUF, never from pickles. In bfloat16 on the CPU, those of a GGUF file stay in
+    its quantization blocks. Raises SpecDecError for what is unknown, missing, broken or too large for this machine.
     """
     name = os.fspath(name_or_path)
     kind = as_dtype(dtype)
@@ -80,7 +81,10 @@ def load(
 
 
 def read_config(name: str) -> Any:
-    """Return the config of the model ``name``, a ``Config`` or one of transformers. May download; reads no weights."""
+    """Return the config of the model ``name``, a ``Config`` or one of transformers; downloads it if need be.
+
+    Reads no weights. Raises SpecDecError for an unknown or broken model.
+    """
     return _config(find_source(name))
 
 
@@ -106,9 +110,10 @@ def _tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def _merge(model: Any, change: tuple[str, Path] | None, file: GGUFFile | None = None) -> list[torch.Tensor]:
-    """Merge an adapter into the weights of ``model``, in place; return the matrices that were changed.
+    """Merge a LoRA adapter into the weights of ``model``, in place; return the changed weights, [out, in] each.
 
-    change: name and path of the adapter; None: none. file: the GGUF file of the model; None: it has none.
+    change: (name, path) of the adapter; None: there is no adapter, and the result is []. file: header of the GGUF file
+    that the model is from; None: the model is not from a GGUF file.
     """
     return [] if change is None else adapters.merge(model, adapters.read(*change, model, file))
 
@@ -121,11 +126,11 @@ def _native(
     place: torch.device,
     change: tuple[str, Path] | None,
 ) -> NativeModel | None:
-    """Return the model of ``source`` as a ``NativeModel`` with its weights and its adapter, on the device ``place``.
+    """Return the model of ``source`` as a ``NativeModel`` with weights, adapter and generation config.
 
-    entry: the folder in the cache with its config in our form. found: this config, read. kind: the dtype, or "auto" for
-    bfloat16. change: name and path of the adapter to merge; None: none.
-    Returns None if the safetensors files have other tensors than the model needs; transformers then loads it.
+    entry: the folder in specdec's cache with its config files. found: the config in it. kind: the dtype; "auto":
+    bfloat16. place: the device. change: (name, path) of the LoRA adapter to merge; None: none. Returns None if the
+    safetensors files have other tensors than the model needs, so that transformers must load it.
     """
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
@@ -152,7 +157,10 @@ def _native(
 
 
 def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return PyTorch's dtype for a name such as "bf16", or "auto". Raises SpecDecError for an unknown name."""
+    """Return PyTorch's dtype for a name such as "bf16" or "torch.bfloat16"; returns "auto" for "auto".
+
+    Raises SpecDecError for an unknown name.
+    """
     name = dtype_name(str(dtype).removeprefix("torch."))
     found: torch.dtype | str = name if name == "auto" else getattr(torch, name)
     return found
@@ -161,8 +169,8 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
     """Return the device with this name; "auto" is the first CUDA device that can compute in ``dtype``, else the CPU.
 
-    dtype: what it must compute in; "auto": float32. Raises SpecDecError if the device is unknown or missing, or cannot
-    compute in ``dtype``.
+    dtype: the dtype that the device must compute in; "auto": float32. Raises SpecDecError if the device is unknown or
+    missing, or cannot compute in ``dtype``.
     """
     if device == "auto":
         with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU
@@ -188,9 +196,9 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _try_out(place: torch.device, dtype: str | torch.dtype) -> None:
-    """Raise SpecDecError if the device ``place`` cannot multiply two numbers in ``dtype`` ("auto": float32).
+    """Multiply two numbers on the device ``place``; raise SpecDecError if it cannot compute in ``dtype``.
 
-    It is tried out, since no list of devices can be complete.
+    dtype: "auto" is float32. A trial is needed because no list of devices can be complete.
     """
     kind = dtype if isinstance(dtype, torch.dtype) else torch.float32
     try:

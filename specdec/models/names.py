@@ -1,4 +1,4 @@
-"""Names of models, adapters, dtypes and GGUF files, checked before anything heavy is imported."""
+"""Check names of models, adapters, dtypes and GGUF files, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_model(name: str, revision: str | None = None) -> None:
-    """Raise SpecDecError if ``name`` cannot be a model, or names a file or folder that is no model.
+    """Raise SpecDecError if ``name`` cannot be a model, or is the path of a file or folder that is no model.
 
-    revision: of a Hugging Face id only; other names with one are an error. Does not ask whether a repository exists.
+    revision: branch, tag or commit, which only a Hugging Face id may have; None: not given. Does not ask Hugging Face
+    whether a repository exists.
     """
     path = Path(name).expanduser()
     if revision is not None and (name in EMBEDDED or path.exists()):
@@ -46,10 +47,10 @@ ADAPTER_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+)
 
 
 def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
-    """Return where the adapter ``name`` is: the path of a PEFT folder or GGUF file, or its place on the Hub.
+    """Return where the LoRA adapter ``name`` is: the path of a PEFT folder or GGUF file, or its place on Hugging Face.
 
-    The place on the Hub is (repository, revision, GGUF file); revision None: the latest; file None: PEFT's files.
-    Raises SpecDecError if it is none of these.
+    The place is (repository, revision, GGUF file); revision None: the latest; GGUF file None: the files of PEFT.
+    Raises SpecDecError if ``name`` is none of these, or an incomplete folder.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -70,14 +71,17 @@ def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
 
 
 def guess_model(name: str) -> str:
-    """Return the end of a message that suggests an embedded model for an unknown ``name``; "" without a suggestion."""
+    """Return text for the end of an error message that suggests an embedded model with a similar name.
+
+    name: the unknown name that the user gave. "": no name is similar.
+    """
     return did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
 
 
 def gguf_in(folder: Path) -> Path:
-    """Return the only GGUF file in ``folder``; if it is split into several files, the first part that exists.
+    """Return the path of the only GGUF file in ``folder``; of a split file, its first part that exists.
 
-    Raises SpecDecError if there is none, or there are several files that are not parts of one.
+    Raises SpecDecError if the folder has no GGUF file, or several that are not parts of one.
     """
     found = dict[str, Path]()
     for path in sorted(path for path in folder.glob("*.gguf") if not is_companion(path.name)):
@@ -91,17 +95,18 @@ def gguf_in(folder: Path) -> Path:
 
 
 def is_companion(name: str) -> bool:
-    """Return whether ``name`` is that of a companion: a GGUF file with the prediction layer of a model in another file.
+    """Return whether the file name ``name`` is that of a companion file, as llama.cpp calls it: "mtp-...gguf".
 
-    llama.cpp gives such files names that begin with "mtp-".
+    A companion file has the multi-token prediction layer of a model whose other layers are in another GGUF file.
     """
     return name.lower().startswith(COMPANION)
 
 
 def companions(path: Path) -> list[Path]:
-    """Return the companions (``is_companion``) beside the GGUF file ``path`` that may belong to it, by their names.
+    """Return the paths of GGUF files beside ``path`` that, by their names, have its model's prediction layer.
 
-    A companion is called "mtp-" and the model's name or its beginning; types of weights, such as Q4_K_M, may differ.
+    path: the model's GGUF file. The layer, for multi-token prediction, is in a file called "mtp-" and the model's name
+    or its beginning; types of weights in the names, such as Q4_K_M, may differ.
     """
     found = list[Path]()
     for each in sorted(path.parent.glob("*.gguf")):
@@ -112,16 +117,16 @@ def companions(path: Path) -> list[Path]:
 
 
 def whole_name(name: str) -> str:
-    """Return the name of a GGUF file without its part's number, such as "x.gguf" for "x-00001-of-00002.gguf"."""
+    """Return the name of a GGUF file without a part number: "x.gguf" for "x-00001-of-00002.gguf", others unchanged."""
     part = PART.fullmatch(name)
     return f"{part[1]}.gguf" if part else name
 
 
 def part_paths(path: Path) -> list[Path]:
-    """Return the paths of all parts of the split GGUF file to which the file ``path`` belongs, in order.
+    """Return the paths of all parts of the split GGUF file that ``path`` is a part of, in order.
 
-    Names tell the parts, which need not exist. A file that is not split is the only one.
-    Raises SpecDecError for an impossible number of a part.
+    The names tell the parts, so they need not exist. For a file that is not split, the result is [path]. Raises
+    SpecDecError for an impossible part number.
     """
     if (part := PART.fullmatch(path.name)) is None:
         return [path]
@@ -132,24 +137,27 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def hub_folder(path: Path) -> Path | None:
-    """Return the folder of the repository in Hugging Face's cache that contains ``path``; None: it is elsewhere."""
+    """Return the repository's folder in Hugging Face's cache that contains ``path``; None: ``path`` lies elsewhere."""
     return next((each for each in (path, *path.parents) if each.name.startswith("models--")), None)
 
 
 def display_name(path: Path) -> str:
-    """Return ``path`` as text for messages, or the repository's name for a path in Hugging Face's cache."""
+    """Return ``path`` as text for messages; for a path in Hugging Face's cache, the repository's name ORG/NAME."""
     folder = hub_folder(path)
     return str(path) if folder is None else folder.name.removeprefix("models--").replace("--", "/")
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether the file ``path`` begins with GGUF's magic number."""
+    """Return whether the file ``path`` begins with the magic bytes of the GGUF format."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def dtype_name(name: str) -> str:
-    """Return the full name of a dtype, such as "bfloat16" for "bf16", or "auto". Raises SpecDecError if unknown."""
+    """Return the full name of a dtype, such as "bfloat16" for "bf16"; returns "auto" for "auto".
+
+    Raises SpecDecError for an unknown name.
+    """
     if name == "auto" or SHORT.get(name, name) in DTYPES:
         return SHORT.get(name, name)
     known = ["auto", *DTYPES, *SHORT]

@@ -1,7 +1,7 @@
-"""A model as its config, weights and generation config, without transformers' modelling classes.
+"""Hold a model's config, weights and generation config without transformers' modelling classes.
 
-The modules have the names, parameters and shapes of transformers' modules. Runtimes read the weights and compute.
-``NativeModel.transformers`` makes the model of transformers with the same weights. A test compares both.
+The modules have the names, parameters and shapes of transformers' modules. Most have no ``forward``: runtimes read the
+weights and compute. ``NativeModel.transformers`` makes transformers' model with the same weights. A test compares both.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ _making = threading.Lock()
 
 
 class NativeModel(nn.Module):
-    """A decoder-only model of a family in ``families.FAMILIES``. ``forward`` and ``generate`` delegate to a
-    transformers model that shares the weights.
+    """A decoder-only model: config and weights, for runtimes that compute with them.
+
+    ``forward``, ``generate`` and ``save_pretrained`` delegate to a model of transformers that shares the weights.
 
     config, generation_config: the fields of the model's config files.
-    model: the ``Decoder``. lm_head: the output head.
-    file: the header of the file that the weights are from; None: they are from no file.
-    origin: the file that the matrices are mapped from; None: the weights are in memory.
-    merged_adapter: the ``adapter.Merged`` of the adapter that is merged into the weights; None: none is merged.
-    dtype: dtype of the weights; for weights in blocks, of the dequantized values.
+    model: the ``Decoder``, with embeddings, layers and final norm.
+    lm_head: the output head, a linear layer [V, D].
+    file: header of the file that the weights are from; None: they are from no file.
+    origin: the file that matrices are mapped from; None: all weights are in memory.
+    merged_adapter: the record of the LoRA adapter that is merged into the weights; None: none is merged.
+    dtype: dtype of the weights; for weights in GGUF quantization blocks, of the dequantized values.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype, generation_config: GenerationSettings | None = None) -> None:
@@ -94,9 +96,9 @@ class NativeModel(nn.Module):
         self.lm_head = head  # type: ignore[assignment]
 
     def transformers(self) -> PreTrainedModel:
-        """Return the model of transformers with the weights that this model has now: shared, not copied.
+        """Return a model of transformers that shares the present weights of this model; made at the first call.
 
-        Weights in blocks stay in blocks; ``state_dict`` and ``save_pretrained`` dequantize them.
+        Weights in GGUF quantization blocks stay in them; its ``state_dict`` and ``save_pretrained`` dequantize them.
         """
         with _making:
             if not self._made:
@@ -120,7 +122,7 @@ class NativeModel(nn.Module):
 
 
 def as_transformers(model: Any) -> PreTrainedModel:
-    """Return ``model``, or for a ``NativeModel`` the model of transformers with the same weights."""
+    """Return ``model``, or, for a ``NativeModel``, a model of transformers that shares its weights."""
     made: PreTrainedModel = model.transformers() if isinstance(model, NativeModel) else model
     return made
 
@@ -129,11 +131,17 @@ def as_transformers(model: Any) -> PreTrainedModel:
 
 
 class Decoder(nn.Module):
-    """The model without its output head: token embeddings, decoder layers, final norm and rotary embedding.
+    """A decoder-only model without its output head: embeddings, layers, norm and rotary embedding.
 
-    embed_tokens_per_layer: embeddings that layers read, those of all layers side by side; only if the model has them.
-    per_layer_model_projection, per_layer_projection_norm: what is added to them: the normalized image of the first
-        layer's input.
+    It has no ``forward``.
+
+    embed_tokens: the token embedding, [V, D].
+    layers: the decoder layers.
+    norm: the final norm.
+    rotary_emb: cosines and sines by position.
+    embed_tokens_per_layer: a second token embedding, of which each layer reads its part; only in Gemma 4 models.
+    per_layer_model_projection, per_layer_projection_norm: projection of the first layer's input, and the norm after it,
+        which are added to that embedding.
     """
 
     def __init__(self, config: Config) -> None:
@@ -152,7 +160,11 @@ class Decoder(nn.Module):
 
 
 class Norm(nn.Module):
-    """The RMS norm of a ``family`` over the last dimension, of ``size`` features."""
+    """An RMS norm over the last dimension, with the rounding and the weight convention of the model's family.
+
+    size: number of features. eps: added to the mean square. family: says when results are rounded to the input's dtype,
+        and whether they are multiplied by weight or by 1 + weight.
+    """
 
     def __init__(self, size: int, eps: float, family: Family) -> None:
         super().__init__()
@@ -168,7 +180,10 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """The MLP ``down(act(gate(x)) * up(x))`` with ``inner`` neurons; gate and up are one linear layer or two."""
+    """An MLP ``down(act(gate(x)) * up(x))``. config: the model's config. inner: number of neurons.
+
+    Gate and up projections are one linear layer or two, as in the model's family.
+    """
 
     def __init__(self, config: Config, inner: int) -> None:
         super().__init__()
@@ -190,10 +205,12 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of a layer's experts, E of them.
+    """The weights of all experts in one mixture-of-experts layer, without a ``forward``.
 
-    gate_up_proj: [E, 2 inner, width]. down_proj: [E, width, inner].
-    is_transposed: whether the last two dimensions are swapped, gate and up outputs alternate, and experts have biases.
+    experts: their number E. width: the hidden size. inner: an expert's number of neurons.
+    gate_up_proj: [E, 2 inner, width], gate before up. down_proj: [E, width, inner].
+    is_transposed: whether the last two dimensions are swapped, gate and up alternate, and experts have biases
+        (gpt-oss).
     """
 
     def __init__(self, experts: int, width: int, inner: int, is_transposed: bool) -> None:
@@ -209,10 +226,11 @@ class Experts(nn.Module):
 
 
 class Attention(nn.Module):
-    """The weights of attention layer ``index``. head_dim: size of a head. scaling: factor of attention scores.
+    """The weights of one attention layer, without a ``forward``.
 
-    A layer that reads the keys and values of another one has no projections of its own for them. One without ``v_proj``
-    has the same projection for both.
+    index: index of the layer. head_dim: size of a head. scaling: factor of the attention scores.
+    A layer that reads the keys and values of another layer has no ``k_proj`` and ``v_proj``. If only ``v_proj`` is
+    missing, ``k_proj`` computes keys and values.
     """
 
     def __init__(self, config: Config, family: Family, index: int) -> None:
@@ -246,7 +264,10 @@ class Attention(nn.Module):
 
 
 class DeltaRule(nn.Module):
-    """The weights of a recurrent layer's mixer, the gated delta rule (Qwen3-Next, Qwen3.5)."""
+    """The weights of a recurrent layer that computes the gated delta rule, as in Qwen3-Next and Qwen3.5.
+
+    It has no ``forward``.
+    """
 
     def __init__(self, config: Config, family: Family) -> None:
         super().__init__()
@@ -313,14 +334,17 @@ def _mixture(config: Config, family: Family) -> nn.Module:
 
 
 def transformers_config(fields: Mapping[str, Any]) -> Any:
-    """Return the config of transformers with these ``fields``, "model_type" included."""
+    """Return the config object of transformers with these ``fields``, which include "model_type"."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return transformers' model for ``config``, a ``Config`` or one of transformers, with parameters on "meta"."""
+    """Return transformers' model for ``config``, with its parameters on the device "meta", which take no memory.
+
+    config: a ``Config`` or a config of transformers. dtype: dtype of the parameters.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -337,7 +361,7 @@ def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -
 
 
 def _share(own: NativeModel, made: Any) -> None:
-    """Give transformers' model ``made`` the modules with weights, other parameters and settings of ``own``."""
+    """Give transformers' model ``made`` the weights and settings of the model ``own``, without copying weights."""
     from transformers import GenerationConfig
 
     made.merged_adapter = own.merged_adapter

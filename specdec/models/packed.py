@@ -1,6 +1,6 @@
-"""The files of a model's packed weights in the folder of its cache entry.
+"""Name and find the packed weights of a model: copies in the layout of the kernels, in the model's cache folder.
 
-Knows the user's file that they are made from, but not their content. Imports nothing heavy.
+Knows from which file of the user they were made, but not their content. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ WEIGHTS = f"weights{SUFFIX}"
 class Origin:
     """The GGUF or safetensors file that a model's matrices are mapped from.
 
-    folder: the model's cache entry.
-    paths: the parts of a split file, or the one file.
-    stamp: ``packed.stamp`` of ``paths``, which differs after any change of the file.
-    maps: the mapped bytes of each part, uint8.
-    adapter: fingerprint of the adapter that is merged into the model; "": none.
-    made: weights that were converted from the file's, to another dtype or by the adapter, always in the same order.
+    folder: the model's folder in specdec's cache.
+    paths: the part files of a split file in order, or the one file.
+    stamp: sizes, times and inodes of ``paths``, which differ after any change of the file.
+    maps: the bytes of each file in ``paths``, uint8, mapped into memory.
+    adapter: fingerprint of the LoRA adapter that is merged into the model; "": none is merged.
+    made: weights that are not in the file as they are: converted to another dtype, or changed by the adapter. Always in
+        the same order.
     """
 
     folder: Path
@@ -39,16 +40,16 @@ class Origin:
 
     @property
     def size(self) -> int:
-        """Return the bytes of the file and of the converted weights."""
+        """Return the number of bytes of the file and of the converted weights."""
         return sum(part.nbytes for part in (*self.maps, *self.made))
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """Return the offset of a matrix in bytes, counted through all parts of the file and then through ``made``.
+        """Return where a matrix begins, as an offset in bytes through all of ``maps`` and then all of ``made``.
 
-        None: the matrix lies elsewhere, or is not contiguous.
+        Returns None if the matrix lies elsewhere in memory, or is not contiguous.
         """
         begin = 0
         for part in (*self.maps, *self.made):
@@ -59,21 +60,22 @@ class Origin:
 
 
 def stamp(files: Iterable[Path | int]) -> tuple[int, ...]:
-    """Return size, modification time, change time and inode of each file, given by path or descriptor.
+    """Return four numbers for each file: size, modification time, change time (both in nanoseconds) and inode.
 
-    A file's owner cannot set the change time, so equal stamps mean an unchanged file.
+    files: paths or file descriptors. Equal results mean unchanged files, because their owner cannot set the change
+    time.
     """
     found = [os.stat(file) for file in files]
     return tuple(n for each in found for n in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino))
 
 
 def packed_bytes(folder: Path) -> int:
-    """Return the bytes of the packed weights in ``folder``."""
+    """Return the number of bytes of the packed weights, copies that kernels read, in a model's cache folder."""
     return sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read it. Raises OSError for a FIFO or device, because opening one may wait for ever."""
+    """Open a file to read its bytes. Raises OSError for a FIFO or device, because opening one may wait for ever."""
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
     return path.open("rb")

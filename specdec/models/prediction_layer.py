@@ -1,8 +1,8 @@
-"""The layer for multi-token prediction in a model's files: finds it, and makes a model of one layer of it.
+"""Find the multi-token prediction layer in a model's files, and load it as a model of one layer.
 
-transformers does not load it. Safetensors files name its tensors by family. In GGUF files it is the block behind the
-model's own, with further tensors called "nextn"; or a companion file beside the model's has it (``names.companions``).
-Files are untrusted: names, shapes and types are compared with the model's before anything is read.
+transformers does not load it. Safetensors files name its tensors by the model's family. In a GGUF file it is the block
+behind the model's last layer, with further tensors called "nextn", or it is in a companion file, "mtp-...gguf", beside
+the model's. Files are untrusted: names, shapes and types of tensors are checked before values are read.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ if TYPE_CHECKING:
 
 
 class TensorNames(NamedTuple):
-    """The names of the tensors of a model family's prediction layer, and how the family runs this layer.
+    """The names of the tensors of a model family's multi-token prediction layer, and how the family runs the layer.
 
-    prefix: prefix of all tensor names; ``{n}`` stands for the number of the model's layers.
-    layer: further prefix of the tensors of the decoder layer.
-    token_norm, state_norm, projection, norm: names of the norms of embedding and state, of the projection of both, and
-        of the norm after the layer.
-    token_first: whether the embedding is the first part of the projection's input.
-    reads_norm: whether the layer reads the model's final states after the final norm.
-    feeds_norm: whether drafted tokens read the layer's output after its norm.
+    prefix: start of all the names; ``{n}`` stands for the number of the model's layers.
+    layer: what follows the prefix in the names of the decoder layer's tensors.
+    token_norm: name of the norm of the token embedding.
+    state_norm: name of the norm of the hidden state.
+    projection: name of the linear layer that joins both into the decoder layer's input.
+    norm: name of the norm after the decoder layer.
+    token_first: whether the embedding is the first half of the projection's input; if not, the state is.
+    reads_norm: whether the layer reads the model's final states after the model's final norm, not before it.
+    feeds_norm: whether the state for the next drafted token is the layer's output after its norm, not before it.
     """
 
     prefix: str
@@ -84,12 +86,14 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass(frozen=True)
 class Found:
-    """Where a prediction layer is: what ``find`` returns and ``read`` takes.
+    """The place of a multi-token prediction layer: an open file, and the layer's tensors in it, not read yet.
 
-    name: of the checkpoint, for messages.
-    file: the file that has it.
-    names: what its tensors are called there; prefix: ``names.prefix`` for this model.
-    tensors: its tensors by the part of the name after the prefix, without copies of the model's own.
+    name: the checkpoint's name, for messages.
+    file: the file that has the layer.
+    names: how the layer's tensors are called in the file.
+    prefix: the start of these names for this model.
+    tensors: descriptions of the tensors by the rest of the name, without copies of the model's embedding and output
+        head.
     """
 
     name: str
@@ -101,12 +105,14 @@ class Found:
 
 @dataclass
 class PredictionLayer:
-    """A prediction layer that was read.
+    """A multi-token prediction layer with its weights.
 
-    names: how the family runs the layer.
-    model: the layer, with the norm after it, as a model of one layer. Its embedding and output head are the model's.
-    token_norm, state_norm: weights of the norms of embeddings and states, [D].
-    projection: the matrix [D, 2 D] that makes the layer's input of both.
+    names: the family's tensor names, which also say how to run the layer.
+    model: a model of one layer: the decoder layer with the norm after it. It shares embedding and output head with the
+        target model.
+    token_norm: weight of the norm of token embeddings, [D].
+    state_norm: weight of the norm of hidden states, [D].
+    projection: the matrix [D, 2 D] that joins embedding and state into the layer's input.
     """
 
     names: TensorNames
@@ -117,10 +123,10 @@ class PredictionLayer:
 
 
 def find(model: AnyModel, source: str | None = None) -> Found | None:
-    """Return where the prediction layer of ``model`` is; None: its files have none.
+    """Find the multi-token prediction layer of ``model``; return its place, or None if the files have none.
 
-    source: the checkpoint with the layer, as ``--model`` takes it, or a companion file; None: the model's own.
-    Raises SpecDecError if the files are missing or broken.
+    source: the checkpoint that has the layer, as a model's name, or the path of a companion file; None: the files of
+    ``model``. Raises SpecDecError if the files are missing or broken.
     """
     count = model.config.get_text_config().num_hidden_layers
     for name, file in _files(model, source):
@@ -134,16 +140,17 @@ def find(model: AnyModel, source: str | None = None) -> Found | None:
 
 
 def announced(model: AnyModel) -> bool:
-    """Return whether the files of ``model`` may have a prediction layer, by what is known without reading them."""
+    """Return whether the files of ``model`` may have a multi-token prediction layer, judged without reading them."""
     text = model.config.get_text_config()
     known = any(getattr(text, field, 0) for field in PREDICTS)
     return (isinstance(model, NativeModel) and model.file is not None) or (known and bool(_own_name(model)))
 
 
 def _files(model: AnyModel, source: str | None) -> Iterator[tuple[str, TensorFile]]:
-    """Yield the files that may have the prediction layer, each as (name for messages, open file), the likeliest first.
+    """Yield (name for messages, opened file) of each file that may have the prediction layer, the likeliest first.
 
-    Arguments and errors as in ``find``.
+    model: the target model. source: the checkpoint that has the layer, as a model's name, or the path of a companion
+    file; None: the files of ``model``. Raises SpecDecError if the files are missing or broken.
     """
     own, name = model.file if isinstance(model, NativeModel) else None, source or _own_name(model)
     if source is not None or own is None:
@@ -171,7 +178,10 @@ def _own_name(model: AnyModel) -> str:
 
 
 def _is_of(beside: GGUFFile, own: GGUFFile) -> bool:
-    """Return whether the companion file ``beside`` is of a model of the architecture and size of ``own``."""
+    """Return whether a companion file belongs to a model with the architecture and sizes of the file ``own``.
+
+    beside: header of the companion file, which has a prediction layer. own: header of the model's GGUF file.
+    """
 
     def size(file: GGUFFile) -> tuple[Any, ...]:
         width, blocks, more = (
@@ -187,9 +197,10 @@ def _is_of(beside: GGUFFile, own: GGUFFile) -> bool:
 
 
 def read(model: AnyModel, found: Found) -> PredictionLayer:
-    """Read the prediction layer of ``model`` that ``found`` describes; its weights have the model's dtype and device.
+    """Load a multi-token prediction layer; its weights have the dtype and device of ``model``.
 
-    Weights in GGUF blocks stay in blocks if those of the model may. Raises SpecDecError if the layer does not fit.
+    model: the target model. found: the place of the layer in its files. Weights stay in GGUF quantization blocks if
+    those of the target do. Raises SpecDecError if the layer does not fit the target.
     """
     of_gguf, tensors = isinstance(found.file, GGUFFile), dict(found.tensors)
     d, around = model.config.get_text_config().hidden_size, dict[str, TensorInfo]()
@@ -223,22 +234,25 @@ def _unfit(name: str, why: str) -> SpecDecError:
 
 
 def _config(model: AnyModel) -> dict[str, Any]:
-    """Return the fields of the config of ``model`` with one layer, of the prediction layer's kind."""
+    """Return config fields of a model like ``model`` with one layer, of the kind that prediction layers have.
+
+    The layer has full attention, and experts if the model has them.
+    """
     fields: dict[str, Any] = model.config.get_text_config().to_dict()
     changes = {key: value for key, value in ONE_LAYER.items() if fields.get(key) is not None}
     return fields | changes | {"num_hidden_layers": 1}
 
 
 def _stays(model: AnyModel) -> bool:
-    """Return whether weights of ``model`` stay in a file's blocks, as they do in bfloat16 on the CPU."""
+    """Return whether weights that are read for ``model`` stay in GGUF quantization blocks: in bfloat16 on the CPU."""
     return isinstance(model, NativeModel) and model.device.type == "cpu" and model.dtype == torch.bfloat16
 
 
 def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> NativeModel:
-    """Return the prediction layer ``found`` as a ``NativeModel`` of one layer.
+    """Load a prediction layer as a ``NativeModel`` of one layer, with the embedding and output head of ``model``.
 
-    Its embedding and output head are those of ``model``.
-    inside: name in the layer -> tensor. norm: the tensor of the norm after the layer.
+    model: the target model. found: the place of the layer. inside: name in the decoder layer -> description of the
+    tensor. norm: description of the norm after the layer. Raises SpecDecError if the tensors do not fit.
     """
     layer = NativeModel(Config(**_config(model) | {"tie_word_embeddings": False}), model.dtype)
     ends: Any = model.get_input_embeddings(), model.get_output_embeddings()
@@ -254,7 +268,12 @@ def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: 
 
 
 def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> PreTrainedModel:
-    """Return the prediction layer as a model of transformers, as ``model`` is. Arguments as in ``_native``."""
+    """Load a prediction layer as a transformers model of one layer, with the embedding and output head of ``model``.
+
+    model: the target model, one of transformers. found: the place of the layer. inside: name in the decoder layer ->
+    description of the tensor. norm: description of the norm after the layer. Raises SpecDecError if the tensors do not
+    fit.
+    """
     make, base = type(model).from_pretrained, model.base_model_prefix
     named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}
     if odd := [key for key, info in named.items() if info.kind not in PLAIN]:

@@ -1,11 +1,11 @@
-"""The folders of models in the user's cache.
+"""Make and check the folders of models in the user's cache. Loads no model.
 
-The cache has ``models/<name>/`` for embedded models (GGUF file, config, tokenizer, chat template),
-``models/<name>-<hash>/`` for GGUF files and model folders given by path (only the last three), ``downloads/`` for files
+The cache has ``models/NAME/`` for embedded models (GGUF file, config, tokenizer, chat template), ``models/NAME-HASH/``
+for GGUF files and model folders that are given by path (only config, tokenizer and template), ``downloads/`` for files
 that the user puts there, and ``specdec-work/`` for work in progress. The cache may be a folder with other content: only
-the content of a ``specdec-work/`` with our marker, and models with our manifest, are deleted.
+models with our manifest file, and the content of a ``specdec-work/`` with our marker file, are deleted.
 
-Imports torch when a folder is made, and transformers where it is needed. Loads no model.
+Imports torch when a folder is made, and transformers where it is needed.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
 def embedded_folder(name: str) -> Path | None:
-    """Return the folder of the embedded model ``name``; None: it is not in the cache, or incomplete."""
+    """Return the cache folder of the embedded model ``name``; None: it is not in the cache, or incomplete."""
     folder = cache_dir() / "models" / name
     return folder if _defect(folder, _key(name)) is None else None
 
 
 def prepare_embedded(name: str) -> Path:
-    """Return the folder of the embedded model ``name``, downloaded if it is not in the cache.
+    """Return the cache folder of the embedded model ``name``; downloads and prepares the model if need be.
 
-    Raises SpecDecError if that fails.
+    Raises SpecDecError if a download fails, or disk space or memory do not suffice.
     """
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
 
@@ -69,9 +69,10 @@ def prepare_embedded(name: str) -> Path:
 
 
 def prepare_gguf(name: str, file: GGUFFile) -> Path:
-    """Return the cache's folder with config and tokenizer of a GGUF file, made if need be.
+    """Return the cache folder with config, tokenizer and chat template of a GGUF file, made if need be.
 
-    name: the model's name in messages. Raises SpecDecError if that fails.
+    name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError if the file is broken or
+    not supported, or the folder cannot be written.
     """
     path, *others = [path.resolve() for path in file.paths]
     key = {"gguf": str(path), "stamp": [*packed.stamp([path])], "layout": LAYOUT}
@@ -81,10 +82,11 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
 
 
 def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Path | None:
-    """Return the cache's folder with config and tokenizer of a model folder, made by ``write`` if need be.
+    """Return the cache folder with config, tokenizer and chat template of a model folder, made if need be.
 
-    name: the model's name in messages. write: writes the files into the folder that it gets.
-    Return None if ``write`` raises an error other than OSError, or, with a printed note, if the cache cannot hold it.
+    name: the model's name in messages. folder: the user's model folder. write: writes these files into a folder that it
+    gets. Returns None if ``write`` raises an error other than OSError, which means that transformers must load the
+    model, or if the cache cannot store the folder, and then prints a note.
     """
     path, refused = folder.resolve(), list[Exception]()
     files = sorted({file for pattern in PARTS for file in path.glob(pattern)})
@@ -112,7 +114,7 @@ def _folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def disk_space(need: int) -> Iterator[None]:
-    """Raise SpecDecError if the cache's disk has less than ``need`` bytes free, or fills up in the ``with`` block."""
+    """Raise SpecDecError if the cache's disk lacks ``need`` free bytes, or fills up during the ``with`` block."""
     root = cache_dir()
     try:
         if shutil.disk_usage(root).free < need:
@@ -134,9 +136,13 @@ def disk_space(need: int) -> Iterator[None]:
 
 
 def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """Return ``folder`` if it is complete and has this ``key``; else let ``make`` fill a work folder and rename that.
-    One process at a time holds the lock of the cache, which the system releases when the process dies. So all earlier
-    work folders belong to dead processes, and a folder with its final name is always complete."""
+    """Return the cache folder ``folder``, made anew by ``make`` unless it is complete and was made from the same files.
+
+    name: the model's name in messages. key: entries of the folder's manifest, which identify the files it is made from.
+    make: fills the empty folder that it gets, which is then renamed to ``folder``. One process at a time holds the
+    cache's lock, which the system releases when a process dies. So work folders that are found belong to dead processes
+    and are deleted, and ``folder`` is complete whenever it exists. Raises SpecDecError if the folder cannot be made.
+    """
     if _defect(folder, key) is None:
         return folder
     root = cache_dir()
@@ -176,7 +182,7 @@ def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], N
 def work_folder(root: Path) -> Path:
     """Return the folder for work in progress in the cache ``root``, made if need be.
 
-    Raises SpecDecError if a folder of that name exists and lacks the marker file of this package.
+    Everything in it may be deleted. Raises SpecDecError if a folder of its name exists without specdec's marker file.
     """
     folder = root / WORK
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,7 +213,11 @@ def _key(name: str) -> dict[str, Any]:
 
 
 def _defect(folder: Path, key: dict[str, Any]) -> str | None:
-    """Return what is wrong with a folder, by the key and the file sizes in its manifest; None: it is complete."""
+    """Return what is wrong with a model's cache folder, as text; None: it is complete and up to date.
+
+    key: entries that its manifest must have, which identify the files it is made from. The manifest also has the size
+    of each file.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         if manifest.get("layout") != LAYOUT or not manifest.keys() >= key.keys():
@@ -237,7 +247,10 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock the file ``path`` during the ``with`` block; waits, with a message, while another process has the lock."""
+    """Hold the lock file ``path`` during the ``with`` block.
+
+    While another process holds it, waits without limit and prints a message.
+    """
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 
     lock = FileLock(path)

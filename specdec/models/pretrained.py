@@ -1,4 +1,4 @@
-"""Loads models and tokenizers of safetensors folders by transformers."""
+"""Load models, configs and tokenizers of safetensors folders by transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from specdec.models.source import Source, explain_errors
 
 
 def read_config(source: Source, trust_remote_code: bool = False) -> Any:
-    """Load the config of a model by transformers. Raises SpecDecError unless the model is decoder-only."""
+    """Load the config of the model ``source`` by transformers, and return it.
+
+    trust_remote_code: whether to run Python code of the repository. Raises SpecDecError if the config is broken or the
+    model is not decoder-only.
+    """
     with quiet_transformers(f"Loading {source.name}"), explain_errors(source.name):
         config = AutoConfig.from_pretrained(source.folder, **_options(source, trust_remote_code))
     if config.is_encoder_decoder:
@@ -25,7 +29,11 @@ def read_config(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model by transformers. Raises SpecDecError if there is none that can be used."""
+    """Load the tokenizer of the model ``source`` by transformers, and return it.
+
+    trust_remote_code: whether to run Python code of the repository. Raises SpecDecError if there is no usable
+    tokenizer.
+    """
     try:
         with quiet_transformers(f"Loading {source.name}"):
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **_options(source, trust_remote_code))
@@ -44,10 +52,11 @@ def load(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load the model of a safetensors folder by transformers.
+    """Load the model ``source``, a folder of safetensors files, by transformers.
 
-    config: as ``read_config`` returns it. kind: the dtype, or "auto": the config's.
-    Raises SpecDecError if it is broken or too large, or if weights are missing.
+    config: its config, read by ``read_config`` of this module. kind: the dtype of the weights; "auto": the config's.
+    device: where the weights go. trust_remote_code: whether to run Python code of the repository.
+    Raises SpecDecError if the files are broken, weights are missing or have another shape, or memory does not suffice.
     """
     options = _options(source, trust_remote_code) | text_part(config)
     options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # checked below
@@ -72,9 +81,10 @@ def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def text_part(config: Any) -> dict[str, Any]:
-    """Return arguments for ``from_pretrained``: ``config``, or what loads only the text model of a multimodal one.
+    """Return keyword arguments for transformers' ``from_pretrained``, with which a text model is loaded.
 
-    Only the text model is loaded if the native runtime knows its type and transformers would load the whole model.
+    config: the model's config. Of a multimodal model whose text model is of a known family, only the text model is
+    loaded.
     """
     text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
@@ -84,9 +94,12 @@ def text_part(config: Any) -> dict[str, Any]:
 
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
-    """Raise SpecDecError if ``config`` describes over twice as many weights as the files have.
-    numbers: number of values of each tensor in the files. Returns the number of weights that transformers joins from
-    several tensors, a layer's experts: only these need memory, because other weights stay mapped."""
+    """Return how many weights transformers joins from several tensors, which need memory of their own.
+
+    These are the weights of experts; others stay mapped from the files. name: the model's name in messages. config: the
+    model's config. numbers: number of values of each tensor in the files. Raises SpecDecError if the config describes
+    over twice as many weights as the files have.
+    """
     stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too
     if fits:
@@ -104,7 +117,11 @@ def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
 
 
 def _check_fit(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise SpecDecError if the checkpoint lacks weights, which transformers would leave random."""
+    """Raise SpecDecError if the checkpoint lacks weights of the model, which transformers would leave random.
+
+    name: the model's name in the message. model: the loaded model. info: transformers' report of keys that are missing
+    or have another shape.
+    """
     names = {key for key, _ in model.named_parameters()}
     unfit = sorted(names & {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if unfit:

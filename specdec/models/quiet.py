@@ -1,4 +1,4 @@
-"""Hides what transformers prints."""
+"""Hide the progress bars and warnings that transformers prints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from specdec.base import terminal
 
 @contextlib.contextmanager
 def quiet_transformers(status: str = "") -> Iterator[None]:
-    """Hide progress bars and warnings of transformers in the ``with`` block; show ``status`` instead, unless "".
+    """Hide progress bars and warnings of transformers in a ``with`` block. Imports transformers.
 
-    Imports transformers.
+    status: text that is shown on the terminal meanwhile; "": none.
     """
     from transformers.utils import logging as transformers_logging
 

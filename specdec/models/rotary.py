@@ -1,4 +1,4 @@
-"""Rotary embeddings: cosines and sines by position, for all scaling types whose tables depend only on the position."""
+"""Compute rotary embeddings: cosines and sines by position, for scaling types that depend on the position alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ TYPES = "default", "linear", "llama3", "proportional", "yarn"
 class Rotary:
     """The rotary embedding of a model, equal to transformers' module bit by bit.
 
-    inv_freq: inverse frequencies, float32 [rotated / 2], by layer type; the key is "" if all layers have the same.
-    scaling: factor of the cosines and sines, with the same keys.
+    inv_freq: layer type -> inverse frequencies, float32 [rotated / 2]; the key is "" if all layers have the same.
+        "rotated" is the number of values of a head that rotate.
+    scaling: layer type -> factor of the cosines and sines, with the same keys.
     rope_type: the scaling type, such as "yarn", or a mapping from layer type to scaling type.
-    halved: whether tables have each cosine and sine once, not twice.
-    wide: whether tables are float32, not in the dtype of the input.
+    halved: whether results have each cosine and sine once instead of twice.
+    wide: whether results are float32 instead of the input's dtype.
     """
 
     def __init__(self, config: Any, halved: bool = False, wide: bool = False) -> None:
@@ -41,9 +42,10 @@ class Rotary:
                 self.inv_freq[kind], self.scaling[kind] = _frequencies(config, part, kinds[kind], size)
 
     def __call__(self, x: Tensor, positions: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [B, T, rotated] for ``positions`` [B, T]; [B, T, rotated / 2] if ``halved``.
+        """Return (cosines, sines) for ``positions`` [B, T], each [B, T, rotated]; [B, T, rotated / 2] if ``halved``.
 
-        x: gives the dtype, unless ``wide``. Raises SpecDecError for a scaling type that is not supported.
+        x: a tensor whose dtype the results get, unless ``wide``. layer_type: the layer type whose frequencies are used;
+        "": all layers have the same. Raises SpecDecError for a scaling type that is not supported.
         """
         if layer_type not in self.inv_freq:
             raise SpecDecError(f"rotary embeddings of type '{self.rope_type}' are not supported here")
@@ -54,13 +56,14 @@ class Rotary:
         return (angles.cos() * scaling).to(kind), (angles.sin() * scaling).to(kind)
 
     def divide(self, factors: Tensor) -> None:
-        """Divide the inverse frequencies of all layers by ``factors`` [rotated / 2]."""
+        """Divide the inverse frequencies by ``factors`` [rotated / 2], for models whose layers all have the same."""
         self.inv_freq[""] = self.inv_freq[""] / factors.to(self.inv_freq[""].dtype)
 
 
 def _frequencies(config: Any, rope: dict[str, Any], kind: str, head: int) -> tuple[Tensor, float]:
-    """Return the inverse frequencies, float32 [rotated / 2], and the factor of cosines and sines.
+    """Return (inverse frequencies, float32 [rotated / 2]; factor of the cosines and sines).
 
+    config: the text model's config. rope: its rotary parameters, or those of one layer type. kind: the scaling type.
     head: size of a head.
     """
     if kind == "proportional":  # all of the head rotates, most of it by 0
@@ -80,7 +83,10 @@ def _frequencies(config: Any, rope: dict[str, Any], kind: str, head: int) -> tup
 
 
 def _llama3(rope: dict[str, Any], frequencies: Tensor) -> Tensor:
-    """Scale rotary ``frequencies`` as Llama 3.1: low ones are divided by the factor in ``rope``, high ones stay."""
+    """Return rotary frequencies scaled as in Llama 3.1: low ones are divided by a factor, high ones stay.
+
+    rope: rotary parameters with the factor and the limits. frequencies: inverse frequencies, float32 [rotated / 2].
+    """
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     context, waves = rope["original_max_position_embeddings"], 2 * math.pi / frequencies
     found = torch.where(waves > context / low, frequencies / factor, frequencies)

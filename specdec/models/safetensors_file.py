@@ -1,4 +1,4 @@
-"""Reads the headers of safetensors files."""
+"""Read the headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_m
 
 
 def read_header(paths: Iterable[Path]) -> TensorFile:
-    """Return the description of the tensors in safetensors files. Raises SafetensorError for a broken file."""
+    """Return the descriptions of all tensors in the safetensors files ``paths``, which belong to one model.
+
+    Raises SafetensorError for a broken file.
+    """
     every, tensors = tuple(paths), dict[str, TensorInfo]()
     state = packed.stamp(every)
     for part, path in enumerate(every):
@@ -35,10 +38,10 @@ def read_header(paths: Iterable[Path]) -> TensorFile:
 
 
 def numbers_in(paths: Iterable[Path]) -> dict[str, int]:
-    """Return the number of values of each tensor in safetensors files, by name.
+    """Return {tensor name: number of its values} for the safetensors files ``paths``.
 
-    For types in which a byte may pack several values, it is the maximum of eight for each byte. Raises SafetensorError
-    for a broken file.
+    For types in which a byte may pack several values, it is the most that is possible: eight values a byte. Raises
+    SafetensorError for a broken file.
     """
     infos = read_header(paths).tensors
     return {

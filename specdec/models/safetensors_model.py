@@ -1,7 +1,7 @@
-"""Models of folders with safetensors files, without transformers' modelling classes.
+"""Load models from folders with safetensors files, without transformers' modelling classes.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once. ``build`` makes the
-model of that config, with weights mapped from the files. Transformers loads the models that they do not support.
+``write_parts`` writes config, generation config, tokenizer and chat template into a folder, once. ``build`` gives the
+model of this config the weights of the files, mapped into memory. transformers loads models that are not supported.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ SAMPLES = "It's 1,234.5 naïve  tests:\n\tπ ≠ 3 🙂 </s> {x}", "Are n't they
 
 
 def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -> bool:
-    """Return whether the model in ``folder`` becomes a ``NativeModel``, by its config.
+    """Return whether the model in ``folder`` can be loaded without transformers' modelling classes.
 
-    In bfloat16 on the CPU, all known families do. A dense Granite 4 always does: transformers has another class for it.
-    dtype: "auto" is the config's.
+    Only its config.json is read. dtype: the wanted dtype; "auto": the config's. device: where the model is to run.
+    Models of all known families are supported in bfloat16 on the CPU. A dense Granite 4, for which transformers has
+    another class, is supported on every device and in every dtype that is asked for; with "auto", its config's must be
+    bfloat16.
     """
     try:
         whole = json.loads((folder / CONFIG).read_text("utf-8"))
@@ -57,9 +59,9 @@ def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -
 
 
 def write_parts(source: Source, folder: Path) -> None:
-    """Write config, generation config, tokenizer and chat template of ``source`` into ``folder``.
+    """Write config, generation config, tokenizer and chat template of the model ``source`` into ``folder``.
 
-    Raises SpecDecError for a model or tokenizer that ``Config`` and ``Tokenizer`` do not support.
+    Raises SpecDecError for a model or tokenizer that only transformers can load.
     """
     from transformers import GenerationConfig, TokenizersBackend
 
@@ -101,11 +103,12 @@ def _read_back(tokenizer: Any, text: str) -> Any:
 
 
 def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | None:
-    """Set the weights of ``model`` that have no values yet to those of ``file``; return those that are not mapped.
+    """Set the parameters of ``model`` that have no values yet from safetensors files.
 
-    name: the model's name in messages. Experts stay in the file, in the file's type.
-    None: the names or shapes of the tensors are not those of the model. Raises SpecDecError if the weights that are not
-    mapped need more memory than is free.
+    name: the model's name in messages. file: the files' header. Weights of the model's dtype are mapped from the files,
+    and experts stay there in any dtype. Returns the weights that had to be converted, in the order of the parameters,
+    or None if the tensors have other names or shapes than the model.
+    Raises SpecDecError if converted weights need more memory than is free.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     config, found = model.config, dict[str, list[TensorInfo]]()
@@ -125,8 +128,11 @@ def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | Non
 def _tensors_of(
     parameter: str, shape: tuple[int, ...], model: NativeModel, tensors: Mapping[str, TensorInfo]
 ) -> list[TensorInfo] | None:
-    """Return the tensors that make up a parameter: one, or for experts also a matrix for each expert.
-    None: a tensor is missing, or has another shape or type."""
+    """Return the tensors that make up one parameter of ``model``; None: one is missing, or has another shape or type.
+
+    parameter: the parameter's name. shape: its shape. tensors: the file's tensors by name. It is one tensor; a
+    parameter of experts may also be a matrix for each expert.
+    """
     path, _, leaf = parameter.rpartition(".")
     module, kinds = model.get_submodule(path), (*PLAIN,)
     names: Iterable[str] = [parameter]

@@ -1,4 +1,4 @@
-"""Finds the files of a model by its name: an embedded one, a folder, a GGUF file, or a Hugging Face id to download."""
+"""Find the files of a model by its name: an embedded model, a folder, a GGUF file, or a Hugging Face id to download."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Source:
 
     name: the name by which the user gave the model.
     folder: the folder with config and tokenizer.
-    entry: the folder in specdec's cache with config and tokenizer in specdec's form; None: transformers reads them.
+    entry: the folder in specdec's cache with config and tokenizer that specdec reads itself; None: transformers reads
+        those in ``folder``.
     file: the header of the GGUF file with the weights; None: they are in safetensors files.
-    remote: whether ``folder`` lies in Hugging Face's cache. It then has the commit as its name, and may lack weights.
+    remote: whether ``folder`` lies in Hugging Face's cache. Its name is then the commit, and weights may be missing.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Source:
             hub.fetch("model", self.name, self.folder.name, WEIGHTS)
 
     def weight_files(self) -> list[Path]:
-        """Return the paths of the safetensors files, which may still have to be downloaded; [] for other formats."""
+        """Return the paths of the safetensors files, which may still have to be downloaded; []: the model has none."""
         if self.file is not None:
             return []
         if (only := self.folder / ONE_FILE).is_file():
@@ -59,7 +60,7 @@ class Source:
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
-    """Find the files of the model ``name``; for a Hugging Face id, download all files but the weights.
+    """Find the files of the model ``name``; of a Hugging Face id, download all files but the weights.
 
     revision: branch, tag or commit of a Hugging Face id; None: the latest.
     Raises SpecDecError if the model is unknown, missing or broken.
@@ -92,10 +93,11 @@ def find_source(name: str, revision: str | None = None) -> Source:
 
 
 def file_in_repository(repository: str, member: str, revision: str | None) -> Path:
-    """Download a GGUF file of a repository with all its parts; return the path of ``member``, or of its first part.
+    """Download a GGUF file of a Hugging Face repository, with all parts if it is split, and return its path.
 
-    repository: ORG/NAME. member: path in the repository, or a name for ``_named``, such as "Q4_K_M".
-    revision: branch, tag or commit; None: the latest. Raises SpecDecError if there is no such file.
+    repository: ORG/NAME. member: the file's path in the repository, or the end of its name, such as "Q4_K_M". revision:
+    branch, tag or commit; None: the latest. Of a split file, the path is that of ``member`` or of the first part.
+    Raises SpecDecError if there is no such file, or several.
     """
     if not member.endswith(".gguf"):
         files, revision = hub.list_files("model", repository, revision)
@@ -106,10 +108,11 @@ def file_in_repository(repository: str, member: str, revision: str | None) -> Pa
 
 
 def _named(repository: str, wanted: str, files: list[str]) -> str:
-    """Return the one of ``files`` that is a GGUF file named ``wanted``, or whose name ends with it, ignoring case.
+    """Return the path of the only GGUF file in a repository that is named ``wanted`` or whose name ends with it.
 
-    repository: ORG/NAME, for messages. wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M". files: paths of all files in the
-    repository. The first part stands for a split file. Raises SpecDecError unless exactly one file fits.
+    repository: ORG/NAME, for messages. wanted: such as "Qwen3-4B-Q4_K_M" or "Q4_K_M"; case is ignored. files: paths of
+    all files in the repository. The first part stands for a split file. Raises SpecDecError unless exactly one file
+    fits.
     """
     every = dict[str, str]()
     beside = names.is_companion(wanted)
@@ -130,9 +133,10 @@ def _named(repository: str, wanted: str, files: list[str]) -> str:
 
 
 def public_name(name: str, adapter: str | None = None) -> str:
-    """Return the name of a model, and of its ``adapter``, for published files: never a path of this machine.
+    """Return the name of a model for published files, which never shows a path of this machine.
 
     Embedded models and Hugging Face ids keep their name. For a file or folder, it is the last part of the path.
+    adapter: path or name of its LoRA adapter, which is added as "MODEL with ADAPTER"; None: there is none.
     """
     if adapter is not None:
         return f"{public_name(name)} with {public_name(adapter)}"
@@ -145,7 +149,10 @@ def public_name(name: str, adapter: str | None = None) -> str:
 
 @contextlib.contextmanager
 def explain_errors(name: str) -> Iterator[None]:
-    """Turn any exception in the ``with`` block, which reads the model ``name``, into a SpecDecError of one line."""
+    """Turn any exception in a ``with`` block that loads a model into a SpecDecError of one line.
+
+    name: the model's name in the message.
+    """
     try:
         yield
     except SpecDecError:

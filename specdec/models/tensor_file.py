@@ -1,4 +1,4 @@
-"""Tensors in files that are mapped into memory: what GGUF and safetensors files have in common."""
+"""Map tensors of GGUF and safetensors files into memory, by descriptions that both formats have in common."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F6
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The description of a tensor in a ``TensorFile``.
+    """The description of a tensor in a GGUF or safetensors file.
 
-    kind: name of the type: one of ``PLAIN``, another type of safetensors, or a ``gguf.GGMLQuantizationType``.
+    kind: name of the type, such as "BF16", as in safetensors or as in GGUF ("Q4_K").
     shape: sizes in PyTorch's order.
-    offset: position of the first byte in its part of the file.
+    offset: position in bytes of the first byte in its file.
     nbytes: size in bytes.
-    part: index of the part of a split file that holds the tensor.
+    part: index of the file that has the tensor, if it is one of several.
     """
 
     kind: str
@@ -32,9 +32,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A GGUF or safetensors file, or all parts of a split one.
+    """A GGUF or safetensors file with descriptions of its tensors, or all files of a model that is split into several.
 
-    paths: the parts, or the one file. state: ``packed.stamp`` of ``paths`` before they were read.
+    paths: the files in order.
+    state: sizes, times and inodes of ``paths`` before they were read, by which a change is noticed.
     tensors: descriptions of the tensors by name.
     """
 
@@ -44,11 +45,11 @@ class TensorFile:
 
     @functools.cached_property
     def maps(self) -> tuple[Tensor, ...]:
-        """Return the bytes of each part, uint8, mapped into memory."""
+        """Return the bytes of each file in ``paths``, uint8 [size], mapped into memory at the first access."""
         sizes = [path.stat().st_size for path in self.paths]
         pairs = zip(self.paths, sizes, strict=True)
         return tuple(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for path, size in pairs)
 
     def data(self, info: TensorInfo) -> Tensor:
-        """Return the bytes of a tensor, uint8 [nbytes], mapped into memory."""
+        """Return the bytes of the described tensor, uint8 [nbytes], mapped into memory."""
         return self.maps[info.part][info.offset : info.offset + info.nbytes]

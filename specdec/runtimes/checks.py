@@ -1,4 +1,4 @@
-"""Checks: whether any runtime supports a model, and whether a runtime computes its model's logits."""
+"""Checks whether any runtime supports a model, and whether a runtime computes the logits of the model's own forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from specdec.runtimes.torch.model import logits_of
 def refuse_unsupported(model: AnyModel) -> None:
     """Raise SpecDecError with the reason if no runtime supports ``model``.
 
-    It must be a decoder-only causal model whose state can be rolled back and whose attention takes tree masks.
+    A supported model is a decoder-only causal language model with an output head. Its attention implementation is
+    "sdpa" or "eager", because others take no tree masks. Types that are not in ``FAMILIES`` must also pass
+    ``refuse_tangled``.
     """
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
@@ -39,7 +41,10 @@ def refuse_unsupported(model: AnyModel) -> None:
 
 
 def refuse_tangled(model: AnyModel) -> None:
-    """Raise SpecDecError if a layer of ``model`` reads more than the output of the layer before it."""
+    """Raise SpecDecError if a layer of ``model`` reads anything but the output of the layer before it.
+
+    Such layers read the token embeddings again, or the keys and values of another layer. The model's config tells.
+    """
     kind, text = model.config.model_type, model.config.get_text_config()
     if kind in ("zamba", "zamba2") or getattr(text, "hidden_size_per_layer_input", None):
         raise SpecDecError(f"model type '{kind}' is not supported: its layers read the token embeddings again")
@@ -48,7 +53,11 @@ def refuse_tangled(model: AnyModel) -> None:
 
 
 def not_finite(model: AnyModel) -> NotFiniteError:
-    """Return the error for NaN or infinite logits of ``model``: it names the first broken weight, or else the dtype."""
+    """Return the error to raise if the logits of ``model`` are NaN or infinite.
+
+    The message names the first weight that has NaN or infinite values. If all weights are finite, it names the dtype
+    and suggests another one. Reads all weights.
+    """
     name = f"'{model.config._name_or_path}'" if model.config._name_or_path else "this model"
     for key, found in named_weights(model):
         parts = found.matrices if isinstance(found, ExpertBlocks) else (found,)
@@ -62,31 +71,49 @@ def not_finite(model: AnyModel) -> NotFiniteError:
 
 
 def _apart(found: Tensor, expected: Tensor) -> Tensor:
-    """Return the largest difference of each token, relative to the largest expected value: both [T, ...] -> [T]."""
+    """Return each token's largest absolute difference, relative to the largest absolute value of ``expected``.
+
+    found, expected: the values to compare, such as logits, [T, n] each.
+    Returns float32 [T].
+    """
     return (found.float() - expected.float()).abs().amax(-1) / expected.float().abs().max().clamp_min(1e-6)
 
 
 def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare a router's logits ``found`` [T, E] with ``expected``, and its choice ``experts`` [T, k] with the best k.
-    Return the difference of logits, and how much the chosen experts' logits are below the k largest, [T] each."""
+    """Compare the output of a router of a mixture of experts with that of an earlier run.
+
+    expected: the earlier run's logits of all E experts, [T, E].
+    found: the router's logits, [T, E].
+    experts: the k experts that the router chose for each token, int64 [T, k].
+
+    Returns two relative differences, float32 [T] each: between ``expected`` and ``found``; and between the logits of
+    the chosen experts and the k largest logits in ``found``, 0 if the choice is right.
+    """
     largest = found.topk(experts.shape[1]).values
     return _apart(expected, found), _apart(found.gather(1, experts), largest)
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:
-    """Return the ``count`` experts with the largest logits [T, E]: int64 [T, count]; the first of equal ones."""
+    """Return the indices of each token's largest logits, int64 [T, count], the largest first; of equal ones the lowest.
+
+    logits: router logits of E experts, [T, E].
+    count: number of experts that a token uses.
+    """
     return logits.sort(stable=True, descending=True).indices[:, :count]
 
 
 @contextmanager
 def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
-    """Let tokens use the experts with the largest ``logits`` in the model's own modules, in the ``with`` block.
+    """Let tokens use the experts with the largest ``logits`` in the modules of ``model``, in the ``with`` block.
 
-    If two experts nearly tie, rounding decides, and results differ much. So two runs are compared with the same
-    experts, and by the logits of their routers.
-    logits: router logits, float32 [T, layers, experts].
-    known: whether ``logits`` are given. If not, the first run writes its own logits there.
-    Yields a list that gets, if ``known``, two differences [T] for each router (``_of_router``).
+    Rounding decides between experts whose logits nearly tie, and another expert gives another result. So two runs are
+    compared with the same experts for each token, and by the logits of their routers.
+
+    model: the causal language model, whose modules run in the block.
+    logits: router logits of all T tokens, float32 [T, layers, experts]; with 0 experts, the block has no effect.
+    known: whether ``logits`` are given. If not, each router writes its own logits there and chooses by them.
+
+    Yields a list. If ``known``, each router that runs appends the two differences [T] that ``_of_router`` returns.
     """
     differences = list[Tensor]()
 
@@ -109,11 +136,16 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
 def check_logits(target: Target) -> float:
     """Compare the logits of ``target`` with those of its model's own forward, and raise SpecDecError if they differ.
 
-    Passes over 8 tokens, 1 token and 2 tokens, each split into two ranges of layers, are compared with one forward, in
-    which tokens use the same experts.
+    The target runs 11 tokens in passes of 8, 1 and 2 tokens, each of which is split into two ranges of layers. The
+    model runs all 11 in one forward, in which each token uses the same experts.
 
-    Returns the median difference over positions, relative to the largest logit; the largest for the head and all
-    routers. It is a median because in 16 bits single positions of correct runtimes may differ much.
+    Returns the relative difference: the median over positions of the largest difference of a position's logits,
+        relative to the largest logit of all. It is the maximum of the medians of the first 8 and of the other
+        positions, for the output head and each router. A single position may differ much in 16 bits, also in a correct
+        runtime.
+
+    Raises SpecDecError if it is 1e-4 or more in float32, or 5e-2 or more in 16 bits, or if the layers do not run one by
+    one; NotFiniteError if the model's own logits are not finite.
     """
     model, kind = target.model, target.model.config.model_type
     (prompt, n), device, layers = (8, 11), target.device, target.num_layers

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: its linear layers by slot, and low-rank adapters."""
+"""The parts of a decoder layer: its linear layers by the input they read, its kind, and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from specdec.models.gguf.blocks import BlockLinear
 class Adapters(nn.Module):
     """Changes of a model's layers for drafts: ``y += up(down(x))`` for linear layers, and MLPs with fewer neurons.
 
-    Runtimes may round the result. ``up`` starts at zero, so untrained adapters change nothing.
+    ``up`` starts at zero, so untrained adapters change nothing. A runtime may merge them into weights that it
+    quantizes.
 
     rank: inner size r of the low-rank factors.
-    paths: by layer number, module paths of the linear layers that are changed.
-    neurons: by layer number, how many neurons of the MLP a pass runs; in other layers, all neurons run.
-    lasting: whether the adapters are those of a trained drafter, so that a runtime may store what it derives from them.
+    paths: by layer number, module paths of the linear layers that are changed, such as "mlp.down_proj".
+    neurons: by layer number, the number of MLP neurons that run; in a layer that is missing here, all neurons run.
+    lasting: whether the values are final, as in a trained drafter, so that a runtime may store what it derives from
+        them.
     """
 
     lasting = False
@@ -29,10 +31,11 @@ class Adapters(nn.Module):
     def __init__(
         self, shapes: Mapping[int, Mapping[str, tuple[int, int]]], rank: int, neurons: Mapping[int, int] | None = None
     ) -> None:
-        """Make untrained adapters.
+        """Make untrained adapters. Until values are loaded, the first neurons of an MLP run.
 
         shapes: ``{layer: {module path: (in_features, out_features)}}`` of the linear layers to change.
-        rank: inner size of the low-rank factors. neurons: number of neurons that run, by layer; None: all.
+        rank: inner size of the low-rank factors.
+        neurons: ``{layer: number of MLP neurons that run}``; None: all neurons of all layers.
         """
         super().__init__()
         self.neurons = dict(neurons or {})
@@ -52,18 +55,21 @@ class Adapters(nn.Module):
         return f"{layer}/{path.replace('.', '/')}"
 
     def factors(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return ``{module path: (down [r, in], up [out, r])}`` of one layer; {} if it has no adapters."""
+        """Return a layer's low-rank factors, ``{module path: (down [rank, in_features], up [out_features, rank])}``.
+
+        The module paths are relative to the layer. The result is {} if the adapters change no linear layer of it.
+        """
         return {
             path: (getattr(self, self._key(layer, path) + "/down"), getattr(self, self._key(layer, path) + "/up"))
             for path in self.paths.get(layer, ())
         }
 
     def kept(self, layer: int) -> Tensor | None:
-        """Return the indices of the neurons of a layer's MLP that a pass runs, ascending, int64 [I']; None: all."""
+        """Return the ascending indices of the MLP neurons of a layer that run, int64 [count]; None: all neurons run."""
         return getattr(self, f"{layer}/neurons").long() if layer in self.neurons else None
 
     def digest(self) -> str:
-        """Return a SHA-256 of all values, 64 hex digits."""
+        """Return a SHA-256 of the names, shapes, dtypes and values of all tensors of the adapters, as 64 hex digits."""
         found = hashlib.sha256()
         for name, values in self.state_dict().items():
             found.update(f"{name} {tuple(values.shape)} {values.dtype} ".encode())
@@ -71,12 +77,16 @@ class Adapters(nn.Module):
         return found.hexdigest()
 
     def changes(self, layer: int) -> bool:
-        """Return whether the adapters change ``layer``."""
+        """Return whether the adapters change decoder layer ``layer``: its linear layers, or the neurons of its MLP."""
         return layer in self.paths or layer in self.neurons
 
 
 def check_rotary(rotary: Any) -> None:
-    """Raise SpecDecError for rotary embeddings whose tables depend on more than the position."""
+    """Raise SpecDecError if the cosines and sines of a rotary embedding depend on more than the token's position.
+
+    rotary: the rotary embedding module of a model. Types "dynamic" and "longrope" also depend on the length of the
+        text.
+    """
     kinds = getattr(rotary, "rope_type", "default")
     for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
         if not isinstance(kind, str) or "dynamic" in kind or kind == "longrope":
@@ -84,28 +94,32 @@ def check_rotary(rotary: Any) -> None:
 
 
 def recurrent(layer: Any) -> bool:
-    """Return whether a decoder layer has the gated delta rule instead of attention."""
+    """Return whether a decoder layer module has a recurrent mixer, the gated delta rule, instead of attention."""
     return hasattr(layer, "linear_attn")
 
 
 def has_experts(layer: Any) -> bool:
-    """Return whether the MLP of a decoder layer is a mixture of experts."""
+    """Return whether the MLP of a decoder layer module is a mixture of experts."""
     return hasattr(layer.mlp, "experts")
 
 
 def router(mlp: Any) -> Any:
-    """Return the router module of a mixture of experts.
+    """Return the router module of an MLP module that is a mixture of experts.
 
-    Its outputs are the logits of all experts [T, E], and the weights and indices [T, k] of those that tokens use.
+    The router's forward returns, for T tokens, a tuple of the logits [T, E] of all E experts, and the weights [T, k]
+    and the indices [T, k] of the k experts that each token uses.
     """
     return mlp.router if hasattr(mlp, "router") else mlp.gate
 
 
 def modules(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """Return the linear layers of a decoder layer, ``{slot: [(module path, module), ...]}``, outputs in packed order.
+    """Return the linear layers of a decoder layer by the input they read, ``{slot: [(module path, module), ...]}``.
 
-    The slots are "qkv", "out", "gate_up" and "down". A recurrent layer has its inputs in "qkv"; a mixture of experts
-    has no "gate_up" and "down". Raises SpecDecError for modules other than linear layers.
+    A slot is such a group, which a runtime can run as one linear layer with the outputs joined in this order. The slots
+    are "qkv" (all inputs of attention or of the recurrent mixer), "out" (its output projection), "gate_up" and "down"
+    (of the MLP). Layers with a mixture of experts have no "gate_up" and "down".
+
+    Raises SpecDecError for modules other than ``nn.Linear`` and ``BlockLinear`` (a linear layer with GGUF weights).
     """
     if recurrent(layer):
         parts = ("qkvz", "ba") if hasattr(layer.linear_attn, "in_proj_qkvz") else ("qkv", "z", "b", "a")

@@ -1,4 +1,4 @@
-"""The arguments of ``Target.draft_rows``, by which a runtime drafts along a path of layers, and its result."""
+"""The arguments and results of ``Target.draft_rows``, which drafts tokens by a few of the target's layers (M2R2)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ Nodes = tuple[list[float], list[int], list[int], list[list[float]]]
 
 @dataclass(eq=False)
 class DraftPath:
-    """The layers and projections that a draft runs from a token's embedding to the logits of the next token (M2R2).
+    """The projections and layers that turn a token's embedding into the draft logits of the next token (M2R2).
 
-    projections: linear layers. Number s maps [residual; previous final state; previous input of segment s], each
-        divided by its RMS, to the input of segment s. The last one maps [residual; previous final state] to the final
-        state. "Previous" is the token before.
-    segments: ranges of layers [lo, hi) that run with ``adapters``.
+    A token runs through projection 0, the layers of segment 0, projection 1, the layers of segment 1, and so on. A last
+    projection, if there is one more than segments, gives the final state, which the output heads read.
+
+    projections: linear layers, each of whose inputs is divided by its RMS. Projection s maps [embedding; final state of
+        the token before; input of segment s of the token before] to the input of segment s [D]. The one after the last
+        segment maps [result of the layers; final state of the token before] to the final state [D].
+    segments: ranges [lo, hi) of the target's layers that run with ``adapters``.
     adapters: changes of these layers.
-    heads: output heads for the final state, whose outputs are joined; None: the model's own. The last one may grow.
-    tokens: token id of each output, int64 [V']; None: the outputs are the token ids. It is replaced if heads change.
-    made: cache of objects that runtimes make of the path.
+    heads: output heads that read the final state; their logits are concatenated. None instead of a head: the target's
+        own. The last head may get more outputs later.
+    tokens: token id of each logit, int64 [V']; None: logit i is of token i. A new tensor replaces it when heads change.
+    made: cache of objects that runtimes derive from the path, under keys of their own.
     """
 
     projections: Sequence[UnitMap]
@@ -47,12 +51,16 @@ class DraftPath:
 
 
 class Sampled(NamedTuple):
-    """How the tokens of a row are sampled, so that drafts use the same noise.
+    """How the tokens of one sequence are sampled, so that its drafts use the same random noise as the target.
 
-    seed, stream: key of the row's noise.
-    place: position of the token after the root, which is the length of the text.
-    temperature: 0: greedy. top_k: 0: all tokens. top_p, min_p: as in ``SamplingParams``.
-    noise: returns the noise of tokens, float32 on the CPU, given a position, V, and the tokens' ids (None: all V).
+    seed, stream: two integers that are the key of the sequence's noise.
+    place: position of the first token to draft, which is the number of tokens of the text so far.
+    temperature: divides the logits; 0: decoding is greedy.
+    top_k: number of likeliest tokens that can be sampled; 0: all tokens.
+    top_p: least total probability of the likeliest tokens that can be sampled; 1: all tokens.
+    min_p: least probability of a token that can be sampled, relative to the likeliest one; 0: all tokens.
+    noise: function ``noise(position, V, ids)`` that returns the Gumbel noise at a position for the token ids ``ids``
+        [n] (None: all V tokens), float32 on the CPU, [n] or [V].
     """
 
     seed: int
@@ -67,14 +75,18 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class TreeLimits:
-    """How far to grow a draft tree.
+    """Limits of a draft tree that grows level by level. Level 0 has the children of the root, the text's last token.
+
+    A node is a drafted token. Its path probability is the probability that all tokens up to it are accepted.
 
     levels: maximum number of levels.
-    width: number of children of a node; with one row, also the maximum number of nodes of a level that get children.
-    level: cost of drafting a level, in accepted tokens. Another level is drafted while its expected gain is at least
-        ``level``: the sum of max(0, probability of the node's path * rate of the level - ``node``) over the nodes.
-    node: cost of a node, in accepted tokens. With one row, nodes whose term is 0 get no children.
-    rates: acceptance rate of each level after accepted levels; (): 1 for all. The last one holds for further levels.
+    width: number of children of a node. With one sequence, also the maximum number of nodes of a level that get
+        children.
+    level: cost of drafting one more level, in accepted tokens. The next level n is drafted while the sum, over the
+        nodes to get children, of max(0, path probability * ``rate(n)`` - ``node``) is at least ``level``.
+    node: cost of a node, in accepted tokens. With one sequence, nodes whose term in that sum is 0 get no children.
+    rates: for each level, the probability that it has the right token after a right path. Further levels have the last
+        rate; (): all have 1.
     """
 
     levels: int
@@ -84,26 +96,32 @@ class TreeLimits:
     rates: Sequence[float] = ()
 
     def rate(self, level: int) -> float:
-        """Return the probability that a token of ``level``, from 0 on, is accepted after an accepted path."""
+        """Return the probability that a level has the right token, if the path before it is accepted.
+
+        level: index of the level from 0 on. Levels beyond ``rates`` have the last rate; without rates, the result is 1.
+        """
         return self.rates[min(level, len(self.rates) - 1)] if self.rates else 1.0
 
 
 @dataclass
 class DraftRoots:
-    """The root token of each of B rows, and the states of the token before it.
+    """Where the drafts of B sequences begin: their roots (last tokens), and the states of the tokens before the roots.
 
-    tokens: token ids of the roots. positions: their positions.
-    final: final states of the last T tokens [B, T, D]. T is 1 for several rows.
-    carried: for each segment of the path, its input states of these tokens [B, T, D].
-    place: index of the token before the root among the T tokens.
-    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
-    sampled: seed, position and filters of each row's sampling; None: all rows are greedy.
-    tables: for each row, three calibration tables (``calibrated``): for probabilities by the path's heads, by the other
-        source where the heads have no candidates, and by the other source elsewhere. None: no calibration.
-    given: for each row, the tree of another source, such as n-grams, which the draft extends; None: there is none.
-    masks: the tokens that a single row may draft; None: all.
-    choice: which nodes the device takes itself, so that the host need not read them before they are scored. Then all
-        levels are drafted. None: the host reads the candidates.
+    tokens: token id of each root, [B].
+    positions: position of each root in its sequence, [B].
+    final: final states of T recent tokens of each sequence, [B, T, D]; T is 1 if there are several sequences.
+    carried: for each segment of the draft path, the input states of the same T tokens [B, T, D].
+    place: index among these T tokens of the token before the root.
+    forbidden: outputs of the path's second head that a sequence may not draft, bool [B, outputs]; None: there are none.
+    sampled: how each sequence is sampled; None: all are greedy.
+    tables: for each sequence, calibration tables as in ``calibrated``, [B][1, or 3 with ``given``][11]; None: no
+        calibration. The first is for probabilities by the path's heads. The third is for tokens that only the other
+        source has, after a node where the heads have candidates, and the second for all other tokens of that source.
+    given: for each sequence, a tree from another source, such as n-grams, that the draft extends; None: there is no
+        source.
+    masks: function from the tokens after the root to the tokens that may follow, for a single sequence; None: all may.
+    choice: rule by which the device selects the nodes to score, so that the host need not read the candidates first.
+        All levels are then drafted. None: the host reads the candidates and selects.
     """
 
     tokens: Sequence[int]
@@ -120,13 +138,18 @@ class DraftRoots:
 
 
 class LevelNodes(NamedTuple):
-    """The C candidate tokens of each of B rows, as tensors on the target's device, parents before children.
+    """The C candidate tokens of each of B sequences, as tensors on the target's device, parents before children.
 
-    scores: float32 [B, C], as in ``speculation.candidates.Candidates``; -inf: there is no such node.
-    tokens: token ids, int64 [B, C]. parents: 0: the root, i + 1: node i, int64 [B, C].
-    raw: raw probabilities of each of S sources, float32 [B, S, C]. With another source's tree these are that source
-        where the heads have no candidates, that source elsewhere, and the heads; else the heads.
-    depths: level of each node, int64 [B, C]; the root's children have 1.
+    Node i is candidate i; the root, the last token of the text, is no node.
+
+    scores: logarithm of the calibrated probability that the path to the node is accepted, float32 [B, C]; -inf: there
+        is no such node.
+    tokens: token ids, int64 [B, C]; -1 in nodes that only pad a sequence (``given_of``).
+    parents: parent of each node, int64 [B, C]; 0: the root, i + 1: node i, -1: padding.
+    raw: probability of each node after its parent, not calibrated, float32 [B, S, C], by each of S sources; 0: the
+        source does not have the node. S is 1: the draft's output heads. S is 3 if another source's tree is included:
+        that source after nodes where the heads have no candidates, that source elsewhere, and the heads.
+    depths: level of each node, int64 [B, C]; 1 for children of the root.
     """
 
     scores: Tensor
@@ -136,20 +159,30 @@ class LevelNodes(NamedTuple):
     depths: Tensor
 
     def packed(self) -> Tensor:
-        """Return all fields but ``depths`` as one tensor, int64 [B, C (3 + S)], so that one read gets all of them.
+        """Return all fields but ``depths`` as one tensor, int64 [B, C (3 + S)], so that one read gets them all.
 
-        Of floating-point numbers it has the 32 bits.
+        For each sequence it has the C scores, tokens and parents, and then the C raw probabilities of each of S
+        sources. Floating-point values are there as integers with the same 32 bits.
         """
         scores, raw = (part.contiguous().view(torch.int32).long() for part in (self.scores, self.raw.flatten(1)))
         return torch.cat((scores, self.tokens, self.parents, raw), 1)
 
     def lists(self) -> list[Nodes]:
-        """Return the nodes of each row as lists, with one read of the device."""
+        """Return the candidates of each sequence as lists (scores, tokens, parents, raw), with one read of the device.
+
+        Nodes with score -inf are left out. raw is a list for each source.
+        """
         return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
 
     @staticmethod
     def unpacked(row: Sequence[int], count: int) -> Nodes:
-        """Convert a row of ``packed``, as a list, to lists of scores, tokens, parents and raw. count: C."""
+        """Convert one sequence's part of ``packed`` to lists of scores, tokens, parents and raw probabilities.
+
+        row: the integers of the sequence, [C (3 + S)].
+        count: C, the number of candidates. Those with score -inf are left out, and parents are renumbered.
+
+        The raw probabilities are a list for each source.
+        """
         whole = np.array(row, np.int32)
         scores, _, _, *raw = whole.view(np.float32).reshape(-1, count).tolist()
         tokens, parents = list(row[count : 2 * count]), list(row[2 * count : 3 * count])
@@ -164,14 +197,16 @@ class LevelNodes(NamedTuple):
 
 
 class DeviceChoice(NamedTuple):
-    """The rule by which a device selects nodes from each row's candidates, the likeliest first.
+    """The rule by which a device selects nodes to score from the candidates of B sequences, the likeliest first.
 
-    nodes: maximum number for a row, M.
-    depths: for each row, the maximum depth of its nodes; 0: none.
-    prices: the price of scoring n = 0, 1, .. nodes of all rows, in tokens: nodes that are not worth it are not taken;
-        (): all are worth it.
-    allowance: expected loss, in tokens, that is still accepted, to explore.
-    beyond: what a node of each row costs beyond ``prices``; (): nothing.
+    As many nodes are taken as have the largest expected gain: the sum of their path probabilities less their price.
+
+    nodes: maximum number of nodes of a sequence, M.
+    depths: for each sequence, the maximum depth of its nodes, [B]; 0: it gets none.
+    prices: the price of scoring n = 0, 1, .. nodes of all sequences together, in accepted tokens; (): scoring is free,
+        and all nodes within the other limits are taken.
+    allowance: expected loss, in accepted tokens, below which the best number of nodes is taken, as exploration.
+    beyond: for each sequence, the price of each of its nodes in addition to ``prices``, [B]; (): 0.
     """
 
     nodes: int
@@ -182,14 +217,16 @@ class DeviceChoice(NamedTuple):
 
 
 class DeviceTree(NamedTuple):
-    """The M selected nodes of each of B rows on a device; the host knows them after it has read ``packed``.
+    """The at most M nodes to score that a device selected for each of B sequences; the host has not read them yet.
 
-    tokens: int64 [B, M], parents before children; -1: there is no node.
-    depths: depth of the root (0) and of each node, int64 [B, 1 + M].
-    ancestors: which of the root and the nodes are on a node's path, bool [B, 1 + M, 1 + M].
-    packed: int64 [B, M + C (3 + S)]: indices of the nodes among the candidates (-1: none), and the candidates as in
-        ``LevelNodes.packed``.
-    sources: S.
+    In dimensions of size 1 + M, entry 0 is the root, and entry i + 1 is node i.
+
+    tokens: token ids, int64 [B, M], parents before children; -1: there is no node.
+    depths: depth of each entry, int64 [B, 1 + M]; 0 for the root.
+    ancestors: whether entry j is entry i or an ancestor of it, bool [B, 1 + M (i), 1 + M (j)].
+    packed: what the host reads, int64 [B, M + C (3 + S)]: for each node its index among the C candidates (-1: there is
+        no node), then the candidates as ``LevelNodes.packed`` returns them.
+    sources: number of sources S whose raw probabilities the candidates have.
     """
 
     tokens: Tensor
@@ -200,10 +237,13 @@ class DeviceTree(NamedTuple):
 
 
 def calibrated(p: Tensor, tables: Tensor | None) -> Tensor:
-    """Return calibrated probabilities of raw probabilities ``p`` [B, ...], interpolated in each row's table.
+    """Map raw probabilities to calibrated ones: the share of such candidates that were accepted so far.
 
-    tables: for each row, the calibrated probability at each of the log-odds ``KNOTS``, [B, 11]; None: ``p`` is
-        returned.
+    p: raw probabilities of B sequences, [B, ...].
+    tables: for each sequence, the calibrated probability at the log-odds -4, -3, .. 6, [B, 11], between which the
+        result is interpolated; None: no calibration, ``p`` is returned.
+
+    Returns probabilities in the shape of ``p``.
     """
     if tables is None:
         return p

@@ -12,11 +12,13 @@ from specdec.models.gguf.blocks import DEQUANTIZE_CHUNK, BlockLinear, weight_row
 
 
 class GatedMLP(NamedTuple):
-    """The linear layers of an MLP ``down(act(gate(x)) * up(x))``.
+    """The linear layers of the MLP ``down(act(gate(x)) * up(x))`` of a decoder layer, which has I neurons.
 
-    ins: gate and up, or one linear layer for both, by path in the decoder layer.
+    Paths are module paths relative to the decoder layer, such as "mlp.up_proj".
+
+    ins: ``{path: module}`` of gate and up, in this order, or of one linear layer that computes both.
     out: path of ``down``.
-    down: the last linear layer.
+    down: the module of ``down``.
     size: number of neurons, I.
     """
 
@@ -26,17 +28,24 @@ class GatedMLP(NamedTuple):
     size: int
 
     def rows(self, kept: Tensor) -> Tensor:
-        """Return the rows of each layer in ``ins`` that compute the neurons ``kept``, int64 [I']."""
+        """Return which rows of the weight of each layer in ``ins`` compute the neurons ``kept``, int64 [I'] or [2 I'].
+
+        kept: indices of I' neurons, int64 [I']. A layer for gate and up together has two rows for each neuron.
+        """
         return kept if len(self.ins) == 2 else torch.cat((kept, kept + self.size))
 
     def shapes(self, count: int) -> dict[str, tuple[int, int]]:
-        """Return ``{path: (in_features, out_features)}`` of the linear layers of an MLP with ``count`` neurons."""
+        """Return ``{path: (in_features, out_features)}`` of this MLP's linear layers with only ``count`` neurons."""
         wide: Any = next(iter(self.ins.values()))
         d = int(wide.in_features)
         return dict.fromkeys(self.ins, (d, 2 * count // len(self.ins))) | {self.out: (count, d)}
 
     def weight(self, path: str, kept: Tensor) -> Tensor:
-        """Return the weight [out, in] of the linear layer ``path`` with only the neurons ``kept``, int64 [I']."""
+        """Return the weight [out, in] of one linear layer of this MLP with only the neurons ``kept``.
+
+        path: path of the linear layer, as in ``ins`` or ``out``.
+        kept: indices of the neurons, int64 [I'].
+        """
         if path in self.ins:
             return weight_rows(self.ins[path], self.rows(kept))
         down: Any = self.down
@@ -44,7 +53,11 @@ class GatedMLP(NamedTuple):
         return found
 
     def bias(self, path: str, kept: Tensor) -> Tensor | None:
-        """Return the bias of the linear layer ``path`` with only the neurons ``kept``; None: there is none."""
+        """Return the bias [out] of one linear layer of this MLP with only the neurons ``kept``; None: it has no bias.
+
+        path: path of the linear layer, as in ``ins`` or ``out``.
+        kept: indices of the neurons, int64 [I']. The bias of ``down`` stays whole.
+        """
         module: Any = self.ins.get(path, self.down)
         if module.bias is None or path not in self.ins:
             return None if module.bias is None else module.bias.detach()
@@ -53,7 +66,10 @@ class GatedMLP(NamedTuple):
 
 
 def gated_mlp(block: nn.Module) -> GatedMLP | None:
-    """Return the linear layers of a decoder layer's MLP; None if it is a mixture of experts or of another form."""
+    """Return the linear layers of a decoder layer's gated MLP; None: it is a mixture of experts, or has another form.
+
+    block: the module of the decoder layer.
+    """
     mlp: Any = getattr(block, "mlp", None)
     names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
     maps: list[Any] = [getattr(mlp, name, None) for name in (*names, "down_proj")]
@@ -65,9 +81,13 @@ def gated_mlp(block: nn.Module) -> GatedMLP | None:
 
 
 def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Return weight and bias of a decoder layer's MLP with only the neurons ``kept``, int64 [I'], by module path.
+    """Return weight and bias of each linear layer of a decoder layer's MLP with only some neurons, by module path.
 
-    {} if ``kept`` is None or the MLP has another form: all neurons run.
+    block: the module of the decoder layer.
+    kept: indices of the neurons, int64 [I']; None: all, and the result is {}.
+
+    Returns ``{path: (weight [out, in], bias [out] or None)}``; {} also for an MLP that is not of the form of
+    ``GatedMLP``.
     """
     mlp = gated_mlp(block)
     if kept is None or mlp is None:
@@ -76,11 +96,14 @@ def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor
 
 
 def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
-    """Return how much each neuron of a decoder layer's MLP adds to the residual, float32 [I].
+    """Return how much each neuron of a decoder layer's MLP adds to the residual stream on sample inputs, float32 [I].
 
-    For neuron i, it is the sum of |down[:, i] a_i|^2 over the rows of ``h``, where a_i is the neuron's activation.
-    h: inputs of the layer [n, D]. The MLP runs on them without attention, which changes the order of neurons little.
+    For neuron i, it is the sum over the n inputs of |down[:, i]|^2 a_i^2, where a_i is the neuron's activation. The MLP
+    runs on the layer's inputs without attention, which changes the order of the neurons little.
+
+    block: the module of the decoder layer, which must have a gated MLP (``gated_mlp``).
     model_type: the model's type, which gives the name of the norm before the MLP.
+    h: inputs of the decoder layer, [n, D].
     """
     mlp = gated_mlp(block)
     assert mlp is not None

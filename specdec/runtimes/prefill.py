@@ -1,4 +1,4 @@
-"""Runs known tokens through a model: prompts, and text that a second model has not seen."""
+"""Runs known tokens through a target model and commits them to its KV cache, such as the tokens of prompts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ PASS_TOKENS = 512  # maximum tokens of a row per pass: bounds the memory of mask
 
 
 def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Run the tokens of each row (at least one) in passes of ``PASS_TOKENS``, and commit them to ``cache``.
+    """Run known tokens of B sequences, up to ``PASS_TOKENS`` of each in a pass, and commit them to ``cache``.
 
-    Returns the final states [B, 1, D] of each row's last token.
+    target: the model. cache: its KV cache, whose B sequences the tokens continue.
+    rows: for each sequence its token ids, at least one.
+
+    Returns the final states (inputs of the final norm) of each sequence's last token, [B, 1, D].
     """
     last: Tensor | None = None
     for start in range(0, max(map(len, rows)), PASS_TOKENS):
@@ -39,12 +42,18 @@ def run_tokens(
     whole: bool = False,
     every: list[Tensor] | None = None,
 ) -> Tensor:
-    """Run the tokens of each row (some rows may have none) in one pass, and commit them to ``cache``.
+    """Run known tokens of B sequences through all layers in one pass, and commit them to ``cache``.
 
-    Returns the final states [B, 1, D] of each row's last token.
-    taps: for each layer that is a key, the value is set to the layer's input states [B, 1, D] of the last tokens or, if
-        ``whole``, of all tokens [B, T, D], padded on the right; None: no states.
-    every: a list that gets, for each row, the final states [n, D] of its n tokens; None: no states.
+    rows: for each sequence, the ids of its next tokens; some of the sequences may have none.
+    taps: layers whose input states are wanted, by number. The value of each key is replaced by the input states of that
+        layer: of each sequence's last token [B, 1, D] or, if ``whole``, of all tokens [B, T, D], padded on the right.
+        None: no states are wanted.
+    whole: whether ``taps`` get the states of all tokens.
+    every: a list to which the final states of all tokens are appended, one tensor [tokens, D] for each sequence; None:
+        they are not wanted.
+
+    Returns the final states (inputs of the final norm) of each sequence's last token, [B, 1, D]; those of a sequence
+    without tokens are meaningless.
     """
     counts, device = list(map(len, rows)), cache.device
     mask: Mask

@@ -1,4 +1,4 @@
-"""Chooses the runtime of a model: the fastest one that supports it on this machine, or the one named."""
+"""Chooses the runtime of a model: the fastest one that supports it on this machine, or the one that is named."""
 
 from __future__ import annotations
 
@@ -30,12 +30,18 @@ ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache",
 
 
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
-    """Return whether these settings (values as in ``make_target``) need the native runtime, and so the CPU."""
+    """Return whether these settings are possible only in the native runtime, which runs on CPUs.
+
+    runtime, weights, kv_cache: values as in ``make_target``, such as "native", "int4" and "int8".
+    """
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
 
 def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
-    """Raise SpecDecError for a name that ``make_target`` does not know."""
+    """Raise SpecDecError if a setting is not one of its known values, with a suggestion if the value looks mistyped.
+
+    runtime, weights, kv_cache: the settings, whose values ``make_target`` explains.
+    """
     for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache), strict=True):
         if value not in (known := get_args(kind)):
             meant = did_you_mean(FORMER.get(value, value) if what == "runtime" else value, known)
@@ -51,18 +57,21 @@ def make_target(
     expert_prefetch: bool = False,
     packed: bool = True,
 ) -> tuple[Target, str]:
-    """Return ``model`` in a runtime, and a one-line note on why a faster runtime is not used, or "".
+    """Make the target: ``model`` in the runtime that runs it.
 
-    runtime: "native", "torch", "transformers", or "auto": native (CPUs) if it supports the model on this machine, else
-        torch, else transformers.
+    runtime: "native" (compiled CPU kernels), "torch", "transformers" (the model's own forward), or "auto": the first of
+        these that supports the model on this machine.
     weights: "auto": as loaded; GGUF blocks stay, and the native runtime multiplies them with activations in 8 bits.
         "dense": dequantized to 16 or 32 bits. "int8", "int4" (native runtime): layers are quantized, also in ``model``.
-    kv_cache: "auto": in the model's dtype. "int8" (native runtime): 8 bits.
-    expert_cache: share (float) or bytes (int) of a mixture's experts that stays in memory (native runtime); None: all
-        experts, or as many as there is memory for.
+    kv_cache: format of keys and values. "auto": the model's dtype. "int8" (native runtime): 8 bits.
+    expert_cache: how many of a mixture's experts stay in memory, as a share (float) or in bytes (int) (native runtime);
+        None: all experts, or as many as there is memory for.
     expert_prefetch: whether experts are read ahead by forecasts.
-    packed: whether the native runtime stores packed weights in the model's cache entry and reads stored ones.
-    Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if it does not fit.
+    packed: whether the native runtime reads packed weights from a file in the model's cache entry, or writes that file.
+
+    Returns the target, and a one-line note why faster runtimes are not used, or "".
+
+    Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if memory is full.
     """
     check_names(runtime, weights, kv_cache)
     asked = {"weights": weights, "kv_cache": kv_cache, "expert_cache": expert_cache}

@@ -1,4 +1,4 @@
-"""The target model as embed / layers [lo, hi) / readout over our cache: the interface of all runtimes."""
+"""The interface of all runtimes: embed tokens, run layers [lo, hi) with a KV cache, and compute logits."""
 
 from __future__ import annotations
 
@@ -35,26 +35,28 @@ UNLIMITED = ("full_attention", "attention", "linear_attention", "conv", "mamba",
 
 
 class Target(ABC):
-    """A causal language model in one runtime: embed tokens, run a range of layers, read out logits.
+    """A causal language model in one runtime: embed tokens, run a range of layers, compute logits.
 
     A subclass gives ``runtime``, ``logit_difference``, ``embed``, ``layers``, ``readout`` and ``linears``; all else has
     a default. Several threads may use a target, each with its own caches. Shared state is made under the model's lock.
 
     runtime: name of the runtime.
     model: the model of transformers, or a ``NativeModel``.
-    num_layers, hidden_size, vocab_size: N, D, V.
-    context: maximum number of positions.
-    windows: attention window of each layer in tokens; None: no limit.
-    fingerprint: identifies the weights as loaded (``identity.fingerprint``).
-    own_head: the model's output head.
-    ragged: whether a pass takes rows with different numbers of tokens, one row after the other.
-    weight_format, kv_cache, activations: formats of weights, of keys and values, and of activations, for reports.
-    logit_difference: difference from the model's own logits in the self-check, relative to the largest logit.
+    num_layers, hidden_size, vocab_size: N, D and V in the shapes below.
+    context: maximum number of positions of a text.
+    windows: for each layer, its attention window in tokens; None: no limit.
+    fingerprint: hash that identifies the weights as loaded (``identity.fingerprint``).
+    own_head: module of the model's output head.
+    ragged: whether a pass takes sequences with different numbers of tokens, one behind the other without padding.
+    weight_format, kv_cache, activations: formats of weights, of keys and values, and of activations, as text for
+        reports.
+    logit_difference: difference between the logits of this runtime and of the model's own forward, measured when the
+        target was made, relative to the largest logit.
     tokenizer: the model's tokenizer, for drafters with a model of their own; None: unknown.
-    recurrent_layers: numbers of the recurrent layers, with which a text can be resumed only at checkpoints.
-    experts: the expert cache; None: all experts are in memory.
-    keys: number of key heads and size of each, if layers can run in ``Lanes`` in place of a ``KVCache``; None: they
-        cannot.
+    recurrent_layers: numbers of the recurrent layers. With these, a text can be resumed only at checkpoints.
+    experts: the cache of a mixture's experts that are on disk; None: all experts are in memory.
+    keys: (number of key heads, size of each) if layers can run in a static cache (``static_cache``) in place of a
+        ``KVCache``; None: they cannot.
     """
 
     runtime: str
@@ -72,22 +74,30 @@ class Target(ABC):
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Return the input of layer 0 [B, T, D] for token ids and positions, both int64 [B, T]."""
+        """Return the input of layer 0, [B, T, D], for token ids ``ids`` and ``positions``, both int64 [B, T]."""
 
     @abstractmethod
     def layers(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> Tensor:
-        """Run layers [lo, hi) on ``x`` [B, T, D], appending their keys and values to the cache; return [B, T, D]."""
+        """Run layers [lo, hi) on hidden states, append keys and values to the KV cache; return the output [B, T, D].
+
+        x: input of layer ``lo``, [B, T, D].
+        ctx: positions, mask, KV cache and options of the pass.
+        """
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        """Return the logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, logit cap.
+        """Return the logits [B, T, V] of final states: the final norm, the output head, and the logit cap if any.
 
-        head: an output head with V outputs; None: the model's own.
+        x: output of the last layer, [B, T, D].
+        head: an output head to use, with V outputs; None: the model's own.
         """
 
     @abstractmethod
     def linears(self, layer: int) -> dict[str, tuple[int, int]]:
-        """Return ``{module path: (in_features, out_features)}`` of a layer's linear layers that adapters can change."""
+        """Return the linear layers of a layer that adapters can change, ``{module path: (in_features, out_features)}``.
+
+        layer: number of the decoder layer, to which the module paths are relative.
+        """
 
     # -- what it may override ------------------------------------------------------------------------------------------
 
@@ -111,8 +121,9 @@ class Target(ABC):
         self.device, self.dtype = model.device, model.dtype
 
     def beside(self, model: AnyModel) -> Target:
-        """Return ``model``, whose embedding and output head are this target's, as a target in the same runtime.
+        """Return a second model as a target in the same runtime, without a second copy of what both share.
 
+        model: a model whose embedding and output head are this target's, such as a draft model.
         Raises SpecDecError if the runtime does not support it.
         """
         return type(self)(model)
@@ -122,20 +133,29 @@ class Target(ABC):
         return KVCache(self.num_layers, batch, self.device, recurrent=recurrent, limit=self.context)
 
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
-        """Return lists of the tensors ``also``, int64 [B, n], and last the greedy tokens [B][T], in one device read.
+        """Return the greedy token at each position, and read tensors of the device at the same time, in one transfer.
 
-        x: final states [B, T, D]. The greedy token is the first with the largest logit; -1 if that is not finite.
+        x: final states, [B, T, D].
+        also: further integer tensors to read, [B, n] each.
+
+        Returns a list: first each tensor of ``also`` as nested lists, and last the greedy tokens [B][T]. A greedy token
+            is the first one with the largest logit; it is -1 if that logit is not finite.
         """
         return download(*also, largest(self.readout(x)))
 
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
-        """Draft along ``path``: a tree if ``cache`` has one row, chains with siblings if it has several.
+        """Draft along ``path`` for each sequence of ``cache``: a tree for one, chains with siblings for several.
 
-        Returns the candidates of each row, or the tree that the device selects by the roots' ``choice``. Rows that are
-        sampled draft with their noise. The cache is unchanged afterwards.
-        roots: last tokens and states of the rows. limits: limits of the tree's growth.
+        A sequence that is sampled drafts with its noise. The cache is unchanged afterwards.
+
+        roots: last token of each sequence, states before it, and what restricts the draft.
+        path: the projections, layers and output heads that draft.
+        limits: limits of the tree's growth.
+
+        Returns the candidates of each sequence as lists or, if ``roots.choice`` is given, the tree that the device
+        selected.
         """
         choice, waits = roots.choice, self.device.type == "cpu"
         rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)
@@ -160,10 +180,14 @@ class Target(ABC):
         carried: Sequence[Tensor],
         forbidden: Tensor | None,
     ) -> PathStep:
-        """Return the function that runs the tokens of a level along ``path``, in ``cache``.
+        """Return the callable that runs the tokens of a level along ``path``; the draft calls it level by level.
 
-        heads: as in ``DraftPath``. before: positions of the roots, int64 [B].
-        final, carried, forbidden: as in ``PathStep``.
+        cache: the KV cache, or the lanes of a static cache in a captured function.
+        heads: output heads whose logits are concatenated; None instead of a head: the model's own.
+        before: position of each root in its sequence, int64 [B].
+        final: final states of the token before each root, [B, 1, D].
+        carried: for each segment of the path, its input states of that token, [B, 1, D].
+        forbidden: outputs of the second head that a sequence may not draft, bool [B, outputs]; None: there are none.
         """
 
         def positions(x: Tensor, level: int) -> Tensor:
@@ -186,60 +210,73 @@ class Target(ABC):
         rows: Any,
         lanes: InLanes | None = None,
     ) -> list[Tensor]:
-        """Return the tensors [B, ...] that ``function(whole, rows)`` returns.
+        """Return the tensors [B, ...] of ``function(whole, rows)``; a runtime may record the function and replay it.
 
-        A runtime may record the function once for each ``key`` and shapes of its arguments, and replay it. It may add
-        padding to the rows, and the next call may write over what this one has returned.
+        A recording, such as a CUDA graph, is made for each ``key`` and shapes of the arguments. The runtime may pad the
+        rows to a larger B for the call. The next call may overwrite the returned tensors.
 
-        key: all else that the function depends on; it stays alive with the recorded function.
-        function: reads no result, and uses no tensor but its arguments, ``lanes``, and what never moves.
-        whole, rows: nested tuples of tensors and None. Tensors of ``rows`` are [B, ...].
-        lanes: where the rows are in a static cache (``static_cache``). The function then gets ``(lanes.numbers,
-            whole)``. None: the function uses none.
+        key: everything else that the function's result depends on. The runtime keeps it alive with the recording.
+        function: takes ``(whole, rows)``. It must not read values on the host, and uses no tensors but its arguments,
+            ``lanes``, and tensors whose memory never moves.
+        whole: nested tuples of None and tensors without a batch dimension.
+        rows: nested tuples of tensors [B, ...] and None, with an entry for each sequence.
+        lanes: which lanes of a static cache (``static_cache``) the B sequences are in. The function then gets
+            ``(lanes.numbers, whole)`` instead of ``whole``. None: the function uses no static cache.
         """
         return list(function(whole, rows))
 
     def static_cache(self, layers: Sequence[int], keys: tuple[int, int]) -> StaticCache | None:
-        """Return an empty static cache for captured functions; None: this runtime captures none.
+        """Return an empty KV cache at fixed addresses, for captured functions; None: the runtime captures none.
 
-        layers: numbers of the layers. keys: their number of key heads, and the size of each.
+        layers: numbers of the layers that have keys and values.
+        keys: (number of key heads, size of each) of these layers.
         """
         return None
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
-        """Prepare ``head`` for ``readout``, yielding after each short step; else the first ``readout`` does so."""
+        """Prepare an output head for ``readout``: a generator that yields after each short step of the work.
+
+        Without this, the first ``readout`` with the head does all the work. The default has nothing to prepare.
+        """
         yield from ()
 
     @property
     def kernels(self) -> str:
-        """Return the name of the processor or of the kernels: targets with another name may round differently."""
+        """Return the name of the GPU, CPU or kernels in use; targets with different names may round differently."""
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if cuda else machine.processor_name()
 
     @property
     def token_costs(self) -> TokenCosts:
-        """Return the expected times of a token in a pass, relative to reading the weights."""
+        """Return estimates of the time that one token takes in a pass, relative to the time of reading the weights."""
         return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes that are allocated for keys and values and not used by any row."""
+        """Return the bytes of memory that are allocated for keys and values but not used by any sequence."""
         return 0
 
     def block(self, layer: int) -> nn.Module:
-        """Return the module of a decoder layer; by default ``model.model.layers[layer]``."""
+        """Return the module of the decoder layer with number ``layer``; by default ``model.model.layers[layer]``."""
         found: nn.Module = self.model.model.layers[layer]  # type: ignore[union-attr, index]
         return found
 
     def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
-        """Return the output head restricted to ``token_ids``, int [V']: ``readout(x, head)`` gives [B, T, V'].
+        """Return an output head for only some tokens: ``readout(x, head)`` then gives logits [B, T, V'].
 
-        lasting: whether later processes will need the same head, so that a runtime may store what it derives from it.
+        token_ids: the tokens, int [V'].
+        lasting: whether later processes need the same head, so that a runtime may store what it derives from it.
         """
         return GivenLinear(*self._head_rows(token_ids))
 
     def extended_head(self, head: GrowingLinear | None, token_ids: Tensor) -> GrowingLinear:
-        """Return ``head`` (None: no outputs) with further outputs for ``token_ids``, int [n]; reads only their rows."""
+        """Return an output head with the outputs of ``head`` and, after them, those of further tokens.
+
+        Only the further tokens' rows of the model's weight are read.
+
+        head: the head so far; None: it has no outputs.
+        token_ids: the further tokens, int [n].
+        """
         return GrowingLinear(head, *self._head_rows(token_ids))
 
     def _head_rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -250,18 +287,19 @@ class Target(ABC):
 
 @dataclass
 class Pass:
-    """The context of a pass of T tokens of each of B rows through layers [lo, hi).
+    """What a pass of T tokens of each of B sequences through layers [lo, hi) needs, besides the hidden states.
 
-    positions: int64 [B, T].
-    mask: the result of ``cache.register(lo, positions, ...)``.
-    cache: the KV cache that the pass appends keys and values to.
-    taps: states to collect: for each key l with lo <= l <= hi, the pass sets the value to the input of layer l (for
-        l = hi, the output).
-    adapters: changes of the layers for all tokens; None: none.
-    routed: float32 [B T, hi, experts], which the pass fills with router logits, if the runtime has its own routers.
-    ids: token ids, int64 [B, T], which layers with embeddings of their own read; None: unknown.
-    choose: returns the experts [B T, k] that tokens use, given the layer and its router logits [B T, E], if the runtime
-        has its own routers; None: the experts with the largest logits.
+    positions: position of each token, int64 [B, T].
+    mask: which cached keys each token attends to: the result of ``cache.register(lo, positions, ...)``.
+    cache: the KV cache that the layers append keys and values to.
+    taps: hidden states to collect, by layer number. For each key l with lo <= l <= hi, the pass sets the value to the
+        input [B, T, D] of layer l, which for l = hi is the output of the pass. None: no states.
+    adapters: changes of the layers, which apply to all tokens; None: none.
+    routed: float32 [B T, hi, experts], which a runtime with its own routers fills with the router logits of layers [lo,
+        hi); None: they are not wanted.
+    ids: token ids, int64 [B, T], for layers that have embeddings of their own; None: unknown.
+    choose: function from a layer's number and its router logits [B T, E] to the experts that tokens use, int64 [B T,
+        k], in a runtime with its own routers; None: the experts with the largest logits.
     in_place: whether the pass may write its output over its input.
     """
 
@@ -276,18 +314,18 @@ class Pass:
     in_place: bool = False
 
     def known_ids(self) -> Tensor:
-        """Return ``ids``. Raises SpecDecError if they are unknown."""
+        """Return ``ids``, the token ids [B, T]. Raises SpecDecError if they are None."""
         if self.ids is None:
             raise SpecDecError("the layers of this model read each token's embedding, which this drafter does not tell")
         return self.ids
 
 
 class TokenCosts(NamedTuple):
-    """Estimated times of one token in a pass, over the time of reading the weights.
+    """Estimated times of one token in a pass, each divided by the time of reading all weights once.
 
-    multiply: time of multiplying a token by the weights.
-    read: time of reading the keys and values of a cached token; 0: unknown.
-    attend: time of multiplying a token by the keys and values of a cached token; 0: unknown.
+    multiply: time of multiplying the token by all weights.
+    read: time of reading the keys and values of one cached token; 0: unknown.
+    attend: time of multiplying the token by the keys and values of one cached token; 0: unknown.
     """
 
     multiply: float
@@ -296,7 +334,7 @@ class TokenCosts(NamedTuple):
 
 
 class GivenLinear(nn.Linear):
-    """A linear layer with given values, without the cost of random ones."""
+    """A linear layer with a given weight [out, in] and bias [out] (None: no bias), without random initial values."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
@@ -306,15 +344,16 @@ class GivenLinear(nn.Linear):
 
 
 class WholeMemory(GivenLinear):
-    """A linear layer whose weight other layers still change. Nothing may copy it."""
+    """A linear layer whose weight changes in place while other layers grow, so that nothing may copy it."""
 
 
 class RowMemory:
-    """Memory for the rows of a growing matrix, shared by ``GrowingLinear`` of different lengths.
+    """Memory for the weight rows of an output head that grows; ``GrowingLinear`` layers of different lengths share it.
 
-    values: [capacity, in]. used: number of rows that are set; these never change, and the others are 0.
+    values: the rows, [capacity, in_features].
+    used: number of rows that are set. Set rows never change, and all others are 0.
     packed: the rows in a runtime's own format; None: not made yet.
-    whole: a linear layer with all rows, also those that are set later.
+    whole: a linear layer with all ``capacity`` rows as outputs, also those that are set later.
     """
 
     def __init__(self, rows: Tensor, capacity: int) -> None:
@@ -326,9 +365,14 @@ class RowMemory:
 
 
 class GrowingLinear(GivenLinear):
-    """The linear layer ``before`` (None: no outputs) with further outputs ``weight`` [n, in] after its own.
+    """A linear layer that has the outputs of the layer ``before`` and, after them, n more. ``before`` is unchanged.
 
-    Uses the memory of ``before`` if that has room, else a copy with twice the rows. memory: the rows.
+    The rows are added in the memory of ``before`` if it has room, else a copy is made with room for twice as many rows.
+
+    before: the layer to extend; None: there are no outputs yet.
+    weight: weight of the further outputs, [n, in_features].
+    bias: bias of the further outputs, [n]; None: the layers have no bias.
+    memory: the memory that holds the weight.
     """
 
     memory: RowMemory
@@ -359,7 +403,11 @@ class GrowingLinear(GivenLinear):
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Return the attention window of each layer in tokens; None: no limit. Raises SpecDecError for unknown kinds."""
+    """Return the attention window of each layer in tokens; None: the layer attends to all earlier tokens.
+
+    config: the model's text config. A ``Chunk`` is the size of a chunk instead: tokens attend only within their chunk.
+    Raises SpecDecError for a layer type that is unknown.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
@@ -380,13 +428,19 @@ _finding = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> Any:
-    """Return the reentrant lock of ``model``. A caller that changes the model, or needs it unchanged, holds it."""
+    """Return the reentrant lock of ``model``, one for each model.
+
+    A caller that changes the model, or needs it unchanged for a while, holds the lock.
+    """
     with _finding:
         return _locks.setdefault(model, threading.RLock())
 
 
 def largest(logits: Tensor) -> Tensor:
-    """Return the argmax of ``logits`` [B, T, V], int64 [B, T]: the first of equal ones; -1: the best is not finite."""
+    """Return the index of the largest logit at each position, int64 [B, T], for ``logits`` [B, T, V].
+
+    Of equal logits, the first one counts. The index is -1 where the largest logit is not finite.
+    """
     best = logits.argmax(-1)
     finite = logits.gather(-1, best[..., None])[..., 0].isfinite()
     return best.masked_fill(~finite, -1)

@@ -4,11 +4,11 @@
 model are replaced:
 
     part of the model                 during the call
-    decoder layers 0 to N - 1         ``_Gate``: the first one puts the call's ``x`` in the place of the embeddings; all
-                                      run their layer if it is in [lo, hi), and record states
-    recurrent mixer of such a layer   ``_Mixer``: runs it from the states in the ``KVCache``
+    decoder layers 0 to N - 1         ``_Gate``: runs its layer if that is in [lo, hi), else returns its input; the
+                                      first one puts the input of layer lo in the place of the token embeddings
+    recurrent mixer of such a layer   ``_Mixer``: runs the mixer with the states in the ``KVCache``
     argument ``past_key_values``      ``_Bridge``: the ``KVCache`` with the interface of transformers' ``Cache``
-    argument ``attention_mask``       the call's mask, in the form that the layers take (``with_mask``)
+    argument ``attention_mask``       the mask of the pass, in the form that the layers take (``with_mask``)
 
 So position embeddings, rotary tables, final norms and logit caps are the model's own.
 """
@@ -42,15 +42,21 @@ STEPPED_TOKENS = 16  # up to this many tokens, running them one by one is faster
 
 
 class TransformersTarget(Target):
-    """The fallback runtime: exact on any decoder-only Hugging Face model, checked on load.
+    """The fallback runtime: runs any decoder-only Hugging Face model by its own ``forward``; checked when made.
 
-    A call changes the model while it runs, under the model's lock, so threads take turns. Raises SpecDecError with the
-    reason for unsupported models.
+    Modules of the model are replaced while a call runs, under the model's lock, so threads take turns. Raises
+    SpecDecError with the reason for an unsupported model.
 
-    extra_outputs: number of results of a layer besides hidden states; None: hidden states alone, not in a tuple.
+    attention: the model's attention implementation, "sdpa" or "eager".
+    base: the model without its output head.
+    decoder, head: (owner module, attribute name) of the list of decoder layers, and of the output head.
+    blocks: the modules of the decoder layers.
+    mixers: for each layer, attribute name of its recurrent mixer; None: it has attention.
+    mask_index: index of the attention mask among a layer's positional arguments after the hidden states; None: it has
+        no argument of that name.
+    extra_outputs: number of values that a layer returns in a tuple after the hidden states; None: it returns a tensor.
     probed: whether ``extra_outputs`` is known.
-    bridge: the cache of the call that runs; None: none runs.
-    mixers: for each layer, name of its recurrent mixer; None: it has attention.
+    bridge: the KV cache of the call that runs, for the layers; None: none runs.
     """
 
     runtime = "transformers"
@@ -120,11 +126,17 @@ class TransformersTarget(Target):
         return self.blocks[layer]
 
     def as_output(self, hidden: Tensor) -> Any:
-        """Return ``hidden`` in the form in which the model's layers return it: a tensor or a tuple."""
+        """Return hidden states in the form of a layer's output: a tensor, or a tuple that None fills up.
+
+        hidden: hidden states, [B, T, D].
+        """
         return hidden if self.extra_outputs is None else (hidden, *[None] * self.extra_outputs)
 
     def _probe(self, ids: Tensor, positions: Tensor) -> None:
-        """Run the first layer on the model's own embeddings to find the form of its outputs."""
+        """Run the first layer to find out whether layers return a tensor or a tuple; set ``extra_outputs``.
+
+        ids, positions: token ids and positions of the pass, int64 [B, T].
+        """
         cache = self.new_cache(ids.shape[0])
         mask = cache.register(0, positions)
         self._pass(_Call(hi=1, mask=mask), Pass(positions, mask, cache))
@@ -169,7 +181,11 @@ class TransformersTarget(Target):
             yield
 
     def _narrowed(self, adapters: Adapters, layer: int) -> dict[str, nn.Module]:
-        """Return the linear layers of a layer's MLP with the neurons that ``adapters`` keep, by path. Cached."""
+        """Return the linear layers of an MLP with only the neurons that ``adapters`` run, by module path. Cached.
+
+        adapters: the adapters that choose the neurons.
+        layer: number of the decoder layer, to which the paths are relative. {}: all its neurons run.
+        """
         made = self._narrow.setdefault(adapters, {})
         if layer not in made:
             maps = narrow_maps(self.blocks[layer], adapters.kept(layer))
@@ -179,7 +195,17 @@ class TransformersTarget(Target):
     def with_mask(
         self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], mask: Mask | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of ``layer`` with ``mask`` in the layer's form as the attention mask."""
+        """Return the arguments of a decoder layer's forward with the attention mask replaced by ``mask``.
+
+        The mask takes the form of the attention implementation: bool for "sdpa", 0 and the least number for "eager",
+            both [B, 1, T, S], or None for "sdpa" if attention is simply causal.
+
+        layer: number of the decoder layer, whose window the mask gets.
+        args, kwargs: the layer's arguments after the hidden states.
+        mask: which keys each token attends to.
+
+        Returns the new (args, kwargs).
+        """
         assert mask is not None
         window, (batch, t), length = self.windows[layer], mask.query.shape, mask.length
         key = ("hf", window)
@@ -200,10 +226,14 @@ class TransformersTarget(Target):
 
 @dataclass
 class _Call:
-    """One call of the model on layers [lo, hi).
+    """One call of the model's ``forward``, in which only layers [lo, hi) run.
 
-    x: input of layer ``lo`` [B, T, D]; None: the model's embeddings, which are then the result.
-    mask, taps: as in ``Pass``. result: the output, set by the gates.
+    x: input of layer ``lo``, [B, T, D]; None: the model's own token embeddings.
+    lo, hi: the layers to run. lo = hi: none.
+    mask: which cached keys each token attends to; None: no layer runs.
+    taps: hidden states to collect, [B, T, D] by layer number: the input of a layer, or of ``hi`` the output of the last
+        one.
+    result: set by the call: the output of layer ``hi - 1``, or the token embeddings if no layer runs, [B, T, D].
     """
 
     x: Tensor | None = None
@@ -215,7 +245,10 @@ class _Call:
 
 
 class _Replacement(nn.Module):
-    """A module that replaces ``inner`` during one call. Other attributes are those of ``inner``."""
+    """A module that stands in the place of the module ``inner`` during one call, and has all attributes of it.
+
+    ``inner`` is not registered as a submodule.
+    """
 
     inner: Any
 
@@ -231,7 +264,15 @@ class _Replacement(nn.Module):
 
 
 class _Gate(_Replacement):
-    """Replaces decoder layer ``index`` of ``target`` during ``call``."""
+    """Stands in the place of a decoder layer while the model's ``forward`` runs, so that only layers [lo, hi) run.
+
+    A layer outside that range is skipped: its input is returned. Hidden states are stored where the call asks for them.
+
+    inner: the decoder layer.
+    target: the runtime, which knows the form of masks and outputs.
+    index: number of the layer.
+    call: the range of layers, their input, and where results are stored.
+    """
 
     def __init__(self, inner: nn.Module, target: TransformersTarget, index: int, call: _Call) -> None:
         super().__init__(inner)
@@ -240,9 +281,12 @@ class _Gate(_Replacement):
         self.call = call
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer if it is in [lo, hi), and return the states after it in the form of the model's layers.
+        """Run the layer if it is in the call's range [lo, hi), and return its output; else return its input.
 
-        hidden: the states before the layer [B, T, D]; for layer 0, the model's embeddings.
+        hidden: input of the layer, [B, T, D]. For layer 0 it is the token embeddings, which the input of layer lo
+            replaces.
+        args, kwargs: further arguments of the layer. The attention mask among them is replaced by the call's.
+        Returns the hidden states [B, T, D], in a tuple if the model's layers return tuples.
         """
         call, target, index = self.call, self.target, self.index
         if index == 0:
@@ -263,10 +307,12 @@ class _Gate(_Replacement):
 
 
 class _Mixer(_Replacement):
-    """Replaces the recurrent mixer of a layer during a call: it reads and leaves its states in the ``KVCache``.
+    """Stands in the place of a layer's recurrent mixer during a call, and keeps the mixer's states in the ``KVCache``.
 
-    index: number of the layer. bridge: the cache of the call.
-    tree: which earlier tokens of the draft each token follows (``Mask.ancestors``); None: all.
+    inner: the recurrent mixer.
+    index: number of the layer.
+    bridge: the KV cache of the call, as the mixer reads it.
+    tree: which uncommitted tokens each token follows, bool [T, U] or [B, T, U]; None: all before it.
     """
 
     def __init__(self, inner: nn.Module, index: int, bridge: _Bridge, tree: Tensor | None) -> None:
@@ -276,14 +322,20 @@ class _Mixer(_Replacement):
         self.tree = tree
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the mixer's output [B, T, D] for ``hidden_states`` [B, T, D]. It runs without an attention mask."""
+        """Run the mixer on hidden states [B, T, D] after the states in the KV cache, and return its output [B, T, D].
+
+        args, kwargs: the mixer's further arguments; the attention mask is replaced by None.
+        """
         arguments = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
         advance = self.bridge.advance(lambda x: self.inner(x, *args, **arguments), self._most_stepped())
         out: Tensor = self.bridge.kv.run_recurrent(self.index, hidden_states, self.tree, advance)
         return out
 
     def _most_stepped(self) -> float:
-        """Return the maximum number of tokens that run one by one after earlier ones."""
+        """Return up to how many tokens are run one by one, and not in one scan, if earlier tokens have left states.
+
+        Infinity: always, because the mixer scans several tokens only from an empty state.
+        """
         if hasattr(self.inner, "dt_proj"):  # Mamba scans several tokens only from an empty state
             return math.inf
         if hasattr(self.inner, "A_log") and hasattr(self.inner, "D"):  # Mamba 2 pads them to a chunk
@@ -292,10 +344,11 @@ class _Mixer(_Replacement):
 
 
 class _Bridge(Cache):
-    """A ``KVCache`` with the interface of transformers' ``Cache``, for attention layers and recurrent mixers.
+    """A ``KVCache`` with the interface of transformers' ``Cache``, for the attention and recurrent mixers of one call.
 
-    states: states of the recurrent layer that runs.
-    adapted: whether adapters are applied in this call.
+    kv: the KV cache.
+    states: states of the recurrent layer that runs, by (kind, number), [B, ...] each; {} before the first token.
+    adapted: whether adapters add their low-rank terms at present.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -341,7 +394,14 @@ class _Bridge(Cache):
         return recurrent_states
 
     def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
-        """Return ``mixer`` as a function of its states. most: maximum tokens that run one by one after earlier ones."""
+        """Return a function that runs a mixer from given states: ``(x, states, adapted) -> (output, new states)``.
+
+        Here x and the output are [B, T, D], states are by (kind, number), and adapted says whether adapters apply.
+
+        mixer: a recurrent mixer's forward, [B, T, D] -> [B, T, D], which reads and writes ``states`` of this object.
+        most: maximum number of tokens that are run one by one if there are earlier states; more run in one call of the
+            mixer.
+        """
 
         def run(x: Tensor, states: States, adapted: bool) -> tuple[Tensor, States]:
             self.states, self.adapted, single = dict(states), adapted, bool(states) and x.shape[1] <= most
@@ -365,7 +425,7 @@ def _adapter_hook(target: TransformersTarget, down: Tensor, up: Tensor) -> Any:
 
 
 def _mixer(block: nn.Module) -> str | None:
-    """Return the name of the child module with a convolution over time, the recurrent mixer; None: there is none."""
+    """Return the name of a decoder layer's recurrent mixer, its child with an ``nn.Conv1d``; None: it has none."""
     for name, child in block.named_children():
         if any(isinstance(part, nn.Conv1d) for part in child.children()):
             return name
@@ -373,8 +433,11 @@ def _mixer(block: nn.Module) -> str | None:
 
 
 def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple[nn.Module, str]:
-    """Return the owner of the first module that is ``wanted``, and the module's name in it.
-    problem: the end of the SpecDecError if there is none."""
+    """Find the first module that satisfies ``wanted``; return (its parent module, its attribute name there).
+
+    root: the model that is searched.
+    problem: end of the message of the SpecDecError that is raised if there is none, such as "hides its output head".
+    """
     for owner in root.modules():
         for name, child in owner.named_children():
             if wanted(child):

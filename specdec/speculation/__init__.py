@@ -1,1 +1,1 @@
-"""What drafters and verifiers share: drafts and their acceptance, trees, sampling, and the registry of plug-ins."""
+"""What drafters, verifiers and the engine share: drafts, acceptance, draft trees, sampling, the plug-in registry."""

@@ -10,15 +10,16 @@ from typing import NamedTuple
 
 
 class Candidates(NamedTuple):
-    """A tree of candidate tokens after the root of one row, parents before children; lists have an entry for each node.
+    """A tree of candidate tokens after the root of one row (sequence), parents before children.
 
-    The root is the last token of the text. It is no node, and no level is counted for it: its children are level 1.
+    The root is the last token of the text. It is no node of the tree; its children are at level (depth) 1. All lists
+    have one entry for each node.
 
-    scores: for each node, the logarithm of the calibrated probability that the path to the node is accepted.
-    tokens: the token id of each node.
+    scores: logarithm of the calibrated probability that the path from the root to the node is accepted.
+    tokens: the token ids.
     parents: the parent of each node; 0: the root, i + 1: node i.
-    raw: for each source (``Traits.sources``), the raw probability that the source gives each node after the node's
-        parent, not calibrated; 0: the source does not have the node.
+    raw: raw[s][i] is the probability, not calibrated, that source s (such as n-grams) gives node i after its parent; 0:
+        the source does not have the node.
     """
 
     scores: list[float]
@@ -28,31 +29,31 @@ class Candidates(NamedTuple):
 
     @classmethod
     def none(cls, sources: int = 1) -> Candidates:
-        """Return an empty tree. sources: number of sources, so the length of ``raw``."""
+        """Return a tree without nodes. sources: number of sources of probabilities, which is the length of ``raw``."""
         return cls([], [], [], [[] for _ in range(sources)])
 
     @classmethod
     def chain(cls, rates: Sequence[float]) -> Candidates:
-        """Return a chain of unknown tokens (-1), one for each of ``rates``, without raw probabilities.
+        """Return a chain of unknown tokens (id -1), one for each of ``rates``, without raw probabilities.
 
-        rates: the probability of each token to be accepted if the ones before are, in (0, 1].
+        rates: the probability of each token to be accepted if those before it are, in (0, 1].
         """
         scores = itertools.accumulate(math.log(rate) for rate in rates)
         return cls([*scores], [-1] * len(rates), [*range(len(rates))], [])
 
     def levels(self) -> int:
-        """Return the number of the tree's levels, the root's not counted; 1 for an empty tree."""
+        """Return the depth of the deepest node; 1 for an empty tree."""
         return max(self.depths(), default=1)
 
     def depths(self) -> list[int]:
-        """Return the level of each node, [n]; children of the root are at level 1, the root is not listed."""
+        """Return the depth of each node; children of the root have depth 1. The root is not listed."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
         return depths[1:]
 
     def within(self, most: int) -> Candidates:
-        """Return the tree without the nodes below level ``most`` (0: without any)."""
+        """Return the tree of the nodes whose depth is at most ``most``; 0: an empty tree."""
         depths = self.depths()
         deep = max(depths, default=0) > most
         return self.only([node for node, depth in enumerate(depths) if depth <= most]) if deep else self
@@ -60,7 +61,7 @@ class Candidates(NamedTuple):
     def path(self, tokens: Sequence[int]) -> list[int]:
         """Return the indices of the nodes along ``tokens`` from the root, up to the first token that the tree lacks.
 
-        tokens: the ids of the tokens that follow the root.
+        tokens: token ids that follow the root.
         """
         nodes = {own: node for node, own in enumerate(zip(self.parents, self.tokens, strict=True))}
         found: list[int] = []
@@ -71,12 +72,15 @@ class Candidates(NamedTuple):
         return found
 
     def source(self, node: int) -> int:
-        """Return the index in ``raw`` of the source that gives the node of index ``node`` the largest probability."""
+        """Return the index of the source in ``raw`` that gives node ``node`` the largest raw probability."""
         raw = [each[node] for each in self.raw]
         return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Return, for levels 1, 2, .., the expected number of accepted tokens: the sum of the nodes' probabilities."""
+        """Return, for depths 1, 2, .., the expected number of accepted tokens at that depth.
+
+        It is the sum of the probabilities that the paths to the nodes at the depth are accepted.
+        """
         depths = self.depths()
         found = [0.0] * max(depths, default=0)
         for depth, score in zip(depths, self.scores, strict=True):
@@ -84,13 +88,16 @@ class Candidates(NamedTuple):
         return found
 
     def best(self, count: int) -> Candidates:
-        """Return the tree of the ``count`` nodes with the best scores; a parent never scores less than its children."""
+        """Return the tree of the ``count`` nodes with the best scores; of equal scores, the first nodes.
+
+        It is a tree, because no node scores better than its parent.
+        """
         if len(self.tokens) <= count:
             return self
         return self.only(sorted(sorted(range(len(self.tokens)), key=lambda i: (-self.scores[i], i))[:count]))
 
     def only(self, indices: Sequence[int]) -> Candidates:
-        """Return the tree of the nodes with the sorted ``indices``, which must include the parent of each node."""
+        """Return the tree of the nodes ``indices``, sorted indices that include the parent of each of these nodes."""
         index = {0: 0} | {node + 1: new for new, node in enumerate(indices, start=1)}
         scores, tokens = [self.scores[node] for node in indices], [self.tokens[node] for node in indices]
         raw = [[own[node] for node in indices] for own in self.raw]
@@ -99,11 +106,13 @@ class Candidates(NamedTuple):
 
 @dataclass
 class CandidateSet:
-    """The candidates that a draft was chosen from.
+    """The candidates of all rows (sequences) of a batch that a draft was chosen from.
 
     rows: the candidates of each row.
-    levels: the number of levels that were drafted one after the other; 0: none, as by n-grams.
-    without_levels: the nodes of each row that would be drafted without levels; None: there is no such draft.
+    levels: number of draft levels, each one forward pass of the drafter; 0: the candidates needed no such pass, as with
+        n-grams.
+    without_levels: for each row the nodes that would have been drafted without any such pass; None: there is no such
+        draft.
     """
 
     rows: Sequence[Candidates]

@@ -1,9 +1,9 @@
 """Constraints on the output: a JSON schema, a regular expression, a grammar or a list of texts.
 
-Masks come from llguidance (extra ``structured``). A constraint is a logits processor, a function of the tokens before a
-position: drafted positions get the masks of their own prefixes, in chains and trees, and rejected tokens leave no
-trace. After a complete text only an end token is allowed. If a model reasons in a block before it answers, the
-constraint begins after the end of that block.
+The package llguidance (extra ``structured``) computes which tokens are allowed. A constraint is a logits processor, a
+function of the tokens before a position: drafted tokens get the masks of their own prefixes, in chains and trees, and
+rejected tokens leave no trace. After a complete text only an end token is allowed. If a model reasons in a <think>
+block before it answers, the constraint begins after the end of that block.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ _tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = We
 
 
 class Constraint:
-    """A rule that the new text must follow: base class of ``Json``, ``Regex``, ``Grammar`` and ``Choice``.
+    """A rule that the generated text must follow: base class of ``Json``, ``Regex``, ``Grammar`` and ``Choice``.
 
-    A subclass is a dataclass whose first field is the rule. It gives ``kind``, and overrides ``source`` if that field
-    is no text, and ``grammar`` if the source is no Lark grammar. ``compile_constraint`` uses both.
+    A subclass is a dataclass whose first field holds the rule. It sets ``kind``. It overrides ``source`` if that field
+    is not text, and ``grammar`` if the source is not a grammar in llguidance's variant of Lark.
 
-    kind: name of the constraint in messages.
+    kind: name of the constraint in error messages.
     """
 
     kind: str
 
     @property
     def source(self) -> str:
-        """The constraint as text. ``compile_constraint`` refuses more than ``LONGEST`` characters with SpecDecError."""
+        """The constraint as text: by default the first field. ``compile_constraint`` refuses very long texts."""
         source: str = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return source
 
     def grammar(self, matcher: Any) -> str:
-        """Return the constraint as llguidance's grammar. Raises ValueError if the source is invalid.
+        """Return the constraint as a grammar string of the package llguidance.
 
-        matcher: llguidance's class ``LLMatcher``.
+        Raises ValueError if the constraint's source is invalid. matcher: llguidance's class ``LLMatcher``.
         """
         return str(matcher.grammar_from_lark(self.source))
 
 
 @dataclass(frozen=True)
 class Json(Constraint):
-    """Allows JSON of a schema, with the spaces of ``{"a": 1, "b": [2, 3]}`` and on one line.
+    """Constraint that allows only JSON text of a schema, on one line and spaced like ``{"a": 1, "b": [2, 3]}``.
 
-    schema: the JSON schema as a mapping or as text, or a pydantic model.
+    schema: the JSON schema as a mapping or as text, or a pydantic model class.
     """
 
     schema: Any
@@ -93,13 +93,13 @@ class Json(Constraint):
 
 
 def _refuse_constant(name: str) -> None:
-    """Raise an error for the constant ``name`` (NaN or Infinity), which Python's JSON parser would accept."""
+    """Raise ValueError for the constant ``name`` (such as NaN or Infinity), which Python's JSON parser would accept."""
     raise ValueError(f"{name} is not JSON")
 
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """Allows text that matches the regular expression ``pattern`` from its beginning to its end."""
+    """Constraint that allows only text which the regular expression ``pattern`` matches from beginning to end."""
 
     pattern: str
     kind = "regular expression"
@@ -110,7 +110,7 @@ class Regex(Constraint):
 
 @dataclass(frozen=True)
 class Grammar(Constraint):
-    """Allows text of a grammar. lark: the grammar in llguidance's variant of Lark."""
+    """Constraint that allows only text of a grammar. lark: the grammar, in llguidance's variant of Lark."""
 
     lark: str
     kind = "grammar"
@@ -118,7 +118,7 @@ class Grammar(Constraint):
 
 @dataclass(frozen=True)
 class Choice(Constraint):
-    """Allows one of the strings ``texts``, none of which is empty."""
+    """Constraint that allows only one of the strings ``texts``, none of which may be empty."""
 
     texts: Sequence[str]
     kind = "choice"
@@ -131,10 +131,10 @@ class Choice(Constraint):
 
 
 def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tensor:
-    """Return ``scores`` [..., V'] with -inf for tokens that are not allowed.
+    """Return logits ``scores`` [..., V'] with -inf for tokens that are not allowed.
 
     allowed: whether a token is allowed, bool [V]; None: no token is.
-    vocab: the token ids of ``scores``, int64 [V']; None: all.
+    vocab: the token ids of ``scores``, int64 [V']; None: the index of a logit is its token id.
     """
     if allowed is None:
         return torch.full_like(scores, float("-inf"))
@@ -143,7 +143,7 @@ def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tens
 
 
 class CompiledConstraint:
-    """A constraint that is compiled for one model. ``state`` makes the processor of one row.
+    """A constraint that is compiled for one model; ``state`` makes the logits processor of one row (sequence).
 
     matcher: llguidance's matcher at the beginning of the text.
     vocab_size: V, the size of the model's vocabulary.
@@ -161,17 +161,23 @@ class CompiledConstraint:
         self.reasoning[[end for end in ends if end < vocab_size]] = False
 
     def state(self, prompt: Sequence[int]) -> ConstraintState:
-        """Return the logits processor of one row. prompt: its token ids, which may end within a reasoning block."""
+        """Return the logits processor of one row (sequence).
+
+        prompt: token ids of the row's prompt, which may end in a reasoning block.
+        """
         return ConstraintState(self, prompt)
 
 
 def compile_constraint(
     constraint: Constraint, tokenizer: Any, vocab_size: int, ends: frozenset[int]
 ) -> CompiledConstraint:
-    """Return ``constraint`` compiled for a model whose texts end with one of the tokens ``ends``.
+    """Compile ``constraint`` for a model, and return it.
 
-    Raises SpecDecError if it is invalid, longer than ``LONGEST`` characters, or allows nothing, and if the model cannot
-    be constrained or llguidance is not installed. vocab_size: V, the size of the model's vocabulary.
+    Raises SpecDecError if the constraint is invalid, longer than ``LONGEST`` characters, or allows no text; if the
+    tokenizer cannot be used or there is no end token; and if llguidance is not installed.
+
+    tokenizer: the model's tokenizer, a fast one of transformers.
+    vocab_size: V, the size of the model's vocabulary. ends: ids of the tokens that end a text.
     """
     try:
         from llguidance import LLMatcher, LLParserLimits
@@ -205,12 +211,15 @@ def compile_constraint(
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
-    """Return the error for a constraint that cannot be used. why: llguidance's message."""
+    """Return the error that says why ``constraint`` cannot be used. why: llguidance's message."""
     return ConstraintError(f"the {constraint.kind} cannot be used: {_sentence(why)}")
 
 
 def _sentence(why: str) -> str:
-    """Return llguidance's error message ``why`` as one sentence, without the dump of its state."""
+    """Return an error message of the package llguidance as one short sentence, without the dump of its state.
+
+    why: the message.
+    """
     if NO_TEXT in why:
         return "it allows no text"
     if NO_END in why:
@@ -220,9 +229,11 @@ def _sentence(why: str) -> str:
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """Return llguidance's form of the tokenizer. Takes about a second, once for each tokenizer.
+    """Return llguidance's form of the tokenizer. Takes about a second, then is cached with the tokenizer.
 
-    Raises SpecDecError if the tokenizer cannot be used. vocab_size, ends: as in ``compile_constraint``.
+    Raises SpecDecError if the tokenizer is not a fast one, if llguidance refuses it, or if there is no end token.
+
+    vocab_size: V, the size of the model's vocabulary. ends: ids of the end tokens.
     """
     from llguidance import LLTokenizer
 
@@ -243,7 +254,10 @@ def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
 
 
 def _block(tokenizer: Any) -> tuple[int, int] | None:
-    """Return the ids of the tokens that begin and end a reasoning block; None: they are not single tokens."""
+    """Return the ids of the tokens <think> and </think>, which enclose a model's reasoning.
+
+    None if the tokenizer's chat template does not use them, or if they are not single tokens.
+    """
     if REASONING[1] not in str(getattr(tokenizer, "chat_template", None)):
         return None
     begin, end = tokenizer.convert_tokens_to_ids(list(REASONING))
@@ -253,15 +267,15 @@ def _block(tokenizer: Any) -> tuple[int, int] | None:
 
 
 class ConstraintState:
-    """The constraint on the text of one row: a logits processor.
+    """The constraint on the text of one row (sequence), as a logits processor.
 
-    compiled: the constraint for the model.
-    start: number of prompt tokens.
-    inside: whether the prompt ends in a reasoning block.
+    compiled: the constraint, compiled for the model.
+    prompt: the token ids of the row's prompt. start: their number.
+    inside: whether the prompt ends in a reasoning block, which is not constrained.
     may_reason: whether the answer may begin with a reasoning block.
-    matcher, consumed: llguidance's matcher, and the new tokens that it has consumed.
-    masks: the allowed tokens after new tokens, for the last few calls of ``mask``.
-    error_text: reason why the matcher failed; "": it did not.
+    matcher, consumed: llguidance's matcher, and the generated tokens that it has consumed.
+    masks: cached results of ``mask``, by the generated tokens.
+    error_text: why the matcher failed; "": it did not.
     """
 
     def __init__(self, compiled: CompiledConstraint, prompt: Sequence[int]) -> None:
@@ -276,7 +290,7 @@ class ConstraintState:
         self.error_text = ""
 
     def error(self, ids: Sequence[int]) -> SpecDecError | None:
-        """Return an error if no token can follow the text ``ids`` under the constraint, else None."""
+        """Return an error if no token can follow the text ``ids`` (prompt and output); None: some token can."""
         why = self.error_text
         if not why and self.mask(ids[self.start :]) is None:
             why = "the tokenizer and the grammar disagree on what is allowed"
@@ -286,15 +300,20 @@ class ConstraintState:
         return self.masked(input_ids[0].tolist(), scores)
 
     def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
-        """Return ``scores`` [1, V'] of the token after the text ``ids``, with -inf for tokens that are not allowed.
+        """Return the logits ``scores`` [1, V'] of the token after ``ids``, with -inf for tokens that are not allowed.
 
-        No token is allowed after a drafted token that is rejected; elsewhere the row ends with an error.
-        vocab: the token ids of ``scores``, int64 [V']; None: all.
+        All are -inf if ``ids`` itself breaks the constraint, as behind a drafted token that will be rejected.
+
+        ids: prompt and output. vocab: the token ids of ``scores``, int64 [V']; None: the index of a logit is its token
+            id.
         """
         return masked(scores, self.mask(ids[self.start :]), vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
-        """Return which tokens may follow the new tokens ``new``, bool [V]; None: no token, or ``new`` is forbidden."""
+        """Return which tokens may follow the generated tokens ``new``, bool [V].
+
+        None if no token may, or if ``new`` itself breaks the constraint. new: the row's tokens after its prompt.
+        """
         key = tuple(new)
         if key not in self.masks:
             if len(self.masks) >= MASKS:
@@ -303,7 +322,10 @@ class ConstraintState:
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Return the tokens, at most ``limit``, that the constraint requires after the text ``ids``."""
+        """Return the tokens that must follow ``ids`` (prompt and output), because the constraint allows no others.
+
+        limit: maximum number of tokens to return.
+        """
         found = list(ids[self.start :])
         most = len(found) + limit
         while len(found) < most:
@@ -314,15 +336,14 @@ class ConstraintState:
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """Return how many of ``tokens``, counted from the first, may follow the text ``ids`` (prompt and output)."""
+        """Return how many of ``tokens``, counted from the first, may follow ``ids`` (prompt and output)."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
     def _begin(self, new: Sequence[int]) -> int | None:
-        """Return the index in ``new`` from which on tokens are constrained.
+        """Return the index in ``new`` from which on tokens are constrained: 0, or the index after a reasoning block.
 
-        That is 0, or, if the text begins with a reasoning block, the index after the block's end; None: all of ``new``
-        is in the block. new: the row's new tokens, so those after its prompt.
+        None if all of ``new`` is in an open reasoning block. new: the row's tokens after its prompt.
         """
         block = self.compiled.block
         if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
@@ -330,7 +351,10 @@ class ConstraintState:
         return next((n + 1 for n, token in enumerate(new) if token == block[1]), None)
 
     def _mask(self, new: Sequence[int]) -> Tensor | None:
-        """Compute the result of ``mask``, which is cached there."""
+        """Compute which tokens may follow the generated tokens ``new``, bool [V]; None: no token may.
+
+        None also if ``new`` itself breaks the constraint. new: the row's tokens after its prompt.
+        """
         begin, block = self._begin(new), self.compiled.block
         if begin is None:
             return self.compiled.reasoning
@@ -343,7 +367,10 @@ class ConstraintState:
         return torch.from_numpy(allowed)
 
     def _forced(self, new: Sequence[int]) -> list[int]:
-        """Return some tokens that must come after the new tokens ``new``; []: there is a choice, or none may follow."""
+        """Return one or more tokens that must follow the generated tokens ``new``.
+
+        [] if there is a choice, or if no token may follow. new: the row's tokens after its prompt.
+        """
         begin = self._begin(new)
         if begin is None or (self.may_reason and not new) or not self._go_to(new[begin:]):
             return []
@@ -355,7 +382,10 @@ class ConstraintState:
         return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
     def _allows(self, text: Sequence[int], before: int) -> int:
-        """Return how many of the new tokens ``text[before:]``, counted from the first, are allowed."""
+        """Return how many of the tokens ``text[before:]``, counted from the first, are allowed after ``text[:before]``.
+
+        text: the row's tokens after its prompt, with tokens to check at the end.
+        """
         begin, ends = self._begin(text), self.compiled.ends
         free = text[before:begin]  # in a reasoning block
         count = next((n for n, token in enumerate(free) if token in ends), len(free))
@@ -366,7 +396,10 @@ class ConstraintState:
         return count + int(self.matcher.validate_tokens(rest))
 
     def _go_to(self, new: Sequence[int]) -> bool:
-        """Move the matcher to the end of ``new``, the tokens that it constrains; return whether it allows them all."""
+        """Move llguidance's matcher to the end of ``new``, and return whether it allows all of these tokens.
+
+        new: the generated tokens that are constrained, without a reasoning block.
+        """
         new = list(new)
         shared = common_prefix(self.consumed, new)
         if shared < len(self.consumed):
@@ -378,7 +411,10 @@ class ConstraintState:
         return len(self.consumed) == len(new)
 
     def _guarded(self, query: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
-        """Return ``query(new)``; if the matcher fails, reset the matcher and return ``otherwise``."""
+        """Return ``query(new)``. If llguidance's matcher fails in it, reset the matcher and return ``otherwise``.
+
+        The reason is then in ``error_text``. query: function of generated tokens that uses the matcher.
+        """
         try:
             answer, why = query(new), self.matcher.get_error()
         except Exception as error:  # of the matcher: it must not end other rows

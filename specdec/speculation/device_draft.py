@@ -1,4 +1,4 @@
-"""A draft whose nodes the device takes itself: the host reads it together with the scores, once in a step."""
+"""A draft whose tree the device selects: the CPU reads it together with the verification scores, once per step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from specdec.speculation.trees import MOST_NODES
 
 
 def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
-    """Return the rule by which the device selects a tree's nodes while the host goes on.
+    """Return the rule by which the device selects the nodes of draft trees, so that the CPU need not wait for it.
 
-    None: the host selects them, because it need not wait for the device, or because sampling or a constraint needs it.
+    None: the CPU selects the nodes, because the device is not asynchronous, or because sampling or a constraint needs
+        the drafted tokens on the CPU.
 
-    levels: number of levels that are drafted.
-    nodes: number of nodes of each row; None: as many as are worth their cost (``Prices``).
-    width: number of children of each node; 1: drafts are chains.
+    state: the rows (sequences) of the batch. levels: number of draft levels, each one pass of the drafter.
+    nodes: number of nodes per row; None: as many as are worth their price in ``state.prices``.
+    width: maximum number of children of a node; 1: drafts are chains.
     """
     if not is_asynchronous(state.cache.device) or state.sampler.needs_prefixes or state.threshold is not None:
         return None
@@ -43,12 +44,14 @@ def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Devic
 
 
 class DeviceDraft(Draft):
-    """A draft whose tokens and tree are on the device; the host knows them only after ``receive``.
+    """A draft whose tokens and tree are on the device; the CPU knows them only after ``receive``.
 
-    held: the nodes on the device; None: the host has read them.
-    state: the rows for which it was drafted.
-    levels, without_levels: as in ``CandidateSet``.
+    held: the selected nodes on the device; as an attribute, None once the CPU has read them.
+    state: the rows (sequences) for which it was drafted.
+    levels: number of draft levels, each one pass of the drafter.
     chain: whether the tree is known to be a chain.
+    without_levels: for each row the nodes that would have been drafted without any such pass; None: there is no such
+        draft.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""A draft: a tree of proposed tokens for every row of the batch.
+"""A draft: a tree of proposed tokens for every row (sequence) of the batch.
 
-A step scores a *block* of 1 + M tokens. Index 0 is the root, the last token of the text. Indices 1 .. M are the draft's
-nodes, parents first.
+A step scores a *block* of 1 + M tokens per row with the model. Index 0 is the root, the last token of the text. Indices
+1 .. M are the draft's nodes, parents before children.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from specdec.speculation.candidates import CandidateSet
 
 
 class Draft:
-    """A tree of proposed tokens for every row, with one shape for all rows. Drafters return it, the engine scores it.
+    """A tree of proposed tokens (nodes) for each of B rows, with one tree shape for all rows. Drafters return it.
 
-    tokens: int64 [B, M], or lists [B][M], of which the tensor is made when it is first read. -1: the row does not have
-        the node.
-    parents: the block index of each node's parent (0: the root). A chain is (0, 1, 2, ...).
+    The model scores a block of 1 + M tokens per row: block index 0 is the root, the last token of the row's text; block
+    index i is node i - 1.
+
+    tokens: token ids, int64 [B, M], or lists [B][M], of which the tensor is made when it is first read. -1: the row
+        does not have the node.
+    parents: the block index of each node's parent (0: the root). A chain has (0, 1, 2, ...).
     device: the device of the tensor that is made from lists.
-    listed: the tokens as lists; None while only the device has them.
-    held: the nodes while the host does not know the tree either (``DeviceDraft``); None: it knows ``parents``.
-    states: hidden states [B, S, D] at layer ``exit_layer`` of the first S block tokens. The cache has their keys and
-        values below that layer, so scoring resumes there. None: scoring begins at layer 0.
-    layers: the number of layers that each token ran when it was drafted, int64 [B, M]; None: tokens do not leave early.
+    listed: the tokens as lists [B][M]; None while only the device has them.
+    held: the nodes on the device while the CPU does not know the tree either; None: it knows ``parents``.
+    states: hidden states [B, S, D] at the input of layer ``exit_layer`` for the first S block tokens. The KV cache has
+        the keys and values of the layers below, so scoring resumes there. None: scoring begins at layer 0.
+    layers: number of layers that each token ran when it was drafted, int64 [B, M]; None: tokens do not leave the model
+        early.
     found: the candidates that the draft was chosen from; None: its drafter has no probabilities.
     """
 
@@ -50,14 +54,14 @@ class Draft:
 
     @property
     def tokens(self) -> Tensor:
-        """The token ids, int64 [B, M]; -1: the row does not have the node."""
+        """The token ids of the nodes, int64 [B, M]; -1: the row does not have the node."""
         if self._tokens is None:
             assert self.listed is not None
             self._tokens = upload(self.listed, self.device).view(len(self.listed), len(self.parents))
         return self._tokens
 
     def depths(self) -> list[int]:
-        """Return the distance from the root of the root (0) and each node, [1 + M]."""
+        """Return the depth of the root (0) and of each of the M nodes, a list of 1 + M numbers."""
         if self._depths is None:
             self._depths = [0]
             for parent in self.parents:
@@ -65,26 +69,29 @@ class Draft:
         return self._depths
 
     def lists(self) -> list[list[int]]:
-        """Return ``tokens`` as lists [B][M]."""
+        """Return the token ids as lists [B][M], which waits for the device if only that has them; -1: no such node."""
         if self.listed is None:
             self.listed = self.tokens.tolist()
         return self.listed
 
     @property
     def unread(self) -> list[Tensor]:
-        """The device tensors, [B, n] each, that the host must read to know the draft; []: it knows the draft."""
+        """The device tensors [B, n] that the CPU must read to know the draft's tokens and tree; []: it knows them."""
         return [] if self.listed is not None else [self.tokens if self.held is None else self.held.packed]
 
     def receive(self, rows: Any) -> list[list[int]] | None:
-        """Set the draft's tokens and tree from ``rows``, the values of ``unread`` [B][n] that the host has read.
+        """Set the draft's tokens and tree from values that the CPU has read from the device.
 
-        Return, for each row, the new block index of each token that was scored (-1: none); None: indices are the same.
+        If this renumbers the nodes, it returns, for each row, the new block index of each token of the scored block
+        (-1: none). None: block indices (0: the root, i + 1: node i) stay as they are.
+
+        rows: the values of the tensor in ``unread``, [B][n].
         """
         self.listed = [[int(token) for token in row] for row in rows]
         return None
 
     def paths(self, row: int) -> list[list[int]]:
-        """Return, for each node that the row has, the tokens on the path from the root to the node."""
+        """Return, for each node that row ``row`` has, the token ids on the path from the root (excluded) to it."""
         paths: list[list[int] | None] = [[]]
         for token, parent in zip(self.lists()[row], self.parents, strict=True):
             before = paths[parent]
@@ -92,15 +99,18 @@ class Draft:
         return [path for path in paths[1:] if path]
 
     def ancestors(self) -> Tensor | None:
-        """Return the attention mask of the root and the nodes, bool [1 + M, 1 + M]; None: the draft is a chain.
+        """Return which of the root and the M nodes each of them may attend to, bool [1 + M, 1 + M]; None for a chain.
 
-        Row i marks the tokens on the path from the root to i. A tree that the host has not read yet has one mask for
-        each row, [B, 1 + M, 1 + M].
+        Entry [i, j] says whether token j is token i or on the path from the root to it; index 0 is the root. If the CPU
+        has not read the tree yet, there is one mask per row, [B, 1 + M, 1 + M], on the device.
         """
         return ancestors(self.parents) if self.held is None else self.held.ancestors
 
     def within(self, depths: list[int]) -> list[int]:
-        """Remove the nodes of each row b that are deeper than ``depths[b]``; return the rows that lost nodes."""
+        """Remove the nodes of each row b that are deeper than ``depths[b]``; return the indices of rows to be cut.
+
+        A row is returned if the tree's shape is deeper than the row's limit.
+        """
         deep = self.depths()[1:]
         deepest = max(deep, default=0)
         cut = [b for b, most in enumerate(depths) if most < deepest]
@@ -118,9 +128,12 @@ class Draft:
         return cut
 
     def with_chains(self, chains: Sequence[Sequence[int]]) -> Draft:
-        """Return this draft with the chain ``chains[b]`` of tokens in place of the nodes of row b; []: they stay.
+        """Return this draft with the nodes of some rows replaced by chains of tokens.
 
-        The chains are new nodes after the root; all other nodes keep their indices and their states.
+        The chains are new nodes after the existing ones; these keep their indices and states, and have no token in the
+        replaced rows.
+
+        chains: for each row, token ids that follow its root; []: the row keeps its nodes.
         """
         count, deepest = len(self.parents), max(map(len, chains))
         tokens = [
@@ -134,13 +147,19 @@ class Draft:
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
-        """Return a draft of no tokens for ``batch`` rows. Scoring it is plain decoding."""
+        """Return a draft without tokens for ``batch`` rows. Scoring it is plain decoding."""
         return cls([[]] * batch, (), device=device)
 
 
 @functools.lru_cache(256)
 def ancestors(parents: tuple[int, ...]) -> Tensor | None:
-    """Return what ``Draft.ancestors`` returns for a draft with these ``parents``."""
+    """Return the attention mask of a draft tree: which of the root and the M nodes each of them may attend to.
+
+    The mask is bool [1 + M, 1 + M] on the CPU; entry [i, j] says whether token j is token i or on the path from the
+    root to it. None for a chain.
+
+    parents: for each node the index of its parent: 0: the root, i + 1: node i.
+    """
     if parents == tuple(range(len(parents))):
         return None
     paths = [1]  # a bit for each block token on the path
@@ -150,11 +169,12 @@ def ancestors(parents: tuple[int, ...]) -> Tensor | None:
 
 
 def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | None:
-    """Return why ``draft`` cannot be scored for ``batch`` rows at a maximum depth of ``limit``; None: it can be scored.
+    """Return why ``draft`` cannot be scored, as an English phrase; None: it can be.
 
-    Tokens that only an asynchronous device has are checked later, when the host reads them.
+    It checks shapes, dtypes, depth and token ids. Token ids that only an asynchronous device has are checked when the
+    CPU reads them.
 
-    batch: number of rows. vocab_size: V, which token ids must be below.
+    batch: number of rows. limit: maximum depth of a node. vocab_size: V, which token ids must be below.
     """
     count, parents = len(draft.parents), draft.parents
     if draft.held is not None:
@@ -178,7 +198,12 @@ def check_draft(draft: Draft, batch: int, limit: int, vocab_size: int) -> str | 
 
 
 def check_tokens(rows: list[list[int]], batch: int, count: int, vocab_size: int) -> str | None:
-    """Return why drafted tokens ``rows`` are not [batch][count] ids below ``vocab_size`` (or -1); None: they are."""
+    """Return what is wrong with drafted token ids, as an English phrase; None: nothing.
+
+    They must be [batch][count] numbers from -1 (no such node) to vocab_size - 1.
+
+    rows: the token ids of each row. batch: number of rows. count: number of nodes per row.
+    """
     if len(rows) != batch or any(len(row) != count for row in rows):
         return f"its tokens are not {batch} rows of {count}"
     for row in rows:

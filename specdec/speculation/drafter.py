@@ -1,4 +1,4 @@
-"""The contract of drafters."""
+"""The contract of drafters: the base class ``Drafter``, and what the engine must know of one (``Traits``)."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ Trees: TypeAlias = list[Candidates] | DeviceTree | None
 class Traits:
     """What the engine must know of a drafter that is bound to a model.
 
-    An *exit* is a place in the model where drafted tokens may leave it, numbered from 0; most drafters have one. A
-    *level* is all tokens that are drafted at one depth.
+    An *exit* is a layer of the model at which drafted tokens may leave it; exits are numbered from 0, and most drafters
+    have one. A *level* is all tokens that are drafted at one depth of the tree, in one pass of the drafter.
 
-    sources: the name of each source of its candidates; probabilities are calibrated for each source. A drafter by
-        itself has one source, its name.
+    sources: the name of each source of its candidates, such as ("ngram", "m2r2"); probabilities are calibrated for each
+        source. A drafter by itself has one source, its name.
     drafts: whether it ever proposes a token.
-    taps: the layers whose input states ``observe`` receives. N stands for the final state, N + 1 for the logits of a
-        step, [B, 1 + M, V] (an empty tensor for a prompt).
-    whole_prompts: whether ``observe`` receives the states of all prompt tokens, or of the last one of each part.
-    has_probabilities: whether it knows probabilities of its tokens, and chooses its nodes by ``State.prices``.
-    level_shares: for each exit, the bytes that drafting one level reads, as an approximate share of the bytes of a pass
-        of the model; 0: it has no levels. A drafter with more than one exit obeys ``State.exit``.
+    taps: the layers whose input states ``Drafter.observe`` receives. N (the number of layers) stands for the final
+        state, N + 1 for the logits of a step, [B, 1 + M, V] (an empty tensor for a prompt).
+    whole_prompts: whether ``observe`` receives the states of all prompt tokens; False: of the last token of each part
+        of a prompt only.
+    has_probabilities: whether it knows probabilities of its tokens, and chooses its nodes by the prices in
+        ``State.prices``.
+    level_shares: for each exit, the bytes that drafting one level reads, as a part of the bytes that a pass of the
+        model reads; 0: it has no levels. A drafter with more than one exit obeys ``State.exit``.
     leaves_early: whether its tokens leave the model early, with a confidence (``State.threshold``).
-    cost_key: distinguishes drafters of the same name that need different times to draft.
+    cost_key: text that distinguishes drafters of the same name which need different times to draft.
     """
 
     sources: tuple[str, ...]
@@ -56,41 +58,44 @@ class Traits:
 
     @property
     def label(self) -> str:
-        """The drafter's name in output; joined drafters have both names, with a + between them."""
+        """The drafter's name in output; joined drafters have the names of both, with a + between them."""
         return "+".join(dict.fromkeys(self.sources))
 
 
 class Learner(ABC):
-    """Base class of the part of a drafter that trains it on rows that have ended."""
+    """Base class of the part of a drafter that trains it, while the engine runs, on rows (sequences) that ended."""
 
     @property
     @abstractmethod
     def version(self) -> int:
-        """A number that changes when the drafter is replaced by a better one, so that earlier statistics count less."""
+        """A number that changes when training has replaced the drafter's weights; older statistics then count less."""
 
     @abstractmethod
     def work(self) -> bool:
-        """Learn for about 50 ms, between two steps; return False if there is nothing to learn from."""
+        """Train the drafter for about 50 ms, between two steps of the engine; return False if there are no data."""
 
     @abstractmethod
     def claim(self) -> None:
-        """Become the process that writes what is learned. Raises SpecDecError if another does, or writing fails."""
+        """Make this process the only one that writes what a drafter learns to the disk.
+
+        Raises SpecDecError if another process is that already, or if the file cannot be written.
+        """
 
     @abstractmethod
     def save(self) -> None:
-        """Write what was learned to the disk for later processes, if this process has claimed the file."""
+        """Write the drafter's learned weights to the disk for later processes; no effect without ``claim`` before."""
 
 
 class Drafter(ABC):
     """Proposes tokens. A subclass has a name and implements ``propose``; the other methods have defaults.
 
-    A *row* is one text of the batch, and its *root* the last token of the text, after which a draft begins. Rows come
-    and go between two steps. What belongs to a row is in the row's own state (``begin``).
+    A *row* is one sequence of the batch, and its *root* the last token of its text, after which a draft begins. Rows
+    come and go between two steps. What a drafter stores for a row is in an object of the row's own (``begin``).
 
-    name: name in the registry, such as "m2r2". summary: one line for ``specdec drafters``.
+    name: name in the registry, such as "m2r2". summary: one line for the command ``specdec drafters``.
     training: the command that trains one, such as "specdec train m2r2"; None: there is none.
     needs_training: whether it drafts only with trained parameters.
-    traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the target.
+    traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the model.
     learner: the object that trains it while the process runs; None: it does not learn.
     """
 
@@ -107,31 +112,37 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, state: State, limit: int) -> Draft:
-        """Return a draft: tokens after each row's root.
+        """Return a draft: a tree of proposed tokens after each row's root (the last token of its text).
 
+        state: the rows of the batch, with their token ids, KV cache and maximum depths.
         limit: maximum depth of the draft, at least 1: the largest of ``state.depths``. The engine removes a row's nodes
             that are deeper than the row's own entry there.
         """
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """Make a drafter for ``target``. By default there is no source, and options are those of the constructor.
+        """Make a drafter for ``target``. By default it has no source, and its options are those of the constructor.
 
         Raises SpecDecError for an option that the drafter does not have.
 
-        source: a folder or a name from which it is loaded; None: no source. kwargs: the drafter's options.
+        target: the model for which it will draft.
+        source: a folder or a hub name from which its parameters are loaded; None: no source. kwargs: the drafter's
+            options.
         """
         options.check_names(cls.name, kwargs, keywords(cls), source)
         return cls(**kwargs)
 
     def bind(self, target: Target) -> None:  # noqa: B027 (optional)
-        """Attach to a target, and forget all rows; raise SpecDecError if the two do not fit.
+        """Attach the drafter to a model, and forget all rows. Raises SpecDecError if the two do not fit.
 
-        Called once, and again when the drafter starts anew after a failure.
+        Called before the first step, and again when the drafter starts anew after a failure.
         """
 
     def begin(self) -> Any:
-        """Return an object with what the drafter keeps of a new row, whose prompt has not run yet."""
+        """Return an object with what the drafter stores for a new row (sequence), whose prompt has not run yet.
+
+        The engine keeps it, and passes it to the other methods. None, the default: the drafter stores nothing.
+        """
         return None
 
     def candidates(
@@ -141,36 +152,42 @@ class Drafter(ABC):
         given: Sequence[Candidates] | None = None,
         choice: DeviceChoice | None = None,
     ) -> list[Candidates] | DeviceTree | None:
-        """Return each row's tree of candidate tokens after its root, at most ``limit`` deep, with probabilities.
+        """Return each row's tree of candidate tokens after its root, with probabilities; at most ``limit`` deep.
 
-        With a ``choice``, the trees may be on the device. Return None if this drafter has no candidates in this step;
-        then the draft of ``propose`` is used.
+        With a ``choice``, it may return the selected trees on the device. None, the default: this drafter has no
+        candidates in this step, and the draft of ``propose`` is used.
 
-        given: the candidates of each row that n-grams have; a drafter may draft levels after them, too. None: none.
-        choice: rule by which the device selects nodes from both drafters' candidates; None: the host selects.
+        state: the rows of the batch. limit: maximum depth of a node.
+        given: for each row, the candidates by n-grams; a drafter may draft further tokens after them, too. None: there
+            are none.
+        choice: rule by which the device selects nodes from both drafters' candidates; None: the CPU selects them.
         """
         return None
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
-        """Receive the states of a block of tokens that was run, at the layers ``Traits.taps``, and the accepted paths.
+        """Receive hidden states of tokens that the model has run, and which of these tokens were accepted.
 
-        row_states: what ``begin`` returned for each row of the block.
-        paths: the accepted block indices of each row; empty for a row that was not run. A part of a prompt is a block
-            of its last token alone, unless the drafter reads ``Traits.whole_prompts``.
-        taps: by layer, [B, T, D]. Layers below ``Draft.exit_layer`` are not run again, and have empty tensors.
+        The tokens are blocks of T per row: the root and the draft's nodes (block index 0 is the root), or a part of a
+        prompt.
+
+        row_states: what ``begin`` returned for each row.
+        paths: for each row, the block indices of the accepted tokens; [] for a row that was not run. A part of a prompt
+            is a block of its last token alone, unless ``Traits.whole_prompts`` is set.
+        taps: input states by layer, [B, T, D], for the layers ``Traits.taps``. Layers below ``Draft.exit_layer`` are
+            not run again, and have empty tensors.
         """
 
     def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
-        """Forget the row's last draft, because it is scored only in part or not at all.
+        """Forget a row's last draft, because the model will score it only in part or not at all.
 
         row_state: what ``begin`` returned for the row.
         """
 
     def end(self, row_state: Any, ids: list[int], start: int, learn: bool = True) -> None:  # noqa: B027 (optional)
-        """Forget a row that has ended.
+        """Forget a row (sequence) that has ended.
 
         row_state: what ``begin`` returned for it.
-        ids: its prompt and output.
+        ids: its token ids, prompt and output.
         start: number of prompt tokens.
         learn: whether later requests may be drafted differently because of this row.
         """

@@ -1,4 +1,4 @@
-"""The text that names a drafter, as ``--drafter`` takes it."""
+"""Parses the text that names a drafter, such as ``--drafter ngram+m2r2``, and loads the drafter."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FIRST, NEVER_SECOND = "ngram", ("none", "ngram")  # of joined drafters
 
 
 class Part(NamedTuple):
-    """One named drafter.
+    """One drafter of a text such as "ngram+m2r2", by name and source.
 
-    name: name in the registry; "": the name in the config.json of ``source``.
-    source: a folder or a hub repository to load from; None: nothing to load, or what is shipped for the model.
+    name: name in the registry; "": the name is in the config.json of ``source``.
+    source: a folder or a hub repository to load from; None: nothing to load, or what the package ships for the model.
     """
 
     name: str
@@ -32,7 +32,10 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """Parse ``text``: NAME, a drafter folder, or ORG/NAME[@revision]. Raises SpecDecError for anything else."""
+        """Parse the text that names one drafter: its name, a drafter folder, or a hub repository ORG/NAME[@revision].
+
+        Downloads nothing. Raises SpecDecError for an unknown name, and for a folder without a drafter.
+        """
         if text in registry.names("drafters") or not ("/" in text or Path(text).is_dir()):
             registry.check_name("drafters", text)
             return cls(text)
@@ -44,9 +47,9 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return this part with its name filled in; downloads a hub repository.
+        """Return this named drafter with its name filled in; downloads a hub repository to read its config.json.
 
-        Raises SpecDecError if the source has no drafter.
+        Raises SpecDecError if the folder or repository has no drafter.
         """
         if self.name:
             return self
@@ -60,15 +63,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """The drafters of a string like "ngram+m2r2". parts: one, or n-grams and a drafter joined with them; (): "auto"."""
+    """The drafters that a text such as "ngram+m2r2" names.
+
+    parts: one drafter, or n-grams and a drafter that is joined with them; (): "auto", which chooses for the model.
+    """
 
     parts: tuple[Part, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> DrafterSpec:
-        """Parse ``text``, the name of a drafter: "auto", NAME, NAME=SOURCE, a folder, ORG/NAME[@revision], or ngram+X.
+        """Parse ``text``: "auto", NAME, NAME=SOURCE, a drafter folder, ORG/NAME[@revision], or ngram+X.
 
-        X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for other strings.
+        X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for other texts.
         """
         if text == "auto":
             return cls()
@@ -85,14 +91,19 @@ class DrafterSpec:
         return cls(tuple(parts))
 
     def resolved(self) -> DrafterSpec:
-        """Return the spec with the names of all parts filled in (``Part.resolved``)."""
+        """Return the spec with the names of all drafters filled in from config.json; may download hub repositories.
+
+        Raises SpecDecError if a source has no drafter.
+        """
         return DrafterSpec(tuple(part.resolved() for part in self.parts))
 
     def load(self, target: Any, options: Mapping[str, Any]) -> Drafter:
-        """Load the drafter for ``target``.
+        """Load the drafter for the model ``target``, and return it.
 
-        Raises SpecDecError for an option that the drafter does not have, and for a drafter that does not fit.
-        options: the drafter's options; for joined drafters and "auto", a mapping of options by drafter name.
+        Raises SpecDecError for an option that the drafter does not have, and for a drafter that does not fit the model.
+
+        options: the drafter's options by name; for joined drafters and "auto", a mapping of such options by drafter
+            name.
         """
         if not self.parts:
             chosen: DrafterSpec = registry.load_object(AUTO)(target)
@@ -113,9 +124,10 @@ class DrafterSpec:
         return joined
 
     def refuse_early(self, model: str, config: Any = None) -> None:
-        """Raise SpecDecError, before weights are loaded, if a drafter needs training and none is shipped for ``model``.
+        """Raise SpecDecError if a drafter needs training and none is shipped for ``model``.
 
-        config: the model's config; None: not downloaded yet, so only models of the package's catalogue are checked.
+        model: name of the model.
+        config: the model's config; None: not downloaded yet, so only models of the package's own catalogue are checked.
         """
         from specdec.models import drafter_folder  # heavy
 
@@ -130,9 +142,9 @@ class DrafterSpec:
 
 
 def _load(part: Part, target: Any, options: Mapping[str, Any]) -> Drafter:
-    """Load the drafter ``part`` for ``target``, with its own ``options`` by name.
+    """Load the drafter ``part`` for the model ``target``, and return it.
 
-    Raises SpecDecError for an option that it does not have.
+    Raises SpecDecError for an option that it does not have. options: the drafter's options by name.
     """
     found = registry.lookup("drafters", part.name)
     try:

@@ -1,4 +1,4 @@
-"""A model's ``generation_config``: its end tokens, its sampling, and what else it does to logits.
+"""Reads a model's ``generation_config``: its end tokens, its sampling options, and what else it does to logits.
 
 It is applied as in ``model.generate(do_sample=False)``: end tokens, and all that changes logits (penalties, suppressed,
 forced and bad words, minimum lengths, biases). The caller sets sampling and length.
@@ -32,7 +32,7 @@ STATEFUL = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWaterma
 
 
 def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Return the ids of the tokens that end a generation."""
+    """Return the ids of a model's end tokens, from its ``generation_config`` or else from the tokenizer."""
     eos: Any = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -42,7 +42,7 @@ def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> froze
 def own_sampling(model: NativeModel | PreTrainedModel) -> dict[str, Any]:
     """Return the sampling options of a model's ``generation_config``, as ``model.generate`` uses them.
 
-    By name: temperature, top_k, top_p and min_p; {}: the config asks for greedy decoding.
+    They are temperature, top_k, top_p and min_p, by name; {}: the config asks for greedy decoding.
     """
     config: Any = model.generation_config
     given = {} if config is None else config.to_diff_dict()
@@ -59,9 +59,9 @@ def logits_processors(
     repetition_penalty: float | None = None,
     others: Sequence[Callable[..., Any]] = (),
 ) -> list[Processor]:
-    """Return the logits processors of a request; transformers makes them if the config asks for more than a penalty.
+    """Return the logits processors of a request: those of the model's ``generation_config``, and the caller's.
 
-    prompt: its token ids. max_new_tokens: maximum number of tokens after them.
+    prompt: the request's token ids. max_new_tokens: maximum number of tokens after them.
     repetition_penalty: replaces the config's penalty; None: the config's is used.
     others: the caller's processors; each replaces a processor of the same class that the config asks for.
     Raises SpecDecError for a config that cannot be used.
@@ -98,9 +98,10 @@ def logits_processors(
 
 
 def refuse_stateful(processors: Sequence[Processor], remedy: str) -> None:
-    """Raise SpecDecError if one of ``processors`` keeps state between calls, which rejected drafts would spoil.
+    """Raise SpecDecError if a logits processor has a state that calls change, since rejected drafts would spoil it.
 
-    remedy: end of the error message, what the user can do.
+    processors: logits processors; those of transformers with a state are known by their names.
+    remedy: end of the error message: what the user can do.
     """
     for processor in processors:
         if (name := type(processor).__name__) in STATEFUL:

@@ -1,4 +1,4 @@
-"""The compiled part: ``ngram.c`` and ``sampling.c``."""
+"""Loads the compiled library of n-gram search (``ngram.c``) and of sampling (``sampling.c``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def load() -> Any | None:
-    """Load the library compiled from ``ngram.c`` and ``sampling.c``; None: it is not installed. Cached."""
+    """Load the compiled C library of n-gram search and sampling; None: it is not installed. The result is cached."""
     try:
         found: Any = ctypes.CDLL(str(LIBRARY))
     except OSError:

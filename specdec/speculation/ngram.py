@@ -1,6 +1,6 @@
-"""Candidates by n-grams: texts that are matched, a static prior, and the tree that is grown from both.
+"""Candidates by n-grams: texts to search for the last tokens, a static prior, and the tree that is grown from both.
 
-The compiled part is ``ngram.c``. It knows tokens, not drafters or models.
+The compiled part is ``ngram.c``. It knows token ids, not drafters or models.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Ints = npt.NDArray[np.int32]
 
 
 class _Prior(ctypes.Structure):
-    """A ``Prior`` as ngram.c reads it."""
+    """A ``Prior`` (the likeliest successors of each token) as the C code in ngram.c reads it."""
 
     _fields_ = (("tokens", INT), *((name, POINTER) for name in ("begin", "after", "p")))
 
 
 class _Growth(ctypes.Structure):
-    """The arguments and the results of growing one tree, as ngram.c has them."""
+    """The arguments and the results of growing one candidate tree, as the C code in ngram.c reads and writes them."""
 
     _fields_ = (
         ("text", POINTER),
@@ -73,10 +73,10 @@ def load() -> Any:
 
 
 class Texts:
-    """Searchable token ids: the n-grams at the end of another text are looked up in them.
+    """Stores token ids of texts, in which the last tokens (n-grams) of another text are searched.
 
     most: number of the latest tokens that are kept, rounded up to a power of two.
-    size: number of tokens to allocate at first.
+    size: number of tokens for which memory is allocated at first.
     """
 
     def __init__(self, most: int, size: int = 1024) -> None:
@@ -90,7 +90,7 @@ class Texts:
         self._add = lib.specdec_texts_add
 
     def add(self, ids: Sequence[int] | Ints) -> None:
-        """Append token ids; -1 ends a text, and the next token begins another text."""
+        """Append token ids to the stored texts. -1 ends a text, and the next token begins another one."""
         if isinstance(ids, np.ndarray):
             self._add(self.pointer, ids.ctypes.data, len(ids))
         else:
@@ -98,10 +98,12 @@ class Texts:
 
 
 class SortedTexts:
-    """Texts that never change, in 8 bytes per token; lookups find only the longest matches, of two tokens or more.
+    """Token ids of texts that never change, 8 bytes per token, in which another text's last tokens are searched.
+
+    A search finds only the longest matches, of two tokens or more.
 
     ids: token ids, int32 [n], contiguous, with -1 between two texts; may be memory-mapped.
-    order: what ``sort`` returns for ``ids``, uint32 [n]; may be memory-mapped.
+    order: the sorted indices of ``ids``, uint32 [n], as ``sort`` returns them; may be memory-mapped.
     """
 
     def __init__(self, ids: Ints, order: npt.NDArray[np.uint32]) -> None:
@@ -113,9 +115,9 @@ class SortedTexts:
 
     @staticmethod
     def sort(ids: Ints) -> npt.NDArray[np.uint32]:
-        """Return all indices of ``ids``, uint32 [n], sorted by the ``MATCH_TOKENS`` tokens before each, read backwards.
+        """Return all indices of ``ids``, uint32 [n], sorted by the 16 tokens before each, read backwards.
 
-        ids: int32 [n], contiguous; -1 is between two texts.
+        ids: token ids of texts, int32 [n], contiguous, with -1 between two texts.
         """
         order = np.empty(len(ids), np.uint32)
         load().specdec_texts_sort(ids.ctypes.data, order.ctypes.data, len(ids))
@@ -125,7 +127,7 @@ class SortedTexts:
 class Prior:
     """The likeliest successors of each token of the vocabulary: the tokens that most often come next after it.
 
-    ``count`` makes it from texts. ``Grower`` reads it where no text matches.
+    ``count`` makes it from texts. ``Grower`` uses it where no text matches.
 
     begin: int32 [V + 1]; the successors of token t are the entries begin[t]:begin[t + 1] of ``after`` and ``p``.
     after: token ids of the successors, int32 [n], for each token the likeliest first.
@@ -140,9 +142,9 @@ class Prior:
 
     @classmethod
     def count(cls, ids: Ints, vocab_size: int) -> Prior:
-        """Return the prior of texts: the ``FOLLOWERS`` most frequent successors of each token, and their probabilities.
+        """Count which tokens follow each token in texts, and return the ``FOLLOWERS`` most frequent ones as a prior.
 
-        A successor that comes after c of the n occurrences of a token has the probability c / (n + 2).
+        A successor that comes after c of the n occurrences of a token gets the probability c / (n + 2).
 
         ids: token ids, int32 [n], with a -1 between two texts, across which nothing is counted.
         vocab_size: V, which all ids are below.
@@ -161,10 +163,12 @@ class Prior:
 
 
 class Grower:
-    """Grows trees of the likeliest paths, one call at a time: it reuses the memory of its arguments and results.
+    """Grows trees of the likeliest continuations of a text by n-grams, one call at a time.
 
-    prior: successors of each token, for texts that match nothing; None: there is no prior.
-    least: probability of a path below which the path is left out.
+    It reuses the memory of its arguments and results, so threads must not share it.
+
+    prior: successors of each token, used where no text matches; None: there is no prior.
+    least: paths with a smaller probability are left out.
     """
 
     def __init__(self, prior: Prior | None = None, least: float = 0.01) -> None:
@@ -193,17 +197,19 @@ class Grower:
         tables: Sequence[Sequence[float]] = (),
         prices: Sequence[float] = (),
     ) -> Candidates:
-        """Return the ``nodes`` likeliest paths after the text ``ids``, at most ``limit`` tokens deep.
+        """Return the tree of the ``nodes`` likeliest paths after the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: the texts that are matched, and the weight of an occurrence in each; later ones overrule earlier ones.
-            At most one is sorted.
-        learned: the tree of another drafter, which is merged in; None: there is no other drafter.
-        masks: takes the tokens from the root to a node, and returns which may follow (bool [V]; None: none); None: all.
-        noise: the noise by which tokens are sampled, and the position of the token after the root; None: greedy.
-        tables: calibrated probabilities at ``KNOTS`` of n-grams, of n-grams where the other drafter has candidates,
-            and of the other drafter. They are also the sources of ``Candidates.raw``. Empty: raw probabilities count.
-        prices: the price of scoring 0, 1, .. nodes, in tokens. Nodes that are never worth their price are left out;
-            empty: none is.
+        sources: the texts to search for the last tokens of ``ids``, each with the weight of an occurrence in it; later
+            ones overrule earlier ones. At most one is sorted.
+        learned: the candidates of another drafter, which are merged in; None: there is no other drafter.
+        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
+            none); None: all tokens are allowed.
+        noise: the Gumbel noise of the row, and the position of the token after the root; None: greedy decoding.
+        tables: three tables of calibrated probabilities, at the log-odds ``KNOTS``: of n-grams, of n-grams where the
+            other drafter has candidates, and of the other drafter. With ``learned``, these are also the three sources
+            of ``Candidates.raw``. Empty: raw probabilities count.
+        prices: the price, in accepted tokens, of scoring 0, 1, .. nodes. Nodes that are not worth it are left out;
+            empty: nodes have no price.
         """
         struct, tail = self.struct, ids[-MATCH_TOKENS:]
         self.text[: len(tail)] = [*tail]
@@ -240,7 +246,12 @@ class Grower:
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
 
     def _allowed(self, masks: Callable[[Sequence[int]], Tensor | None], error: list[BaseException]) -> Any:
-        """Wrap ``masks`` as a C callback. Its first exception is appended to ``error``; then no token is allowed."""
+        """Return ``masks`` as a C callback from a node of the tree to the tokens that may follow it.
+
+        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
+            none).
+        error: receives the first exception of ``masks``, after which no token is allowed; the caller raises it.
+        """
         alive = list[Tensor]()
 
         def allowed(node: int) -> int | None:

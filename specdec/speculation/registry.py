@@ -42,21 +42,26 @@ VERIFIERS: dict[str, str] = {
 
 
 def names(kind: str) -> dict[str, str]:
-    """Return ``{name: "module:Class"}`` for ``kind`` ("drafters" or "verifiers"), outside packages included.
+    """Return ``{name: "module:Class"}`` of all plug-ins of a kind, those of other installed packages included.
 
-    An outside package registers itself through the entry-point group ``specdec.drafters`` or ``specdec.verifiers``.
+    A package registers a plug-in by the entry-point group ``specdec.drafters`` or ``specdec.verifiers``.
+
+    kind: "drafters" or "verifiers".
     """
     return outside(kind) | {"drafters": DRAFTERS, "verifiers": VERIFIERS}[kind]
 
 
 @functools.cache  # it reads the metadata of all installed packages
 def outside(kind: str) -> dict[str, str]:
-    """Return ``{name: "module:Class"}`` of what other installed packages register for ``kind``."""
+    """Return ``{name: "module:Class"}`` of the plug-ins that other installed packages register. The result is cached.
+
+    kind: "drafters" or "verifiers".
+    """
     return {each.name: each.value for each in entry_points(group=f"specdec.{kind}")}
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return "module:Class" of ``name``, without imports. Raises SpecDecError for an unknown name.
+    """Return "module:Class" of the plug-in ``name``, without importing it. Raises SpecDecError for an unknown name.
 
     kind: "drafters" or "verifiers".
     """
@@ -71,13 +76,15 @@ def check_name(kind: str, name: str) -> str:
 
 
 def load_object(place: str) -> Any:
-    """Import and return the object at ``place``, a string "module:name"."""
+    """Import the module of ``place``, a string "module:name", and return the module's attribute ``name``."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def lookup(kind: str, name: str) -> Any:
-    """Import and return the class registered as ``name``. Raises SpecDecError for an unknown name, or another object.
+    """Import and return the drafter or verifier class that is registered as ``name``.
+
+    Raises SpecDecError for an unknown name, and for an object that is not a subclass of ``Drafter`` or ``Verifier``.
 
     kind: "drafters" or "verifiers".
     """
@@ -92,9 +99,11 @@ def lookup(kind: str, name: str) -> Any:
 
 
 def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None) -> Verifier:
-    """Return the verifier named ``rule``, with its options. A verifier object is returned as it is.
+    """Return the verifier named ``rule``, made with ``options``. A verifier object is returned as it is.
 
-    Raises SpecDecError for an unknown name, and for an option that the rule does not have.
+    Raises SpecDecError for an unknown name, and for an option that the verifier does not have.
+
+    options: the verifier's options by name; None: none. They are ignored with a verifier object.
     """
     if not isinstance(rule, str):
         return rule

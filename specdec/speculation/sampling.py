@@ -1,11 +1,11 @@
-"""From logits to tokens: logits processors, and Gumbel noise that is keyed by position.
+"""From logits to tokens: logits processors, and Gumbel noise that depends only on seed and position.
 
 A sampled token is the argmax of the processed logits plus Gumbel noise (the Gumbel-max trick), which is an exact draw
-from their softmax. The noise of a token depends on the request's seed and only on the token's position, so what is
-sampled depends neither on the drafter nor on the depth of drafts nor on other rows: acceptance is the walk of greedy
-decoding, and a drafter that adds the same noise to its own logits proposes what the model is likely to choose (Daliri
-et al. 2024, arXiv 2408.07978). The transforms are those of ``generate``, in its order, and the penalties and the bias
-of OpenAI's interface. Knows nothing about drafts.
+from their softmax. The noise of a token depends on the request's seed and the token's position alone. So what is
+sampled depends neither on the drafter nor on the depth of drafts nor on other rows (sequences): acceptance is the same
+walk along equal tokens as in greedy decoding, and a drafter that adds the same noise to its own logits proposes what
+the model is likely to choose (Daliri et al. 2024, arXiv 2408.07978). The transforms of logits are those of
+transformers' ``generate``, in its order, and the penalties and the bias of OpenAI's interface.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens
 
 
 class Noise:
-    """Standard Gumbel noise over the vocabulary for each position of one request.
+    """Standard Gumbel noise over the vocabulary for each position of one request's text.
 
     The noise is a function of the seed, the stream and the position, by a counter-based generator (Philox). So the
     model and a drafter that ask for the noise of a position get the same values.
 
-    seed: the request's seed. stream: tells rows with one seed apart (``streams``).
+    seed: the request's seed.
+    stream: tells rows (sequences) with the same seed and prompt apart: 0, 1, ..
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
@@ -43,7 +44,13 @@ class Noise:
         self.made: dict[int, Tensor] = {}  # by position, of the whole vocabulary
 
     def __call__(self, position: int, size: int, vocab: Tensor | None = None) -> Tensor:
-        """Return the noise for the token at ``position``, float32 on the CPU: [V] (``size``), or of ``vocab`` [V']."""
+        """Return the Gumbel noise for the token at ``position`` of the text, float32 on the CPU.
+
+        It is [size] for the whole vocabulary, or [V'] for the token ids ``vocab``. Noise of the whole vocabulary is
+        cached.
+
+        size: V, the size of the vocabulary. vocab: token ids, int64 [V']; None: all tokens.
+        """
         if (made := self.made.get(position)) is not None:
             return made if vocab is None else made[vocab]
         philox = np.random.Philox(key=self.key, counter=np.array([0, 0, position, 0], np.uint64))
@@ -56,30 +63,33 @@ class Noise:
         return noise
 
     def choose(self, lib: Any, scores: Tensor, position: int) -> int:
-        """Draw the token at ``position`` from processed logits ``scores``, float32 [V] on the CPU; -1: not finite.
+        """Return the token drawn at ``position``, the argmax of ``scores`` plus this noise; -1: scores not finite.
 
-        The compiled library ``lib`` (``library.load()``) makes noise only for tokens that can win.
+        Equals ``__call__`` and argmax, but makes noise only for tokens that can win.
+
+        lib: the compiled library (``library.load()``). scores: processed logits, float32 [V] on the CPU.
         """
         scores = scores.contiguous()
         chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
         return chosen
 
     def forget(self, position: int) -> None:
-        """Drop the cached noise of positions before ``position``."""
+        """Delete the cached noise of all positions before ``position``."""
         for old in [other for other in self.made if other < position]:
             del self.made[old]
 
 
 class RowSampler:
-    """How the tokens of one row are chosen from logits, by sampling parameters and processors, as in transformers.
+    """Says how the tokens of one row (sequence) are chosen from logits: sampling parameters and logits processors.
 
-    params: the sampling parameters.
-    start: number of prompt tokens, which penalties do not count.
+    params: the sampling parameters, such as temperature, top-p, penalties and seed.
+    processors: logits processors that read the tokens before a position. As an attribute, those that ``params`` asks
+        for, such as penalties, are included.
     stream: number of the noise stream; rows with equal seeds and streams draw alike at a position.
-    processors: the logits processors that read the tokens before a position.
+    start: number of prompt tokens, which frequency and presence penalties do not count.
     warpers: the logits processors for temperature, top-k, top-p and min-p; None: made from ``params``.
     sampling: the tuple of temperature, top-k (0: all), top-p and min-p; rows with equal tuples have equal warpers.
-    noise: the noise of the row's seed and stream.
+    noise: the Gumbel noise of the row's seed and stream.
     greedy: whether the temperature is 0.
     constraint: the constraint on the row's text; None: there is none.
     plain_greedy: whether every choice is the argmax of the raw logits.
@@ -119,9 +129,13 @@ class RowSampler:
         self.masked_greedy = self.greedy and self.constraint is not None and len(self.processors) == 1
 
     def process(self, scores: Tensor, before: Sequence[int], vocab: Tensor | None) -> Tensor:
-        """Apply the processors to logits ``scores``, float32 [1, V'], of the token after the tokens ``before``.
+        """Apply the row's logits processors to the logits of one position, and return the result, float32 [1, V'].
 
-        vocab: the token ids of ``scores``, int64 [V'], which only constraints support; None: all.
+        Temperature, top-k, top-p and min-p are not applied (``warp``).
+
+        scores: logits, float32 [1, V']. before: ids of all tokens of the text before the position.
+        vocab: the token ids of ``scores``, int64 [V'], which only constraints support; None: the index of a logit is
+            its token id.
         """
         ids: Tensor | None = None
         for processor in self.processors:
@@ -133,7 +147,7 @@ class RowSampler:
         return scores
 
     def warp(self, scores: Tensor) -> Tensor:
-        """Apply temperature, top-k, top-p and min-p to ``scores``, float32 [B, T, V'], and return the result."""
+        """Apply temperature, top-k, top-p and min-p to logits ``scores``, float32 [B, T, V'], and return the result."""
         rows = scores.reshape(-1, scores.shape[-1])  # (B * T, V')
         no_ids = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
         for warper in self.warpers:
@@ -142,9 +156,9 @@ class RowSampler:
 
 
 class Sampler:
-    """Chooses tokens for a batch of rows, in the same way at drafted and other positions.
+    """Chooses the tokens of a batch of rows (sequences) from logits, at drafted and other positions alike.
 
-    rows: the sampler of each row.
+    rows: the sampler of each row, in batch order.
     """
 
     def __init__(self, rows: Sequence[RowSampler]) -> None:
@@ -152,28 +166,31 @@ class Sampler:
 
     @property
     def plain_greedy(self) -> bool:
-        """True if every choice is the argmax of the raw logits."""
+        """Whether every row's choice is the argmax of the raw logits."""
         return all(row.plain_greedy for row in self.rows)
 
     @property
     def greedy(self) -> bool:
-        """True if every choice is the argmax of logits, processed or not."""
+        """Whether every row decodes greedily: its choice is the argmax of its logits, processed or not."""
         return all(row.greedy for row in self.rows)
 
     @property
     def best_allowed(self) -> bool:
-        """True if every choice is the argmax of the raw logits of the tokens that the row's constraint allows."""
+        """Whether every row's choice is the argmax of the raw logits of the tokens that its constraint allows."""
         return all(row.plain_greedy or row.masked_greedy for row in self.rows)
 
     @property
     def needs_prefixes(self) -> bool:
-        """True if processors other than constraints read the tokens before a position."""
+        """Whether a logits processor other than a constraint reads the tokens before a position."""
         return any(len(row.processors) > (row.constraint is not None) for row in self.rows)
 
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
-        """Return how the token after each row's text is drawn, so that drafts are drawn alike; None: all are greedy.
+        """Return, for each row, how the token after its text is drawn, so that a drafter can draw alike.
 
-        ids: the text of each row, prompt and output. The position in the result is the length of the text.
+        None if all rows decode greedily. The result has the seed, stream, position, temperature and filters of each
+        row.
+
+        ids: token ids of each row's text, prompt and output. The position of the next token is their number.
         """
         if self.greedy:
             return None
@@ -184,10 +201,15 @@ class Sampler:
         return made
 
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
-        """Return processed logits, float32 [B, T, V'], of ``logits`` [B, T, V'].
+        """Apply each row's logits processors, temperature, top-k, top-p and min-p to the logits of T positions.
 
-        prefixes: ``prefixes()[b][t]`` are the tokens before position t of row b; called only if a processor reads them.
-        vocab: the token ids of the logits, int64 [V']; None: all, as processors need (``needs_prefixes``).
+        Returns the processed logits, float32 [B, T, V']; forbidden tokens have -inf.
+
+        logits: the model's or a drafter's logits, [B, T, V'].
+        prefixes: function without arguments that returns lists: entry [b][t] has the ids of all tokens of row b before
+            position t. It is called only if a row has logits processors that read them.
+        vocab: the token ids of the V' logits, int64 [V']; None: the index of a logit is its token id. Processors other
+            than constraints need None.
         """
         groups: dict[Hashable, list[int]] = {}  # rows by what their warpers do
         for b, row in enumerate(self.rows):
@@ -212,11 +234,16 @@ class Sampler:
         vocab: Tensor | None = None,
         places: Tensor | None = None,
     ) -> Tensor:
-        """Return processed logits ``scores`` [B, T, V'] plus the noise of sampled rows: the argmax is an exact draw.
+        """Add Gumbel noise to the processed logits of rows that are sampled; the argmax is then an exact draw.
 
-        positions: the positions of the tokens to choose, [B][T]. size: V, the size of the model's vocabulary.
-        vocab: the token ids of ``scores``, int64 [V']; None: all.
-        places: which of a row's ``positions`` each of T tokens has, int64 [B, T]; None: they are in order.
+        Returns [B, T, V']: logits up to a constant per position, plus noise in sampled rows. If all rows are greedy,
+        ``scores`` is returned.
+
+        scores: processed logits, [B, T, V'].
+        positions: positions[b] has the positions in the text of the tokens to choose in row b.
+        size: V, the size of the model's vocabulary.
+        vocab: the token ids of ``scores``, int64 [V']; None: the index of a logit is its token id.
+        places: for each of the T tokens, the index of its position in ``positions[b]``, int64 [B, T]; None: 0, 1, ..
         """
         if self.greedy:
             return scores
@@ -231,9 +258,11 @@ class Sampler:
         return perturbed
 
     def choose(self, scores: Tensor, positions: Sequence[Sequence[int]], places: Tensor | None = None) -> Tensor:
-        """Choose tokens, int64 [B, T] (-1: logits not finite), from processed logits ``scores`` [B, T, V].
+        """Choose a token for each row and position from processed logits: int64 [B, T]; -1: the logits are not finite.
 
-        positions: positions of the tokens in their texts, [B][T]. places: as in ``perturb``.
+        scores: processed logits, [B, T, V], as ``scores()`` returns them.
+        positions: positions[b] has the positions in the text of the tokens to choose in row b.
+        places: for each of the T tokens, the index of its position in ``positions[b]``, int64 [B, T]; None: 0, 1, ..
         """
         if scores.device.type == "cpu" and places is None and (lib := library.load()) is not None:
             chosen = torch.empty(scores.shape[:-1], dtype=torch.long)
@@ -248,9 +277,11 @@ class Sampler:
 
 
 def streams(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return the noise stream of each row of a batch: the number of earlier rows with the same prompt.
+    """Return the noise stream of each row (sequence) of a batch: the number of earlier rows with the same prompt.
 
-    A row's text then depends neither on its index nor on other rows, and equal prompts draw different texts.
+    So a row's text depends neither on its index nor on other rows, and equal prompts draw different texts.
+
+    prompts: token ids of each row's prompt.
     """
     seen: Counter[tuple[int, ...]] = Counter()
     found = []

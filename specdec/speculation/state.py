@@ -1,4 +1,4 @@
-"""The rows of the batch in one step, as drafters see them."""
+"""The rows (sequences) of the batch in one step, as drafters see them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ UNBOUNDED = 1 << 30  # a depth that no draft has
 
 @dataclass
 class State:
-    """The rows of the batch in one step, as drafters see them. Lists have one entry for each row b, in batch order.
+    """The rows (sequences) of the batch in one step, as drafters see them. Lists have one entry for each row b.
+
+    A row's root is the last token of its text, after which drafts begin.
 
     target: the model.
     cache: the model's keys and values of all rows; a row's root is not in it yet.
-    sampler: chooses the target's tokens, and tells drafters the noise and the processors.
-    ids: ids[b] is the prompt and the output of row b. The last token is the root.
-    prices: what levels and nodes cost; None: a draft may be as deep as its limit, and is a chain by default.
-    exit: the last exit that tokens may go to; None: any.
-    threshold: minimum confidence of proposed tokens, which are accepted without scoring; None: drafts are scored.
+    sampler: chooses the model's tokens, and gives drafters the noise and the logits processors.
+    ids: ids[b] has the token ids of row b, prompt and output; the last one is the root.
+    prices: costs of drafting levels and of scoring nodes; None: a draft may be as deep as its limit, and is a chain by
+        default.
+    exit: number of the last exit (layer at which drafted tokens may leave the model) that tokens may use; None: any.
+    threshold: minimum confidence of proposed tokens, which are then accepted without scoring; None: drafts are scored.
     row_states: row_states[b] is what ``Drafter.begin`` returned for row b.
-    scopes: scopes[b] names the owner of row b's text, which is never drafted for other owners; None is an owner, too.
+    scopes: scopes[b] names the owner of row b's text, which is never drafted for other owners; None is the default
+        owner.
     depths: depths[b] is the maximum depth of row b's draft; 0: the row does not draft in this step.
     """
 
@@ -58,36 +62,41 @@ class State:
 
     @property
     def constrained(self) -> bool:
-        """Whether the text of any row has a constraint."""
+        """Whether the text of any row has a constraint, such as a JSON schema."""
         return any(row.constraint is not None for row in self.sampler.rows)
 
     def allowed(self, row: int, tokens: list[int]) -> list[int]:
-        """Return ``tokens`` up to the first one that the row's constraint forbids after the row's text."""
+        """Return ``tokens`` up to the first one that the constraint of row ``row`` forbids; all without a constraint.
+
+        tokens: ids of tokens that follow the row's text. The forbidden token is not included.
+        """
         constraint = self.sampler.rows[row].constraint
         return tokens if constraint is None else tokens[: constraint.allows(self.ids[row], tokens)]
 
     def masks(self, row: int) -> Callable[[Sequence[int]], Tensor | None] | None:
-        """Return a function from tokens after the row's root to the tokens allowed next; None: there is no constraint.
+        """Return the constraint of row ``row`` as a function; None: there is no constraint.
 
-        The function returns bool [V], or None if its argument is forbidden itself.
+        The function takes the ids of drafted tokens after the row's text, and returns which tokens may follow, bool
+        [V]; None if the drafted tokens break the constraint.
         """
         constraint, ids = self.sampler.rows[row].constraint, self.ids[row]
         return None if constraint is None else lambda tokens: constraint.mask([*ids[constraint.start :], *tokens])
 
     @property
     def roots(self) -> Tensor:
-        """The root token of each row, int64 [B, 1]."""
+        """The root of each row (the last token of its text), int64 [B, 1]."""
         return upload([[row[-1]] for row in self.ids], self.cache.device)
 
     @property
     def positions(self) -> Tensor:
-        """The position of each row's root, int64 [B, 1]."""
+        """The position of each row's root (the last token of its text), int64 [B, 1]."""
         return upload([[n] for n in self.cache.rows], self.cache.device)
 
     def block(self, draft: Draft) -> tuple[Tensor, Tensor]:
-        """Return the tokens that scoring ``draft`` runs, roots first, and their positions: int64 [B, 1 + M] each.
+        """Return (tokens, positions) of the block that the model runs to score ``draft``, int64 [B, 1 + M] each.
 
-        A node that a row does not have gets token 0, and a position inside the context.
+        Index 0 of a block is the row's root, the last token of its text; then the M draft nodes follow. A node that a
+        row does not have gets token 0. Positions stay below the model's context size.
         """
         device, depths, last = self.cache.device, draft.depths(), self.target.context - 1
         if draft.held is not None:

@@ -1,4 +1,4 @@
-"""Building drafts: one tree shape that holds the nodes of every row, from continuations or from candidates."""
+"""Builds drafts: one tree shape that holds the nodes of every row (sequence), from continuations or candidates."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from specdec.speculation.trees import MOST_NODES, Prices
 
 
 def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = "cpu") -> tuple[Draft, list[list[int]]]:
-    """Merge each row's continuations, lists of token ids after its root, into a tree; return the draft and their ends.
+    """Merge each row's continuations into a tree, in which common prefixes are one path; earlier ones come first.
 
-    Common prefixes become one path; earlier continuations come first. The second value has, for each row, the block
-    index of the last token of each continuation.
+    Returns (draft, ends): ends[b][c] is the block index of the last token of row b's continuation c. Block index 0 is
+    the root, the last token of the row's text, and i + 1 is node i of the draft.
 
-    rows: for each row, its continuations; an empty one ends at the root (0).
+    rows: rows[b][c] has the token ids of a continuation after the root; an empty one ends at the root.
     """
     trees, last = [], []
     for continuations in rows:
@@ -44,11 +44,15 @@ def merge(rows: Sequence[Sequence[Sequence[int]]], device: torch.device | str = 
 def in_one_shape(
     trees: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str = "cpu"
 ) -> tuple[Draft, list[list[int]]]:
-    """Merge the trees of all rows into one draft; return it, and the block indices of each row's nodes.
+    """Merge the trees of all rows into a draft, whose one tree shape holds the nodes of every row.
 
-    trees: for each row, token ids and parents (0: the root, i + 1: node i), parents before children.
-    A node of the common shape is the n-th child of its parent; a row that lacks the node has -1. The second value has,
-    for each row, the block index of the root and of each of its nodes.
+    A node of the common shape is the n-th child of its parent; a row that lacks it has token -1 there. Returns (draft,
+    indices): indices[b] has the block index of the root (0) and of each node of row b's tree in the draft, where block
+    index i + 1 is node i.
+
+    trees: for each row (tokens, parents): token ids, and the parent of each node (0: the root, i + 1: node i), parents
+        before children.
+    device: the device of the draft's tensors.
     """
     if len(trees) == 1:
         [(tokens, parents)] = trees
@@ -73,11 +77,14 @@ def in_one_shape(
 
 
 def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None) -> list[Candidates]:
-    """Return the candidates of each row that are scored, as a tree of its own: the likeliest ones.
+    """Return, for each row, the tree of its likeliest candidates that the model is to score.
 
-    rows: the candidates of each row. limit: number of nodes of a row if neither ``nodes`` nor ``prices`` are given.
-    nodes: number of nodes of a row; None: the nodes that are worth their price.
-    prices: what nodes cost; None: not known.
+    With prices, the candidates of all rows compete, so that some rows may get none.
+
+    rows: the candidates of each row.
+    limit: number of nodes of a row if neither ``nodes`` nor ``prices`` are given.
+    nodes: number of nodes of a row, on average if prices are given; None: as many as are worth their price.
+    prices: what scoring nodes costs; None: unknown.
     """
     counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
@@ -102,10 +109,15 @@ def draft_best(
     levels: int = 0,
     without_levels: Sequence[Candidates] | None = None,
 ) -> Draft:
-    """Return a draft of each row's best candidates, none deeper than ``state.depths``.
+    """Return a draft of each row's best candidates, none deeper than the row's ``state.depths``.
 
-    rows: the candidates of each row. limit, nodes: as in ``worth_scoring``, with the prices in ``state``.
-    levels, without_levels: as in ``CandidateSet``. If no levels were drafted, ``without_levels`` is the draft.
+    rows: the candidates of each row. limit: maximum depth of a draft; also the number of nodes of a row if neither
+        ``nodes`` nor ``state.prices`` are given.
+    nodes: number of nodes of a row; None: as many as are worth their price.
+    state: the rows of the batch, with the prices of nodes.
+    levels: number of draft levels, each one pass of the drafter; 0: none was needed.
+    without_levels: for each row the nodes that would be drafted without any such pass; they are the draft if ``levels``
+        is 0. None: there is no such draft.
     """
     rows = [found.within(most) if most < limit else found for found, most in zip(rows, state.depths, strict=True)]
     best = worth_scoring(rows, limit, nodes, state.prices) if levels or without_levels is None else without_levels

@@ -1,4 +1,4 @@
-"""The shape of a draft tree: the most expected accepted tokens for a number of nodes, or for the price of scoring."""
+"""The shape of draft trees: the most expected accepted tokens for a number of nodes, or for the price of scoring."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ class Prices:
     """The costs of scoring and drafting, in tokens (seconds times the present speed in tokens per second).
 
     A *node* is a drafted token that is scored; a *level* is all tokens that a drafter drafts at one depth, in one pass.
-    A drafter takes a node, or drafts a level, while the node or level is expected to add more tokens than it costs.
-    The nodes of several rows compete with each other.
+    A drafter takes a node, or drafts a level, while the node or level is expected to add more accepted tokens than it
+    costs. The nodes of several rows (sequences) compete with each other.
 
-    nodes: the price of scoring n = 0, 1, .. nodes besides the roots.
+    nodes: nodes[n] is the price of scoring n nodes, of all rows together, besides the roots.
     level: the price of drafting another level for all rows.
     first: what the first level costs beyond ``level``.
-    rates: for each row, how likely its first, second, .. level has the right token where no other source has the
-        token. A row has as many rates as its draft may have levels; a row that does not draft has none.
-    tables: for each row and source (``Traits.sources``), the calibrated probabilities at the log-odds ``KNOTS``, 0 in
-        a row that does not draft; empty: raw probabilities count as they are.
-    allowance: tokens that nodes may be expected to lose, as exploration.
-    level_allowance: tokens that levels may be expected to lose, as exploration.
-    beyond: what a node of each row costs beyond ``nodes``, as it attends to more cached tokens; empty: nothing.
+    rates: rates[b][l] is the probability that level l (from 0 on) has the right token for row b, where no other source
+        has the token. A row has as many rates as its draft may have levels; a row that does not draft has none.
+    tables: tables[b][s] has the calibrated probabilities of row b and source s (``Traits.sources``) at the log-odds
+        ``KNOTS`` of raw probabilities; zeros in a row that does not draft. Empty: raw probabilities count as they are.
+    allowance: expected loss, in tokens, that is accepted when nodes are chosen, as exploration.
+    level_allowance: expected loss, in tokens, that is accepted when levels are chosen, as exploration.
+    beyond: beyond[b] is what each node of row b costs beyond ``nodes``, because it attends to more cached tokens;
+        empty: nothing.
     """
 
     nodes: Sequence[float]
@@ -46,11 +47,17 @@ class Prices:
     beyond: Sequence[float] = ()
 
     def of(self, *tables: int) -> Prices:
-        """Return a copy with some of the calibration tables. tables: indices of their sources, in the wanted order."""
+        """Return a copy with only the calibration tables (raw to calibrated probabilities) of some sources.
+
+        tables: indices of these sources of candidates, in the wanted order.
+        """
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
-        """Return the limits of a tree: ``levels`` levels, ``width`` nodes of a level with children, these prices."""
+        """Return limits by which a drafter grows a tree on its own, with these prices averaged over rows.
+
+        levels: maximum number of levels (depth) of the tree. width: number of nodes of a level that get children.
+        """
         drafting = [row for row in self.rates if row]
         each = [
             [row[level] for row in drafting if level < len(row)] for level in range(max(map(len, drafting), default=0))
@@ -61,18 +68,23 @@ class Prices:
         return TreeLimits(levels, width, self.level, node, rates)
 
     def levels(self, without_levels: Sequence[Candidates] = ()) -> int:
-        """Return the number of levels with the largest expected gain, accepted tokens minus costs; 0: no gain.
+        """Return the number of draft levels with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
-        without_levels: the nodes of each row's draft without levels. A level adds a node to each row where the node is
-            worth its price, or replaces one.
+        A level adds a node to each row where the node is worth its price, or replaces one.
+
+        without_levels: for each row the nodes that would be drafted without any level, as by n-grams; (): there are
+            none.
         """
         gain, count = self.best_levels(without_levels)
         return count if gain + self.level_allowance > 0 else 0
 
     def best_levels(self, without_levels: Sequence[Candidates] = ()) -> tuple[float, int]:
-        """Return the largest expected gain of one or more levels, and their number; (-inf, 0): no row may have levels.
+        """Return (gain, count): the largest expected gain of one or more draft levels, and the number of these levels.
 
-        The gain is accepted tokens minus costs, in tokens, and may be negative. without_levels: as in ``levels``.
+        The gain is accepted tokens minus costs, in tokens, and may be negative. (-inf, 0): no row may have levels.
+
+        without_levels: for each row the nodes that would be drafted without any level, as by n-grams; (): there are
+            none.
         """
         scored, most = sum(len(own.tokens) for own in without_levels), len(self.nodes) - 1
         expected = [own.by_level() for own in without_levels] or [[] for _ in self.rates]
@@ -106,7 +118,8 @@ class Prices:
     def take(self, probabilities: Sequence[float]) -> int:
         """Return the number of nodes with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
-        probabilities: the calibrated probability of each node's path, less what its row costs ``beyond``, best first.
+        probabilities: the calibrated probability that each node's path is accepted, minus what a node of its row costs
+            extra (``beyond``), largest first.
         """
         sums = itertools.accumulate(probabilities)
         gains = [tokens - price for tokens, price in zip(sums, self.nodes[1:], strict=False)]
@@ -116,13 +129,14 @@ class Prices:
 def likeliest_paths(after: Callable[[Sequence[int]], Iterable[Choice]], budget: int) -> Candidates:
     """Return the tree of at most ``budget`` >= 1 nodes with the most expected accepted tokens, likeliest nodes first.
 
-    after: takes the tokens on the path to a node (none for the root) and returns the choices after the node. It is
-        called once for each node that gets children.
+    after: function from the tokens on the path to a node (none for the root) to the choices after it: (token id, raw
+        probability, calibrated probability) each. It is called once for each node that gets children.
+    budget: maximum number of nodes.
 
-    A node is accepted if all tokens on its path are right, so with the product of their probabilities, and a tree
-    keeps the sum over its nodes (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the
-    ``budget`` likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal.
-    Nodes that are never right are left out.
+    A node is accepted if all tokens on its path are right, so with the product of their probabilities, and a tree keeps
+    the sum over its nodes (Medusa, arXiv 2401.10774, section 2.3.3). No node beats its parent, hence the ``budget``
+    likeliest paths always form a tree, and no other set of as many nodes has a larger sum: it is optimal. Nodes that
+    are never right are left out.
     """
     found = Candidates.none()
     # (-value, order, parent, path, raw); ``order`` makes ties fall to the node found first: parents before children.

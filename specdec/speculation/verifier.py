@@ -13,10 +13,11 @@ from specdec.speculation.draft import Draft
 
 @dataclass
 class Acceptance:
-    """The accepted part of a draft.
+    """The accepted part of a draft, for each row (sequence) of a batch.
 
-    paths: the accepted block indices of each row, the root (0) first.
-    next_tokens: the token of each row after its path (-1: the logits there are not finite).
+    paths: paths[b] has the block indices of row b's accepted tokens: 0 (the root, the last token of the text), then i +
+        1 for an accepted node i of the draft.
+    next_tokens: next_tokens[b] is the token that follows row b's path (-1: the logits there are not finite).
     """
 
     paths: list[list[int]]
@@ -24,13 +25,13 @@ class Acceptance:
 
 
 class Verifier(ABC):
-    """Decides which path of a draft is accepted, from the draft and the target's choices.
+    """Decides which path of a draft is accepted, from the draft and the target model's choices.
 
-    A subclass gives ``name`` and ``lossless``, and overrides ``accepts`` or ``verify``.
+    A subclass sets ``name`` and ``lossless``, and overrides ``accepts`` or ``verify``.
 
     name: name in the registry, such as "exact".
     lossless: whether the output is what plain decoding returns.
-    needs_probabilities: whether ``verify`` reads ``p`` where tokens are sampled.
+    needs_probabilities: whether ``verify`` reads the target's distributions ``p`` where tokens are sampled.
     threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring
         (``State.threshold``); None: drafts are scored.
     """
@@ -41,13 +42,17 @@ class Verifier(ABC):
     threshold: float | None = None
 
     def accepts(self, token: int, choice: int) -> bool:
-        """Return whether drafted ``token`` is accepted where the target chooses ``choice`` (-1: logits not finite)."""
+        """Return whether the drafted token id ``token`` is accepted where the target model chooses ``choice``.
+
+        choice: a token id; -1: the logits are not finite, so that nothing is accepted.
+        """
         return token == choice >= 0
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        """Accept a path of ``draft`` for each row; by default along the tokens that ``accepts`` takes.
+        """Accept a path of ``draft`` for each row (sequence); by default along the tokens that ``accepts`` takes.
 
-        chosen: the token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite).
+        chosen: chosen[b][i] is the token that the target model chooses after token i of row b's block (0: the root, i +
+            1: node i of the draft); -1: its logits are not finite.
         p: the target's distributions [B, 1 + M, V]; None in greedy decoding, or if the rule does not need them.
         """
         accepted = Acceptance([], [])
@@ -62,5 +67,5 @@ class Verifier(ABC):
 
     @property
     def label(self) -> str:
-        """The verifier's name and options, as shown in results."""
+        """The verifier's name and options, as results show them."""
         return self.name

@@ -1,8 +1,8 @@
 """Transforms of logits that need no transformers: temperature, top-k, top-p, min-p, penalties, and rules about tokens.
 
-Each is called with the tokens before a position, int64 [n, T], and logits [n, V], and equals transformers' processor of
-that name, with two differences: top-p on a CPU keeps tokens as likely as the last one that is kept, and bad words are
-those of new tokens.
+Each is called with the ids of the tokens before a position, int64 [n, T], and the logits of the position, [n, V], and
+returns logits [n, V]. It equals transformers' processor of that name, with two differences: top-p on a CPU keeps tokens
+as likely as the last one that is kept, and bad words are searched in new tokens only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class Temperature:
-    """Divides logits by ``temperature`` > 0."""
+    """Logits processor that divides logits by ``temperature`` > 0."""
 
     temperature: float
 
@@ -32,7 +32,10 @@ class Temperature:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keeps the ``top_k`` likeliest tokens, and those that are as likely as the last of them; forbids the others."""
+    """Logits processor that keeps the ``top_k`` likeliest tokens, and those as likely as the last of these.
+
+    The logits of all other tokens become -inf.
+    """
 
     top_k: int
 
@@ -43,9 +46,10 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """Keeps the likeliest tokens, as few as have the probability ``top_p`` together; forbids the others.
+    """Logits processor that keeps the smallest set of likeliest tokens with the total probability ``top_p`` or more.
 
-    As in transformers, but faster on CPUs: sorts the best ``SHORTLIST`` tokens, and all only if needed.
+    The logits of all other tokens become -inf. Faster than transformers' processor on CPUs: it sorts only the best
+    ``SHORTLIST`` tokens, and all of them only if these are too few.
     """
 
     top_p: float
@@ -71,7 +75,7 @@ class TopP:
 
 @dataclass(frozen=True)
 class MinP:
-    """Forbids tokens less likely than ``min_p`` times the likeliest one."""
+    """Logits processor that sets the logits of tokens less likely than ``min_p`` times the likeliest token to -inf."""
 
     min_p: float
 
@@ -84,7 +88,11 @@ class MinP:
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Divides positive logits of tokens in the text by ``penalty`` > 0, and multiplies negative ones by it."""
+    """Logits processor that lowers the logits of tokens that are in the text, prompt included.
+
+    It divides their positive logits by ``penalty``, and multiplies their negative ones by it. penalty: above 1 lowers
+    them, from 0 to 1 raises them.
+    """
 
     penalty: float
 
@@ -98,7 +106,11 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True)
 class MinNewTokens:
-    """Logits processor that forbids the tokens ``ends`` until a row has ``least`` tokens from index ``start`` on."""
+    """Logits processor that sets the logits of the end tokens to -inf while a text is too short.
+
+    least: minimum number of tokens from index ``start`` of the text on. ends: ids of the end tokens.
+    start: index of the first token that counts, such as the length of the prompt.
+    """
 
     least: int
     ends: tuple[int, ...]
@@ -115,7 +127,7 @@ class NoBadWords:
     """Logits processor that forbids the last token of a bad word where the text ends with the word's other tokens.
 
     words: the token ids of each bad word.
-    start: index from which tokens of the text count.
+    start: index of the first token of the text that is compared, such as the length of the prompt.
     """
 
     words: tuple[tuple[int, ...], ...]
@@ -131,15 +143,16 @@ class NoBadWords:
 
 
 def _without(scores: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return ``scores`` [n, V] with -inf for ``tokens``; ids of V or more are ignored."""
+    """Return logits ``scores`` [n, V] with -inf for the token ids ``tokens``; ids of V or more are ignored."""
     there = torch.tensor([token for token in tokens if token < scores.shape[-1]], dtype=torch.long)
     return scores.index_fill(-1, there.to(scores.device), NEVER)
 
 
 class Penalties:
-    """Logits processor for logit bias, and frequency and presence penalties of the tokens from index ``start`` on.
+    """Logits processor for logit bias and for frequency and presence penalties, as in OpenAI's interface.
 
-    params: has the bias and the penalties.
+    params: sampling parameters with the bias and the penalties.
+    start: index of the first token of the text that the penalties count, such as the length of the prompt.
     """
 
     def __init__(self, params: SamplingParams, start: int) -> None:

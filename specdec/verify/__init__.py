@@ -1,1 +1,1 @@
-"""The losslessness certificate: ``specdec verify``."""
+"""Test that drafts change no token: the losslessness certificate of the command ``specdec verify``."""

@@ -1,4 +1,4 @@
-"""Proof that drafts change nothing: tokens compared with those of plain decoding under the same random numbers."""
+"""Test losslessness: compare tokens decoded with drafts and tokens of plain decoding under the same random numbers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ MIN_DRAFTED = 32  # drafted tokens that each part needs by default
 
 @dataclass
 class Check:
-    """Counts of answers with drafts, compared with the answers of a reference such as plain decoding.
+    """Counts of answers decoded with drafts, compared with the answers of a reference such as plain decoding.
 
-    name: name of the comparison. answers, tokens: number of compared answers and of their tokens.
-    drafted, accepted: number of tokens that were drafted, and how many of these were accepted.
-    equal: answers that equal the reference.
-    near_ties: answers that differ, but whose every token is the model's choice or a near-tie.
-    largest_gap: largest distance of a near-tie's logit to the best logit.
-    faults: all other answers. details: a line about each of the first ``MAX_DETAILS`` faults.
+    name: name of the comparison.
+    answers: number of compared answers.
+    tokens: number of their tokens.
+    drafted: number of tokens that were drafted for them.
+    accepted: number of drafted tokens that were accepted.
+    equal: number of answers that equal the reference.
+    near_ties: number of answers that differ from it only where logits tie within rounding.
+    largest_gap: largest distance of such a token's logit to the best logit.
+    faults: number of all other answers.
+    details: a line of text about each of the first 10 faults.
     """
 
     name: str
@@ -50,9 +54,10 @@ class Check:
     def take(
         self, name: str, prompt: list[int], output: GenerationOutput, right: list[int], target: Target, sampler: Sampler
     ) -> None:
-        """Compare an answer to ``prompt`` with the reference's tokens ``right`` and count the result.
+        """Compare an answer with the reference's answer to the same prompt, and count the result.
 
-        name: the prompt's name in ``details``. sampler: the sampler of one row that chose the tokens.
+        name: the prompt's name in ``details``. prompt: token ids. output: the answer, decoded with drafts. right: the
+        tokens of the reference. target: the model. sampler: a sampler for one row, which chose the tokens of both.
         """
         answer = output.token_ids
         self.answers += 1
@@ -78,15 +83,20 @@ class Check:
 
 
 class Certificate:
-    """A losslessness test: prompts are answered with and without drafts, greedily and by sampling, and compared.
+    """A losslessness test: answers prompts with and without drafts, greedily and by sampling, and compares the tokens.
 
-    Its parts are greedy and sampled answers to one prompt at a time, and answers of both kinds to batches of prompts.
-    Each part drafts with every draft length. Sampling uses the same random numbers with and without drafts. In
-    float32, greedy answers are also compared with those of ``model.generate``.
-    prompts: (name, token ids) each. params: parameters of sampled answers; greedy answers take all but the temperature.
-    lengths: draft lengths. batch_size: number of prompts in a batch; 1: there is no part for batches.
-    min_drafted: the number of drafted tokens that each part needs to prove anything.
-    checks: {"greedy", "sampled", "batch", "generate": counts}, which grow while ``run`` works.
+    It compares greedy and sampled answers to single prompts, and answers of both kinds to batches of prompts, with
+    every draft length. Sampling uses the same random numbers with and without drafts. In float32, greedy answers are
+    also compared with those of ``model.generate``.
+
+    decoder: decodes with drafts.
+    prompts: (name, token ids) of each prompt.
+    params: sampling parameters; greedy answers take all but the temperature.
+    max_new_tokens: largest number of tokens of an answer.
+    lengths: draft lengths, each a number of tokens or "auto".
+    batch_size: number of prompts in a batch; 1: there are no batches.
+    min_drafted: number of drafted tokens that each comparison needs to prove anything.
+    checks: the counts of each comparison by name: "greedy", "sampled", "batch", "generate". They grow during ``run``.
     complete: whether ``run`` has ended.
     """
 
@@ -113,8 +123,10 @@ class Certificate:
             self.checks["generate"] = Check("model.generate")
 
     def run(self, progress: OnProgress = lambda done, total, tokens: None) -> None:
-        """Run all checks, batch by batch. progress: called with (checks done, all checks, tokens compared).
+        """Run the whole test, batch of prompts by batch.
 
+        progress: called after each batch, greedy and sampled, with (number done, number in all, tokens compared so
+        far).
         Raises SpecDecError for prompts that exceed the model's context.
         """
         steps = list(product(self.batches, self.params))
@@ -124,9 +136,9 @@ class Certificate:
         self.complete = True
 
     def _check(self, name: str, batch: Sequence[tuple[str, list[int]]]) -> None:
-        """Answer a batch of prompts with each draft length, one by one and together, and compare the answers.
+        """Answer prompts with each draft length, alone and as a batch, and compare the answers with plain decoding.
 
-        name: "greedy" or "sampled".
+        name: "greedy" or "sampled". batch: (name, token ids) of each prompt.
         """
         prompts = [prompt for _, prompt in batch]
         how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, **vars(self.params[name])}
@@ -153,21 +165,26 @@ class Certificate:
         noise: Sequence[int],
         how: dict[str, Any],
     ) -> None:
-        """Count answers in the check ``part``. rights: the tokens of the reference. noise: the stream of each row."""
+        """Compare answers with those of a reference, and count the results in ``checks[part]``.
+
+        All lists have one entry for each prompt. batch: (name, token ids). outputs: answers decoded with drafts.
+        rights: tokens of the reference. noise: number of the random stream from which the answer was sampled. how: the
+        options of decoding.
+        """
         for (label, prompt), output, right, stream in zip(batch, outputs, rights, noise, strict=True):
             sampler = Sampler([self.decoder.request(prompt, stream=stream, **how).sampler])
             self.checks[part].take(label, prompt, output, right, self.decoder.target, sampler)
 
     @property
     def result(self) -> str:
-        """The result as text: "FAILED" (a check has found a fault so far), "NOT ENOUGH DRAFTS" or "PASSED"."""
+        """Return "FAILED" (an answer is at fault), "NOT ENOUGH DRAFTS" (too few to prove anything) or "PASSED"."""
         if any(check.faults for check in self.checks.values()):
             return "FAILED"
         few = any(check.drafted < self.min_drafted for check in self.checks.values())
         return "NOT ENOUGH DRAFTS" if few else "PASSED"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the results as JSON values."""
+        """Return the result, the counts of all comparisons and the limits as JSON values, by name."""
         return {
             "result": self.result,
             "passed": self.result == "PASSED",
@@ -178,7 +195,10 @@ class Certificate:
         }
 
     def page(self, facts: str) -> str:
-        """Return the certificate as text of several lines. facts: text about the decoder and the machine."""
+        """Return the results as readable text of several lines.
+
+        facts: text about the decoder and the machine, which is part of it.
+        """
         rows: list[tuple[Any, ...]] = [
             ("beside", "answers", "tokens", "drafted", "accepted", "equal", "near-ties", "largest gap", "faults")
         ]
@@ -198,7 +218,10 @@ class Certificate:
 
 
 def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
-    """Return the new token ids of a greedy ``model.generate`` of transformers, at most ``count``."""
+    """Return the new token ids of transformers' greedy ``model.generate`` after ``prompt``, at most ``count``.
+
+    decoder: gives the model and the end tokens.
+    """
     model: Any = as_transformers(decoder.model)
     ids = torch.tensor([prompt], device=model.device)
     with temporarily_dense(model):

@@ -1,7 +1,7 @@
-"""Replay: the model's logits at the positions of generated tokens, in one forward pass, and what differs from these.
+"""Compute the model's logits at the positions of generated tokens in one forward pass, and judge differences by them.
 
-In float32 two correct decoders agree token for token. In bfloat16 a pass over one row and a pass over several rows
-round differently, so tokens whose logits nearly tie may flip. Replay distinguishes such a near-tie from a fault.
+In float32 two correct decoders agree token for token. In bfloat16 a pass over one token and a pass over several round
+differently, so tokens whose logits nearly tie may flip. The recomputed logits distinguish such a near-tie from a fault.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.06}
 def replay(
     target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None, raised: float = 0.0
 ) -> Tensor:
-    """Run ``target`` once over ``prompt`` and n ``tokens``; return the logits with which it would choose each token.
+    """Run ``target`` once over ``prompt`` and n ``tokens``; return the logits with which it chooses each of the tokens.
 
-    The result is float32 [n, V]: row i predicts the token at the position of ``tokens[i]``.
-    sampler: the sampler of one row; it processes the logits and adds its noise, so that the argmax is the token that it
-    chooses. None: the raw logits.
-    raised: a number added to the logit of the last of ``tokens``.
+    The result is float32 [n, V]: entry i is for the position of ``tokens[i]``.
+    sampler: a sampler for one row. Its processors and its noise are applied, so that the largest value is at the token
+    that it chooses. None: the raw logits.
+    raised: a number that is added to the logit of the last of ``tokens`` before the sampler's processors.
     """
     ids = torch.tensor([prompt + tokens], device=target.device)
     positions = torch.arange(ids.shape[1], device=target.device)[None]
@@ -45,7 +45,11 @@ def replay(
 
 
 def margins(target: Target, prompt: list[int], tokens: list[int], sampler: Sampler | None = None) -> Tensor:
-    """Return the best logit minus the logit of each of n ``tokens`` in ``replay``, [n]; 0 where it is the choice."""
+    """Return the best logit minus the logit of each of n ``tokens`` after ``prompt``, [n]; 0: the token is the best.
+
+    target: the model. sampler: a sampler for one row, whose processors and noise are applied to the logits; None: raw
+    logits.
+    """
     logits = replay(target, prompt, tokens, sampler)
     chosen = torch.tensor(tokens, device=logits.device)[:, None]
     return logits.amax(-1) - logits.gather(1, chosen)[:, 0]
@@ -56,8 +60,9 @@ def is_near_tie(
 ) -> bool:
     """Return whether rounding explains the gap between the best logit and the logit of the last of ``tokens``.
 
-    gap: the difference of these logits, as ``margins`` computes it. An infinite gap means that top-k, top-p or min-p
-    removed the token; the filters are then applied again with a logit that is larger by the rounding error.
+    target: the model. prompt: the token ids before ``tokens``. gap: the difference of these logits, infinite if top-k,
+    top-p or min-p removed the token; these filters are then applied again with a logit that is larger by the rounding
+    error. sampler: a sampler for one row, which chose the tokens; None: greedy decoding.
     """
     limit = NEAR_TIE[target.dtype]
     if sampler is not None and sampler.rows[0].warpers and math.isinf(gap):
@@ -69,9 +74,11 @@ def is_near_tie(
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference between an output with drafts and that of plain decoding.
+    """The first difference between tokens decoded with drafts and tokens of plain decoding.
 
-    index: position among the new tokens. ours, plain: token ids with drafts and without; None: the output has ended.
+    index: position of the difference among the new tokens.
+    ours: token id decoded with drafts; None: this output has ended.
+    plain: token id of plain decoding; None: this output has ended.
     margin: the larger of the two tokens' distances to the best logit; infinite if one output has ended.
     near_tie: whether rounding explains the difference; if not, it is a fault.
     """
@@ -92,8 +99,9 @@ def first_difference(
 ) -> Difference | None:
     """Compare the new tokens of two outputs for one prompt; return their first difference, None if they are equal.
 
-    sampler: the sampler of one row that chose the tokens; None: greedy decoding. A difference in length alone is a
-    fault with an infinite margin.
+    target: the model. ours: token ids decoded with drafts. plain: token ids of plain decoding. sampler: a sampler for
+    one row, which chose the tokens; None: greedy decoding. A difference in length alone is a fault with an infinite
+    margin.
     """
     if ours == plain:
         return None

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
 from servers import until
 from spies import noted
 from targets import needs_native
@@ -289,7 +290,7 @@ def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path, monkeypatch: pyt
     with engine_of(made, tmp_path) as engine:
         right, _ = answer(engine, made, PROMPT)
     before = [(path, path.stat().st_mtime_ns) for path in files(tmp_path)]
-    for place, name in ((disk.filelock.FileLock, "acquire"), (disk, "write_atomically"), (Path, "unlink")):
+    for place, name in ((FileLock, "acquire"), (disk, "write_atomically"), (Path, "unlink")):
         monkeypatch.setattr(place, name, refuse)
     monkeypatch.setattr(disk.os, "utime", refuse)
     with (

@@ -1,1 +1,1 @@
-"""GGUF: files and their headers, weights in blocks, and the models made of them."""
+"""Read GGUF files: their headers, weights in quantization blocks, tokenizers, and the models made of them."""

@@ -1,8 +1,9 @@
-"""Weights that stay in the blocks of a GGUF file, and the modules of a model that have such weights.
+"""Keep weights in the quantization blocks of a GGUF file, and define the modules of a model with such weights.
 
-A model loaded from such a file has ``BlockLinear`` and ``BlockEmbedding`` modules. Their ``weight`` is dequantized by
-``gguf`` on every access and not kept. Runtimes pack the blocks themselves. Experts may also be stored unquantized
-(``PLAIN`` types), as in safetensors files. A block is a GGUF quantization block: a few values of a row with a scale.
+A GGUF quantization block is a few consecutive values of a matrix row, stored in a few bits each with a common scale.
+``BlockLinear`` and ``BlockEmbedding`` modules replace ordinary ones. Their attribute ``weight`` is dequantized at every
+access and not kept. Runtimes with kernels for blocks read the blocks themselves. Experts may also be stored unquantized
+(types in ``PLAIN``), as in safetensors files.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ BIASES = "gate_up_proj_bias", "down_proj_bias"  # parameters of experts with bia
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight matrix [out, in] in GGUF blocks along its rows.
+    """A weight matrix [out, in] whose values stay in GGUF quantization blocks.
 
-    data: uint8 [rows, bytes of a row], usually mapped from a file.
-    kind: the GGUF type, one of ``KINDS``; for experts also one of ``PLAIN``.
+    A block holds a few consecutive values of a row.
+
+    data: uint8 [stored rows, bytes of a row], usually mapped from a file.
+    kind: the GGUF type, such as "Q4_K"; for experts also an unquantized type such as "BF16".
     inputs: number of columns of the matrix.
-    rows: int32 [out], the index of the row of ``data`` for each row of the matrix; None: the same rows in order.
-    columns: int64 [in], the matrix column for each column of ``data``; None: the same order.
+    rows: int32 [out], for each row of the matrix the index of its row in ``data``; None: the same rows in order.
+    columns: int64 [in], for each column of ``data`` the index of its column in the matrix; None: the same order.
     """
 
     data: Tensor
@@ -55,15 +58,15 @@ class Blocks:
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
-        """The tensors that hold the blocks, for releasing or reading ahead their memory."""
+        """Return the tensors that hold the stored bytes, so that a caller can release their memory or read it ahead."""
         return (self.data,)
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Reorder the columns of ``values`` [..., in] from the order of ``data`` to the order of the matrix."""
+        """Return ``values`` [..., in] with their columns reordered from the order of ``data`` to that of the matrix."""
         return values if self.columns is None else values[..., self.columns.argsort()]
 
     def dequantized(self, index: Tensor | None = None) -> Tensor:
-        """Return rows ``index`` [n] of the matrix in float32 [n, in]; None: all rows."""
+        """Return rows of the matrix in float32, [n, in]. index: int [n], the rows' indices; None: all rows in order."""
         if index is None:
             index = torch.arange(self.shape[0])
         if self.rows is not None:
@@ -71,7 +74,10 @@ class Blocks:
         return self.in_order(dequantize_rows(self.data[index], self.kind))
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return single elements of the matrix, by row and column index, both [n], in float32 [n]."""
+        """Return single elements of the matrix, float32 [n], dequantized.
+
+        rows, columns: int [n], the row index and the column index of each element.
+        """
         if self.rows is not None:
             rows = self.rows[rows].long()
         if self.columns is not None:
@@ -86,26 +92,33 @@ class Blocks:
 
 
 def dequantize_rows(data: Tensor, kind: str) -> Tensor:
-    """Dequantize rows of blocks of the GGUF type ``kind``, uint8 [n, bytes of a row], to float32 [n, in]."""
+    """Return the values of stored rows, float32 [n, in].
+
+    data: uint8 [n, bytes of a row], each row a sequence of GGUF quantization blocks. kind: their GGUF type.
+    """
     return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
 
 
 def common_kind(kinds: set[str]) -> str | None:
-    """Return the GGUF type that matrices of the types ``kinds`` can share without loss; None if there is none.
+    """Return the GGUF type in which matrices of all the types ``kinds`` can be stored without loss; None: no type can.
 
-    It is the type itself if all are equal, and Q5_K for Q4_K and Q5_K, because zero bits make Q5_K of Q4_K.
+    If all types are equal, it is this type. For Q4_K and Q5_K it is Q5_K, since a Q4_K value is a Q5_K value whose
+    fifth bit is 0.
     """
     return "Q5_K" if kinds == {"Q4_K", "Q5_K"} else next(iter(kinds)) if len(kinds) == 1 else None
 
 
 def of_one_kind(matrices: list[Blocks]) -> list[Blocks]:
-    """Return the matrices with equal values in their common type (``common_kind``); an empty list if it is None."""
+    """Return the matrices with equal values and one common GGUF type; []: no type can hold all of them without loss."""
     kind = common_kind({each.kind for each in matrices})
     return [each if each.kind == kind else _with_fifth_bits(each) for each in matrices] if kind else []
 
 
 def _with_fifth_bits(matrix: Blocks) -> Blocks:
-    """Convert a matrix from Q4_K to Q5_K, whose blocks have 32 bytes of fifth bits (here 0) after the scales."""
+    """Return a Q4_K matrix as a Q5_K matrix with equal values.
+
+    A Q5_K block is a Q4_K block with 32 more bytes behind the scales: the fifth bit of each value, here 0.
+    """
     scales, others = matrix.data.view(-1, 144).split([16, 128], 1)
     data = torch.cat((scales, scales.new_zeros(len(scales), 32), others), 1)
     return replace(matrix, data=data.view(matrix.data.shape[0], -1), kind="Q5_K")
@@ -120,7 +133,10 @@ Dequantize = Callable[[Blocks, Tensor | None, torch.dtype], Tensor]  # the signa
 
 
 def dequantize(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return rows ``index`` [n] of a matrix in ``dtype`` [n, in]; None: all rows."""
+    """Return rows of the matrix ``blocks`` in ``dtype``, [n, in], dequantized in small portions.
+
+    index: int [n], the rows' indices; None: all rows in order.
+    """
     count = blocks.shape[0] if index is None else len(index)
     step, out = max(1, DEQUANTIZE_CHUNK // blocks.inputs), torch.empty(count, blocks.inputs, dtype=dtype)
     for start in range(0, count, step):
@@ -130,10 +146,12 @@ def dequantize(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 class _OfBlocks(nn.Module):
-    """Base class of modules with weights in blocks, on the CPU. ``to`` changes the dtype of the results alone.
+    """Base class of modules whose weights stay in GGUF quantization blocks, on the CPU.
 
-    dtype: the dtype of the weights that the module computes with.
-    unpack: function that dequantizes rows of a matrix; a runtime may set a faster one with equal results.
+    ``to`` and similar methods change only the dtype of the results; another device raises SpecDecError.
+
+    dtype: the dtype to which weights are dequantized, and in which the module computes.
+    unpack: the function that dequantizes rows of a matrix; a runtime may set a faster one with equal results.
     """
 
     dtype: torch.dtype
@@ -148,33 +166,41 @@ class _OfBlocks(nn.Module):
 
 
 class _BlockModule(_OfBlocks):
-    """Base class of modules with one weight, in ``blocks``."""
+    """Base class of linear layers and embeddings whose only weight matrix stays in GGUF quantization blocks.
+
+    blocks: the weight matrix [out, in].
+    """
 
     blocks: Blocks
 
     @property
     def weight(self) -> Tensor:
-        """The weight, dequantized at each access [out, in]."""
+        """Return the weight [out, in], dequantized anew at each access."""
         values = self.unpack(self.blocks, None, self.dtype)
         memory.release(self.blocks.data)  # the system reads the pages again from the file
         return values
 
     def to_transformers(self, weight: nn.Parameter | None = None) -> nn.Linear | nn.Embedding:
-        """Return an ordinary module with the parameter ``weight`` [out, in]; None: the dequantized blocks."""
+        """Return an ordinary linear layer or embedding in place of this module.
+
+        weight: its parameter [out, in]; None: a new parameter with the dequantized values.
+        """
         with without_memory():
             made = self._without_weight()
         made.weight = nn.Parameter(self.weight, requires_grad=False) if weight is None else weight
         return made.train(self.training)
 
     def _without_weight(self) -> nn.Linear | nn.Embedding:
-        """Return an ordinary module of the same shape, whose weight is still to be set."""
+        """Return an ordinary module of the same shape on the device "meta", whose weight the caller sets."""
         raise NotImplementedError
 
 
 class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
-    """A linear layer without gradients whose weight stays in blocks.
+    """A linear layer without gradients whose weight matrix stays in GGUF quantization blocks.
 
-    bias: the bias [out]; None: the layer has none. dtype: dtype of weight and bias in products.
+    blocks: the weight matrix [out, in].
+    bias: the bias [out]; None: the layer has none.
+    dtype: the dtype to which weight and bias are converted for products.
     """
 
     def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -199,9 +225,9 @@ class BlockLinear(_BlockModule, nn.Linear):  # type: ignore[override, misc]
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding whose result is multiplied by ``embed_scale`` in the dtype of its weight, as in Gemma.
+    """A token embedding whose result is multiplied by a factor in the dtype of its weight, as in Gemma.
 
-    embed_scale: a scalar tensor; None: no multiplication.
+    embed_scale: the factor, a scalar tensor; None: no multiplication.
     """
 
     embed_scale: Tensor | None = None
@@ -214,7 +240,12 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, misc]
-    """An embedding without gradients whose table stays in blocks. dtype: that of the result. embed_scale: a factor."""
+    """A token embedding without gradients whose table stays in GGUF quantization blocks.
+
+    blocks: the table [V, D].
+    dtype: the dtype of the result.
+    embed_scale: a scalar tensor by which the result is multiplied; None: no multiplication.
+    """
 
     def __init__(self, blocks: Blocks, dtype: torch.dtype, embed_scale: Tensor | None = None) -> None:
         nn.Module.__init__(self)
@@ -239,11 +270,16 @@ class BlockEmbedding(_BlockModule, ScaledEmbedding):  # type: ignore[override, m
 
 
 class BlockExperts(_OfBlocks):
-    """The experts of a layer with weights in blocks, without gradients; they replace ``own``, the model's own module.
+    """The experts of one mixture-of-experts layer, without gradients, whose matrices stay in the types of a file.
 
-    gate_up: for each expert, the rows of its gate projection and then of its up projection, in one matrix or two.
-    down: for each expert, its down projection.
-    transposed: whether the model's module has biases and transposed matrices in which gate and up alternate (gpt-oss).
+    D is the hidden size and F the inner size of an expert.
+
+    own: the model's own module of experts, which this one replaces and whose activation it uses; in a list of one.
+    gate_up: for each expert, the rows of its gate and then of its up projection: one matrix [2 F, D] or two [F, D].
+    down: for each expert, its down projection [D, F].
+    dtype: the dtype in which the module computes.
+    transposed: whether ``own`` has biases and stores transposed matrices with alternating gate and up columns
+        (gpt-oss).
     """
 
     def __init__(self, own: nn.Module, gate_up: list[list[Blocks]], down: list[Blocks], dtype: torch.dtype) -> None:
@@ -258,9 +294,10 @@ class BlockExperts(_OfBlocks):
         self.unpack = dequantize
 
     def expert(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return the dequantized matrices gate_up [2 F, D] and down [D, F] of expert ``number``.
+        """Return (gate_up [2 F, D], down [D, F]), the dequantized matrices of the expert with the index ``number``.
 
-        If ``transposed``, they are [D, 2 F], with columns of gate and up in alternation, and [F, D].
+        D is the hidden size and F the inner size of an expert. For gpt-oss (``transposed``) the matrices are
+        transposed, [D, 2 F] and [F, D], and columns of gate and up alternate.
         """
         matrices, last, *_ = expert(self, number)
         *parts, down = [
@@ -271,9 +308,10 @@ class BlockExperts(_OfBlocks):
         return (torch.stack(gate_up.chunk(2), 1).flatten(0, 1).T, down.T) if self.transposed else (gate_up, down)
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run tokens ``x`` [R, D] through their experts and return the weighted sums [R, D].
+        """Run R tokens ``x`` [R, D] through their experts.
 
-        top_k_index, top_k_weights: the experts of each token and their weights, both [R, k].
+        top_k_index: int [R, k], the experts of each token. top_k_weights: [R, k], their weights. Returns for each token
+        the weighted sum of its experts' results, [R, D].
         """
         out = torch.zeros_like(x)
         for number in top_k_index.unique().tolist():
@@ -286,7 +324,7 @@ class BlockExperts(_OfBlocks):
         return out
 
     def to_transformers(self) -> nn.Module:
-        """Return a copy of the model's own module of experts, with parameters of equal values instead of blocks."""
+        """Return a copy of the model's own module of experts with the dequantized matrices as parameters."""
         made = copy.deepcopy(self.own[0])
         pairs = zip(*map(self.expert, range(len(self.down))), strict=True)
         for name, values in zip(EXPERTS, pairs, strict=True):
@@ -297,19 +335,22 @@ class BlockExperts(_OfBlocks):
 
 
 def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
-    """Return the matrices of expert ``number`` of a model's module ``own``: gate and up, and down [D, F].
+    """Return ([matrices of gate and up], down [D, F]) of one expert, as views of a model's own module of experts.
 
-    Gate and up are a list of one matrix [2 F, D] or of two [F, D].
+    own: the module, with all experts in the parameters gate_up_proj and down_proj. number: index of the expert. The
+    list has one matrix [2 F, D], gate before up, or two [F, D]. D is the hidden size and F the inner size of an expert.
     """
     gate_up, down = own.gate_up_proj[number].detach(), own.down_proj[number].detach()
     return ([gate_up.T[::2], gate_up.T[1::2]], down.T) if own.is_transposed else ([gate_up], down)
 
 
 def expert(experts: Any, number: int) -> tuple[Any, ...]:
-    """Return (gate and up, down, bias of gate and up, bias of down) of expert ``number`` of a module of experts.
+    """Return ([matrices of gate and up], down, bias of gate and up, bias of down) of one expert of a mixture.
 
-    Gate and up are a list of one matrix [2 F, D] or of two [F, D]; down is [D, F]. A matrix is a ``Blocks``, or a
-    tensor if it is not quantized. The biases are None if the experts have none.
+    experts: a layer's module of experts, in blocks or not. number: index of the expert. The list has one matrix [2 F,
+    D], gate before up, or two [F, D]; down is [D, F]; biases are [2 F] and [D], or None if the experts have none. A
+    matrix that is stored quantized is a ``Blocks``, any other a tensor. D is the hidden size and F the inner size of an
+    expert.
     """
     if isinstance(experts, BlockExperts):
         *gate_up, down = (_unblocked(each, experts.dtype) for each in (*experts.gate_up[number], experts.down[number]))
@@ -323,7 +364,10 @@ def expert(experts: Any, number: int) -> tuple[Any, ...]:
 
 
 def _unblocked(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
-    """Return a matrix of a type in ``PLAIN`` as a tensor in ``dtype``, mapped if stored so, and others unchanged."""
+    """Return a matrix of an unquantized type as a tensor in ``dtype``, and a quantized one unchanged.
+
+    The tensor is a view of the mapped file if the file has this dtype, and a copy otherwise.
+    """
     if matrix.kind not in PLAIN:
         return matrix
     values = matrix.data.view(PLAIN[matrix.kind])
@@ -335,12 +379,15 @@ def _unblocked(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
 
 @dataclass(frozen=True)
 class ExpertBlocks(Blocks):
-    """One parameter of a module of experts [experts, rows, inputs], as matrices in blocks.
+    """One parameter of a module of experts, [experts, rows, inputs], whose matrices are in GGUF blocks.
 
-    matrices: the matrices of all experts, in order. data, kind, inputs: those of the first matrix.
+    It has the parameter's shape and gives single elements of it, so that values can be sampled.
+
+    matrices: the matrices of all experts, in order; an expert may have several, one below the other.
+    data, kind, inputs: those of the first matrix.
     experts: number of experts.
-    interleaved: for transposed matrices, of shape [experts, inputs, rows], the number of parts (such as gate and up)
-    whose columns alternate; 0: matrices are not transposed.
+    interleaved: for a transposed parameter [experts, inputs, rows], the number of parts, such as gate and up, whose
+        columns alternate; 0: the parameter is not transposed.
     """
 
     matrices: tuple[Blocks, ...] = ()
@@ -370,9 +417,9 @@ class ExpertBlocks(Blocks):
 
 
 def quantize(values: Tensor, kind: str) -> Blocks:
-    """Quantize a matrix [out, in] to blocks of the GGUF type ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
+    """Quantize the matrix ``values`` [out, in] to blocks of the GGUF type ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
 
-    Raises SpecDecError if the number of inputs is no multiple of 32, the size of a block.
+    Raises SpecDecError if the number of inputs is no multiple of 32, the number of values in a block.
     """
     if values.shape[1] % 32:
         raise SpecDecError(f"{kind} blocks need a multiple of 32 inputs; a linear layer has {values.shape[1]}")
@@ -381,9 +428,10 @@ def quantize(values: Tensor, kind: str) -> Blocks:
 
 
 def quantize_experts(experts: Any, kind: str) -> BlockExperts:
-    """Quantize a layer's module of unquantized experts to blocks of the GGUF type ``kind``, as ``quantize`` does.
+    """Return a layer's experts with all matrices quantized to blocks of the GGUF type ``kind``.
 
-    The memory of the old matrices is released.
+    experts: the layer's module of experts with unquantized matrices, whose memory is released. kind: Q4_0, Q4_1, Q5_0,
+    Q5_1 or Q8_0. Raises SpecDecError if a matrix has a number of inputs that is no multiple of 32.
     """
     gate_up, down = list[list[Blocks]](), list[Blocks]()
     whole = isinstance(experts, BlockExperts)
@@ -399,7 +447,10 @@ def quantize_experts(experts: Any, kind: str) -> BlockExperts:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
-    """Yield (name, weight) of all parameters of a model, also of those in blocks; shared ones under each name."""
+    """Yield (name, weight) of all parameters of a model, those stored in GGUF quantization blocks included.
+
+    A weight is a tensor or a ``Blocks``. A shared weight comes once under each of its names.
+    """
     yield from model.named_parameters(remove_duplicate=False)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _BlockModule):
@@ -413,13 +464,16 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
 
 
 def matrix(module: Any) -> Tensor | Blocks:
-    """Return the weight of a linear layer or an embedding: a tensor [out, in], or its blocks."""
+    """Return the weight [out, in] of a linear layer or embedding: a tensor, or a ``Blocks`` if it is in GGUF blocks."""
     found: Tensor | Blocks = module.blocks if isinstance(module, _BlockModule) else module.weight.detach()
     return found
 
 
 def weight_rows(module: Any, index: Tensor) -> Tensor:
-    """Return rows ``index`` [n] of the weight of a linear layer or an embedding, dequantized if needed: [n, in]."""
+    """Return rows of the weight of a linear layer or an embedding, [n, in].
+
+    index: int [n], the rows' indices. Rows that are stored in GGUF quantization blocks are dequantized.
+    """
     if isinstance(module, _BlockModule):
         return module.unpack(module.blocks, index, module.dtype)
     chosen: Tensor = module.weight.detach()[index]
@@ -427,10 +481,10 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
 
 
 def to_transformers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, ordinary module with equal values) for all modules of ``model`` with weights in blocks.
+    """Yield (path, ordinary module with equal values) for each module of ``model`` whose weights are in GGUF blocks.
 
-    Modules that share a weight share the parameter. The model stays as it is. Raises SpecDecError if the dequantized
-    weights need more memory than is free.
+    Modules that share a weight share the new parameter. The model itself is not changed. Raises SpecDecError if the
+    dequantized weights need more memory than is free.
     """
     found = {id(weight): weight for _, weight in named_weights(model) if isinstance(weight, Blocks)}
     if need := sum(math.prod(weight.shape) for weight in found.values()) * model.dtype.itemsize:
@@ -446,16 +500,20 @@ def to_transformers(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def densify(model: nn.Module) -> None:
-    """Replace all modules of ``model`` with weights in blocks by those of ``to_transformers``, in place."""
+    """Replace, in place, all modules of ``model`` with weights in GGUF blocks by ordinary ones with equal values.
+
+    Raises SpecDecError if the dequantized weights need more memory than is free.
+    """
     for path, made in to_transformers(model):
         model.set_submodule(path, made)
 
 
 @contextmanager
 def temporarily_dense(model: nn.Module) -> Iterator[None]:
-    """Replace modules as ``densify`` does during the ``with`` block, and restore the blocks after it.
+    """Dequantize all weights of ``model`` in GGUF blocks during a ``with`` block, and restore the blocks after it.
 
-    For callers that run the model's own ``forward`` many times. No effect on models without blocks.
+    For callers that run the model's own ``forward`` many times. No effect on models without blocks. Raises SpecDecError
+    if the dequantized weights need more memory than is free.
     """
     modules = model.named_modules(remove_duplicate=False)
     replaced = [(path, module) for path, module in modules if isinstance(module, _OfBlocks)]

@@ -1,6 +1,7 @@
-"""Complete configs of common model types from the metadata of a GGUF file, without importing transformers.
+"""Complete the config of common model types from the metadata of a GGUF file, without importing transformers.
 
-transformers completes the configs of other types. A test compares both ways.
+A GGUF file lacks fields whose defaults depend on the model type. transformers completes the configs of the types that
+this module does not know. A test compares both ways.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def complete(values: Mapping[str, Any]) -> Config | None:
-    """Return the config of a model with the fields ``values`` and the defaults of its type.
+    """Return the config of a model with the fields ``values``, completed by the defaults of its model type.
 
-    None: the type or a field is not among those that this module knows, so only transformers knows the defaults.
+    values: config fields from a GGUF file, "model_type" included. Returns None if the model type or a field is not
+    known here, so that only transformers can complete the config.
     """
     kind, given = values["model_type"], {key: value for key, value in values.items() if key != "rope_theta"}
     known = kind in OWN and NEEDED <= values.keys() <= NEEDED | OPTIONAL

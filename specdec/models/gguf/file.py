@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its metadata, and the type, shape and offset of each tensor. Reads no tensor.
+"""Read the header of a GGUF file: its metadata, and the type, shape and offset of each tensor. Reads no tensor data.
 
-A split GGUF file has several part files: the first has the metadata, and each has some of the tensors. Files are
-untrusted: every count and offset is compared with the size of the file before it is used.
+A split GGUF file consists of several part files: the first has the metadata, and each has some of the tensors. Files
+are untrusted: every count and offset is compared with the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 
 
 class _Broken(Exception):
-    """Raised if the header of a GGUF file is broken. The message says how."""
+    """An error in the header of a GGUF file, within this module. Its message says what is wrong."""
 
 
 class Strings(Sequence[str]):
-    """An array of strings in a header, decoded at first use, because a vocabulary has hundreds of thousands.
+    """An array of strings in a GGUF header, decoded when it is first read, since vocabularies are large.
 
-    data: the encoded strings, each as its length (uint64) and its bytes. count: number of strings.
-    name: the model's name in messages. Reading a string raises SpecDecError if any string is not UTF-8 text.
+    data: the encoded strings, each as its length (uint64) and its UTF-8 bytes.
+    count: number of strings.
+    name: the model's name in messages.
+    Reading any string raises SpecDecError if one of them is not UTF-8 text.
     """
 
     def __init__(self, data: bytes, count: int, name: str) -> None:
@@ -52,7 +54,7 @@ class Strings(Sequence[str]):
 
     @functools.cached_property
     def texts(self) -> list[str]:
-        """All strings, decoded. Raises SpecDecError if one is not UTF-8 text."""
+        """Return all strings, decoded at the first access. Raises SpecDecError if one is not UTF-8 text."""
         found, at, data, length_at = list[str](), 0, self.data, U64.unpack_from
         try:
             for _ in range(self.size):
@@ -75,27 +77,29 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True)
 class GGUFFile(TensorFile):
-    """The header of a GGUF file, or the joined headers of the parts of a split one.
+    """The header of a GGUF file, or the joined headers of all part files of a split one.
 
-    metadata: key -> value: a number, a text, ``Strings`` or a list of numbers; of a split file, that of the first part.
-    The paths and the tensors are as in ``TensorFile``.
+    paths: the part files in order, or the one file.
+    state: sizes, times and inodes of ``paths`` before they were read, by which a change is noticed.
+    tensors: descriptions of the tensors by name.
+    metadata: key -> a number, a text, an array of texts (``Strings``) or a list of numbers; those of the first part.
     """
 
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name of the model's architecture, such as "qwen2"; "" if the file names none."""
+        """Return llama.cpp's name of the model's architecture, such as "qwen2"; "": the file names none."""
         return str(self.metadata.get("general.architecture", ""))
 
     def without_tokenizer(self) -> GGUFFile:
-        """Return the header without the tokenizer's metadata, which take most of its memory."""
+        """Return a copy of the header without the tokenizer's metadata, which take most of its memory."""
         kept = {key: value for key, value in self.metadata.items() if not key.startswith("tokenizer.")}
         return replace(self, metadata=kept)
 
 
 def read_header(path: Path, name: str = "") -> GGUFFile:
-    """Read the header of a GGUF file, or the headers of all parts of a split file.
+    """Read and return the header of a GGUF file, or the joined headers of all parts of a split file.
 
     path: the file, or any part of a split one. name: the model's name in messages; "": the path.
     Raises SpecDecError if the file is broken or a part is missing.
@@ -136,7 +140,10 @@ def _state(name: str, paths: Sequence[Path]) -> tuple[int, ...]:
 
 
 def _read(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Read (metadata, tensors by name) of one GGUF file. Raises SpecDecError, which names ``name``, if it is broken."""
+    """Read the header of one GGUF file; return (metadata by key, descriptions of the tensors by name).
+
+    name: the model's name in messages. Raises SpecDecError if the file is unreadable or broken.
+    """
     with errors_as(f"cannot read '{name}'"), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if file.read(4) != b"GGUF":
@@ -153,7 +160,14 @@ def _error(name: str, why: str) -> SpecDecError:
 
 
 class _HeaderReader:
-    """A reader of a header in the bytes ``data``; its methods raise ``_Broken``. name: the model's name in messages."""
+    """A reader of the header at the start of a GGUF file. Its methods read the next item and raise ``_Broken``.
+
+    data: the first bytes of the file, mapped into memory.
+    size: number of these bytes.
+    at: position of the next byte to read.
+    elements: number of elements of all arrays that were read so far.
+    name: the model's name in messages.
+    """
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
         self.data = data
@@ -163,7 +177,10 @@ class _HeaderReader:
         self.name = name
 
     def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-        """Read the whole header: (metadata, tensors by name). file_size: in bytes; no tensor may end after it."""
+        """Read the whole header after the magic bytes; return (metadata by key, descriptions of the tensors by name).
+
+        file_size: size of the file in bytes, which no tensor may exceed. Raises _Broken.
+        """
         version = self.number(U32)
         if version not in VERSIONS:
             raise _Broken(f"it is of version {version}; known: {', '.join(map(str, VERSIONS))}")
@@ -201,7 +218,11 @@ class _HeaderReader:
         return kind.unpack_from(self.data, at)[0]
 
     def count(self, least: int) -> int:
-        """Read a number of items that have at least ``least`` bytes each, and check that the file is large enough."""
+        """Read and return the number of items of the list that follows in the header.
+
+        least: smallest number of bytes that an item can take. Raises _Broken if the rest of the file is too small for
+        as many.
+        """
         count: int = self.number(U64)
         if count * least > self.size - self.at:
             raise _Broken(ENDS)
@@ -252,7 +273,10 @@ class _HeaderReader:
         return Strings(data[begin:at], count, self.name)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
-        """Read the description of a tensor: name, GGUF type, shape, and offset in bytes after the header."""
+        """Read the description of a tensor; return (name, GGUF type, shape in PyTorch's order, offset).
+
+        The offset counts in bytes from the end of the header. Raises _Broken.
+        """
         name, dimensions = self.string(), self.number(U32)
         if not 1 <= dimensions <= 4:
             raise _Broken(f"tensor '{_short(name)}' has {dimensions} dimensions")
@@ -265,7 +289,10 @@ class _HeaderReader:
 
 
 def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
-    """Return the size in bytes of a tensor of the GGUF type ``kind``. Raises _Broken for an impossible shape."""
+    """Return the size in bytes of a tensor. name: for messages. kind: GGUF type. shape: in PyTorch's order.
+
+    Raises _Broken for an impossible shape, such as rows that are not whole quantization blocks.
+    """
     elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     if 0 in shape or shape[-1] % elements:
         raise _Broken(f"tensor '{_short(name)}' of type {kind} has the impossible shape {shape}")

@@ -1,4 +1,7 @@
-"""Layers that differ, in GGUF files: the metadata of Gemma 4, which has arrays with a value for each layer."""
+"""Translate the GGUF metadata of Gemma 4, whose layers differ, into fields of a transformers config.
+
+Some of these metadata are arrays with a value for each layer.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,12 @@ EXPERTS = "num_experts", "num_experts_per_tok", "moe_intermediate_size"
 
 
 def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a transformers config that follow from metadata of single layers in ``values``.
+    """Return the fields of a transformers config that follow from metadata of single layers.
 
-    Arrays in ``values`` become the number that most layers have; entries that are no fields leave it.
-    name: the model's name in the SpecDecError that is raised for impossible metadata, and for a mixture of experts.
+    name: the model's name in messages. file: the header of the GGUF file. values: config fields by name, and further
+    metadata; changed in place: arrays become the number that most layers have, and metadata that are no config field
+    leave.
+    Raises SpecDecError for impossible metadata, and for mixtures of experts, which are not supported.
     """
     raw = {key: values.pop(key, None) for key in (*RAW, *EXPERTS)}
     if raw["num_experts"]:
@@ -65,21 +70,31 @@ def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def unused(config: Any) -> set[str]:
-    """Return the names of tensors that a file may have and no layer reads: keys of layers that read those of others."""
+    """Return names of tensors that a GGUF file may have and that no layer reads.
+
+    They are the key and value projections of layers that read the keys and values of other layers. config: of a Gemma
+    4.
+    """
     count, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", None) or 0
     parts = "attn_k", "attn_v", "attn_k_norm"
     return {f"blk.{layer}.{part}.weight" for layer in range(count - shared, count) for part in parts}
 
 
 def _each(value: Any, count: Any) -> list[int]:
-    """Return metadata as a positive number for each layer; [] if it is something else."""
+    """Return a metadata value as a list with a positive number for each layer; []: it is something else.
+
+    value: one number for all layers, or a list with one for each. count: number of layers.
+    """
     found = value if isinstance(value, list) else [value] * (count if type(count) is int and 0 < count < 1 << 14 else 0)
     return found if all(type(each) is int and 0 < each < 1 << 20 for each in found) else []
 
 
 def _rotating(name: str, file: GGUFFile) -> float:
-    """Return the share of a head that rotates in layers with full attention: the divisors of other frequencies are
-    huge. Raises SpecDecError for other divisors."""
+    """Return the fraction of an attention head that rotates in layers with full attention.
+
+    name: the model's name in messages. file: the header of the GGUF file. A tensor in it divides rotary frequencies: by
+    1, or by a huge number, which stops rotation. Raises SpecDecError if it has other divisors.
+    """
     info = file.tensors.get(ROPE_FACTORS)
     divisors = torch.empty(0) if info is None or info.kind != "F32" else file.data(info).view(torch.float32)
     rotates = divisors == 1

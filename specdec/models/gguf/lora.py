@@ -1,4 +1,7 @@
-"""LoRA adapters in GGUF files, as llama.cpp's converter writes them: two tensors per adapted tensor of the model."""
+"""Read LoRA adapters in GGUF files, as llama.cpp's converter writes them.
+
+Such a file has two tensors, ``.lora_a`` and ``.lora_b``, for each adapted tensor of the model.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ ENDS = {".lora_a": 0, ".lora_b": 1}  # suffix of a tensor's name -> which of the
 
 
 def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, tuple[Tensor, Tensor, float]], str]:
-    """Read the LoRA adapter ``name`` from the GGUF file ``path``, for ``model``, which was loaded from ``file``.
+    """Read a LoRA adapter from a GGUF file; return (changes, name of the base model or "").
 
-    Returns {path of a linear layer of the model: (A [r, in], B [out, r], scale)}, where scale * B @ A is added to the
-    layer's weight, and the name of the adapter's base model ("" if unknown). Raises SpecDecError if the adapter is
-    broken, was made for another architecture, or changes anything but linear layers.
+    name: the adapter's name in messages. path: the GGUF file. model: the model to adapt. file: the header of the GGUF
+    file that the model is from. The changes are {module path of a linear layer: (A [r, in], B [out, r], scale)}, where
+    scale * B @ A is to be added to the layer's weight. Raises SpecDecError if the adapter is broken, is for another
+    architecture, or changes anything but linear layers.
     """
     adapter = read_header(path, name)
     kind = tuple(adapter.metadata.get(key) for key in ("general.type", "adapter.type"))

@@ -1,7 +1,7 @@
-"""Models of GGUF files without conversion: matrices stay in the file's blocks.
+"""Load models from GGUF files without conversion: matrices stay in the file's quantization blocks.
 
-``write_parts`` writes config, generation config, tokenizer and chat template into a folder once. ``build`` makes the
-model of that config with the weights of the file. Supports the architectures of the native runtime.
+``write_parts`` writes config, generation config, tokenizer and chat template of a file into a folder, once. ``build``
+gives the model of this config the weights of the file. Supports the architectures of the native runtime.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _kind(file: GGUFFile) -> str:
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template of a GGUF file into ``folder``.
 
-    name: the model's name in messages. Raises SpecDecError for a file that is broken or not supported.
+    name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError for a file that is broken
+    or not supported.
     """
     kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
@@ -85,9 +86,10 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
 
 
 def config_of(name: str, file: GGUFFile) -> Config:
-    """Return the config of a GGUF file, made from its metadata. Raises SpecDecError for unknown or impossible metadata.
+    """Return the model config that the metadata and the tensors of a GGUF file describe.
 
-    name: the model's name in messages.
+    name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError for unknown or impossible
+    metadata.
     """
     kind, prefix = _kind(file), file.architecture + "."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
@@ -150,10 +152,11 @@ def config_of(name: str, file: GGUFFile) -> Config:
 
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
-    """Set the share of each head that rotates, from other fields of ``values``, the config of a model of type ``kind``.
+    """Replace "rotated" in ``values``, the number of values of a head that rotate, by config fields, in place.
 
-    name: the file, for errors.
-    Raises SpecDecError if the model type does not support the share."""
+    name: the model's name in messages. kind: the model type. values: config fields by name, and "rotated". Raises
+    SpecDecError if heads of this model type cannot rotate in part.
+    """
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:
         values.setdefault("head_dim", values["rotated"])  # older files have only one of both
@@ -169,8 +172,12 @@ def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
 
 
 def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return ``rope_scaling`` of a config for the scaling type ``kind`` and the metadata ``scaling``.
-    Moves fields that belong into ``rope_scaling`` from ``values``. Raises SpecDecError for an unknown kind."""
+    """Return the config field ``rope_scaling`` for GGUF metadata of scaled rotation.
+
+    name: the model's name in messages. kind: the scaling type, such as "yarn". scaling: the metadata after
+    "rope.scaling.". values: config fields by name; those that belong into ``rope_scaling`` leave them. Raises
+    SpecDecError for an unknown type or impossible metadata.
+    """
     found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
     bad = [key for key, value in found.items() if not _positive(value)]
     if kind not in ("linear", "yarn") or "factor" not in found or bad:
@@ -189,7 +196,10 @@ def _positive(value: Any) -> bool:
 
 
 def _eos_token_ids(file: GGUFFile) -> int | list[int]:
-    """Return the ids of the tokens that end a turn or a text: those that the file names, and known control tokens."""
+    """Return the ids of the tokens that end a turn or a text, one id or a list.
+
+    They are the end tokens that the metadata of ``file`` name, and control tokens that are known to end turns or texts.
+    """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
     kinds = zip(metadata.get("tokens", ()), metadata.get("token_type", ()), strict=False)
@@ -204,10 +214,10 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 
 
 def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
-    """Return the names of the tensors in ``file`` that make up each parameter of ``model``.
+    """Return for each parameter of ``model`` the names of the tensors in a GGUF file that make it up.
 
-    name: the model's name in messages. Raises SpecDecError if tensors are missing, superfluous, or of another shape or
-    an unknown type.
+    name: the model's name in messages. file: the header of the GGUF file. model: the model, still without values.
+    Raises SpecDecError if tensors are missing, superfluous, or of another shape or an unknown type.
     """
     found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
@@ -244,7 +254,10 @@ def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tu
 
 
 def check_types(name: str, infos: Iterable[TensorInfo]) -> None:
-    """Raise SpecDecError, which names the model ``name``, for a tensor of a type that cannot be read."""
+    """Raise SpecDecError for a tensor of a GGUF type that cannot be read.
+
+    name: the model's name in the message. infos: descriptions of the tensors.
+    """
     for kind in {info.kind for info in infos} - {*PLAIN, *blocks.KINDS}:
         try:
             blocks.dequantize_rows(
@@ -257,7 +270,11 @@ def check_types(name: str, infos: Iterable[TensorInfo]) -> None:
 
 
 def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
-    """Return the tensor names of each parameter of ``model`` by the conventions of ``gguf``; "" for an unknown name."""
+    """Return for each parameter of ``model`` the names of its tensors in a GGUF file, by the conventions of llama.cpp.
+
+    file: the header of the GGUF file. model: the model, still without values. A parameter of experts, or the input
+    projection of Qwen3-Next, may be several tensors. "" stands for a parameter to which llama.cpp gives no name.
+    """
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
     for parameter, _ in weights.unfilled(model):
@@ -281,16 +298,18 @@ def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...
 
 
 def _layer(tensor: str) -> int:
-    """Return the layer number in the name of a tensor; -1: the tensor belongs to no layer."""
+    """Return the number of the layer that a GGUF tensor's name tells, such as 3 for "blk.3.attn_q.weight"; -1: none."""
     number = tensor.removeprefix("blk.").partition(".")[0]
     return int(number) if tensor.startswith("blk.") and number.isdecimal() and len(number) < 9 else -1
 
 
 def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
-    """Set the weights of ``model`` that have no values yet to those of ``file``.
+    """Set the parameters of ``model`` that have no values yet from the tensors of a GGUF file.
 
-    name: the model's name in messages. keep: as in ``weights.fill``. Raises SpecDecError if the weights do not fit the
-    model, or need more memory than is free.
+    name: the model's name in messages. file: the header of the GGUF file. keep: whether matrices and experts stay in
+    the file's quantization blocks where kernels can read these; their modules are then replaced. If not, all weights
+    are dequantized. Raises SpecDecError if the tensors do not fit the model, or the weights need more memory than is
+    free.
     """
     config, names = model.config, check_tensors(name, file, model)
     found = {parameter: [file.tensors[tensor] for tensor in tensors] for parameter, tensors in names.items()}
@@ -306,9 +325,12 @@ def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
 
 
 def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int = 1) -> Tensor | Blocks:
-    """Undo what the GGUF converter did to a parameter: order of rows and columns, offset of norms.
+    """Return a parameter of a GGUF file with the changes of llama.cpp's converter undone.
 
-    stored: the file's values. tensors: number of tensors that were joined to ``stored``."""
+    config: the model's config. parameter: the parameter's name in the model. stored: its values or blocks in the file.
+    tensors: number of the file's tensors that were joined, row after row, into ``stored``. The converter changes the
+    order of some rows and columns, and adds 1 to the weights of some norms.
+    """
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
     columns = None
@@ -327,8 +349,11 @@ def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: i
 
 
 def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torch.dtype) -> None:
-    """Print a note about the memory that matrices need because there are no kernels for their types.
-    unpacked: the tensors of each such matrix."""
+    """Print how much memory dequantized matrices need, if the file has GGUF types for which there are no kernels.
+
+    name: the model's name in the message. unpacked: for each dequantized weight, the descriptions of its tensors.
+    dtype: the dtype to which they are dequantized.
+    """
     kinds, stored, numbers = set[str](), 0, 0
     for infos in unpacked:
         kind = " with ".join(each := dict.fromkeys(info.kind for info in infos))
@@ -346,9 +371,11 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
 
 
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
-    """Return, for each of the ``count`` rows of the model's weight, its row in the file's tensor, int32 [count].
+    """Return, for each row of a linear layer's weight in the model, the index of its row in the GGUF file.
 
-    path: module path of the linear layer. None: the order is the same.
+    config: the model's config. path: module path of the layer. count: number of rows of its weight. The file
+    interleaves rows of the query and key projections for rotation. The result is int32 [count], or None if the rows of
+    this layer are in the same order.
     """
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:

@@ -1,11 +1,11 @@
-"""Recurrent layers in GGUF files: their metadata, and the tensors that a converter changes.
+"""Translate recurrent layers (gated delta rule) of GGUF files: metadata, and tensors that a converter has changed.
 
-A GGUF file has the value heads of Qwen3.5 in another order: the first value heads of all key heads, then the second
-ones. Value heads are rows of most matrices, whose blocks stay as they are and are indexed by row. They are columns of
-the output projection, which a runtime reads in the file's order.
-The input projection of Qwen3-Next (in_proj_qkvz: key head by key head, queries, keys, values and gates) is two tensors
-in a file: queries, keys and values of all heads (in_proj_qkv), and gates of all heads (in_proj_z). Older files have one
-tensor, as in the model.
+A GGUF file has the value heads of Qwen3.5 in another order than the model: the first value head of every key head, then
+the second one, and so on. Value heads are rows of most matrices, whose blocks stay as they are and are indexed by row.
+They are columns of the output projection, which a runtime reads in the file's order.
+The input projection of Qwen3-Next (in_proj_qkvz: queries, keys, values and gates, key head by key head) is two tensors
+in newer files: queries, keys and values of all heads (in_proj_qkv), and gates of all heads (in_proj_z). Older files
+have one tensor, as the model has.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from specdec.base.errors import SpecDecError
 
 
 def complete(name: str, values: dict[str, Any]) -> None:
-    """Replace GGUF metadata in ``values``, in place, by the fields of a transformers config that follow from them.
+    """Replace GGUF metadata of recurrent layers in ``values``, in place, by the fields of a transformers config.
 
-    name: the model's name in the SpecDecError that is raised for impossible values.
+    name: the model's name in messages. values: config fields by name, and the metadata "linear_values" and
+    "full_attention_interval". Raises SpecDecError for impossible values.
     """
     heads = values.get("linear_num_value_heads") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads
@@ -35,24 +36,28 @@ def complete(name: str, values: dict[str, Any]) -> None:
 
 
 def tensors_of(path: str) -> tuple[str, ...]:
-    """Return the two module paths of Qwen3.5 that together have the weight of Qwen3-Next's module ``path``.
+    """Return the paths in_proj_qkv and in_proj_z for the path of a Qwen3-Next module in_proj_qkvz; (): for other paths.
 
-    An empty tuple: the module has one tensor of its own.
+    A GGUF file may store the module's weight as two tensors that are named by these paths.
     """
     whole, joined, _ = path.partition("_qkvz")
     return (f"{whole}_qkv", f"{whole}_z") if joined else ()
 
 
 def tensor_rows(config: Any) -> tuple[int, int]:
-    """Return the numbers of rows of the two tensors of Qwen3-Next's input projection: in_proj_qkv and in_proj_z."""
+    """Return (rows of in_proj_qkv, rows of in_proj_z), the two tensors of a recurrent layer's input projection.
+
+    config: the config of a Qwen3-Next.
+    """
     values = config.linear_num_value_heads * config.linear_value_head_dim
     return 2 * config.linear_num_key_heads * config.linear_key_head_dim + values, values
 
 
 def rows_of_two(config: Any) -> Tensor:
-    """Return, for each row of Qwen3-Next's input projection, its row in the two tensors of a file put together.
+    """Return, for each row of Qwen3-Next's input projection in_proj_qkvz, the index of its row in a GGUF file.
 
-    int64 [rows]; the tensors are those of ``tensor_rows``, one below the other.
+    The index counts through the file's two tensors in_proj_qkv and in_proj_z, one below the other. config: the model's
+    config. The result is int64 [rows].
     """
     heads, (first, values) = config.linear_num_key_heads, tensor_rows(config)
     keys = (first - values) // 2
@@ -61,9 +66,10 @@ def rows_of_two(config: Any) -> Tensor:
 
 
 def value_heads(config: Any, size: int) -> Tensor:
-    """Return, for each row of the model's value heads, its row in a file, int64 [heads * size].
+    """Return, for each row of the value heads in the model's order, the index of its row in a GGUF file's order.
 
-    size: rows per value head.
+    config: the config of a model with recurrent layers (gated delta rule). size: number of rows of a value head. The
+    result is int64 [value heads * size].
     """
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     heads = torch.arange(values).view(values // keys, keys).t().flatten()
@@ -71,9 +77,10 @@ def value_heads(config: Any, size: int) -> Tensor:
 
 
 def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
-    """Return, for each row of the parameter ``leaf`` of the module ``path``, its row in the file's tensor.
+    """Return, for each row of a recurrent layer's parameter in the model, the index of its row in the GGUF file.
 
-    int64 [rows]; None: the rows are in the same order.
+    config: the model's config. path: the module's path. leaf: the parameter's name in the module. The result is int64
+    [rows], or None if the rows of this parameter are in the same order.
     """
     layer, _, name = path.rpartition("linear_attn")
     if not layer or name in (".norm", ".out_proj"):
@@ -86,9 +93,10 @@ def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
 
 
 def columns_of(config: Any, path: str) -> Tensor | None:
-    """Return, for each column of the file's tensor of the module ``path``, its column in the model's matrix.
+    """Return, for each column of a module's matrix in a GGUF file, the index of its column in the model, int64 [in].
 
-    int64 [in]; None: the columns are in the same order.
+    config: the model's config. path: the module's path. Returns None if the columns of this matrix are in the same
+    order.
     """
     if not path.endswith("linear_attn.out_proj"):
         return None
@@ -96,7 +104,11 @@ def columns_of(config: Any, path: str) -> Tensor | None:
 
 
 def restored(path: str, leaf: str, values: Tensor) -> Tensor:
-    """Convert the ``values`` of a GGUF tensor to those of the parameter ``leaf`` (A_log, conv1d) of module ``path``."""
+    """Return a recurrent layer's parameter of a GGUF file with the changes of llama.cpp's converter undone.
+
+    path: the module's path. leaf: the parameter's name in the module. values: the values in the file. A_log gets its
+    values back, and the weight of conv1d its shape; other parameters are returned as they are.
+    """
     if leaf == "A_log":
         return (-values.float()).log()
     return values[:, None] if path.endswith("linear_attn.conv1d") else values

@@ -1,6 +1,6 @@
-"""The tokenizer of a GGUF file, with its chat template.
+"""Make the tokenizer of a GGUF file, with its chat template, from the file's metadata.
 
-Byte-level tokenizers with a known way to split text are built from the header; transformers converts all others. A test
+Byte-level tokenizers with a known rule for splitting text are built here. transformers converts all others. A test
 compares both ways.
 """
 
@@ -39,10 +39,10 @@ END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if 
 
 
 def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
-    """Write the tokenizer of a GGUF file, in the format of transformers, into ``folder``, which has the model's config.
+    """Write the tokenizer of a GGUF file into ``folder``, in the format of transformers.
 
-    name: the model's name in messages. kind: the model type of the config.
-    Raises SpecDecError if the file has no usable tokenizer.
+    name: the model's name in messages. file: the header of the GGUF file. kind: the model type in the config.json that
+    ``folder`` has already. Raises SpecDecError if the file has no usable tokenizer.
     """
     if (built := _read(name, file, kind)) is None:
         with quiet_transformers():
@@ -61,7 +61,11 @@ def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
 
 
 def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
-    """Build the tokenizer of a GGUF file; None if only transformers can. Raises SpecDecError for broken metadata."""
+    """Return the tokenizer of a GGUF file as an object of ``tokenizers``; None: only transformers can convert it.
+
+    name: the model's name in messages. file: the header of the GGUF file. kind: the model type. Raises SpecDecError for
+    broken metadata.
+    """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     template = file.metadata.get("tokenizer.chat_template", "")
     pre = metadata.get("pre", "default")
@@ -74,7 +78,11 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 
 
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
-    """Build a byte-level BPE tokenizer. metadata: tokenizer.ggml entries. pre: rule to split text. kind: model type."""
+    """Return the byte-level BPE tokenizer that the metadata of a GGUF file describe.
+
+    file: the header of the GGUF file. metadata: its entries by their names after "tokenizer.ggml.". pre: llama.cpp's
+    name of the rule that splits text into words. kind: the model type.
+    """
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
@@ -102,19 +110,25 @@ def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tok
 
 
 def _spelled(token: str) -> str:
-    """Return a token in the alphabet of byte-level BPE, in which each character stands for one byte."""
+    """Return a token's text in the alphabet of byte-level BPE, in which each character stands for one byte of UTF-8."""
     return "".join(text for text, _ in BYTES.pre_tokenize_str(token))
 
 
 def _named(file: GGUFFile) -> Iterator[tuple[str, str | None]]:
-    """Yield (name, token) for the tokens bos, eos, unk and pad; None: the file has no such token."""
+    """Yield (name, token) for the special tokens "bos", "eos", "unk" and "pad" of a GGUF file.
+
+    The token is its text, or None if the file has no such token.
+    """
     for part, key in TOKENS.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         yield part, None if token is None else file.metadata["tokenizer.ggml.tokens"][token]
 
 
 def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
-    """Return a post-processor that adds the token ``first`` before and ``last`` after a text; None: adds no token."""
+    """Return a post-processor for ``tokenizer`` that adds special tokens to each encoded text.
+
+    first: the token before a text; None: adds no token. last: the token after a text; None: adds no token.
+    """
     single, second = (
         " ".join(f"{each}:{n}" for each in (first, text, last) if each is not None)
         for n, text in enumerate(("$A", "$B"))
@@ -124,9 +138,10 @@ def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
 
 
 def converted(name: str, file: GGUFFile) -> Any:
-    """Let transformers convert the metadata of a GGUF file into a tokenizer with a chat template, and return it.
+    """Return the tokenizer, with its chat template, that transformers makes of the metadata of a GGUF file.
 
-    name: the model's name in the SpecDecError that is raised if the file has no usable tokenizer.
+    name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError if the file has no usable
+    tokenizer.
     """
     from transformers import TokenizersBackend
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
@@ -151,7 +166,10 @@ def converted(name: str, file: GGUFFile) -> Any:
 
 
 def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
-    """Change ``tokenizer`` in place so that it splits off single digits, if the file's vocabulary was trained so."""
+    """Make ``tokenizer`` split off single digits, in place, if the vocabulary in the GGUF file was trained so.
+
+    transformers' converter does not do so. file: the header of the GGUF file.
+    """
     kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2" and pre in DIGITS_APART:
         digits = pre_tokenizers.Digits(individual_digits=True)

@@ -1,7 +1,7 @@
-"""Drafting in one native call: a tree, or a chain with siblings for each of several rows.
+"""Drafting in one call of the native kernels: a tree for one sequence, or a chain with siblings for each of several.
 
-The kernels' structures are built once for a draft path. Between two passes all code is cold, so a step changes few
-fields and builds nothing.
+The kernels' argument structures are built once for a draft path. A draft changes few fields and builds nothing, because
+between two passes all Python code has left the CPU's caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ MOST_GIVEN = 64  # nodes of a tree of another source
 
 
 class Kernels(Protocol):
-    """The parts of the native runtime that drafting needs."""
+    """The parts of the native runtime (compiled CPU kernels) that drafting needs; ``NativeTarget`` has them.
+
+    lib: the loaded library of kernels.
+    embedding: the table of token embeddings, [V, D].
+    final_norm: factors of the final norm, float32 [D].
+    eps: epsilon of the final norm.
+    vocab_size: number of tokens, V.
+    windows: attention window of each layer in tokens; None: no limit.
+    """
 
     lib: Any
     embedding: RowTable
@@ -36,35 +44,49 @@ class Kernels(Protocol):
     windows: list[int | None]
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """Return ``head`` (None: the model's own output head) in the kernels' format."""
+        """Return an output head in the kernels' format. head: the module of the head; None: the model's own."""
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
+        """Return the kernels' arguments to run layers [lo, hi) with ``adapters`` on one token of each sequence.
+
+        Returns the structure of the model, whose layers have the adapters merged, and the structure of the call.
+        """
 
     def place(self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """Point ``call`` to each row's next ``counts`` cache slots of layers [lo, hi); return objects to keep alive."""
+        """Let ``call`` write keys and values of layers [lo, hi) to the next free slots of ``cache``.
+
+        counts: number of slots for each sequence of the cache.
+        Returns objects that the structure points to; the caller keeps them alive until the kernels have run.
+        """
 
 
 class TreeDrafter:
-    """Drafts with the kernels level by level along ``path``: a tree, or chains with siblings for several ``rows``.
+    """Drafts along a path by the native kernels: a tree for one sequence, chains with siblings for several.
 
-    levels: maximum number of levels. width: number of children of a node.
-    drafted: maximum number of tokens of a row that run through the path.
-    positions, roots: position and token of each row's root.
-    sampled: how each row samples; read if the rows are not greedy.
-    given: the candidates of each row from another drafter.
-    tables: calibration tables of each row, one for each of its three kinds of candidates.
-    found: scores, tokens and parents of the candidates, and the heads' probability of each.
-    rates: ``TreeLimits.rate`` of each level.
-    stages: the projections of the path, each but the last with the layers after it.
-    calls: the kernels' arguments for the layers of each stage that has some.
+    Made for one path and size, and then called for each draft, by one thread at a time. The arrays are C arrays that
+    ``struct`` points to.
+
+    target: the native runtime. path: the projections, layers and output heads that draft.
+    levels: maximum number of levels. width: number of children of a node. rows: number of sequences, R.
+    segments: the path's ranges of layers.
+    drafted: maximum number of tokens of a sequence that run through the path, which is the cache slots that a draft
+        uses.
+    positions, roots: position and token id of each sequence's root, [R].
+    sampled: how each sequence is sampled, [R]; unused if all are greedy.
+    given: the tree of another source for each sequence, [R]; unused if there is none.
+    tables: calibration tables, [R][3][KNOTS], as in ``DraftRoots.tables``.
+    found: four arrays with an entry for each candidate that the kernels return: score, token id, parent, and raw
+        probability by the output heads.
+    rates: acceptance rate of each level, [levels].
+    allowed: for each token of a level, address of the mask of the tokens that may follow (null: none may), [width].
+    masks: function from the tokens after the root to that mask; None: all tokens may follow.
+    held: the mask tensors of the present level, which keeps them alive.
+    error: exception that ``masks`` raised during the call; None: it raised none.
+    stages: for each projection of the path, the kernels' structure for it and the layers after it.
+    calls: the kernels' arguments for the layers of each segment.
     alive: objects that ``struct`` points to.
     struct: the arguments of the kernel that drafts.
-    heads, tokens: output heads of the path, and the token ids of their outputs (None: all tokens).
-    allowed: pointers to the masks of the tokens of a level.
-    masks: function that makes these masks; None: all tokens are allowed.
-    held: the tensors behind ``allowed``, to keep them alive.
-    error: exception that ``masks`` has raised; None: it has raised none.
+    heads, tokens: output heads of the path, and the token id of each logit (None: the logit's index).
     """
 
     def __init__(self, target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> None:
@@ -118,7 +140,10 @@ class TreeDrafter:
         self.follow(target, path)
 
     def follow(self, target: Kernels, path: DraftPath) -> None:
-        """Use the present output heads of ``path``, which may have changed since the last draft."""
+        """Use the output heads that ``path`` has now. Called when they have changed since the last draft.
+
+        target: the native runtime, which packs new heads.
+        """
         self.heads = [target.head(head) for head in path.heads]
         self.tokens = path.tokens
         self.struct.head[:] = [*(ctypes.addressof(head.struct) for head in self.heads), None][:2]
@@ -127,7 +152,11 @@ class TreeDrafter:
 
     @staticmethod
     def supports(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:
-        """Return whether the kernels support a draft along ``path`` of these sizes."""
+        """Return whether the kernels support drafts along ``path`` of this size.
+
+        target: the native runtime.
+        levels: maximum number of levels. width: number of children of a node. rows: number of sequences.
+        """
         outputs = sum(target.vocab_size if head is None else head.out_features for head in path.heads)
         near = any(window is not None and window <= levels for window in target.windows)
         few = width <= min(16, outputs) and rows <= 16 and len(path.projections) <= 8 and len(path.heads) <= 2
@@ -181,7 +210,12 @@ class TreeDrafter:
         return self._by_row(count)
 
     def _by_row(self, count: int) -> list[Nodes]:
-        """Return the candidates of each row, with parents as indices in the row's own list. count: number of all."""
+        """Return the candidates of each sequence: lists of scores, tokens, parents, and [raw probabilities].
+
+        A parent is 0 for the root, and i + 1 for candidate i of the same sequence.
+
+        count: number of candidates of all sequences together that the kernels have written to ``found``.
+        """
         found = self.found
         scores, tokens, parents, raw = found[0][:count], found[1][:count], found[2][:count], found[3][:count]
         if self.rows == 1:
@@ -199,7 +233,12 @@ class TreeDrafter:
         return rows
 
     def _mask(self, rows: int, nodes: Any) -> int:
-        """Make the masks of a level and point ``allowed`` to them; return 0, or 1 after an error. A C callback."""
+        """Make the token masks of the next level, and point ``allowed`` to them. The kernels call it for each level.
+
+        rows: number of tokens of the level.
+        nodes: C array with the candidate of each token: 0 for the root, i + 1 for candidate i.
+        Returns 0, or 1 if an exception was raised, which is then stored in ``error``.
+        """
         _, tokens, parents, _ = self.found
         assert self.masks is not None
         try:

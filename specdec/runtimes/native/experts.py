@@ -1,9 +1,10 @@
-"""An expert cache: the experts of a native model lie in a mapped file, and each layer keeps some of them in memory.
+"""An expert cache: the experts of a native model lie in a file mapped to memory, and some of each layer's are resident.
 
-The file holds tiles as the kernels read them. When a layer's router has chosen experts, those not in memory are read;
-when the next layer chooses, the least recently used experts above the limit are evicted. So a pass that needs more than
-the limit, such as a prompt's, keeps them until then. The file has no name and is deleted with the process. With
-forecasts, the system reads likely experts of the next layers ahead; those that are then not chosen are evicted.
+The file has the experts' weights in the kernels' tile format. When a layer's router has chosen experts, those that are
+not in memory are read. When the next layer's router chooses, the least recently used experts above the limit are
+evicted. So a pass that needs more experts than the limit, such as a prompt's, keeps them until then. The file has no
+name and disappears with the process. With forecasts, likely experts of the next layers are read ahead; those that are
+then not chosen are evicted.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ Demand = ctypes.CFUNCTYPE(INT, INT, INT, ctypes.POINTER(INT), INT, FLOATS, FLOAT
 
 @dataclass
 class Counters:
-    """Statistics of the expert cache since it was made. An expert counts once for each layer and pass that uses it.
+    """Statistics of an expert cache since it was made. An expert counts once for each layer and pass that uses it.
 
-    demanded: experts that passes used.
-    misses: demanded experts that were neither in memory nor read ahead.
-    ahead: experts that were read ahead.
-    used: experts that were read ahead and then demanded.
-    evictions: experts that were evicted.
-    bytes_read: bytes read from the file, also ahead.
+    demanded: number of experts that passes used.
+    misses: number of demanded experts that were neither in memory nor being read ahead.
+    ahead: number of experts that were read ahead.
+    used: number of experts that were read ahead and then demanded.
+    evictions: number of experts that were evicted to keep the limit.
+    bytes_read: bytes read from the file, including those read ahead.
     stall_seconds: time in which passes waited for experts.
     """
 
@@ -60,19 +61,20 @@ class Counters:
     stall_seconds: float = 0.0
 
     def since(self, earlier: Counters) -> Counters:
-        """Return the differences from ``earlier`` counters."""
+        """Return the increase of each counter since ``earlier``, a copy of these counters."""
         old = asdict(earlier)
         return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
 
 
 class _Layer:
-    """The experts of one layer in the file.
+    """The experts of one decoder layer in the file of an expert cache, and which of them are in memory.
 
-    file: the file of all layers.
-    begin: offset of the layer's part in the file, in bytes.
-    used: bytes of the part that are allocated.
-    mapping, memory: the mapped part, as a map and as uint8.
-    places: offset in the part and bytes of each expert.
+    file: the file, which has one part for each layer.
+    begin: offset of this layer's part in the file, in bytes.
+    most: size of the part in bytes, which the constructor reserves without using disk space.
+    used: bytes of the part that are allocated so far.
+    mapping, memory: the mapped part, as ``mmap`` and as uint8 tensor.
+    places: for each expert, (offset in the part, size), in bytes.
     there: numbers of the experts in memory, the least recently used first.
     ahead: numbers of the experts that are being read ahead.
     """
@@ -89,8 +91,9 @@ class _Layer:
         self.ahead = set[int]()
 
     def allocate(self, size: int) -> Tensor:
-        """Return ``size`` bytes for the expert that is being written, aligned to a cache line.
+        """Reserve disk space for weights of the expert being written; return its mapped memory, uint8 [size].
 
+        size: number of bytes. The memory is aligned to 64 bytes, a line of the CPU's cache.
         Raises SpecDecError if the disk is full.
         """
         start, self.used = self.used, self.used + -(-size // 64) * 64
@@ -100,7 +103,7 @@ class _Layer:
         return self.memory[start : start + size]
 
     def written(self) -> None:
-        """Write the expert whose memory was allocated to the disk, and evict it from memory."""
+        """Complete an expert: write the memory allocated since the last call to disk, and evict it from memory."""
         start = sum(self.places[-1]) if self.places else 0
         self.used = -(-self.used // mmap.PAGESIZE) * mmap.PAGESIZE
         self.places.append((start, self.used - start))
@@ -108,7 +111,12 @@ class _Layer:
         self.drop(len(self.places) - 1)
 
     def advise(self, expert: int, advice: int, step: int = 1 << 62) -> int:
-        """Call madvise for an expert's memory, ``step`` bytes at a time; return the system's error number, or 0."""
+        """Call the system's ``madvise`` for the mapped memory of an expert; return the system's error number, or 0.
+
+        expert: number of the expert in this layer.
+        advice: the advice, such as ``_WILL_NEED``.
+        step: maximum bytes of one system call; by default, one call covers the whole expert.
+        """
         (start, size), madvise = self.places[expert], ctypes.CDLL(None, use_errno=True).madvise
         for at in range(start, start + size, step):
             address = ctypes.c_void_p(self.memory.data_ptr() + at)
@@ -117,7 +125,10 @@ class _Layer:
         return 0
 
     def drop(self, expert: int) -> None:
-        """Evict an expert from memory and from the system's file cache."""
+        """Evict an expert from the process's memory and from the system's file cache; its weights stay on disk.
+
+        expert: number of the expert in this layer.
+        """
         self.advise(expert, _DONT_NEED)
         start, size = self.places[expert]
         with suppress(AttributeError, OSError):  # a system without it keeps what it has room for
@@ -125,17 +136,21 @@ class _Layer:
 
 
 class MappedExperts:
-    """The expert cache of a native model: ``add`` all layers, then ``begin``. Raises SpecDecError if the disk is full.
+    """The expert cache of a native model: call ``add`` for each layer with experts, and then ``begin``.
 
-    budget: the share of the experts in (0, 1] (float), or bytes of all layers (int), that stays in memory.
+    Raises SpecDecError for a ``budget`` out of range, or if the file cannot be made.
+
+    budget: how many experts stay in memory: a share in (0, 1] (float), or bytes for all layers (int).
     layers: the layers with experts, by layer number.
-    slots: number of experts of a layer that stay in memory.
-    shape: number of layers with experts, experts of a layer, and bytes of the largest expert.
-    counters: statistics since the start.
-    last: the layer whose experts were demanded last; empty: none were.
+    slots: number of experts of each layer that stay in memory.
+    shape: (number of layers with experts, number of experts of each, bytes of the largest expert).
+    counters: statistics since the cache was made.
+    last: the layer whose experts were used last, in a list; []: none was.
+    lock: lock that is held while experts are loaded.
     call: C callback (``_demand``) that the kernels call before they read a layer's experts.
-    unread: whether experts of the last pass could not be read.
+    unread: whether reading experts has failed in the present pass.
     forecasts: forecasts of the experts to read ahead; None: nothing is read ahead.
+    file: the file that has the experts.
     """
 
     def __init__(self, budget: float) -> None:
@@ -157,10 +172,12 @@ class MappedExperts:
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (as long as this)
 
     def add(self, layer: int, count: int, weights: int, pack: Callable[[int, Allocate], None]) -> None:
-        """Write the experts of a layer to the file.
+        """Write all experts of one layer to the file. Raises SpecDecError if the disk is full.
 
-        count: number of experts. weights: number of weights of all of them.
-        pack: writes the expert with this number into memory that its second argument allocates.
+        layer: number of the layer.
+        count: number of its experts.
+        weights: number of weights of all these experts, from which the size on disk is estimated.
+        pack: function ``pack(expert, allocate)`` that packs an expert into memory from ``allocate(size in bytes)``.
         """
         begin = sum(each.begin + len(each.memory) for each in [*self.layers.values()][-1:])
         most = 4 * weights + count * (mmap.PAGESIZE + 4096)  # of tiles in any format
@@ -170,8 +187,9 @@ class MappedExperts:
             made.written()
 
     def begin(self, top_k: int) -> None:
-        """Set the number of experts in memory after all layers are added. top_k: experts of a token in a layer.
+        """Compute how many experts stay in memory, after ``add`` was called for all layers.
 
+        top_k: number of experts that a token uses in a layer.
         Raises SpecDecError if the budget is too small for the experts of one token.
         """
         sizes = [size for layer in self.layers.values() for _, size in layer.places]
@@ -188,15 +206,19 @@ class MappedExperts:
 
     @property
     def resident_bytes(self) -> int:
-        """Return the maximum bytes of the experts in memory between passes."""
+        """Return the maximum bytes of memory that experts take between two passes."""
         return self.slots * self.shape[0] * self.shape[2]
 
     def describe(self) -> str:
-        """Return one line for reports, such as "3 of 6 experts per layer in memory (40 MB)"."""
+        """Return one line of text for reports, such as "3 of 6 experts per layer in memory (40 MB)"."""
         return f"{self.slots} of {self.shape[1]} experts per layer in memory ({self.resident_bytes / 1e6:.0f} MB)"
 
     def figures(self, start: Counters, new_tokens: int) -> dict[str, float]:
-        """Return statistics since ``start`` for reports, by name; those per token are divided by ``new_tokens``."""
+        """Return statistics for reports, by name, such as "hit_rate" and "bytes_per_token".
+
+        start: counters at the beginning of the report's time.
+        new_tokens: number of tokens generated since then, which figures per token are divided by.
+        """
         c, tokens = self.counters.since(start), max(new_tokens, 1)
         return {
             "demanded": c.demanded,
@@ -210,7 +232,11 @@ class MappedExperts:
         }
 
     def end_pass(self) -> None:
-        """End a pass: refine forecasts. Raises SpecDecError if experts of the pass could not be read."""
+        """Finish a pass of the model: let the forecasts learn, and check that all experts could be read.
+
+        A native target calls this after each pass. Raises SpecDecError if reading experts has failed since the last
+        call.
+        """
         if self.forecasts is not None:
             with self.lock:
                 self.forecasts.work()
@@ -221,9 +247,17 @@ class MappedExperts:
             )
 
     def _demand(self, number: int, count: int, groups: Any, rows: int, x: Any, logits: Any) -> int:
-        """Load the experts that a pass uses in layer ``number``. The kernels call it. Returns 0, or 1 if reading fails.
-        groups: ``count`` structures Grouped of mixture.c. rows: number of tokens. x, logits: as in ``Model.demand`` of
-        native.h."""
+        """Load the experts that a pass uses in a layer. The compiled kernels call it before they read these experts.
+
+        number: number of the layer.
+        count: number of experts that the pass uses.
+        groups: C array of ``count`` entries of three integers, of which the first is the number of an expert.
+        rows: number of tokens of the pass.
+        x, logits: C arrays, float [rows / 16][values][16], of the residual before the router's norm and of the router's
+            logits, for forecasts.
+
+        Returns 0, or 1 if the experts cannot be read; ``end_pass`` then raises.
+        """
         layer, counters, wanted = self.layers[number], self.counters, groups[: 3 * count : 3]
         with self.lock:
             for before in self.last:
@@ -260,7 +294,13 @@ class MappedExperts:
         self.counters.bytes_read += layer.places[expert][1]
 
     def _read_ahead(self, forecasts: Forecasts, number: int, rows: int, x: Any, logits: Any) -> None:
-        """Begin to read the experts that later layers will likely use, at most ``slots`` for each layer."""
+        """Begin to read from disk the experts that later layers will probably use, at most ``slots`` of each layer.
+
+        forecasts: predicts the experts from the states at a router.
+        number: number of the layer whose router has just run.
+        rows: number of tokens of the pass.
+        x, logits: C arrays, float [rows / 16][values][16], of the residual before that router's norm and of its logits.
+        """
         of = forecasts.width, self.shape[1]
         for later, experts in forecasts.seen(number, *map(partial(_by_token, rows), (x, logits), of)):
             layer = self.layers[later]
@@ -272,6 +312,13 @@ class MappedExperts:
 
 
 def _by_token(rows: int, values: Any, width: int) -> Tensor:
-    """Copy ``values``, a pointer to float [rows / 16][width in whole tiles][16], to a tensor [rows, width]."""
+    """Copy a C array of the compiled kernels, float [rows / 16][width][16], to a tensor float32 [rows, width].
+
+    The array has the values of 16 tokens side by side. Both numbers are rounded up to multiples of 16 in it.
+
+    rows: number of tokens.
+    values: pointer to the first float of the array.
+    width: number of values of a token.
+    """
     shape = -(-rows // 16), -(-width // 16) * 16, 16
     return torch.from_numpy(np.ctypeslib.as_array(values, shape)).transpose(1, 2).flatten(0, 1)[:rows, :width].clone()

@@ -1,8 +1,8 @@
-"""Forecasts of the experts that later layers will use, from the residual at a layer's router.
+"""Forecasts of the experts that later layers will use, from the residual stream at an earlier layer's router.
 
-For each layer, one matrix maps the residual at unit RMS to the router logits of the next two layers. The matrix starts
-as these routers and is refined by ridge regression on the logits that passes compute anyway. A wrong forecast costs
-time and changes no result.
+For each layer, one matrix maps the residual, divided by its RMS, to the router logits of the next two layers with
+experts. The matrix starts as the weights of these routers, and is refined by ridge regression on the logits that passes
+compute anyway. A wrong forecast costs time and changes no result.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ FIRST, LAST = 256, 8192  # rows at the first fit, and at the last one; the numbe
 
 
 class Forecast:
-    """Predicts from the residual at one layer's router which experts later layers will use.
+    """Predicts from the residual at one layer's router which experts ``targets``, later layers, will use.
 
-    targets: numbers of the later layers, n of them.
-    routers: weights of their routers [n, E, D], for residuals at unit RMS.
+    Residuals are divided by their RMS. n is the number of later layers, E the number of experts of each.
+
+    targets: numbers of the later layers, [n].
+    routers: weights of their routers with the norm's factors multiplied in, given as [n, E, D], stored as [n E, D].
     top_k: number of experts that a token uses in a layer.
-    weight, bias: the fitted routers [n E, D] and [n E], which read the earlier residual.
-    sums: sums of all training rows, for the next fit; None: no fit follows.
-    rows, count: training rows that are not in ``sums`` yet, in parts, and their number.
+    experts: E.
+    weight, bias: the fitted routers, [n E, D] and [n E].
+    slope: factor from a difference of logits to the log-odds that an expert is used.
+    sums: sums of all training rows for the next fit; None: there is no further fit.
+    rows, count: training rows (residuals, logits of the later layers) that are not in ``sums`` yet, and their number.
     next_fit: number of training rows at the next fit.
     """
 
@@ -48,13 +52,19 @@ class Forecast:
         self.next_fit = FIRST
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return estimated logits [T, n, E] of the targets' routers for residuals ``x`` [T, D] at unit RMS."""
+        """Return estimated router logits of the n later layers, [T, n, E].
+
+        x: residuals divided by their RMS, [T, D].
+        """
         return torch.addmm(self.bias, x, self.weight.T).view(len(x), len(self.targets), self.experts)
 
     def likely(self, x: Tensor) -> list[tuple[int, list[int]]]:
-        """Return (target layer, experts) pairs: the experts that some token is likely to use, the likeliest first.
+        """Return for each later layer a pair (layer number, numbers of the experts that it will probably use).
 
-        x: residuals [T, D] at unit RMS.
+        An expert is listed if the probability that some of the T tokens uses it is at least ``LIKELY``, the likeliest
+        first.
+
+        x: residuals divided by their RMS, [T, D].
         """
         logits = self.logits(x)
         ranked = logits.topk(min(self.top_k + 1, self.experts)).values
@@ -68,13 +78,19 @@ class Forecast:
         ]
 
     def learn(self, x: Tensor, logits: Tensor) -> None:
-        """Store training rows for the next fit: residuals ``x`` [T, D] at unit RMS, the targets' logits [T, n E]."""
+        """Store training rows for the next fit; no effect after the last fit.
+
+        x: residuals divided by their RMS, [T, D].
+        logits: the later layers' true router logits for these tokens, [T, n E].
+        """
         if self.sums is not None:
             self.rows.append((x, logits))
             self.count += len(x)
 
     def work(self) -> bool:
-        """Add the stored training rows to the sums, and fit the matrix at ``FIRST`` rows and each doubling.
+        """Add the stored training rows to the sums if there are at least ``ROWS``, and fit the matrix if it is due.
+
+        Fits are due at ``FIRST`` training rows and at each doubling. At ``LAST`` rows, learning ends.
 
         Returns whether a fit was made.
         """
@@ -96,13 +112,22 @@ class Forecast:
 
 
 class Forecasts:
-    """The forecasts of all layers with experts. Several threads may use it; ``work`` needs the caller's lock.
+    """The forecasts of all layers of a model that have experts.
 
-    of: the forecast by layer. width: the hidden size, D.
+    Several threads may call ``seen``; ``work`` needs a lock that its caller holds.
+
+    of: the forecast that starts at each layer, by layer number.
+    width: hidden size D.
+    local: for each thread, the forecasts of its present pass whose later layers have not all run.
     """
 
     def __init__(self, routers: dict[int, Tensor], top_k: int) -> None:
-        """Make the forecasts. routers: weights [E, D] by layer, in order. top_k: experts of a token in a layer."""
+        """Make a forecast of the next ``AHEAD`` layers with experts for each layer with experts but the last.
+
+        routers: router weights [E, D] by layer number, ascending, with the factors of the norm before them multiplied
+            in.
+        top_k: number of experts that a token uses in a layer.
+        """
         layers, self.width = list(routers), next(iter(routers.values())).shape[1]
         self.of = dict[int, Forecast]()
         for n, layer in enumerate(layers[:-1], 1):
@@ -111,9 +136,14 @@ class Forecasts:
         self.local = threading.local()
 
     def seen(self, layer: int, x: Tensor, logits: Tensor) -> list[tuple[int, list[int]]]:
-        """Learn from a pass at the router of ``layer``; return (later layer, experts that it will likely use) pairs.
+        """Learn from the router of a layer in a running pass, and forecast the experts of later layers.
 
-        x: residuals at the router [T, D]. logits: the router's logits [T, E]. [] for passes of many tokens.
+        layer: number of the layer.
+        x: residuals at its router, [T, D].
+        logits: the router's logits, [T, E].
+
+        Returns pairs (later layer, numbers of the experts that it will probably use); [] for a pass of more than
+        ``FORECAST_TOKENS`` tokens, and at the last layer with experts.
         """
         trail: deque[tuple[Forecast, Tensor, list[Tensor]]] = self.local.__dict__.setdefault("trail", deque())
         unit = rms_unit(x)
@@ -132,7 +162,10 @@ class Forecasts:
         return own.likely(unit) if len(unit) <= FORECAST_TOKENS else []
 
     def work(self) -> None:
-        """Fit at most one forecast on the stored training rows. Called between two passes, because it takes time."""
+        """Let the forecasts learn from their stored training rows, layer by layer, until one of them makes a fit.
+
+        A fit takes time, so this is called between two passes.
+        """
         for forecast in self.of.values():
             if forecast.work():
                 return

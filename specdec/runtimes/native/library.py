@@ -1,4 +1,4 @@
-"""The compiled kernels: finds and loads them, and defines the structures that they read (``native.h``)."""
+"""The compiled kernels: finds and loads them, and defines the structures of their arguments as in ``native.h``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ KERNELS: dict[str, tuple[Any, ...]] = {  # compiled for every instruction set: t
 
 
 def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
-    """Return fields of a structure that all have the type ``kind``. names: their names, with spaces between them."""
+    """Return ``_fields_`` entries (name, type) of a ctypes structure for fields that all have one type.
+
+    kind: the ctypes type.
+    names: names of the fields, with spaces between them.
+    """
     return [(name, kind) for name in names.split()]
 
 
@@ -143,7 +147,10 @@ MaskCall = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(INT))  # 
 
 
 def could_run(cpuinfo: Path = machine.CPUINFO) -> bool:
-    """Return whether this CPU supports the kernels, as far as the system tells. The kernels may not be built."""
+    """Return whether this CPU has the instructions that the kernels need, also if the kernels are not built.
+
+    cpuinfo: the file that describes the CPU, in the format of ``/proc/cpuinfo``.
+    """
     features = machine.features(cpuinfo)
     apple = ARM and sys.platform == "darwin"  # all of them have dot products
     return {"avx2", "fma", "f16c"} <= features or "asimddp" in features or apple
@@ -167,10 +174,14 @@ def _most() -> int:
 
 @functools.cache
 def load() -> Any:
-    """Load the compiled kernels: a library with a function ``specdec_NAME`` for each of ``KERNELS``. Cached.
+    """Load the compiled kernels and return the ``ctypes`` library. Cached.
 
-    ``level`` of the library is the instruction set. Raises SpecDecError if the kernels are missing or this CPU cannot
-    run them, and SettingError for an unknown instruction set in the environment.
+    The library has a function ``specdec_NAME`` for each name in ``KERNELS``, which uses the best instruction set of
+    this CPU. Its attribute ``level`` is the name of that instruction set, such as "avx512". The environment variable
+    SPECDEC_NATIVE limits it.
+
+    Raises SpecDecError if the kernels are not built, cannot be loaded, or do not run on this CPU; SettingError if the
+    environment variable has an unknown value.
     """
     most = _most()
     if not LIBRARY.exists():
@@ -205,14 +216,14 @@ def load() -> Any:
 
 
 def version() -> str:
-    """Return the instruction set and a digest of the compiled kernels. Equal versions compute equal bits."""
+    """Return the instruction set in use and a SHA-256 of the kernels' file. Equal versions compute equal bits."""
     return f"{load().level} {hashlib.sha256(LIBRARY.read_bytes()).hexdigest()}"
 
 
 def openmp() -> str | None:
-    """Return the name of the OpenMP library that PyTorch uses, because a second one would compete for the cores.
+    """Return the file name of the OpenMP library that PyTorch uses; None: PyTorch has none.
 
-    None: PyTorch has none.
+    ``load`` makes the kernels use the same one, because the threads of two libraries would compete for the cores.
     """
     torch_itself, process = ctypes.CDLL(torch._C.__file__), ctypes.CDLL(None)
     try:
@@ -231,7 +242,10 @@ class _Symbol(ctypes.Structure):  # Dl_info
 
 @functools.cache
 def runs() -> bool:
-    """Return whether the kernels are built and this CPU can run them. Cached."""
+    """Return whether the kernels are built and run on this CPU. Cached.
+
+    Raises SettingError if the environment variable SPECDEC_NATIVE has an unknown value.
+    """
     try:
         load()
     except SettingError:
@@ -242,11 +256,11 @@ def runs() -> bool:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Return the address of a tensor's data; None for None."""
+    """Return the address of a tensor's first element, for a C structure; None for None."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def done(code: int) -> None:
-    """Raise MemoryError if a kernel's return code is negative: it could not allocate memory."""
+    """Raise MemoryError if a kernel's return value ``code`` is negative: it could not allocate memory."""
     if code < 0:
         raise MemoryError("can't allocate memory for a pass of the native runtime")

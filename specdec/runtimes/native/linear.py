@@ -1,4 +1,7 @@
-"""Linear layers in tiles for the compiled kernels, and tables of rows."""
+"""Linear layers in tiles, the weight format of the compiled kernels, and tables of rows such as token embeddings.
+
+A tile has the weights of 16 outputs and 32 inputs, in bf16 or quantized.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,12 @@ CHUNK_WEIGHTS = 1 << 20  # weights that ``packing`` quantizes between two yields
 
 
 class _Arena:
-    """Allocates from large chunks on large pages, because most weights are smaller than a large page."""
+    """Allocates memory for tiles from large chunks on large pages, because most weights are smaller than a large page.
+
+    CHUNK, PAGE: bytes of a chunk, and of a large page.
+    chunk: the chunk that memory is taken from, uint8.
+    used: bytes of it that are taken.
+    """
 
     CHUNK, PAGE = 32 << 20, 2 << 20
 
@@ -49,13 +57,15 @@ _arena = _Arena()
 
 
 class Packed:
-    """A linear layer in tiles for the kernels: y = ``scale (x W.T + bias)``, or with a cap ``cap tanh(y / cap)``.
+    """A linear layer in tiles for the kernels: y = ``scale (x W.T + bias)``, and then ``cap tanh(y / cap)`` if capped.
 
-    inp, width: number of inputs and outputs.
+    inp, width: number of inputs and of outputs.
     tiles: the memory of each weight's tiles, uint8.
-    rounded: whether activations are quantized to 8 bits, as they are for weights in blocks.
-    proxy: the weights in 4 bits, for ``bound_argmax``; None: there is no proxy.
-    struct: the layer for the kernels.
+    parts: the kernels' structures of the weights, whose outputs are joined.
+    bias: the bias, float32, padded with zeros to a multiple of 16; None: there is none.
+    rounded: whether activations are quantized to 8 bits, which they are if no weight is bf16.
+    proxy: the weights in 4 bits, which ``bound_argmax`` makes; None: it has made none.
+    struct: the kernels' structure of the layer.
     """
 
     def __init__(
@@ -71,13 +81,17 @@ class Packed:
     ) -> None:
         """Pack ``weights``, whose outputs are joined.
 
-        weights: each bf16 [out_i, in] or GGUF blocks, which keep codes, scales and the order of columns. If some are
-            bf16, blocks are unpacked to bf16.
-        bias: [sum of out_i]; None: there is none.
-        draft_only: whether bf16 weights are quantized to 8 bits, large ones to 4, because drafts need not be exact.
-        allocate: allocates the tiles; None: from the common memory.
-        made: kind and tiles of the only weight, if it is packed already (``packing``, ``GrowingTiles``).
-        kept: the file to read the tiles from, or to add them to.
+        weights: matrices [out_i, in] in bf16 or in GGUF blocks, which keep their codes and scales. If only some are in
+            blocks, these are dequantized to bf16.
+        bias: bias of all outputs, [sum of out_i]; None: there is none.
+        draft_only: whether weights are quantized to 8 bits, large ones to 4, because drafts need not be exact.
+        scale: factor of the outputs.
+        cap: bound of the outputs, by tanh; 0: none.
+        allocate: function that returns memory of a size in bytes for the tiles; None: memory is taken from the common
+            arena.
+        made: (kind, tiles) of the only weight if it is packed already; None: it is not.
+        kept: the file of packed weights to read the tiles from, or to add them to; None: there is none.
+
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
         """
         self.inp = weights[0].shape[1]
@@ -121,19 +135,22 @@ class Packed:
 
     @property
     def kinds(self) -> set[int]:
-        """Return the formats of the layer's tiles: ``library.BF16``, ``Q8``, ..."""
+        """Return the formats of the layer's tiles, numbers such as ``library.BF16`` and ``library.Q8``."""
         return {part.kind for part in self.parts}
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that a product reads: all tiles, or with a proxy the tiles of the proxy."""
+        """Return the bytes of weights that one product reads: all tiles or, with a proxy, only the proxy."""
         return sum(tiles.numel() for tiles in self.tiles) if self.proxy is None else self.proxy.numel()
 
     def bound_argmax(self, weight: Blocks, kept: ModelFile | None = None) -> None:
-        """Make ``largest`` faster: it will read a 4-bit copy of the weight, and full rows only for possible maxima.
+        """Make ``largest`` faster, with the same result: it then reads a 4-bit copy of the weight, and few full rows.
 
-        An error bound of each output makes the result exact. No effect unless the weight has 8 bits and the layer has
-        no bias and no cap. weight: the layer's only weight. kept: file to read the copy from, or to add it to.
+        The copy has an error bound for each output, so only outputs that may be the maximum are computed in full. No
+        effect unless the weight has 8 bits, and the layer has no bias and no cap.
+
+        weight: the only weight of the layer.
+        kept: the file of packed weights to read the copy from, or to add it to; None: there is none.
         """
         if self.rounded and self.kinds == {Q8} and self.bias is None and not self.struct.cap and self.struct.scale > 0:
             self.proxy, self.error_bounds = _proxy(weight, kept)
@@ -142,12 +159,13 @@ class Packed:
     def __call__(
         self, x: Tensor | Sequence[Tensor], norm: Tensor | None = None, eps: float = 0.0, after_weight: bool = False
     ) -> Tensor:
-        """Return the outputs bf16 [..., out] of ``x`` bf16 [..., in].
+        """Return the outputs of the layer, bf16 [..., out].
 
-        x: also n parts [..., in / n], which are joined; each has an RMS norm of its own.
-        eps: if above 0, an RMS norm with this epsilon comes before the product.
-        norm: weight of the RMS norm, float32 [in]; None: ones.
-        after_weight: whether the norm rounds only after its weight (``Family.round_after_weight``).
+        x: inputs, bf16 [..., in]; or several parts [..., in / n], which are joined, and each normed by itself.
+        norm: weight of an RMS norm of the inputs, float32 [in]; None: ones.
+        eps: epsilon of this norm; 0: there is no norm.
+        after_weight: whether normed inputs are rounded to bf16 only after the multiplication by ``norm``, not also
+            before.
         """
         parts = [x] if isinstance(x, Tensor) else x
         made = torch.empty(*parts[0].shape[:-1], self.width, dtype=torch.bfloat16)
@@ -155,10 +173,12 @@ class Packed:
         return made
 
     def largest(self, x: Tensor, norm: Tensor | None, eps: float, after_weight: bool = False) -> list[int]:
-        """Return the index of the largest output of each row of ``x`` [..., in], as a flat list of all rows.
+        """Return the index of the largest output for each input vector, as a flat list; outputs are not stored.
 
-        The first of equal outputs; -1 if an input of the row is not finite. Outputs are not stored. norm, eps,
-        after_weight: as in ``__call__``.
+        Of equal outputs, the first one counts. The index is -1 if an input of the vector is not finite.
+
+        x: inputs, bf16 [..., in].
+        norm, eps, after_weight: the RMS norm of the inputs, as in ``__call__``.
         """
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
         self._call([x], norm, eps, after_weight, len(found), None, ctypes.addressof(found))
@@ -183,9 +203,13 @@ class Packed:
 def packing(
     weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float = 0.0
 ) -> Generator[None, None, Packed]:
-    """Pack a bf16 ``weight`` [out, in] for drafts; yield after each chunk of some 20 ms, and return the layer.
+    """Pack a weight for drafts, quantized to 8 or 4 bits: a generator that yields after every 20 ms or so of work.
 
-    bias, scale, cap: of the layer y = ``scale (x W.T + bias)``, with a cap above 0 ``cap tanh(y / cap)``.
+    It returns the packed layer y = ``scale (x W.T + bias)``, and then ``cap tanh(y / cap)`` if ``cap`` is above 0.
+
+    weight: W, bf16 [out, in].
+    bias: [out]; None: there is none.
+    scale, cap: factor of the outputs, and their bound; a cap of 0 is none.
     """
     (out, inp), tiles = weight.shape, GrowingTiles(*weight.shape)
     step = max(CHUNK_WEIGHTS // inp // 16, 1) * 16  # rows
@@ -196,9 +220,13 @@ def packing(
 
 
 class GrowingTiles:
-    """Tiles of a bf16 matrix [rows, inp] for drafts that gets more rows; at most ``capacity`` rows.
+    """A bf16 matrix [rows, inp] for drafts, quantized in tiles for the compiled kernels, whose number of rows grows.
 
-    kind: format of the tiles. rows: number of rows that are packed. tiles: their memory, uint8.
+    capacity: maximum number of rows. inp: number of columns.
+    kind: format of the tiles, ``library.Q8`` or ``library.Q4``.
+    rows: number of rows that are packed so far.
+    size: bytes of the tiles of 16 rows.
+    tiles: memory of the tiles of all ``capacity`` rows, uint8.
     """
 
     def __init__(self, capacity: int, inp: int) -> None:
@@ -208,7 +236,11 @@ class GrowingTiles:
         self.tiles = _arena.allocate(-(-capacity // 16) * self.size)
 
     def extend(self, weight: Tensor) -> tuple[int, Tensor]:
-        """Pack the rows of ``weight`` [rows, inp] that are not packed yet; return kind and tiles of all rows."""
+        """Pack the rows of ``weight`` that are not packed yet.
+
+        weight: all rows of the matrix so far, bf16 [rows, inp]; earlier rows must be unchanged.
+        Returns (format number of the tiles, memory of all tiles uint8).
+        """
         if len(weight) > self.rows:
             first = self.rows // 16  # a tile that is not full is packed again
             rows, address = weight.detach()[16 * first :], self.tiles.data_ptr() + first * self.size
@@ -220,9 +252,13 @@ class GrowingTiles:
 
 
 class RowTable:
-    """A table of rows, such as token embeddings: ``weight`` [rows, columns], bf16 or GGUF blocks.
+    """A table for the kernels whose rows are read by index, such as token embeddings; rows are returned in bf16.
 
-    Rows are read as bf16 and multiplied by ``scale``. struct: the table for the kernels.
+    weight: the table [rows, columns], bf16 or in GGUF blocks.
+    scale: factor of the values that are read.
+    columns: number of columns.
+    alive: the tensors that ``struct`` points to.
+    struct: the kernels' structure of the table.
     """
 
     def __init__(self, weight: Tensor | Blocks, scale: float = 1.0) -> None:
@@ -241,7 +277,7 @@ class RowTable:
         )
 
     def __call__(self, index: Tensor) -> Tensor:
-        """Return the rows bf16 [..., columns] with the indices ``index``, int [...]. Indices must be in range."""
+        """Return rows of the table, bf16 [..., columns]. index: row indices, int [...], which must be in range."""
         index = index.long().contiguous()
         rows = torch.empty(*index.shape, self.columns, dtype=torch.bfloat16)
         read = library.load().specdec_read_rows
@@ -250,21 +286,33 @@ class RowTable:
 
 
 def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the rows ``index`` (None: all) of ``blocks`` in ``dtype``: ``dequantize``, but faster in bf16."""
+    """Dequantize rows of a matrix in GGUF blocks: the result of ``blocks.dequantize``, but faster in bf16.
+
+    blocks: the matrix [out, in].
+    index: indices of the rows, int [n]; None: all rows.
+    dtype: dtype of the result [n, in].
+    """
     if dtype != torch.bfloat16:
         return dequantize(blocks, index, dtype)
     return blocks.in_order(RowTable(blocks)(torch.arange(blocks.shape[0]) if index is None else index))
 
 
 def unpack_here(model: nn.Module) -> None:
-    """Set the kernels' ``unpack`` in all modules of ``model`` with weights in blocks, if the kernels run here."""
+    """Let modules of ``model`` dequantize their GGUF blocks by the kernels, if these run on this machine."""
     for module in model.modules() if runs() else ():
         if isinstance(module, BlockLinear | BlockEmbedding | BlockExperts):
             module.unpack = unpack
 
 
 def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -> tuple[int, Tensor]:
-    """Return format and tiles of a matrix at full precision, read from the file ``kept``, or made and added to it."""
+    """Pack a matrix in tiles for the compiled kernels without quantizing it further, or read the tiles from a file.
+
+    weight: the matrix [out, in], bf16 or in GGUF blocks, which keep their codes and scales.
+    kept: the file of packed weights to read the tiles from, or to add them to; None: they are made in memory.
+    allocate: function that returns memory of a size in bytes.
+
+    Returns (format number such as ``library.BF16``, tiles uint8).
+    """
     make = _block_tiles if isinstance(weight, Blocks) else _dense_tiles
     if kept is None or (name := kept.name(weight)) is None:
         return make(weight, allocate)  # type: ignore[arg-type]
@@ -276,8 +324,13 @@ def _kept(weight: Tensor | Blocks, kept: ModelFile | None, allocate: Allocate) -
 
 
 def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
-    """Return ``weight`` in 4-bit tiles, and bounds of each output's error for an input vector of length 1.
-    The bounds are float32 [out, rounded up to whole tiles]. kept: the file to read both from, or to add them to."""
+    """Return a 4-bit copy of a matrix as tiles, and a bound of each output's error for an input vector of length 1.
+
+    weight: the matrix [out, in] in GGUF blocks.
+    kept: the file of packed weights to read both from, or to add them to; None: they are made in memory.
+
+    Returns (tiles uint8, bounds float32 [out, rounded up to a multiple of 16]).
+    """
     name = None if kept is None else kept.name(weight)
     tiles, bounds = (f"{part} {name}" for part in ("rough", "gaps"))  # names in the file
     bound_bytes = 4 * (weight.shape[0] + -weight.shape[0] % 16)
@@ -296,9 +349,14 @@ def _proxy(weight: Blocks, kept: ModelFile | None) -> tuple[Tensor, Tensor]:
 def draft_tiles(
     shape: Sequence[int], weight: Callable[[], Tensor | Blocks], name: str, kept: PackedFile
 ) -> tuple[int, Tensor]:
-    """Return kind and tiles of a draft weight, read from the file ``kept`` or made and added to it.
+    """Return the tiles of a weight that only drafts use, read from a file, or quantized, packed and added to the file.
 
-    shape: [out, in]. weight: returns the weight; called only if the file lacks the tiles. name: name of the entry.
+    shape: [out, in] of the weight.
+    weight: function that returns the weight, bf16 or in GGUF blocks; called only if the file does not have the tiles.
+    name: name of the entry in the file.
+    kept: the file of packed weights.
+
+    Returns (format number ``library.Q8`` or ``library.Q4``, tiles uint8).
     """
     kind = _draft_kind(*shape)
     return kept.find(name, {kind: _bytes(shape, kind)}) or kept.add(name, kind, _tiles(weight(), kind, _arena.allocate))
@@ -317,8 +375,16 @@ def _dense_tiles(weight: Tensor | Blocks, allocate: Allocate) -> tuple[int, Tens
 
 
 def _block_tiles(blocks: Blocks, allocate: Allocate) -> tuple[int, Tensor]:
-    """Return kind and tiles of a matrix in GGUF blocks; bf16 tiles if its scales are too large for the blocks' kind.
-    Raises SpecDecError if the kernels read other values than ``gguf`` in the first and the last row."""
+    """Pack a matrix in GGUF blocks in tiles for the compiled kernels, with the codes and scales of the blocks.
+
+    If the scales are too large for that, the tiles are bf16.
+
+    blocks: the matrix [out, in].
+    allocate: function that returns memory of a size in bytes.
+
+    Returns (format number such as ``library.K4``, tiles uint8). Raises SpecDecError if the kernels read other values
+    than the ``gguf`` package in the first or the last row.
+    """
     lib, kind, table = library.load(), INT(), RowTable(blocks)
     ends = torch.tensor([0, blocks.shape[0] - 1])
     if not torch.equal(blocks.in_order(table(ends)), dequantize(blocks, ends, torch.bfloat16)):
@@ -331,8 +397,13 @@ def _block_tiles(blocks: Blocks, allocate: Allocate) -> tuple[int, Tensor]:
 
 
 def _tiles(weight: Tensor | Blocks, kind: int, allocate: Allocate, bounds: Tensor | None = None) -> Tensor:
-    """Pack ``weight`` [out, in] in tiles of ``kind``: BF16 (only of a tensor), or quantized to Q8 or Q4.
-    bounds: float32 [out, rounded up to whole tiles], filled with bounds of each output's error; None: not wanted."""
+    """Pack a matrix in tiles for the compiled kernels, quantized or in bf16, and return the tiles as uint8.
+
+    weight: the matrix [out, in], bf16 or in GGUF blocks.
+    kind: format of the tiles: ``BF16`` (only from a bf16 tensor), or ``Q8`` or ``Q4``, to which weights are quantized.
+    allocate: function that returns memory of a size in bytes.
+    bounds: float32 [out, rounded up to a multiple of 16], filled with a bound of each output's error; None: not wanted.
+    """
     lib, (out, inp), table = library.load(), weight.shape, RowTable(weight)
     tiles = allocate(_bytes(weight.shape, kind))
     if kind == BF16:
@@ -348,5 +419,8 @@ def _draft_kind(out: int, inp: int) -> int:
 
 
 def serves(weight: Tensor) -> bool:
-    """Return whether the kernels run here and a linear layer with ``weight`` [out, in] can be ``Packed``."""
+    """Return whether the compiled kernels run on this machine and take a linear layer with this weight.
+
+    weight: a matrix [out, in]. They take it if it is in bf16 on the CPU and ``in`` is a multiple of 32.
+    """
     return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not weight.shape[1] % 32 and runs()

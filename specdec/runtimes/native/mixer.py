@@ -1,4 +1,4 @@
-"""Arguments of the kernels for recurrent layers: sizes of the states, parameters, and the order of packed rows."""
+"""What the kernels need of recurrent layers (gated delta rule): sizes of states, parameters, orders of rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ RATES = "_b", "_a", "_ba"  # ends of the names of the linear layers that compute
 
 
 def state_shape(mixer: Mixer) -> StateShape | None:
-    """Return the sizes of a row's recurrent states; None: the model has no recurrent layers.
+    """Return the sizes of the recurrent states of one sequence; None: the model has no recurrent layers.
 
+    mixer: sizes of the model's recurrent layers.
     Raises SpecDecError for sizes that the kernels do not support.
     """
     if not mixer.layers:
@@ -39,10 +40,14 @@ def state_shape(mixer: Mixer) -> StateShape | None:
 
 
 def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
-    """Return the linear layers that the kernels run, ``{slot: [(module path, module), ...]}``.
+    """Return the linear layers of a decoder layer that the kernels run, ``{slot: [(module path, module), ...]}``.
 
-    As ``decoder_layer.modules``, but the shared expert of a mixture takes the MLP's slots, and write strengths and
-    decay rates of a recurrent layer have a slot "rates".
+    A slot is a field of the kernels' layer structure: linear layers with the same input, run as one. The slots are
+    "qkv" and "out" of attention or of the recurrent mixer, and "gate_up" and "down" of the MLP or of the expert that
+    all tokens share. A recurrent layer also has "rates", the write strengths and decay rates. Other experts are not
+    included.
+
+    layer: the module of the decoder layer.
     """
     found = decoder_layer.modules(layer)
     if hasattr(layer.mlp, "shared_expert"):
@@ -56,9 +61,12 @@ def slots(layer: Any) -> dict[str, list[tuple[str, nn.Linear]]]:
 
 
 def row_orders(layer: Any) -> dict[str, Tensor]:
-    """Return, by module path, the row of the weight that each packed row is, int64 [rows]; -1: a row of zeros.
+    """Return the order in which the kernels take the weight rows of some linear layers, by module path.
 
-    Only linear layers whose rows are packed in another order are included.
+    layer: the module of the decoder layer. Only input projections of recurrent mixers have another order than their
+        own.
+
+    Returns ``{module path: int64 [packed rows]}``: for each packed row, the index of the weight's row, or -1 for zeros.
     """
     if not decoder_layer.recurrent(layer):
         return {}
@@ -74,9 +82,10 @@ def row_orders(layer: Any) -> dict[str, Tensor]:
 
 
 def ordered(matrix: Any, rows: Tensor | None) -> Any:
-    """Return ``matrix``, a tensor or ``Blocks`` [out, in], with only the given ``rows`` in their order.
+    """Return a matrix with only the given rows, in the given order.
 
-    rows: int [n]; -1: a row of zeros (tensors only). None: all rows in their order.
+    matrix: a tensor [out, in], or a matrix in GGUF blocks.
+    rows: row indices, int [n]; -1: a row of zeros (tensors only). None: the matrix itself is returned.
     """
     if rows is None:
         return matrix
@@ -86,14 +95,20 @@ def ordered(matrix: Any, rows: Tensor | None) -> Any:
 
 
 def columns(matrix: Any) -> Any:
-    """Return an index that puts the columns of ``matrix``, a tensor or ``Blocks``, into the order that is packed."""
+    """Return the order in which a matrix's columns are packed for the compiled kernels, as an index.
+
+    matrix: a tensor, or a matrix in GGUF blocks, which may store its columns in another order.
+    Returns int64 [in], or a slice of all columns if they are in order.
+    """
     return slice(None) if not isinstance(matrix, Blocks) or matrix.columns is None else matrix.columns
 
 
 def parameters(mixer: Any, eps: float) -> dict[str, Tensor]:
-    """Return the parameters of a recurrent mixer that are no linear layers, float32, by field of ``library.Layer``.
+    """Return a recurrent mixer's parameters that are no linear layers, float32, by field name of ``library.Layer``.
 
-    eps: epsilon of the model's norms. Raises SpecDecError for a convolution with a bias, or another epsilon.
+    mixer: the module of the recurrent mixer.
+    eps: epsilon of the model's norms.
+    Raises SpecDecError for a convolution with a bias, or a norm with another epsilon.
     """
     if mixer.conv1d.bias is not None or mixer.norm.variance_epsilon != eps:
         raise SpecDecError(

@@ -1,20 +1,19 @@
-"""Packed weights in a file: the first load of a model writes the tiles of its weights, later loads read them.
+"""A file of packed weights: the first load of a model writes the tiles of its weights, and later loads read them.
 
-The file has entries, each at a multiple of ``PART`` bytes, an index in JSON, and a trailer of fixed size with the size
-and checksum of the index. The index has the key (state of the model's file, digest of the kernels), notes, size and
-checksum of all entries, and kind, offset and size of each entry. The file is untrusted: each load compares checksums,
-and sizes with those that the model needs. So the file needs no flush: a file that a crash has damaged is made again.
+The file has entries, each at a multiple of ``PART`` bytes, then an index in JSON, and a trailer of fixed size with the
+size and checksum of the index. The index has the key (state of the model's file, digest of the kernels), notes, the
+size and checksum of all entries, and kind, offset and size of each entry. The file is not trusted: each load compares
+checksums, and compares sizes with those that the model needs. So the file needs no flush: a file that a crash has
+damaged is made again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import struct
@@ -38,7 +37,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound="PackedFile")
 MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # the trailer: magic, size and checksum of the index
 MOST_INDEX = 64 << 20  # bytes; no model's index is larger
-CHUNK, PAGE, READERS = 16 << 20, 2 << 20, 2  # bytes that a thread reads at a time; bytes of a large page; threads
+CHUNK, READERS = 4 << 20, 2  # bytes that a thread reads at a time; number of threads
 PART = 4096  # bytes of a part of the checksum; the offsets of entries are multiples of it
 OTHER = -1  # kind of an entry that is not tiles
 MODULUS = 1 << 64  # checksums are below it
@@ -47,11 +46,16 @@ ADAPTED, MOST_ADAPTED = "weights-", 2  # the same for the model with adapters
 
 
 class Damaged(Exception):
-    """Raised if a file of packed weights cannot be used. The message says why."""
+    """Raised if a file of packed weights cannot be used. The message says why, such as "it is truncated"."""
 
 
 class Entry(NamedTuple):
-    """An entry of the file. kind: format of its tiles, or ``OTHER``. offset, size: position and size in bytes."""
+    """The place of an entry in a file of packed weights.
+
+    kind: format of its tiles, such as ``library.BF16``, or ``OTHER`` for other data.
+    offset: offset in the file, in bytes.
+    size: size in bytes.
+    """
 
     kind: int
     offset: int
@@ -59,15 +63,22 @@ class Entry(NamedTuple):
 
 
 class PackedFile:
-    """A file of packed weights: ``open`` reads it, or begins to write it if it is missing or cannot be used.
+    """A file of packed weights, which are a model's weights in the format that the compiled kernels read.
 
-    path: the file. part: its name while it is written.
-    key: what the content depends on; a file with another key is made again.
+    ``open`` reads the file, or begins to write it if it is missing or cannot be used. ``find`` then returns entries of
+    a file that was read, and ``add``, ``write`` and ``finish`` write a new one. ``close`` follows in both cases.
+
+    path: the file. part: its path while it is written.
+    key: JSON values that the content depends on; a file with another key is made again.
     need: bytes that must be free on the disk before it is written.
-    entries: the entries by name; ``find`` reads them, ``add`` writes them.
-    notes: further JSON values in the index.
+    entries: the entries by name.
+    notes: further JSON values of the index, by name.
     writes: whether this process is writing the file.
-    complete: whether every entry that was looked up was in the file.
+    complete: whether the file was read, and every entry that ``find`` looked for was in it.
+    memory: the content of a file that was read, uint8.
+    used, sum: bytes of all entries, and their checksum.
+    added: (data, offset) of each entry that is still to be written.
+    writings: the writes that run in the background.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any], need: int) -> None:
@@ -90,7 +101,11 @@ class PackedFile:
         self.writings = list[Future[None]]()
 
     def open(self) -> None:
-        """Read the file, or begin to write it. If neither is possible, it has no entries, and ``add`` has no effect."""
+        """Read the file, or begin to write it if it is missing or cannot be used.
+
+        If it can neither be read nor written, a note is printed once; it then has no entries, and ``add`` has no
+        effect.
+        """
         self._forget()
         if self._read() is None:
             return
@@ -113,9 +128,10 @@ class PackedFile:
             self._fail(error)
 
     def find(self, name: str, sizes: Mapping[int, int]) -> tuple[int, Tensor] | None:
-        """Return kind (format of tiles) and data, uint8 [size], of the entry ``name``; None: it is not in the file.
+        """Return (kind, data uint8 [size]) of an entry; None: the file does not have it, or is being written.
 
-        sizes: the expected bytes, by allowed kind. Raises Damaged if the entry has another kind or size.
+        name: name of the entry.
+        sizes: the expected size in bytes, by allowed kind. Raises Damaged if the entry has another kind or size.
         """
         if self.writes or (entry := self.entries.get(name)) is None:
             self.complete = False
@@ -125,7 +141,11 @@ class PackedFile:
         return entry.kind, self.memory[entry.offset : entry.offset + entry.size]
 
     def add(self, name: str, kind: int, data: Tensor) -> tuple[int, Tensor]:
-        """Add an entry for the next ``write``, if the file is being written. Returns ``kind`` and ``data``."""
+        """Add an entry for the next ``write``; no effect if this process does not write the file.
+
+        name: name of the entry. kind: format of its tiles, or ``OTHER``. data: its content, a contiguous tensor.
+        Returns ``kind`` and ``data``.
+        """
         if self.writes:
             raw = data.flatten().view(torch.uint8)
             offset = -(-self.used // PART) * PART
@@ -135,13 +155,16 @@ class PackedFile:
         return kind, data
 
     def write(self) -> None:
-        """Begin to write the added entries in a thread. Called after packing, which uses all cores."""
+        """Begin to write the added entries in the background. Called after packing, because that uses all cores."""
         if self.writes:
             self.writings.append(self.writer.submit(_write, self.file, self.added))
             self.added = []
 
     def finish(self) -> None:
-        """Write the index, wait until everything is written, and give the file its name."""
+        """Write the index, wait for all writes, and move the file to its final path. No effect if it was read.
+
+        If the disk fails, a note is printed, and the file is deleted.
+        """
         if not self.writes:
             return
         found = {"key": self.key, "notes": self.notes, "data": [self.used, self.sum], "entries": self.entries}
@@ -159,7 +182,7 @@ class PackedFile:
         self.close()
 
     def close(self) -> None:
-        """Delete an unfinished file, and release the lock. Entries that were read stay in memory."""
+        """Delete a file that is not finished, and release the writers' lock. Entries that were read stay in memory."""
         if self.writes:
             self._forget()
         self._closing.close()
@@ -171,7 +194,7 @@ class PackedFile:
         self.close()
 
     def _read(self) -> str | None:
-        """Read the file; return None, or the reason why it cannot be used; "" if it does not exist."""
+        """Read the file and return None, or the reason why it cannot be used, which is "" if it does not exist."""
         try:
             with packed.open_file(self.path) as file:
                 self._read_from(file)
@@ -210,13 +233,16 @@ class PackedFile:
             same = isinstance(key, dict) and key.get("file") == list(self.key["file"])
             raise Damaged("other kernels made them" if same else "the model's file has changed")
         if used:  # else no matrix of the model has kernels
-            self.memory = _in_large_pages(file, used)
+            self.memory = _bytes(file, used)
         if _checksum(self.memory) != data_sum:
             raise Damaged("it is damaged")
 
 
 class ModelFile(PackedFile):
-    """The file with the packed weights of a model whose matrices are mapped from a GGUF or safetensors file."""
+    """The file of packed weights of a model, whose matrices are mapped from a GGUF or safetensors file.
+
+    origin: the file that the matrices are mapped from, and the folder of the packed weights.
+    """
 
     def __init__(self, origin: Origin) -> None:
         config = hashlib.sha256((origin.folder / CONFIG).read_bytes()).hexdigest()[:32]
@@ -234,9 +260,10 @@ class ModelFile(PackedFile):
         drop_old(self.origin.folder, ADAPTED, MOST_ADAPTED)
 
     def name(self, weight: Tensor | Blocks) -> str | None:
-        """Return the name of a matrix's entry: its offset in the model's file, kind, shape and order of rows.
+        """Return the name of a matrix's entry: its offset in the model's file, format, shape and row order.
 
-        None: the matrix does not lie in the model's file.
+        weight: the matrix [out, in], a tensor or in GGUF blocks.
+        Returns None if the matrix does not lie in the model's file.
         """
         kind, rows = (weight.kind, weight.rows) if isinstance(weight, Blocks) else (str(weight.dtype), None)
         if (offset := self.origin.place(weight.data)) is None:
@@ -245,7 +272,11 @@ class ModelFile(PackedFile):
         return " ".join(map(str, (offset, kind, *weight.shape, *weight.data.shape, order)))
 
     def sample(self, parameter: Tensor | Blocks) -> Tensor:
-        """Return ``identity.sample(parameter)`` in bf16. Samples of the file's matrices are also entries."""
+        """Return ``identity.sample(parameter)``, evenly spaced elements that a fingerprint is made of, in bf16 [n].
+
+        Samples of matrices that lie in the model's file are entries of this file, too, so that they are found without
+        reading the model's.
+        """
         name = self.name(parameter) if len(parameter.shape) == 2 else None
         if name is None:
             return identity.sample(parameter).to(torch.bfloat16)
@@ -255,9 +286,10 @@ class ModelFile(PackedFile):
         return self.add(f"sample {name}", OTHER, identity.sample(parameter).to(torch.bfloat16))[1]
 
     def of_drafts(self, digest: str, need: int) -> PackedFile:
-        """Return a file in the same folder for weights that a drafter derives from the model's.
+        """Return a file in the same folder for weights that a drafter derives from this model's weights.
 
-        digest: identifies what the derived weights depend on. need: bytes that must be free.
+        digest: hash of everything that the derived weights depend on.
+        need: bytes that must be free on the disk before it is written.
         """
         if self.origin.adapter:
             digest = hashlib.sha256(f"{digest} {self.origin.adapter}".encode()).hexdigest()
@@ -265,9 +297,13 @@ class ModelFile(PackedFile):
 
 
 def using(file: F | None, make: Callable[[F | None], T]) -> T:
-    """Return what ``make`` returns, called with the open ``file``; called again if the file is damaged.
+    """Call ``make(file)`` between opening and finishing the file, and return its result.
 
-    ``make`` gets None if ``file`` is None or a damaged file cannot be deleted.
+    If the file turns out to be damaged, it is deleted, and ``make`` is called again, which then writes it.
+
+    file: a file of packed weights; None: ``make(None)`` is called.
+    make: function that reads weights from the file or adds them to it. It gets None if a damaged file cannot be
+        deleted.
     """
     while file is not None:
         try:
@@ -287,7 +323,11 @@ def using(file: F | None, make: Callable[[F | None], T]) -> T:
 
 
 def drop_old(folder: Path, begin: str, most: int) -> None:
-    """Delete all but the ``most`` latest packed files in ``folder`` whose names begin with ``begin``."""
+    """Delete old files of packed weights, and their lock files. Errors of the file system are ignored.
+
+    folder: the folder of the files. begin: begin of the names of the files that are considered.
+    most: number of files to keep, the latest ones.
+    """
     with contextlib.suppress(OSError):
         found = sorted(folder.glob(f"{begin}*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
         for path in found[:-most]:
@@ -297,7 +337,7 @@ def drop_old(folder: Path, begin: str, most: int) -> None:
 
 @functools.cache
 def note(text: str) -> None:
-    """Print the note ``text`` to stderr, unless the process has printed it before."""
+    """Print the note ``text`` to stderr, unless this process has printed the same note before."""
     terminal.say(f"note: {text}")
 
 
@@ -307,22 +347,24 @@ def _kernels() -> str:
 
 
 def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
-    """Return the checksum of ``data``, uint8, that begins at ``offset`` of the file. threads: 0: all."""
+    """Return the checksum of a part of a file; checksums of parts add up modulo 2^64.
+
+    data: the part, uint8 and contiguous.
+    offset: its offset in the file in bytes, a multiple of ``PART``.
+    threads: number of threads that compute; 0: all.
+    """
     threads = threads or cores.threads()
     found: int = library.load().specdec_checksum(data.data_ptr(), data.numel(), offset // PART, threads)
     return found
 
 
-def _in_large_pages(file: BinaryIO, size: int) -> Tensor:
-    """Return the first ``size`` bytes of a file, uint8. Raises Damaged if the file is truncated.
+def _bytes(file: BinaryIO, size: int) -> Tensor:
+    """Read the first ``size`` bytes of a file into memory, and return them as uint8.
 
-    They are in memory of large pages, from which a pass is some per cent faster than from a map.
+    Raises Damaged if the file is shorter. The memory asks for no large pages: where the system must first make these,
+    that takes seconds per gigabyte.
     """
-    pages = mmap.mmap(-1, size + PAGE)
-    with contextlib.suppress(AttributeError, OSError):  # a system without large pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % PAGE
-    found = torch.frombuffer(pages, dtype=torch.uint8, count=size, offset=begin)
+    found = torch.empty(size, dtype=torch.uint8)
     view = found.numpy().data
 
     def read(start: int) -> None:
@@ -341,7 +383,7 @@ def _in_large_pages(file: BinaryIO, size: int) -> Tensor:
 
 
 def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
-    """Write ``entries``, (data, offset in the file) each, in order, and zeros between them."""
+    """Write entries to a file. entries: (data, offset in the file in bytes) of each, in order of offsets."""
     for data, offset in entries:
         file.seek(offset)
         file.write(data.numpy().data)

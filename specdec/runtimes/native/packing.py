@@ -2,8 +2,8 @@
 
     PackedModel.struct: Model      sizes and factors of the model, and a pointer to its layers
       Layer [N]                    of each layer:
-        qkv, out, gate_up, down    linear layers, those that read the same input joined into one slot (``mixer.slots``)
-        router, gates, sums        of a mixture: its router, and the two linear layers of each expert
+        qkv, out, gate_up, down    linear layers, those that read the same input joined in one field (``mixer.slots``)
+        router, gates, sums        of a mixture of experts: the router, and the two linear layers of each expert
         norms, rotary_q, ...       pointers to other parameters, and indices of rotary tables
     PackedModel.embedding          the table of token embeddings
     PackedModel.head(...)          output heads, packed at their first use
@@ -59,25 +59,32 @@ BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, 
 class PackedModel:
     """A model's weights as the native kernels read them. ``NativeTarget`` owns one.
 
-    struct: the model, for the kernels.
-    embedding: the table of token embeddings.
+    struct: the kernels' structure of the model.
+    config, decoder, own_head: the model's config, its decoder module, and the module of its output head.
+    lock: the model's lock, held while weights are packed after construction.
+    kept: the file of the model's packed weights; None: there is none.
+    family: properties of the model type (``families.Family``).
+    numbers: factors and caps of the model, such as those of logits.
+    mixture: number of experts of a layer, and of those that a token uses.
+    embedding: the table of token embeddings, [V, D].
     final_norm: factors of the final norm, float32 [D].
     eps: epsilon of all RMS norms.
     rotations: the distinct rotary tables that layers use; a layer's structure has their indices.
-    buffers: the numbers of the attention layers that have keys and values, by buffer of the cache: number and size of
-        key heads are alike in a buffer.
-    sources: for each layer, the one whose keys and values it reads.
-    embeds: whether layers have embeddings of their own, and so read token ids.
-    numbers: factors and caps of the model.
-    mixture: number of experts, and of those that a token uses.
-    experts: the experts, if only a share of them is in memory; else None.
+    buffers: for each buffer of the KV cache, the numbers of the layers whose keys and values it has. The key is (number
+        of key heads, size of a head), which the layers of a buffer have in common.
+    sources: for each layer, the number of the layer whose keys and values it reads, usually its own.
+    embeds: whether layers have token embeddings of their own, and so read token ids.
+    experts: the expert cache; None: all experts are in memory.
     expert_maps: the linear layers of all experts.
-    kinds: the tile formats of all layers' weights (``library.BF16`` ...).
-    rounded: whether some products quantize activations to 8 bits.
-    _orders: for each layer, the rows of its weights in the order of packing (``mixer.row_orders``).
-    _layers: the structures of the layers. _alive: objects that the structures point to.
-    _heads: the packed output heads. _own_head: the model's own among them; None: it is not packed yet.
-    _changed: with adapters merged, the model, its layers, and the linear layers that differ, by layer.
+    kinds: the tile formats of all layers' weights, numbers such as ``library.BF16``.
+    rounded: whether some linear layers quantize activations to 8 bits.
+    _orders: for each layer, the row orders of its weights (``mixer.row_orders``).
+    _layers: the kernels' structures of the layers.
+    _alive: objects that the structures point to.
+    _heads: the packed output heads by module.
+    _own_head: the model's own packed output head; None: it is not packed yet.
+    _changed: by adapters, the structures of the model and of its layers with the adapters merged, and by layer number
+        the linear layers that differ.
     """
 
     def __init__(
@@ -90,11 +97,18 @@ class PackedModel:
         expert_cache: float | None = None,
         expert_prefetch: bool = False,
     ) -> None:
-        """Pack all weights of ``model``.
+        """Pack all weights of ``model`` but the output head, which is packed at its first use.
 
-        lock: held while weights are packed later. own_head: the output head. kept: file to read tiles from, or to add
-        them to. rounding: block format that layers are quantized to; None: none. expert_cache, expert_prefetch: as in
-        ``make_target``.
+        lock: lock to hold while weights are packed later.
+        own_head: module of the model's output head.
+        kept: file to read the tiles from, or to add them to; None: there is none.
+        rounding: GGUF block format that the layers are quantized to, such as "Q8_0", also in ``model``; None: they
+            stay.
+        expert_cache: how many experts stay in memory, as a share (float) or in bytes (int); None: all, or as many as
+            fit.
+        expert_prefetch: whether experts are read ahead by forecasts.
+
+        Raises SpecDecError for a model that the kernels do not support.
         """
         self.config = model.config
         self.decoder: Any = model.model
@@ -140,7 +154,10 @@ class PackedModel:
     # -- the layers ---------------------------------------------------------------------------------------------------
 
     def _pack_layers(self, rounding: str | None) -> None:
-        """Fill the structures of all layers. rounding: as in the constructor."""
+        """Pack the weights of all decoder layers, and fill the kernels' structures of these layers.
+
+        rounding: GGUF block format that experts are quantized to if they are not in blocks yet; None: they stay.
+        """
         recurrent = [decoder_layer.recurrent(layer) for layer in self.decoder.layers]
         places = {n: (buffer, place) for buffer, own in enumerate(self.buffers.values()) for place, n in enumerate(own)}
         rotations = families.rotations(self.config)
@@ -164,7 +181,11 @@ class PackedModel:
             self._pack_norms(struct, layer)
 
     def _pack_slots(self, index: int, layer: Any) -> None:
-        """Pack the linear layers of a layer that is no expert, slot by slot."""
+        """Pack the linear layers of a layer except its experts; those that read the same input become one.
+
+        index: number of the layer. layer: its module.
+        Raises SpecDecError for linear layers whose number of outputs the kernels do not support.
+        """
         orders = self._orders[index]
         for slot, pairs in mixer.slots(layer).items():
             rates = slot == "rates"  # few weights, which stay exact: in 16 bits
@@ -182,7 +203,11 @@ class PackedModel:
             setattr(self._layers[index], slot, packed.struct)
 
     def _pack_embedded(self, index: int, layer: Any) -> None:
-        """Pack what layer ``index`` adds of its own embedding of each token."""
+        """Pack the parameters by which a layer adds a token embedding of its own to the residual.
+
+        index: number of the layer. layer: its module.
+        Raises SpecDecError for an embedding whose size or format the kernels do not support.
+        """
         struct, decoder = self._layers[index], self.decoder
         table, image = (matrix(each) for each in (decoder.embed_tokens_per_layer, decoder.per_layer_model_projection))
         size, count = table.shape[1] // len(self._layers), len(self._layers)
@@ -213,11 +238,16 @@ class PackedModel:
         self._alive.append(whole)
 
     def _rotated(self, rotation: Any) -> int:
-        """Return how many numbers of a head the rotary table ``rotation`` rotates."""
+        """Return how many values of each head are rotated. rotation: the rotary table of a layer."""
         return 2 * int(rotation.tables(self.decoder.rotary_emb, 8, torch.bfloat16).shape[2])
 
     def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
-        """Pack the router and the experts of a layer. rounding: the block format of experts that are not in blocks."""
+        """Pack the router and all experts of a layer, into memory or into the file of the expert cache.
+
+        index: number of the layer. mlp: its module of the mixture of experts.
+        rounding: GGUF block format that experts are quantized to if they are not in blocks yet; None: they stay.
+        Raises SpecDecError if only some of the experts are in 16 bits.
+        """
         struct = self._layers[index]
         module = decoder_layer.router(mlp)
         weight = module.weight.detach()
@@ -256,7 +286,10 @@ class PackedModel:
         self._alive.append(made)
 
     def _pack_norms(self, struct: Layer, layer: Any) -> None:
-        """Let the structure point to the layer's norms, and to its attention sinks."""
+        """Let the structure of a layer point to the layer's norms and attention sinks, in float32.
+
+        struct: the structure to fill. layer: the module of the decoder layer.
+        """
         attention = getattr(layer, "self_attn", None)
         fields = zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True)
         norms = {field: getattr(layer, name) for field, name in fields if name}
@@ -267,12 +300,18 @@ class PackedModel:
             self._point(struct, "sinks", attention.sinks.detach().float())
 
     def _point(self, struct: Layer, field: str, values: Tensor) -> None:
-        """Let a field of a structure point to ``values``, which live as long as this object."""
+        """Let a pointer in a layer's structure point to the tensor ``values``, which this object keeps alive.
+
+        struct: the structure. field: name of the pointer in it.
+        """
         self._alive.append(values)
         setattr(struct, field, values.data_ptr())
 
     def _routers(self, layers: Any) -> dict[int, Tensor]:
-        """Return the routers [E, D] by layer, multiplied by the norm before them: they act on residuals at unit RMS."""
+        """Return the router weights [E, D] by layer number, multiplied by the factors of the norm before the router.
+
+        So they apply to residuals that are divided by their RMS. layers: the modules of all decoder layers.
+        """
         norm = dict(zip(("in", "attended", "mlp", "out"), self.family.norms, strict=True))["mlp"]
         routers = {
             n: decoder_layer.router(layer.mlp) for n, layer in enumerate(layers) if decoder_layer.has_experts(layer)
@@ -284,14 +323,21 @@ class PackedModel:
         return 1 + weight if self.family.around_zero else weight
 
     def _scale(self, slot: str) -> float:
-        """Return the factor by which the kernels multiply the outputs of the linear layers in ``slot``."""
+        """Return the factor by which the compiled kernels multiply the outputs of linear layers.
+
+        slot: which linear layers of a decoder layer: "qkv", "out", "gate_up", "down" or "rates". The factor is 1 but
+            for "out" and "down", whose outputs are added to the residual.
+        """
         return self.numbers.results if slot in ("out", "down") else 1.0
 
     def _maps(self) -> list[Packed]:
         return [item for item in self._alive if isinstance(item, Packed)]
 
     def _model(self) -> Model:
-        """Return the structure of the model, whose layers are packed."""
+        """Return the kernels' structure of the model; the layers must be packed already.
+
+        Raises SpecDecError if the model scales queries by position and rotates only a part of each head.
+        """
         config, recurrent = self.config, families.mixer_of(self.config)
         attention: Any = next(each.self_attn for each in self.decoder.layers if not decoder_layer.recurrent(each))
         rotated = max((layer.rotated for layer in self._layers), default=0)
@@ -343,19 +389,23 @@ class PackedModel:
 
     @property
     def weights_per_byte(self) -> float:
-        """Return the mean number of weights in a byte, without experts and output heads."""
+        """Return how many weights of the layers are in a byte on average, without experts and output heads."""
         maps = self._maps()
         return sum(item.inp * item.width for item in maps) / max(sum(item.nbytes for item in maps), 1)
 
     @property
     def weight_format(self) -> str:
-        """Return the bits of the layers' weights as text, such as "4 and 6 bits"."""
+        """Return the bits of a weight in the layers as text for reports, such as "4 and 6 bits"."""
         return " and ".join(str(width) for width in sorted({BITS[kind] for kind in self.kinds})) + " bits"
 
     # -- output heads -------------------------------------------------------------------------------------------------
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """Return the output head ``head``, packed at its first use; None: the model's own."""
+        """Return an output head in the kernels' format, packed at its first use.
+
+        head: the module of the head; None: the model's own. Other heads are for drafts, and are quantized to 8 or 4
+            bits.
+        """
         if head is None and self._own_head is not None:
             return self._own_head
         module: Any = self.own_head if head is None else head
@@ -369,11 +419,17 @@ class PackedModel:
         return packed
 
     def share_heads(self, other: PackedModel) -> None:
-        """Take the packed output heads of ``other``, a model of the same family; heads of both are packed once."""
+        """Use the packed output heads of another model from now on, and share the heads that either packs later.
+
+        other: a model of the same family with the same output head, so that this head is packed only once.
+        """
         self._heads = other._heads
 
     def prepare_head(self, head: nn.Linear) -> Generator[None]:
-        """Pack ``head`` for drafts, unless it is packed. Yields after each chunk of some 20 ms."""
+        """Pack an output head for drafts, unless it is packed: a generator that yields after some 20 ms of work.
+
+        head: the module of the head, with a bf16 weight [outputs, D].
+        """
         if head in self._heads:
             return
         packed = yield from linear.packing(head.weight, head.bias, self.numbers.logits, self.numbers.logits_cap)
@@ -389,7 +445,10 @@ class PackedModel:
         return packed
 
     def _pack_draft_head(self, module: Any) -> Packed:
-        """Pack a head for drafts. The tiles of a head in blocks go to a file, for later processes."""
+        """Pack an output head for drafts. If it is in GGUF blocks, a file keeps the tiles for later processes.
+
+        module: the module of the head. If it is a ``GrowingLinear``, only its new rows are packed.
+        """
         weight, name = matrix(module), None
         if isinstance(weight, Blocks) and self.kept is not None:
             name = self.kept.name(weight)
@@ -409,8 +468,13 @@ class PackedModel:
         return self._keeping(name, weight.shape.numel(), pack)
 
     def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
-        """Return what ``pack`` makes, given an open file with room for ``weights`` draft weights, or None.
-        name: identifies what the weights depend on; None: there is no file."""
+        """Make packed weights that only drafts use by ``pack``, with a file to keep them in; return its result.
+
+        name: text that identifies the result, from which the file's name is made; None: no file is used.
+        weights: number of the weights to store, for which the disk must have room.
+        pack: function that reads packed weights from the open file that it gets, or makes them and adds them to it. It
+            gets None if there is no file.
+        """
         if self.kept is None or name is None:
             return pack(None)
         digest = hashlib.sha256(f"{metadata.version('specdec-m2r2')} {name}".encode()).hexdigest()
@@ -421,7 +485,13 @@ class PackedModel:
     # -- layers with merged adapters ----------------------------------------------------------------------------------
 
     def merged(self, adapters: Adapters | None, lo: int, hi: int) -> Model:
-        """Return the model with ``adapters`` merged into layers [lo, hi) and quantized, for drafts. Cached."""
+        """Return the structure of the model with adapters merged into layers [lo, hi), for drafts. Cached.
+
+        The weights of these layers are then quantized to 8 bits, large ones to 4, except GGUF blocks that do not
+        change.
+
+        adapters: the adapters; None, or without changes of these layers: ``struct`` itself is returned.
+        """
         if adapters is None or not any(adapters.changes(layer) for layer in range(lo, hi)):
             return self.struct
         with self.lock:
@@ -446,6 +516,12 @@ class PackedModel:
         return model
 
     def _merge(self, layer: int, adapters: Adapters, file: PackedFile | None) -> tuple[Layer, list[Packed]]:
+        """Return a layer's structure with adapters merged in, and its linear layers that are not the layer's own.
+
+        layer: number of the layer.
+        adapters: the adapters to merge. If they keep only some neurons of the MLP, the others are left out.
+        file: file to read the tiles from, or to add them to; None: there is none.
+        """
         struct = Layer.from_buffer_copy(self._layers[layer])
         factors, block, alive = adapters.factors(layer), self.decoder.layers[layer], list[Packed]()
         neurons, orders = adapters.kept(layer), self._orders[layer]
@@ -453,7 +529,13 @@ class PackedModel:
         narrow = {} if mlp is None or neurons is None else mlp.shapes(len(neurons))
 
         def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
-            """Return the joined weights of ``pairs``, with adapters added, and rows and columns as the kernels need."""
+            """Return the weights of linear layers that read the same input as one matrix, bf16 [sum of outputs, in].
+
+            The adapters are added, neurons that do not run are left out, and rows and columns are in the kernels'
+            order.
+
+            pairs: (module path in the decoder layer, module) of each linear layer.
+            """
             parts = list[Tensor]()
             for path, module in pairs:
                 given = mlp.weight(path, neurons) if path in narrow else module.weight.detach()  # type: ignore
@@ -484,19 +566,26 @@ class PackedModel:
         return struct, alive
 
     def release(self, *matrices: Tensor | Blocks) -> None:
-        """Release the memory of a mapped file that packing has read."""
+        """Release the pages of matrices that are mapped from the model's file, after packing has read them.
+
+        No effect if the packed weights came from a file, because the matrices were then not read.
+        """
         if self.kept is None or not self.kept.complete:  # else packing has not read it
             release(*matrices)
 
     def _is_kept(self, module: nn.Module) -> bool:
-        """Return whether a module's weight lies in the model's file."""
+        """Return whether the weight of ``module`` lies in the model's file, so that its tiles can be kept in a file."""
         return self.kept is not None and self.kept.name(matrix(module)) is not None
 
 
 def key_buffers(model: AnyModel, sources: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Return the numbers of the attention layers with keys, by number and size of their key heads: a buffer for each.
+    """Group the attention layers by their key heads; the KV cache has a buffer for each group.
 
-    sources: for each layer, the one whose keys it reads. Raises SpecDecError for heads that the kernels do not support.
+    sources: for each layer, the number of the layer whose keys and values it reads. Only layers that read their own are
+        grouped.
+
+    Returns the layer numbers of each group, by (number of key heads, size of a head). Raises SpecDecError for heads
+    that the kernels do not support.
     """
     config, found = model.config, dict[tuple[int, int], list[int]]()
     gated, decoder, heads = families.FAMILIES[config.model_type].gated, model.model, int(config.num_attention_heads)
@@ -520,13 +609,23 @@ def key_buffers(model: AnyModel, sources: Sequence[int]) -> dict[tuple[int, int]
 
 
 def _splits(table: Tensor | Blocks, size: int) -> bool:
-    """Return whether blocks of ``table`` cross the border of parts of ``size`` columns."""
+    """Return whether a GGUF block would be split if the columns of a matrix were divided into parts.
+
+    table: the matrix; a tensor has no blocks.
+    size: number of columns of a part.
+    """
     return isinstance(table, Blocks) and size % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[table.kind]][0] != 0
 
 
 def _round(layer: nn.Module, kind: str, paged: bool) -> None:
-    """Quantize the linear layers of a decoder layer to block format ``kind``, unless they have no more bits already.
-    paged: whether experts stay on disk. Experts in a file are then quantized one by one when they are packed."""
+    """Quantize the linear layers and experts of a decoder layer in place to a GGUF block format.
+
+    layer: the module of the decoder layer.
+    kind: the block format, such as "Q8_0". Linear layers in blocks that have as few bits or fewer stay as they are, and
+        so do experts in blocks.
+    paged: whether experts stay on disk. Unquantized experts in a GGUF file then stay, too; they are quantized one by
+        one when they are packed.
+    """
     for path, module in (pair for pairs in mixer.slots(layer).values() for pair in pairs):
         if not isinstance(module, BlockLinear) or blocks.bits(module.blocks.kind) > blocks.bits(kind):
             made = BlockLinear(blocks.quantize(module.weight, kind), module.bias, module.weight.dtype)
@@ -540,7 +639,7 @@ def _round(layer: nn.Module, kind: str, paged: bool) -> None:
 
 
 def _room_for_experts(model: nn.Module) -> int | None:
-    """Return the bytes of RAM that are free for a mixture's experts; None: all fit, or the model has none."""
+    """Return the bytes of memory that the experts of a model may take; None: all fit, or the model has no experts."""
     experts = others = 0
     for name, weight in named_weights(model):
         parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)
@@ -551,11 +650,14 @@ def _room_for_experts(model: nn.Module) -> int | None:
 
 
 def release(*matrices: Tensor | Blocks) -> None:
-    """Let the system drop the pages of matrices that are mapped from files. No effect on matrices in memory."""
+    """Drop the memory of matrices that are mapped from files; the system reads them again when they are used.
+
+    No effect on other matrices.
+    """
     memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))
 
 
 def mapped(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that hold the weights of ``module``, also those of weights in blocks."""
+    """Return the tensors that hold the weights of ``module`` and its submodules, also those of GGUF blocks."""
     weights = (weight for _, weight in named_weights(module))
     return [part for each in weights for part in (each.memory if isinstance(each, Blocks) else (each,))]

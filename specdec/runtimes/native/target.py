@@ -1,7 +1,7 @@
-"""The native runtime: decoder layers as one call into compiled kernels.
+"""The native runtime: decoder layers as one call into compiled kernels, on a CPU and in bfloat16.
 
 Builds the kernels' arguments for a pass (pointers to keys, values and masks) and calls them. The weights are those of
-``packing.PackedModel``. Raises SpecDecError for machines and models that it does not support.
+``packing.PackedModel``.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ ATTENTION_COST = 2.0  # of multiplying by a key or value, in multiplications by 
 
 
 class NativeTarget(Target):
-    """The native runtime, without gradients.
+    """The native runtime: runs layers by compiled kernels on a CPU, in bfloat16, without gradients.
 
     The result of a token has the same bits whatever else is in its pass. With quantized weights, which are multiplied
     with activations in 8 bits, it also has the same bits in every instruction set. Weights that only drafts use (layers
     with merged adapters, reduced heads) are quantized to 8 bits, large ones to 4. Adapters must not change after their
     first pass.
 
+    lib: the loaded library of kernels.
     packed: the model's weights as the kernels read them.
     final_norm, eps, embedding, experts: the attributes of ``packed`` with these names.
+    int8_cache: whether keys and values are stored in 8 bits.
+    rotary: the model's rotary embedding module.
+    window_sizes: the distinct attention windows of the layers, in tokens; None: no limit.
     """
 
     runtime = "native"
@@ -65,12 +69,18 @@ class NativeTarget(Target):
         kept: ModelFile | None = None,
         like: NativeTarget | None = None,
     ) -> None:
-        """Pack the weights of ``model``, and compare the logits of a short pass with the model's own.
+        """Pack the weights of ``model``, and compare the logits of a short pass with those of the model's own forward.
 
-        weights, kv_cache, expert_cache, expert_prefetch: as in ``make_target``. kept: the file of the model's packed
-        weights, to read or to write; None: they are packed in memory. like: a target of the same family with the same
-        output head, whose packed one serves both, without another comparison; None: there is none. Raises SpecDecError
-        for an unsupported model.
+        weights: "auto": as loaded; "dense": dequantized; "int8", "int4": layers are quantized.
+        kv_cache: "auto": keys and values in bfloat16; "int8": in 8 bits.
+        expert_cache: how many of a mixture's experts stay in memory, as a share (float) or in bytes (int); None: all,
+            or as many as fit.
+        expert_prefetch: whether experts are read ahead by forecasts.
+        kept: the file of the model's packed weights, to read or to write; None: they are only packed in memory.
+        like: a target of the same family with the same output head. Its packed head serves both, and its logit
+            difference is taken without another comparison. None: there is none.
+
+        Raises SpecDecError for a model or a machine that is not supported.
         """
         refuse_unsupported(model)
         self.lib = library.load()
@@ -143,9 +153,11 @@ class NativeTarget(Target):
         return KVCache(self.num_layers, batch, "cpu", *kinds, self.context, *sliding, widths)
 
     def _sliding(self) -> tuple[list[int], int]:
-        """Return the layers whose keys and values are seen through sliding windows alone, and the longest window.
+        """Find the layers whose keys and values can be dropped when they are behind the attention window.
 
-        A layer's keys and values are also seen by the layers that share them.
+        No layer with full attention may read them: some layers read another layer's keys and values.
+
+        Returns the numbers of these layers, and the longest of their windows in tokens (0 if there are none).
         """
         seeing = dict[int, list[int | None]]()
         for source, window in zip(self.packed.sources, self.windows, strict=True):
@@ -208,7 +220,7 @@ class NativeTarget(Target):
 
     @property
     def bytes_read(self) -> int:
-        """Return the bytes of weights that a pass of one token reads: those of all layers and of the output head."""
+        """Return the bytes of weights that a pass of one token reads, in all layers and the output head."""
         return self.packed.bytes_of_layers + self.head(None).nbytes
 
     @property
@@ -231,7 +243,14 @@ class NativeTarget(Target):
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def _call(self, x: Tensor, lo: int, hi: int, ctx: Pass) -> tuple[Model, Call, list[Any]]:
-        """Return the kernels' arguments for layers [lo, hi) on ``x``, and the objects that they point to."""
+        """Return the kernels' arguments to run layers [lo, hi) on hidden states.
+
+        x: input of layer ``lo``, bf16 [B, T, D], which the kernels replace by the output.
+        ctx: positions, mask, KV cache and options of the pass.
+
+        Returns the structure of the model, the structure of the call, and objects that these point to, which the caller
+        keeps alive until the kernels have run.
+        """
         cache, mask, taps = ctx.cache, ctx.mask, ctx.taps or {}
         assert isinstance(mask, RowMask)
         model = self.packed.merged(ctx.adapters, lo, hi)
@@ -261,15 +280,23 @@ class NativeTarget(Target):
         return model, call, alive
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
-        """Return the kernels' arguments for layers [lo, hi) with ``adapters`` on one token of each row."""
+        """Return the kernels' arguments to run layers [lo, hi) with ``adapters`` on one token of each sequence.
+
+        Returns the structure of the model, whose layers have the adapters merged, and the structure of the call without
+        the fields that ``place`` sets.
+        """
         return self.packed.merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
         self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
-        """Point ``call`` to each row's next ``counts`` cache slots of layers [lo, hi); return objects to keep alive.
+        """Let ``call`` write keys and values of layers [lo, hi) to the next slots of ``cache``, and claim these slots.
 
-        The first object is the array of sequences. whole: whether the caller commits all tokens of the pass.
+        counts: number of slots for each sequence of the cache.
+        whole: whether the caller commits all tokens of the pass, so that recurrent layers need not prepare a roll-back.
+
+        Returns objects that the structure points to; the caller keeps them alive until the kernels have run. The first
+        is the array of the sequences' structures.
         """
         ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
         drafted = ahead + max(counts)
@@ -296,7 +323,7 @@ class NativeTarget(Target):
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
-        """Return the kernels' argument structure for layers [lo, hi), without the fields for cache and input."""
+        """Return the structure of a call that runs layers [lo, hi), without the fields for KV cache and input."""
         return Call(
             lo=lo,
             hi=hi,
@@ -321,7 +348,11 @@ class NativeTarget(Target):
         return head.requires_grad_(False)
 
     def _rotary_tables(self, count: int) -> tuple[list[Tensor], Any]:
-        """Return the rotary tables for at least ``count`` positions, and an array of pointers to them."""
+        """Return the rotary tables for at least ``count`` positions, and a C array of their addresses.
+
+        The tables have cosines and sines, and are padded to one width. They are cached, and made again for more
+        positions.
+        """
         if count > self._positions:
             with self.lock:
                 if count > self._positions:
@@ -336,7 +367,11 @@ class NativeTarget(Target):
 
 
 def _slides(window: int | None, context: int) -> bool:
-    """Return whether layers of this window stop seeing the first tokens of a text, and their memory can be released."""
+    """Return whether layers with this attention window cease to see the first tokens of a text as it grows.
+
+    window: the window in tokens; None: no limit. context: maximum number of positions of a text.
+    False also for chunked attention, and on systems other than Linux, where parts of a buffer cannot be released.
+    """
     sliding = window is not None and not isinstance(window, Chunk) and window < context
     return sliding and sys.platform.startswith("linux")
 
@@ -349,9 +384,17 @@ def native_target(
     expert_prefetch: bool,
     keep: bool,
 ) -> NativeTarget:
-    """Return the native runtime of a model. Arguments are those of ``make_target`` with these names.
+    """Make the native runtime of ``model``, and check it against the model's own forward.
 
-    keep: whether the packed weights are read from, or written to, a file in the model's cache entry, if it has one.
+    Raises SpecDecError if the model, the settings or this machine is not supported.
+
+    weights: "auto": as loaded; "dense": dequantized; "int8", "int4": layers are quantized.
+    kv_cache: "auto": keys and values in bfloat16; "int8": in 8 bits.
+    expert_cache: how many of a mixture's experts stay in memory, as a share (float) or in bytes (int); None: all, or as
+        many as fit.
+    expert_prefetch: whether experts are read ahead by forecasts.
+    keep: whether packed weights are read from a file in the model's cache entry, or written to it, if the model has
+        one.
     """
 
     def make(file: ModelFile | None) -> NativeTarget:

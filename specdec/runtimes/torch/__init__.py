@@ -1,1 +1,1 @@
-"""The PyTorch runtime: every known family, on every device."""
+"""The PyTorch runtime: runs a model's layers as PyTorch functions over a KV cache, on any device, captured on CUDA."""

@@ -1,4 +1,7 @@
-"""Attention of grouped heads, between its first linear map and its last: norms, rotation, scores, sinks and gates."""
+"""Multi-head attention of a decoder layer, between its linear layers: norms, rotary positions, attention, sinks, gates.
+
+The linear layers before it (query, key and value weights) and after it (output weight) are applied by the caller.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ MULTIPLE = 16
 
 
 def norm_of(module: Any, family: Family, weight: Tensor | None = None) -> Norm:
-    """Return the RMS norm of ``module`` over the last axis as a function.
+    """Return the RMS norm of a model's norm module as a function of a tensor, which normalizes over the last axis.
 
-    weight: weights [..., D] that replace the module's own [D], several norms in one; None: the module's own.
+    module: the norm module; it has ``weight`` [D], and ``eps`` or ``variance_epsilon``.
+    family: the model family, which decides how the norm rounds, and whether the weight is stored as an offset from 1.
+    weight: weights [..., D] to use in place of the module's own, such as [H, D] for one norm per head; None: the
+        module's own.
     """
     weight = module.weight.detach() if weight is None else weight
     shape, eps = weight.shape[-1:], float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
@@ -38,10 +44,11 @@ def norm_of(module: Any, family: Family, weight: Tensor | None = None) -> Norm:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions to ``x`` [B, T, heads, d], and return the result.
+    """Rotate ``x`` by rotary position embeddings (RoPE), and return the result in the shape and dtype of ``x``.
 
-    The first elements rotate in pairs: i and i + r / 2, where r is the number of elements in ``cos`` and ``sin``, which
-    come from ``Network.table`` for the tokens' positions.
+    x: queries or keys, [B, T, heads, d].
+    cos, sin: cosines and sines at the tokens' positions, [B, T, 1, r] with r <= d. The first half of ``sin`` is negated
+        already. Elements i and i + r / 2 of a head form a rotated pair; elements from r on stay as they are.
     """
     size = cos.shape[-1]
     part = (x if size == x.shape[-1] else x[..., :size]).to(cos.dtype)  # tables of OLMo 2 are in float32
@@ -52,11 +59,17 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def additive(
     mask: Mask, window: int | None, groups: int, dtype: torch.dtype, multiple: int = MULTIPLE, filled: int | None = None
 ) -> Tensor | None:
-    """Return the mask as a term to add to scores, [B, 1, T G, S rounded up to ``multiple``]; None: nothing is masked.
+    """Return an attention mask as a float tensor to add to attention scores; None: every query sees every key.
 
-    It is made once for all layers, since SDPA would convert a boolean mask in every layer.
-    window: attention window in tokens; None: no limit. groups: G, number of query heads that share a key head.
-    filled: number of uncommitted slots that have keys; None: all have.
+    The result is [B, 1, T G, S'] with 0 for visible keys and a large negative number for others. S' is the number S of
+    keys, rounded up to ``multiple``. It is cached in ``mask.memo``, because many layers use the same one.
+
+    mask: which of S keys each of T queries of B rows may attend to.
+    window: attention window in tokens; None: no limit.
+    groups: G, number of query heads that share a key head. Each query is repeated G times in the result.
+    dtype: dtype of the result.
+    filled: number of uncommitted (drafted) tokens of each row whose keys are stored; later slots are masked. None: all
+        are stored.
     """
     key = "additive", window, groups, dtype, multiple, filled
     if key not in mask.memo:
@@ -78,14 +91,17 @@ def additive(
 
 
 class Attention:
-    """The attention of a layer.
+    """Computes the attention of one decoder layer, except for its linear layers.
 
-    The G query heads that share a key head are passed to SDPA as G times as many queries of one head, which is several
-    times as fast as ``enable_gqa`` in 16 bits, and never slower.
+    The G query heads that share a key head are passed to PyTorch's ``scaled_dot_product_attention`` (SDPA) as G times
+    as many queries of one head. In 16 bits this is several times as fast as its option ``enable_gqa``, and never
+    slower.
 
-    own: the attention module of the model.
-    cap: soft cap of scores; 0: there is none.
-    source: the attention of the layer whose keys and values this one reads; None: it has its own.
+    own: the model's attention module, from which sizes, norms and sinks are read.
+    family: the model family, which says what norms and gates the attention has.
+    cap: soft cap of attention scores, cap * tanh(score / cap); 0: there is none.
+    source: the attention of an earlier layer whose keys and values this layer reads from the KV cache; None: the layer
+        makes its own.
     """
 
     def __init__(self, own: Any, family: Family, cap: float, source: Attention | None = None) -> None:
@@ -106,11 +122,14 @@ class Attention:
             self.norm = norm_of(own.q_norm, family, torch.cat([m.weight.detach().expand(n, -1) for m, n in pairs]))
 
     def project(self, x: Tensor, tables: tuple[Rotary, Rotary] | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Split the outputs ``x`` [B, T, ...] of the linear layer "qkv", and apply norms and rotary positions.
+        """Split outputs ``x`` [B, T, ...] of the query-key-value layer into heads; apply norms and rotary positions.
 
-        Return queries [B, Hkv, T G, d], new keys and values [B, Hkv, T, d] each, and gates [B, T, H d] or None. A layer
-        that reads another one's keys and values makes none: [B, 0, T, d].
-        tables: rotary tables of queries and of keys at the tokens' positions; None: no rotation.
+        Returns a tuple of four tensors: queries [B, Hkv, T G, d], new keys and new values [B, Hkv, T, d] each, and
+        output gates [B, T, H d] (None: the layer has no gates). Hkv is the number of key heads, G the number of query
+        heads that share one. A layer that reads another layer's keys and values makes none: [B, 0, T, d].
+
+        tables: (cosines, sines) [B, T, 1, rotated size] at the tokens' positions, once for queries and once for keys;
+            None: no rotation.
         """
         (batch, t, _), d, heads, kv_heads, gate = x.shape, self.size, self.heads, self.new_heads, None
         if self.gated or self.norms:
@@ -134,9 +153,12 @@ class Attention:
         return q, k.transpose(1, 2), v.transpose(1, 2), gate
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None, gate: Tensor | None) -> Tensor:
-        """Return the input of the linear layer "out", [B, T, H d], from queries, all keys and values, and gates.
+        """Attend, and return the input of the layer's output projection, [B, T, H d].
 
-        term: the mask, as ``additive`` returns it.
+        q: queries [B, Hkv, T G, d], as ``project`` returns them.
+        k, v: all cached keys and values with the new ones, [B, Hkv, S, d] each.
+        term: float mask [B, 1, T G, S] to add to attention scores; None: every query sees every key.
+        gate: gates [B, T, H d] before the sigmoid, which multiply the result; None: there are none.
         """
         if self.cap or self.sinks is not None:
             mixed = self._mix(q, k, v, term)
@@ -146,7 +168,13 @@ class Attention:
         return mixed if gate is None else mixed * gate.sigmoid()
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None) -> Tensor:
-        """Compute attention as SDPA does, but with a soft cap, or with sinks (scores that belong to no value)."""
+        """Return attention outputs [B, Hkv, T G, d] with a soft cap and sinks, which PyTorch's fused attention lacks.
+
+        A sink is a learned score that takes part in the softmax and belongs to no value.
+
+        q, k, v: queries [B, Hkv, T G, d], keys and values [B, Hkv, S, d].
+        term: float mask [B, 1, T G, S] to add to scores; None: no mask.
+        """
         scores = (q @ k.mT).float() * self.scale
         scores = self.cap * torch.tanh(scores / self.cap) if self.cap else scores
         scores = scores if term is None else scores + term

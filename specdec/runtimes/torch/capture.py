@@ -1,7 +1,9 @@
-"""Captured functions: on a GPU, launching many small kernels takes longer than running them.
+"""Captured functions: functions of tensors that are recorded once, as CUDA graphs, and replayed.
 
-A captured function is recorded once, over tensors at fixed addresses, and replayed after these are filled. It must
-neither read its results nor depend on the host. What it calls runs as it is: nothing is captured inside of it.
+On a GPU, launching many small kernels one by one takes longer than running them; a replay launches all at once. A
+captured function is recorded over tensors at fixed addresses, and replayed after new values are copied into these. It
+must neither read its results on the CPU nor depend on values there. A function that is called inside a captured one is
+not captured itself.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ _thread = threading.local()
 
 
 def capturing() -> bool:
-    """Return whether this thread runs a captured function."""
+    """Return whether this thread is inside a function that is being captured as a CUDA graph."""
     return getattr(_thread, "inside", False)
 
 
@@ -36,7 +38,13 @@ def _inside() -> Iterator[None]:
 
 
 class CudaRecorder:
-    """Captures functions on a CUDA device; they share one memory pool, and one stream on which they warm up."""
+    """Records functions as CUDA graphs on one device. Calling it with a function returns one that replays the graph.
+
+    The functions have no arguments and no results. All graphs share one memory pool, and one side stream on which each
+    function runs once before it is recorded.
+
+    device: the CUDA device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,9 +64,14 @@ class CudaRecorder:
 
 
 class Captured:
-    """A captured function of tensors at fixed addresses. It keeps alive what the function reads.
+    """A function of tensors that is recorded once, as a CUDA graph, over inputs at fixed addresses, then replayed.
 
-    function: takes ``inputs``. It is recorded with what they are now, which must be harmless.
+    It keeps alive all that the function reads. Recording runs the function with the present values of ``inputs``, which
+    must do no harm, such as writing into a sequence in use.
+
+    function: takes ``inputs`` and returns a sequence of tensors.
+    inputs: the tensors into which each call copies its arguments.
+    record: records a function without arguments, and returns a function that replays it on the same memory.
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], record: Record) -> None:
@@ -77,11 +90,15 @@ class Captured:
     def __call__(
         self, whole: Sequence[Tensor], rows: Sequence[Tensor] = (), lanes: Tensor | None = None
     ) -> Sequence[Tensor]:
-        """Run the function, and return its results, which the next call writes over.
+        """Copy the arguments into the fixed inputs, replay the function, and return its outputs.
 
-        whole: the first inputs. rows: the other ones, of B rows, each as large as the function's own or smaller: the
-            rest is zero then.
-        lanes: where the rows are in the first axis, int64 [B]; None: they are the first ones.
+        The outputs are the same tensors at every call: the next call overwrites them.
+
+        whole: values of the first inputs, of the same shapes as these.
+        rows: values of the remaining inputs, of B rows (sequences) each. They may be smaller than the fixed inputs; the
+            rest is then set to zero.
+        lanes: indices along the first axis of the fixed inputs at which the rows are put, int64 [B]; None: the first B
+            indices.
         """
         for held, x in zip(self.inputs, whole, strict=False):
             held.copy_(x)
@@ -94,9 +111,12 @@ class Captured:
 
 
 def flattened(parts: Any) -> tuple[list[Tensor], tuple[torch.Size | None, ...], Callable[[Sequence[Tensor]], Any]]:
-    """Take nested tuples of tensors and None apart.
+    """Flatten nested tuples of tensors and None into a list of tensors.
 
-    Returns the tensors; the shape of each part, None for None; and a function that puts other tensors in their places.
+    Returns a tuple of three: the list of tensors without the Nones; the shape of each leaf, None for a None; and a
+    function that takes a list of as many tensors and returns them in the same nesting, with the Nones.
+
+    parts: the nested tuples.
     """
     leaves, spec = tree_flatten(parts)
     shapes = tuple(None if leaf is None else leaf.shape for leaf in leaves)

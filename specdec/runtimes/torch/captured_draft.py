@@ -1,4 +1,4 @@
-"""Drafts that grow without the host, in one captured function where the runtime captures."""
+"""Draft trees that grow on the device without waiting for the CPU, captured as one function where the runtime can."""
 
 from __future__ import annotations
 
@@ -29,13 +29,23 @@ def grow_captured(
     rows: Any,
     lanes: InLanes | None = None,
 ) -> tuple[list[Nodes] | DeviceTree, list[Tensor]]:
-    """Grow candidates without the host, in one captured function where ``target`` captures.
+    """Grow draft trees on the device, in one captured function if ``target`` captures functions (CUDA graphs).
 
-    Returns the candidates of each row, or with a ``choice`` the tree that the device selects, and other results.
+    Returns (drafts, others). ``drafts`` is each row's candidates as lists; with a ``choice``, the tree of the nodes
+    that the device has selected, still on the device. ``others`` are the further tensors that ``step`` returns.
 
-    key: what else the captured function depends on. step: makes the argument ``step`` of ``grow``, and other results
-    [B, ...], of ``whole`` and ``rows`` (as in ``Target.captured``). roots, limits, rules, keep: as in ``grow``; limits
-    have no costs here. lanes: the rows of a static cache; None: none is used.
+    target: the model, whose ``captured`` method runs the function.
+    key: all that the function depends on besides shapes and the other arguments.
+    step: called with ``whole`` and ``rows``; returns the function that runs one draft level (a ``Step``), and a list of
+        further result tensors [B, ...].
+    roots: the token after which each row's draft begins, int64 [B, 1].
+    limits: number of levels and width of the tree. Costs in it are ignored.
+    rules: what besides logits decides which tokens become candidates, such as sampling noise.
+    choice: the rule by which the device selects nodes; None: all candidates are returned.
+    keep: number of nodes per level and row that get children.
+    whole, rows: inputs of ``step``, nested tuples of tensors and None. Tensors of ``rows`` are [B, ...]. With
+        ``lanes``, ``step`` gets the tuple (``lanes.numbers``, ``whole``) as its first argument.
+    lanes: the rows' places in a static KV cache; None: ``step`` uses no such cache.
     """
     batch, device = len(roots), roots.device
     count = 1 << max(batch - 1, 0).bit_length() if lanes is None else lanes.total

@@ -1,4 +1,4 @@
-"""The gated delta rule, the mixer of recurrent layers: a convolution over time, and a state for each head."""
+"""The gated delta rule of recurrent (Gated DeltaNet) layers: a short convolution, and a matrix state per head."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ CONVOLUTION, STATE = ("conv", 0), ("recurrent", 0)
 
 
 class DeltaRule:
-    """The gated delta rule of a recurrent layer, between its first linear layers and its last.
+    """Runs the gated delta rule of one recurrent layer, without the linear layers before and after it.
 
-    own: the module. kinds: shape and dtype of a row's states, by kind and number.
+    own: the model's module of the layer, from which sizes, convolution filters and decay rates are read.
+    kinds: shape (without the batch axis) and dtype of each state of a row (sequence), by the keys ("conv", 0) for the
+        last inputs of the convolution and ("recurrent", 0) for the matrix states [H, dk, dv].
     """
 
     def __init__(self, own: Any) -> None:
@@ -36,12 +38,15 @@ class DeltaRule:
     def __call__(
         self, x: Tensor, states: States, paths: Tensor | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, States]:
-        """Run T tokens; return the input of the last linear layer, [B, T, ...], and the states after the tokens.
+        """Run T tokens; return the input of the layer's output projection, [B, T, H dv], and the new states.
 
-        x: outputs of the first linear layers, [B, T, ...]. states: the layer's states before the tokens, by key.
-        paths: which tokens are on the path to each token, itself included, bool [B, T, T], parents first; None: all
-            earlier ones.
-        kept: the tokens that the returned states follow, which are a path, bool [B, T]; None: all.
+        x: outputs of the layer's input projections, concatenated, [B, T, ...].
+        states: the layer's states before the tokens, by the keys of ``kinds``, each [B, ...]; a missing one counts as
+            zeros. The new states have the same keys.
+        paths: paths[b, i, j]: whether token j is an ancestor of token i in a draft tree, or token i itself; bool [B, T,
+            T], parents before children. None: a chain, in which all earlier tokens are ancestors.
+        kept: the tokens that the new states include, which form one path, bool [B, T]; None: all. ``paths`` and
+            ``kept`` are given together.
         """
         (batch, t, _), heads, repeats = x.shape, self.heads, self.heads // self.key_heads
         keys, values, taps = self.key_heads * self.dim, heads * self.value_dim, self.filters.shape[-1]
@@ -74,9 +79,11 @@ class DeltaRule:
 
 
 def _windows(seen: Tensor, paths: Tensor, taps: int) -> Tensor:
-    """Return the last ``taps`` inputs on each of P paths [B, channels, P, taps].
+    """Return the last ``taps`` convolution inputs on each of P paths through a draft tree, [B, channels, P, taps].
 
-    seen: taps - 1 inputs before all paths, then those of T tokens, [B, channels, taps - 1 + T]. paths: bool [B, P, T].
+    seen: inputs of the taps - 1 tokens before the tree, then of its T tokens, [B, channels, taps - 1 + T].
+    paths: which of the T tokens each path has, bool [B, P, T], parents before children.
+    taps: number of inputs that the convolution's filter covers.
     """
     place = paths.cumsum(-1) * paths + taps - 2  # (B, P, T), of each token in its path, after the inputs before
     wanted = paths.sum(-1)[..., None] + torch.arange(-1, taps - 1, device=seen.device)  # (B, P, taps)
@@ -86,7 +93,11 @@ def _windows(seen: Tensor, paths: Tensor, taps: int) -> Tensor:
 
 
 def _parts(x: Tensor, keys: int, values: int, key_heads: int, heads: int) -> list[tuple[Tensor, int]]:
-    """Split ``x`` [..., 2 keys + values] into queries, keys and values, each with its number of heads."""
+    """Split ``x`` [..., 2 keys + values]; return queries, keys and values, each as a pair (tensor, number of heads).
+
+    keys: total size of all key heads, which is also that of the queries. values: total size of all value heads.
+    key_heads: number of heads of queries and keys. heads: number of heads of values.
+    """
     return list(zip(x.split((keys, keys, values), -1), (key_heads, key_heads, heads), strict=True))
 
 
@@ -100,16 +111,19 @@ def _run(
     paths: Tensor | None,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the gated delta rule in chunks; return the outputs [B, T, H, dv] and the state after the tokens.
+    """Run the gated delta rule; return the outputs [B, T, H, dv] and the state after the tokens, [B, H, dk, dv].
 
-    In a chunk, what each token adds to the state depends on what earlier ones on its path have added: a triangular
-    system.
+    Tokens run in chunks. Within a chunk, the change of the state by a token depends on the changes by earlier tokens,
+    so the changes of all tokens solve one triangular system.
 
     q, k: queries and keys, [B, T, H, dk].
     v: values, [B, T, H, dv].
-    decay, strength: logarithms of decay rates, and write strengths, [B, T, H].
+    decay: logarithm of the factor by which each token shrinks the state, [B, T, H].
+    strength: factor from 0 to 1 with which each token writes into the state, [B, T, H].
     state: the state before the tokens, [B, H, dk, dv]; None: zeros.
-    paths, kept: as in ``DeltaRule``. With them, all tokens are one chunk.
+    paths: whether token j is token i or an ancestor of it in a draft tree, bool [B, T, T]; None: a chain. With
+        ``paths``, all tokens are one chunk.
+    kept: the tokens that the returned state includes, bool [B, T]; None: all.
     """
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     decay, strength = decay.mT, strength.mT[..., None]

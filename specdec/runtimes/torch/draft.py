@@ -1,8 +1,8 @@
-"""Drafting level by level, in tensors alone: a tree for one row, or chains with siblings for several.
+"""Drafting level by level on tensors: grows a draft tree for one row (sequence), or chains with siblings for several.
 
-The likeliest few nodes of each level get children, in one pass. As in EAGLE-2 (arXiv 2406.16858), the score of a node
-is the product of the draft's own probabilities along its path. Where the host neither limits nor masks a draft, nothing
-depends on it, so all levels can be captured as one function.
+A level is all draft nodes of one depth. The likeliest few nodes of each level get children, in one forward pass. As in
+EAGLE-2 (arXiv 2406.16858), the score of a node is the product of the drafter's own probabilities along its path. If no
+limit or mask has to be computed on the CPU, all levels can be captured as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -37,47 +37,41 @@ DRAWN = 64  # of how many of the likeliest tokens the noise chooses
 FOUND = 24  # candidates of a row that the host reads of a tree
 
 
-class Given(NamedTuple):
-    """The trees of another source, such as n-grams, padded to G nodes; padding has the parent -1.
-
-    scores, tokens, parents, raw: [B, G] each, as in ``LevelNodes``.
-    depths: level of each node, [B, G].
-    """
-
-    scores: Tensor
-    tokens: Tensor
-    parents: Tensor
-    raw: Tensor
-    depths: Tensor
-
-
 class Rules(NamedTuple):
-    """What decides, besides logits, which tokens become candidates.
+    """What decides, besides the draft logits, which tokens become candidates of a draft, for B rows.
 
-    vocab: token ids of the logits, int64 [V']; None: all tokens.
-    tables: calibration tables [B, 3, 11], as in ``DraftRoots``; None: probabilities count as they are.
-    noise: of all tokens at each level [B, levels, V], or a function that returns the noise of token ids [B, W, k] at a
-        level; None: all rows are greedy.
-    sampling: for each row, 1 / temperature (0: greedy), top-k, top-p and min-p, [B, 4].
-    given: the trees of another source; None: there is none.
-    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
-    masks: function of the host that returns which tokens a single row may draft; None: all.
+    vocab: token ids of the V' draft logits, int64 [V']; None: the index of a logit is its token id.
+    tables: for each row three tables that map raw probabilities to calibrated ones, [B, 3, 11]: for the draft heads,
+        for the other source where the heads have no candidates, and for the other source where they have some. None:
+        probabilities are used as they are.
+    noise: Gumbel noise by which sampled rows will draw: a tensor [B, levels, V], or a function of (level, token ids [B,
+        W, k]) that returns the noise of these tokens. None: all rows are greedy.
+    sampling: 1 / temperature (0: greedy), top-k, top-p and min-p of each row, float32 [B, 4]; None: all rows are
+        greedy.
+    given: trees of another source, such as n-grams, that are merged into the draft; None: there are none.
+    forbidden: outputs of the second draft head that a row may not draft, bool [B, outputs]; None: all are allowed.
+    masks: function on the CPU from the drafted token ids after the root to the tokens that may follow (bool [V]; None:
+        none may). Only for a single row; None: all tokens are allowed.
     """
 
     vocab: Tensor | None = None
     tables: Tensor | None = None
     noise: Tensor | Callable[[int, Tensor], Tensor] | None = None
     sampling: Tensor | None = None
-    given: Given | None = None
+    given: LevelNodes | None = None
     forbidden: Tensor | None = None
     masks: Masks | None = None
 
 
 def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, waits: bool) -> Rules:
-    """Return the rules of a draft of ``levels`` levels from ``roots``.
+    """Return the ``Rules`` of a draft, as tensors on the device of ``roots``.
 
-    vocab: as in ``Rules``. size: V, the size of the model's vocabulary.
-    waits: whether the host may read which tokens compete, and then makes only their noise.
+    roots: the root tokens and states of B rows, with their sampling, calibration tables and trees of other sources.
+    vocab: token ids of the draft logits, int64 [V']; None: the index of a logit is its token id.
+    levels: number of draft levels.
+    size: V, the size of the model's vocabulary.
+    waits: whether the CPU may read the candidate tokens during the draft. If so, sampling noise is made for them alone;
+        if not, for the whole vocabulary beforehand.
     """
     device, noise, sampling = roots.final.device, None, None
     tables = None if roots.tables is None else upload(roots.tables, device, torch.float32)
@@ -89,7 +83,15 @@ def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, wa
 def noise_of(
     sampled: Sequence[Sampled], levels: int, size: int, device: torch.device, waits: bool = False
 ) -> tuple[Tensor | Callable[[int, Tensor], Tensor], Tensor]:
-    """Return ``noise`` and ``sampling`` of ``Rules`` for sampled rows. levels, size, waits: as in ``rules_of``."""
+    """Return (noise, sampling) of sampled rows, as the fields of ``Rules`` hold them.
+
+    ``noise`` is a tensor [B, levels, V] on ``device`` or, if ``waits``, a function of (level, token ids [B, W, k]) that
+    returns the noise of these tokens on the CPU. ``sampling`` is [B, 4]: 1 / temperature (0: greedy), top-k, top-p and
+    min-p.
+
+    sampled: how each row is sampled. levels: number of draft levels. size: V, the size of the model's vocabulary.
+    waits: whether the CPU may read the candidate tokens during the draft.
+    """
     each = [[1 / s.temperature if s.temperature else 0.0, s.top_k, s.top_p, s.min_p] for s in sampled]
     sampling = upload(each, device, torch.float32)
     if waits:
@@ -99,13 +101,24 @@ def noise_of(
 
 
 def _noise_of(sampled: Sequence[Sampled], size: int, level: int, ids: Tensor) -> Tensor:
-    """Return the noise of tokens ``ids`` [B, W, k] at a level, float32 on the CPU. size: V."""
+    """Return the Gumbel noise of candidate tokens at one draft level, float32 [B, W, k] on the CPU.
+
+    sampled: how each row is sampled, with the function that makes its noise. size: V, the size of the vocabulary.
+    level: index of the draft level, from 0 on. ids: token ids [B, W, k].
+    """
     rows = [s.noise(s.place + level, size, own.flatten()).view_as(own) for s, own in zip(sampled, ids, strict=True)]
     return torch.stack(rows)
 
 
-def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | None:
-    """Return another source's trees, one per row, as padded tensors on ``device``; None: there are no ``trees``."""
+def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> LevelNodes | None:
+    """Convert another source's draft trees, one per row (sequence), to tensors on ``device``, padded to G nodes.
+
+    G is a power of two. Padding has the score -inf, and -1 as token and as parent.
+
+    trees: for each row the lists (scores, tokens, parents, raw): log-probabilities of the nodes' paths, token ids,
+        parents (0: the root, i + 1: node i), and a list with one list of raw probabilities. None: there are no trees,
+        and None is returned.
+    """
     if trees is None:
         return None
     count = 1 << max(max(len(nodes[1]) for nodes in trees) - 1, 0).bit_length()
@@ -114,23 +127,27 @@ def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> Given | Non
         depths, none = [0], count - len(tokens)
         for parent in parents:
             depths.append(depths[parent] + 1)
-        before = [0.0, *scores]
-        own = [score - before[parent] for score, parent in zip(scores, parents, strict=True)]
-        padded = (own, -math.inf), (tokens, -1), (parents, -1), (raw[0], 0.0), (depths[1:], 0)
+        padded = (scores, -math.inf), (tokens, -1), (parents, -1), (raw[0], 0.0), (depths[1:], 0)
         rows.append([[*part, *[value] * none] for part, value in padded])
     every = upload(rows, device, torch.float32)
     whole = every.long()
-    return Given(every[:, 0], whole[:, 1], whole[:, 2], every[:, 3], whole[:, 4])
+    return LevelNodes(every[:, 0], whole[:, 1], whole[:, 2], every[:, 3:4], whole[:, 4])
 
 
 def grow(
     step: Step, roots: Tensor, limits: TreeLimits, rules: Rules, keep: int | None = None, waits: bool = True
 ) -> LevelNodes:
-    """Grow candidates level by level after the tokens ``roots``, int64 [B, 1], and return them.
+    """Grow candidate tokens level by level after each row's root, and return all of them with their scores.
 
-    step: runs the tokens of a level, and returns the logits after each.
-    keep: number of nodes of each level and row that get children; None: ``width`` for one row, 1 for several.
-    waits: whether the host may wait for the device; growth then ends before a level that is not worth its cost.
+    step: runs the tokens of a level and returns the logits after each: ``step(tokens [B, W], parents [B, W], paths)``,
+        with the parents' indices in the level before, and bool [B, W, U] which of all U tokens so far are on each
+        token's path (None: a chain).
+    roots: the last token of each row's text, int64 [B, 1].
+    limits: maximum number of levels, children per node, and costs of levels and nodes.
+    rules: what besides logits decides which tokens become candidates, such as sampling noise.
+    keep: number of nodes per level and row that get children; None: ``limits.width`` for one row, 1 for several.
+    waits: whether the CPU may read results during the draft. If so, growth ends before a level whose expected gain is
+        below its cost.
     """
     keep = (limits.width if len(roots) == 1 else 1) if keep is None else keep
     tokens, parents = roots, torch.zeros_like(roots)  # (B, W); parents: in the level before
@@ -190,10 +207,10 @@ def grow(
 
 
 def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
-    """Return ``logits`` [1, W, V'] with -inf for tokens that are not allowed.
+    """Return ``logits`` [1, W, V'] of a single row with -inf for tokens that are not allowed.
 
-    vocab: the token id of each logit; None: its index.
-    masks: for each of the W positions, which tokens are allowed, bool [V]; None: no token is.
+    vocab: token ids of the V' logits, int64 [V']; None: the index of a logit is its token id.
+    masks: for each of the W tokens of the level, which tokens may follow it, bool [V]; None: no token may.
     """
     out = torch.full_like(logits, -math.inf)
     for row, mask in enumerate(masks):
@@ -205,7 +222,14 @@ def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]
 
 
 def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the k = ``width`` likeliest tokens, and their indices, [B, W, k] each, best first."""
+    """Return the k = ``width`` likeliest candidates after each token of a draft level, best first.
+
+    Returns (log-probabilities, token ids), [B, W, k] each; k is smaller if there are fewer logits. For sampled rows,
+    the probability is that of being drawn with the row's noise.
+
+    logits: draft logits [B, W, V']. level: index of the draft level, from 0 on. rules: token ids of the logits, noise
+        and sampling of the rows.
+    """
     size = logits.shape[-1]
     best, index = logits.log_softmax(-1).topk(min(width if rules.noise is None else max(width, DRAWN), size))
     if rules.masks is not None:
@@ -223,11 +247,14 @@ def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Te
 
 
 def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
-    """Return log-probabilities, [B, W, k], that each token is the one that sampling with this noise will choose.
+    """Return log-probabilities, [B, W, k], that each candidate is the token that the row will draw with this noise.
 
-    best: log-probabilities of the likeliest tokens, [B, W, k]. Top-k, top-p and min-p are applied to these tokens
-        alone, which have nearly all of the probability.
-    noise: their noise, [B, W, k]. sampling: the four columns of ``Rules.sampling``, [B, 1, 1] each.
+    Rows with temperature 0 keep ``best``. Top-k, top-p and min-p are applied to the candidates alone, which have nearly
+    all of the probability.
+
+    best: log-probabilities of the k likeliest tokens, [B, W, k], best first.
+    noise: their Gumbel noise, [B, W, k].
+    sampling: 1 / temperature (0: greedy), top-k, top-p and min-p of the rows, [B, 1, 1] each.
     """
     sharpness, top_k, top_p, min_p = sampling
     gap = (best - best[..., :1]) * sharpness
@@ -240,33 +267,44 @@ def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
 
 
 class _OtherSource:
-    """Merges the trees of another source into a draft while it grows.
+    """Merges the draft trees of another source, such as n-grams, into a draft by a drafter's heads while that grows.
 
-    The other source's nodes come before those of the drafter's heads; a token of both is a node of the other source.
+    The other source's G nodes per row come before the heads' candidates. A token that both propose at the same point of
+    the tree is one node: the other source's. Indices: b row, w token of the present draft level, k candidate after it,
+    g node of the other source.
 
-    places: for each token of the level, its node in the other source's tree, [B, W]: 0: the root, g + 1: node g, -2: it
-        is in no such tree.
-    valid: whether node g is a child of a token of the level, [B, W, G].
-    same: whether a candidate is the same token as node g, [B, W, k, G].
-    here: scores of the nodes of this level, [B, G]; -inf for other nodes.
-    scores: scores of all nodes so far, [B, G].
-    heads: raw probabilities that the drafter's heads give the nodes, [B, G].
+    given: the other source's trees, padded to G nodes with parents of -1.
+    tables: calibration tables [B, 3, 11]; number 1 is for the other source's nodes that the heads also propose, number
+        2 for the others. None: no calibration.
+    raw: the other source's own probability of each node after its parent, [B, G].
+    places: the node of each token of the level in the other source's tree, [B, W]: 0: the root, g + 1: node g, -2: it
+        is not in that tree.
+    valid: whether node g is a child of token w, [B, W, G].
+    same: whether candidate k after token w is the same token as node g, [B, W, k, G].
+    here: scores (log-probabilities of paths) of the nodes whose parent is in this level, [B, G]; -inf for others.
+    scores: scores of all nodes that the draft has reached so far, [B, G]; -inf for others.
+    heads: raw probability that the drafter's heads give each node, [B, G]; 0: none.
     """
 
-    def __init__(self, given: Given, tables: Tensor | None) -> None:
-        self.given = given
+    def __init__(self, given: LevelNodes, tables: Tensor | None) -> None:
+        self.given, self.raw = given, given.raw[:, 0]
         self.inside, self.beside = (
-            calibrated(given.raw, None if tables is None else tables[:, source]) for source in (1, 2)
+            calibrated(self.raw, None if tables is None else tables[:, source]) for source in (1, 2)
         )
         self.places = torch.zeros_like(given.tokens[:, :1])
         self.scores = torch.full_like(given.scores, -math.inf)
-        self.heads, self.reached = torch.zeros_like(given.raw), torch.zeros_like(given.raw, dtype=torch.bool)
+        self.heads, self.reached = torch.zeros_like(self.raw), torch.zeros_like(self.raw, dtype=torch.bool)
 
     def meet(self, ids: Tensor, raw: Tensor, sure: Tensor, scores: Tensor) -> Tensor:
-        """Return calibrated probabilities of the candidates ``ids``, [B, W, k], by both sources together.
+        """Match the heads' candidates of a draft level with the other source's nodes; return their probabilities.
 
-        raw, sure: their raw and calibrated probabilities by the heads, [B, W, k].
-        scores: scores of the tokens of the level, [B, W].
+        These are calibrated probabilities [B, W, k] of the candidates by both sources together: the larger of the two
+        where both propose a token. If all probabilities after a token sum to more than 1, all but the largest are
+        scaled down.
+
+        ids: token ids of the candidates, [B, W, k]. raw: their raw probabilities by the heads, [B, W, k] (not read).
+        sure: their calibrated probabilities by the heads, [B, W, k].
+        scores: log-probabilities of the paths to the tokens of the level, [B, W].
         """
         given = self.given
         self.valid = given.parents[:, None] == self.places[..., None]
@@ -282,9 +320,13 @@ class _OtherSource:
         return sure
 
     def take(self, joint: Tensor, raw: Tensor) -> Tensor:
-        """Return ``joint``, scores of the candidates [B, W, k], with -inf for nodes of the other source.
+        """Record the scores of the other source's nodes in this level, and return ``joint`` with -inf at these nodes.
 
-        raw: raw probabilities of the candidates by the heads, which are recorded for these nodes.
+        Call it after ``meet``, for the same candidates. The nodes removed from ``joint`` count as the other source's.
+
+        joint: scores (log-probabilities of paths) of the heads' candidates, [B, W, k].
+        raw: raw probabilities of the candidates by the heads, [B, W, k], which are stored for the nodes of both
+            sources.
         """
         both = joint[..., None].masked_fill(~self.same, -math.inf).amax((1, 2))
         self.here, now = torch.maximum(both, self.own.amax(1)), self.valid.any(1)
@@ -295,11 +337,16 @@ class _OtherSource:
     def follow(
         self, chosen: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens, parents and node numbers of the next level, [B, W] each, and record the other's nodes.
+        """Return the tokens, parents and node numbers of the next draft level, [B, W] each.
 
-        chosen: indices among the heads' candidates, followed by the nodes of the other source.
-        scores: scores of the chosen tokens.
-        tokens, parents, nodes: tokens, parents and node numbers of the chosen ones that are the heads' candidates.
+        Also records which of these tokens are nodes of the other source.
+
+        chosen: indices of the chosen tokens among the heads' C candidates of this level, followed by the other source's
+            G nodes (C + g), [B, W].
+        scores: log-probabilities of their paths, [B, W]; -inf: there is no such token.
+        tokens: token ids of the heads' C candidates, [B, C].
+        parents, nodes: for chosen tokens that are the heads' candidates, the index of the parent in this level, and the
+            number of the node in the whole tree, [B, W] each.
         """
         at = chosen - tokens.shape[1]
         mine, at = at >= 0, at.clamp(min=0)
@@ -309,21 +356,26 @@ class _OtherSource:
         return torch.where(mine, self.given.tokens.gather(1, at), tokens), parents, torch.where(mine, at + 1, nodes)
 
     def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
-        """Return the candidates ``grown``, joined with the other source's nodes.
+        """Return all candidates of the draft: the other source's nodes first, then the heads' candidates ``grown``.
 
-        waits: whether the host reads them and then adds the nodes that no level has reached itself; if not, add all.
+        grown: the heads' candidates, with one source in ``raw``.
+        waits: whether the CPU reads the candidates, and then itself adds those nodes of the other source that no draft
+            level has reached. If not, they are included here, with probabilities by their own source, and ``raw`` has
+            three sources: the other source for nodes that no level has reached, the other source for reached nodes that
+            the heads do not propose, and the heads.
         """
         given, own = self.given, self.scores
         raw = self.heads[:, None]
         if not waits:
             # A node behind those that were reached is as likely after its parent as its source says
-            value = torch.where(self.reached, own, given.scores)
+            before = F.pad(given.scores, (1, 0)).gather(1, given.parents.clamp(min=0))
+            value = torch.where(self.reached, own, given.scores - before)
             to = given.parents.masked_fill(self.reached | (given.parents < 0), 0)
             value, to = (torch.cat((part.new_zeros(len(part), 1), part), 1) for part in (value, to))
             for _ in range(to.shape[1].bit_length()):
                 value, to = value + value.gather(1, to), to.gather(1, to)
             own, alone = value[:, 1:], self.heads == 0
-            parts = given.raw * (alone & ~self.reached), given.raw * (alone & self.reached), self.heads
+            parts = self.raw * (alone & ~self.reached), self.raw * (alone & self.reached), self.heads
             raw = torch.stack(parts, 1)
         nothing = raw.new_zeros(len(raw), raw.shape[1] - 1, grown.raw.shape[2])
         both = own, given.tokens, given.parents.clamp(min=0), raw, given.depths
@@ -335,16 +387,25 @@ class _OtherSource:
 
 
 def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | DeviceTree:
-    """Return the candidates of each row as lists, read from the device; with a ``choice``, the tree that it selects."""
+    """Return a draft's candidates as lists or as a tree on the device.
+
+    grown: the candidates of B rows, on the device.
+    choice: the rule by which the device selects nodes; the selected nodes are returned as a ``DeviceTree``. None:
+        returns, for each row, lists of scores, tokens, parents and raw probabilities, which waits for the device.
+    """
     if choice is None:
         return grown.lists()
     return choose(grown, choice.nodes, *limits_of(choice, len(choice.depths), grown.tokens.device))
 
 
 def limits_of(choice: DeviceChoice, lanes: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return bounds [B, 2] and prices [2 + lanes nodes] of ``choice``, the last arguments of ``choose``.
+    """Convert the limits and prices of ``choice`` to tensors, the last two arguments of ``choose``.
 
-    lanes: number of rows that the candidates have, with padding.
+    Returns (bounds, prices). ``bounds`` is float32 [B, 2]: for each row the maximum depth of its nodes, and what each
+    of its nodes costs beyond the prices. ``prices`` is float32 [2 + lanes * choice.nodes]: the price in tokens of
+    scoring 0, 1, .. nodes, then the allowed loss; None: nodes have no price.
+
+    lanes: number of rows of the candidates, padding included.
     """
     beyond = choice.beyond or [0.0] * len(choice.depths)
     bounds = upload([*zip(choice.depths, beyond, strict=True)], device, torch.float32)
@@ -356,11 +417,12 @@ def limits_of(choice: DeviceChoice, lanes: int, device: torch.device) -> tuple[T
 
 
 def choose(grown: LevelNodes, count: int, bounds: Tensor, prices: Tensor | None) -> DeviceTree:
-    """Select up to ``count`` of the likeliest nodes of each row, on the device, and return them as a tree.
+    """Select up to ``count`` of the likeliest nodes of each row, on the device, and return them as a tree there.
 
-    bounds: for each row, the maximum depth of its nodes, and what a node costs beyond the prices, [B, 2].
-    prices: the prices of 0, 1, .. B count nodes as in ``DeviceChoice``, then the allowance, [2 + B count]; nodes that
-        are not worth their price are left out. None: all nodes are worth it.
+    grown: the candidates of B rows. count: maximum number of nodes per row.
+    bounds: for each row, the maximum depth of its nodes, and what each of its nodes costs beyond ``prices``, [B, 2].
+    prices: price, in tokens, of scoring 0, 1, .. B * count nodes in all rows together, then the loss in tokens that is
+        still accepted, [2 + B * count]. Nodes that are not worth their price are left out. None: nodes have no price.
     """
     grown, (most, beyond) = _only(grown, _best(grown.scores, max(count, FOUND))), bounds.split(1, 1)
     values, order = grown.scores.masked_fill(grown.depths > most, -math.inf).sort(dim=1, descending=True, stable=True)
@@ -387,11 +449,13 @@ def choose(grown: LevelNodes, count: int, bounds: Tensor, prices: Tensor | None)
 
 
 class FixedHeads(NamedTuple):
-    """Output heads whose memory stays where it is, so that what is captured with them can be replayed as they grow.
+    """Output heads of a draft whose weights stay at fixed addresses, so that a CUDA graph stays valid as a head grows.
 
-    heads: as in ``DraftPath``; the last one has all of its memory's rows, also those that are not used yet.
-    tokens: token id of each output, int64 [V']; None: the outputs are the token ids.
-    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
+    heads: the output heads, from final states to logits, concatenated; None is the model's own head. The last one has
+        all rows of its allocated memory, also those that have no token yet.
+    tokens: token id of each output, int64 [V']; None: the index of an output is its token id.
+    forbidden: outputs of the second head that a row may not draft, such as those without a token, bool [B, outputs];
+        None: all are allowed.
     """
 
     heads: Sequence[Any]
@@ -402,7 +466,15 @@ class FixedHeads(NamedTuple):
 def fixed_heads(
     heads: Sequence[nn.Module | None], tokens: Tensor | None, forbidden: Tensor | None, batch: int
 ) -> FixedHeads | None:
-    """Return fixed heads that draft as ``heads`` do for ``batch`` rows; None: the last one grows and has a bias."""
+    """Return heads at fixed addresses that draft the same tokens as ``heads``.
+
+    Returns None if the last head grows and has a bias, which has no fixed address.
+
+    heads: output heads of the draft; None is the model's own. The last one may be a ``GrowingLinear``.
+    tokens: token id of each output, int64 [V']; None: the index of an output is its token id.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: all are allowed.
+    batch: B, number of rows.
+    """
     growing: Any = heads[-1]
     if (memory := getattr(growing, "memory", None)) is None:
         return FixedHeads(heads, tokens, forbidden)
@@ -416,13 +488,20 @@ def fixed_heads(
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Return the indices of the ``count`` best of ``scores`` [B, C], sorted, [B, count]; of equal ones the first."""
+    """Return the indices of the ``count`` largest ``scores`` of each row, in ascending order, int64 [B, count].
+
+    scores: [B, C]. Of equal scores, the first win. Where a score is -inf, the index is C ("no node").
+    """
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
     return order.masked_fill(scores.gather(1, order) == -math.inf, scores.shape[1]).sort(1).values
 
 
 def _only(grown: LevelNodes, picked: Tensor) -> LevelNodes:
-    """Return the nodes with the sorted indices ``picked`` [B, M], which include all parents; C: there is no node."""
+    """Return the candidates with only the nodes ``picked``; their parents are renumbered.
+
+    grown: C candidates of each of B rows. picked: sorted indices of the nodes to keep, int64 [B, M], which must include
+        the parents of all of them; C: no node. Such an entry gets the score -inf.
+    """
     count = grown.scores.shape[1]
     at, none = picked.clamp(max=count - 1), picked == count
     place = torch.zeros_like(picked[:, :1]).repeat(1, count + 2)
@@ -440,14 +519,19 @@ def _only(grown: LevelNodes, picked: Tensor) -> LevelNodes:
 
 
 class PathStep:
-    """Runs the tokens of a level along ``path``, and returns the logits after each; ``grow`` calls it.
+    """Runs one draft level along an M2R2 draft path, and returns the logits after each of its tokens.
 
-    final, carried: states of the tokens before the roots, [B, 1, D], as in ``DraftRoots``.
-    embed: takes the tokens of a level [B, W] and the level's number, and returns embeddings [B, W, D].
-    run: runs a segment, given its number, its input [B, W, D], the level's number, the tokens' ancestors, and the
-        tokens [B, W].
-    heads: functions that return logits of final states; the logits are concatenated.
-    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: there are none.
+    A draft path computes the final state of a token from its embedding by linear projections and a few of the model's
+    layers (its segments). ``grow`` calls the object once per level with the arguments of a ``Step``.
+
+    path: the projections and segments.
+    final: final states of the tokens before the roots, [B, 1, D].
+    carried: for each segment, its input states of these tokens, [B, 1, D].
+    embed: from tokens [B, W] and the level's index to embeddings [B, W, D].
+    run: runs one segment, given its index, input states [B, W, D], the level's index, the ancestors of each token (bool
+        [B, W, U]; None: a chain), and the tokens [B, W]; returns states [B, W, D].
+    heads: functions from final states [B, W, D] to logits, which are concatenated.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: all are allowed.
     """
 
     def __init__(
@@ -478,7 +562,10 @@ class PathStep:
 
 
 def states_of(states: Tensor, parents: Tensor) -> Tensor:
-    """Return the states [B, W, D] of the tokens with the indices ``parents`` [B, W], from ``states`` [B, n, D]."""
+    """Return the parents' states, [B, W, D], of the W tokens of a draft level.
+
+    states: states of the n tokens of the level before, [B, n, D]. parents: indices among these, int64 [B, W].
+    """
     if states.shape[1] == parents.shape[1] == 1:
         return states
     return states.gather(1, parents[..., None].expand(-1, -1, states.shape[2]))

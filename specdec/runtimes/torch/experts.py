@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of an MLP: the router, and the experts that each token takes."""
+"""A mixture-of-experts layer: the router, the experts that it chooses for each token, and the shared expert."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ COPIES = 3  # times an expert that is copied is read or written
 
 
 class Experts:
-    """The mixture of experts of a layer.
+    """Runs the mixture of experts of one decoder layer. The number of experts is E; each token uses k of them.
 
-    mlp: the module of the model.
+    mlp: the model's mixture module, with its router and experts.
+    mixture: how the router chooses: k, and whether the chosen experts' weights are scaled to sum to 1.
+    numbers: constants of the model, such as the limit at which the experts' gates are clamped.
     act: activation of the experts' gates.
-    shared: MLP that all tokens run beside the experts; None: there is none.
+    shared: MLP that all tokens run besides the chosen experts; None: there is none.
     """
 
     def __init__(self, mlp: Any, mixture: Mixture, numbers: Numbers, act: Linear, shared: Linear | None) -> None:
@@ -38,9 +40,11 @@ class Experts:
     ) -> Tensor:
         """Return the mixture's outputs [B, T, D] for inputs ``x`` [B, T, D].
 
-        routed: tensor that is filled with the router's logits [B T, E]; None: they are not returned.
-        choose: function from these logits to the experts [B T, k] that tokens use; None: the largest logits decide.
-        together: whether few tokens run without the host; otherwise the host reads which experts tokens use.
+        routed: tensor [B T, E] that is filled with the router's logits; None: the logits are not needed.
+        choose: function from these logits [B T, E] to the experts that each token uses, int64 [B T, k]; None: the k
+            largest logits decide.
+        together: whether to run the experts without the CPU reading which ones tokens use, as CUDA graphs require; this
+            suits few tokens. False: the CPU reads them, and each used expert runs once.
         """
         flat = x.flatten(0, 1)
         logits = F.linear(flat, self.router.weight, getattr(self.router, "bias", None)).float()
@@ -56,9 +60,12 @@ class Experts:
         return out.to(x.dtype).view(x.shape)
 
     def _one_by_one(self, x: Tensor, taken: Tensor, shares: Tensor) -> Tensor:
-        """Return the sums [n, D] of the outputs of the experts ``taken`` [n, k] for inputs ``x`` [n, D].
+        """Run each used expert once, on its tokens; return each token's weighted sum of expert outputs, [n, D].
 
-        Outputs are multiplied by ``shares`` [n, k]. The host reads ``taken``.
+        Waits for the device, because the CPU reads ``taken``.
+
+        x: inputs of n tokens, [n, D]. taken: the k experts of each token, int64 [n, k].
+        shares: weights of these experts' outputs in the sum, [n, k].
         """
         places = dict[int, list[int]]()  # of each expert that is taken
         for place, number in enumerate(taken.flatten().tolist()):
@@ -71,7 +78,13 @@ class Experts:
         return out
 
     def _together(self, x: Tensor, taken: Tensor, shares: Tensor) -> Tensor:
-        """Return what ``_one_by_one`` returns, without the host: all experts run, or copies of those that are taken."""
+        """Return for each token the weighted sum of its experts' outputs, [n, D], without waiting for the device.
+
+        With few tokens, the weights of each token's experts are gathered; with more, all E experts run on all tokens.
+
+        x: inputs of n tokens, [n, D]. taken: the k experts of each token, int64 [n, k].
+        shares: weights of these experts' outputs in the sum, [n, k].
+        """
         (count, top_k), every = taken.shape, self.router.weight.shape[0]
         if COPIES * count * top_k < every:
             made = self._run(taken.flatten(), x.repeat_interleave(top_k, 0)[:, None]).view(count, top_k, -1)
@@ -81,7 +94,11 @@ class Experts:
         return (made * weights.mT[..., None]).sum(0)
 
     def _run(self, number: int | slice | Tensor, x: Tensor) -> Tensor:
-        """Return the outputs [n, D] of expert ``number`` for inputs ``x`` [n, D]; of several, [E', n, D] for such x."""
+        """Return the outputs of one expert, or of several at once, for inputs ``x``.
+
+        number: index of one expert; then ``x`` and the result are [n, D]. A slice or a tensor of indices selects E'
+            experts; then both are [E', n, D], with the inputs of each expert.
+        """
         own, biases = self.experts, [None, None]
         if isinstance(own, BlockExperts):
             assert isinstance(number, int)
@@ -99,7 +116,10 @@ class Experts:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return inputs ``x`` [n, in] times a weight [out, in], or [E, n, in] times several [E, out, in], plus biases."""
+    """Return ``x @ weight.T + bias`` for one linear layer or, in a batch, for E linear layers.
+
+    x: inputs [n, in] or [E, n, in]. weight: [out, in] or [E, out, in]. bias: [out] or [E, out]; None: no bias.
+    """
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)

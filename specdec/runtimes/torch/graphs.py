@@ -1,13 +1,14 @@
-"""The PyTorch runtime by captured functions (``capture``). These are captured:
+"""The PyTorch runtime on CUDA, with CUDA graphs ("captured functions"). These are captured:
 
-- a pass of at most ``TOKENS`` tokens through a range of layers, for each bucket of rows and of tokens
+- a forward pass of at most ``TOKENS`` tokens through a range of layers, for each bucket of rows and of tokens
 - a draft with all of its levels, and the selection of its nodes (``captured_draft.grow_captured``)
-- the readout of at most ``TOKENS`` states with the model's own head, as logits or as the best tokens
+- the readout of at most ``TOKENS`` states with the model's own output head, as logits or as greedy tokens
 
-Numbers of rows and of tokens are rounded up to buckets. A captured function reads and writes keys, values and states in
-the lanes of a static cache (``Lanes``), with those slots masked that are not filled, and makes masks and rotary factors
-itself. When that cache grows, what was captured over it is captured again. All else runs as it is: long blocks
-(prompts), and readouts with other heads outside of drafts.
+Numbers of rows (sequences) and of tokens are rounded up to powers of two ("buckets"). A captured function reads and
+writes keys, values and recurrent states in a static cache, one tensor at a fixed address in which each row has a lane.
+It masks slots without keys, and makes masks and rotary factors itself. When the static cache is allocated anew, the
+functions over it are captured again. All else runs without capture: long inputs such as prompts, and readouts with
+other heads outside of drafts.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ CAPTURES = 64  # that are kept; the least recently used ones are dropped
 
 
 class CapturedTarget(TorchTarget):
-    """The PyTorch runtime on a CUDA device, where passes are captured as CUDA graphs.
+    """The target model in the PyTorch runtime on a CUDA device, with short passes and drafts captured as CUDA graphs.
 
-    Captured functions share their buffers, so threads take turns under the model's lock. Raises SpecDecError as
-    ``TorchTarget`` does, and without a GPU.
+    Captured functions share their input and output buffers, so threads take turns under the model's lock. Raises
+    SpecDecError if the model is not on a CUDA device, if its family is unknown, and if its logits differ from those of
+    the model's own forward pass.
 
-    record: captures a function; None: a ``CudaRecorder``.
-    captured_functions: the captured functions by key. The first part of a key is the static cache that the function
-        uses, or None.
+    record: records a function without arguments and returns its replay; None: CUDA graphs are recorded.
+    captured_functions: the captured functions by key, the most recently used last. The first part of a key is the
+        static cache that the function uses, or None.
     """
 
     def __init__(self, model: NativeModel | PreTrainedModel, record: Record | None = None) -> None:
@@ -63,7 +65,7 @@ class CapturedTarget(TorchTarget):
 
     @functools.cached_property
     def static(self) -> StaticCache:
-        """The keys, values and states of captured passes."""
+        """The tensors at fixed addresses that hold the keys, values and recurrent states of captured passes."""
         mixers = [layer.mixer for layer in self.network.layers]
         recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
         kinds = recurrent[0].kinds if recurrent else {}
@@ -71,23 +73,26 @@ class CapturedTarget(TorchTarget):
         return self.static_cache(self._attention_layers(), self.keys, sorted(self.recurrent_layers), kinds)
 
     def _attention_layers(self) -> list[int]:
-        """Return the numbers of the layers with keys and values of their own."""
+        """Return the indices of the attention layers that store keys and values of their own, in ascending order."""
         each = enumerate(self.network.layers)
         return [n for n, layer in each if isinstance(layer.mixer, Attention) and layer.source == n]
 
     def static_cache(
         self, layers: Sequence[int], keys: tuple[int, int], recurrent: Sequence[int] = (), kinds: Any = None
     ) -> StaticCache:
-        """Return an empty static cache for captured functions.
+        """Return an empty static cache: tensors at fixed addresses for keys, values and states of captured functions.
 
-        layers: numbers of the attention layers. keys: their number of key heads, and the size of each.
-        recurrent, kinds: as in ``StaticCache``.
+        layers: indices of the attention layers that store keys and values.
+        keys: number of key heads of a layer, and size of a head; the largest ones if layers differ.
+        recurrent: indices of the recurrent layers.
+        kinds: shape (without the batch axis) and dtype of a recurrent layer's states, by key; None: there are no
+            states.
         """
         how = self.dtype, self.device, self.lock, self._forget
         return StaticCache(layers, keys, *how, recurrent, kinds, self.hidden_size, self.num_layers)
 
     def _forget(self, static: StaticCache) -> None:
-        """Delete all captured functions that use ``static``, because it has got new memory."""
+        """Delete all captured functions (CUDA graphs) that use ``static``, a static cache whose memory is replaced."""
         kept = ((key, each) for key, each in self.captured_functions.items() if key[0] is not static)
         self.captured_functions = OrderedDict(kept)
 
@@ -101,7 +106,12 @@ class CapturedTarget(TorchTarget):
         return KVCache(self.num_layers, batch, self.device, layers=layers, recurrent=recurrent, least=least)
 
     def _capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
-        """Return the captured function of ``key``; at the first call, capture the function and inputs of ``make()``."""
+        """Return the captured function (CUDA graph) of ``key``; capture it at the first call with this key.
+
+        key: hashable; tells captured functions apart. At most ``CAPTURES`` functions are kept; the least recently used
+            one is dropped.
+        make: returns the function to capture and its input tensors, whose addresses stay fixed.
+        """
         functions = self.captured_functions
         if key not in functions:
             functions[key] = Captured(*make(), self.record)
@@ -159,13 +169,14 @@ class CapturedTarget(TorchTarget):
             return self._run(x, lo, hi, ctx, mask, ahead)
 
     def _sources(self, lo: int, hi: int) -> set[int]:
-        """Return the layers before ``lo`` whose keys and values layers [lo, hi) read."""
+        """Return the layers before ``lo`` whose keys and values the layers [lo, hi) read in place of their own."""
         return {layer.source for layer in self.network.layers[lo:hi] if layer.source < lo}
 
     def _without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
-        """Return which of ``_sources`` lack keys of uncommitted tokens.
+        """Return the layers before ``lo`` whose keys layers [lo, hi) read, and which lack some uncommitted tokens.
 
-        drafted: number of uncommitted tokens, those of the pass included.
+        cache: the KV cache of the pass through layers [lo, hi).
+        drafted: number of uncommitted tokens of a row after the pass, the tokens of the pass included.
         """
         return frozenset(n for n in self._sources(lo, hi) if cache.uncommitted(n) < drafted)
 
@@ -215,10 +226,15 @@ class CapturedTarget(TorchTarget):
         return y
 
     def _pending(self, cache: KVCache, ranges: Sequence[tuple[int, int]]) -> tuple[list[list[int]], int, list[int]]:
-        """Return what a captured function has to know of recurrent layers in ``ranges`` [lo, hi).
+        """Return (pending, most, run): what a CUDA graph must know about the recurrent layers that it runs.
 
-        That is for each row the number of pending tokens in each recurrent layer; the bucket of the largest one in the
-        ranges (0: none); and which of the recurrent layers are in the ranges, by their numbers among these.
+        Pending tokens are accepted tokens that a recurrent layer's state does not include yet.
+
+        pending: pending[b][r] is the number of pending tokens of row b in recurrent layer number r.
+        most: the largest of these numbers in ``ranges``, rounded up to a power of two; 0: there are no pending tokens.
+        run: which recurrent layers are in ``ranges``, as indices r among the recurrent layers.
+
+        cache: the KV cache. ranges: ranges of layers [lo, hi) that the graph runs.
         """
         pending = [list(states.pending) for states in cache.states]
         run = [n for n, layer in enumerate(cache.recurrent) if any(lo <= layer < hi for lo, hi in ranges)]
@@ -226,9 +242,13 @@ class CapturedTarget(TorchTarget):
         return pending, bucket(most) if most else 0, run
 
     def _tree(self, mask: RowMask, t: int, ahead: int) -> Tensor:
-        """Return which uncommitted slots each token of a pass sees, bool [B, T, U], or with further slots.
+        """Return which uncommitted tokens each token of a pass may attend to, bool [B, T, U].
 
-        t: T. ahead: number of uncommitted slots before the tokens.
+        U counts the uncommitted tokens of a row, those of the pass included; for chains it is the constant ``SPARE``,
+        with False for slots after the token.
+
+        mask: the mask of the pass. t: T, number of tokens per row in the pass.
+        ahead: number of uncommitted tokens of a row before those of the pass.
         """
         if not mask.chains:
             assert mask.ancestors is not None
@@ -293,7 +313,12 @@ class CapturedTarget(TorchTarget):
         return not capturing() and x.shape[0] * x.shape[1] <= TOKENS and torch.is_inference_mode_enabled()
 
     def _read(self, name: str, x: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ``read(x)`` of states [B, T, D], captured under ``name``; the next call overwrites the result."""
+        """Return ``read(x)`` of final states ``x`` [B, T, D], captured. The next call overwrites the result.
+
+        name: distinguishes the captured functions of different ``read``.
+        read: takes states [n, 1, D] and returns a tensor [n, 1, ...], such as logits or greedy tokens; the result is
+            [B, T, ...].
+        """
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
         inputs = [x.new_zeros(size, 1, x.shape[2])]
         function_of = self._capture((None, name, size), lambda: (lambda states: [read(states)], inputs))

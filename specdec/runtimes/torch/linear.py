@@ -1,8 +1,8 @@
-"""Linear maps as plain callables ``x [..., in] -> [..., out]``: those of models, in two layouts, and of drafters.
+"""Linear layers as functions from ``x`` [..., in] to [..., out]: those of models, in two layouts, and of drafters.
 
-A *dense* map is ``F.linear``; only it carries gradients. A *packed* map has its weight in oneDNN's blocked layout:
-``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Maps of
-drafters have constant weights, and run in the native kernels where these serve.
+A *dense* layer is ``F.linear``; only it carries gradients. A *packed* layer has its weight in oneDNN's blocked layout:
+``F.linear`` on a CPU rearranges a 16-bit weight on every call, which costs more than the product itself. Layers of
+drafters have constant weights, and run in the project's native CPU kernels where these support the machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNIT_EPS = 1e-6  # of ``rms_unit``
 
 
 def packable(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether ``packed`` supports this dtype on this machine."""
+    """Return whether oneDNN's blocked weight layout (``packed``) works for ``dtype`` on ``device`` on this machine."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
@@ -32,7 +32,10 @@ def packable(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Return the function ``x @ weight.T + bias`` with weight [out, in]."""
+    """Return the linear layer ``x @ weight.T + bias`` as a function of ``x`` [..., in], with gradients.
+
+    weight: [out, in]. bias: [out]; None: no bias.
+    """
 
     def apply(x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
         return linear(x, weight, bias)
@@ -41,7 +44,12 @@ def dense(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Return the same function as ``dense``, which reads a blocked copy of ``weight`` and has no gradients."""
+    """Return the linear layer ``x @ weight.T + bias`` as a function that reads a copy of ``weight`` in oneDNN's layout.
+
+    It is faster than ``F.linear`` on a CPU, and has no gradients. Later changes of ``weight`` have no effect.
+
+    weight: [out, in]. bias: [out]; None: no bias.
+    """
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), HINT)
     product = torch.ops.mkldnn._linear_pointwise.default
     bias = None if bias is None else bias.contiguous()  # oneDNN reads it without its strides
@@ -53,16 +61,16 @@ def packed(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 def side_by_side(modules: Sequence[nn.Module]) -> Linear:
-    """Return a function that concatenates the outputs of ``modules`` for one input."""
+    """Return a function of ``x`` that concatenates the outputs of ``modules`` for ``x`` along the last axis."""
     if len(modules) == 1:
         return modules[0]
     return lambda x: torch.cat([module(x) for module in modules], -1)
 
 
 def low_rank(x: Tensor, outs: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Return the low-rank term up(down(x)), [..., outs], of ``x`` [..., in].
+    """Return the low-rank (LoRA) term up(down(x)), [..., outs], of ``x`` [..., in].
 
-    factors: down [r, in] and up [outs, r]; None: the term is zero.
+    outs: number of outputs. factors: weights of down [r, in] and up [outs, r]; None: returns zeros.
     """
     if factors is None:
         return x.new_zeros(*x.shape[:-1], outs)
@@ -71,9 +79,10 @@ def low_rank(x: Tensor, outs: int, factors: tuple[Tensor, Tensor] | None) -> Ten
 
 
 def fuse(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Concatenate linear layers with the same input; return one weight [sum of outs, in], and the bias or None.
+    """Concatenate linear layers with the same input to one; return its weight [sum of outs, in], and its bias or None.
 
-    The layers' parameters become views of the result, so that nothing is stored twice.
+    The layers' own parameters become views of the results, so that nothing is stored twice. Layers that were fused
+    before are not copied again.
     """
     weight = _stack([linear.weight for linear in linears])
     biases = [linear.bias for linear in linears]
@@ -97,10 +106,13 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 
 
 def for_drafting(weight: Tensor | Blocks, bias: Tensor | None = None) -> Linear:
-    """Return the same function as ``dense`` for a drafter, in the format that is fastest for one row.
+    """Return the linear layer ``x @ weight.T + bias`` as a function in the format that is fastest for one input row.
 
-    The format may be quantised. The weights must not change. Weights in blocks, which are of models in bfloat16 on a
-    CPU, keep their bits if the native kernels run here.
+    For drafters only: the result may be quantised, and has no gradients. The weights must not change later.
+
+    weight: [out, in], or quantised blocks of a GGUF file, whose values are kept exactly if the native kernels run on
+        this machine, and else are converted to bfloat16.
+    bias: [out]; None: no bias.
     """
     if isinstance(weight, Blocks):
         if linear.runs() and not weight.inputs % 32:
@@ -117,9 +129,14 @@ def rms_unit(x: Tensor) -> Tensor:
 
 
 class UnitMap:
-    """A linear layer of several inputs, each divided by its RMS, then concatenated. Made as ``for_drafting`` does.
+    """A linear layer over several inputs: each input is divided by its root mean square, then all are concatenated.
 
-    packed: the layer in the compiled kernels' format; None: PyTorch computes it.
+    For drafters: the weight may be quantised, and there are no gradients. Calling it takes a list of inputs [..., D_i]
+    and returns [..., out].
+
+    weight: [out, sum of D_i]. bias: [out]; None: no bias.
+    packed: the layer in the native kernels' format; as an attribute, None means that PyTorch computes the layer. As an
+        argument, None means that it is made from ``weight`` if the native kernels support it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: linear.Packed | None = None) -> None:
@@ -129,7 +146,10 @@ class UnitMap:
 
     @classmethod
     def making(cls, weight: Tensor, bias: Tensor) -> Generator[None, None, UnitMap]:
-        """Pack ``weight`` and ``bias``, and return the layer; yield after every few milliseconds."""
+        """Return the layer of ``weight`` and ``bias`` as a generator's result, packing the weight in short steps.
+
+        The generator yields after every few milliseconds, so that other work can run in between.
+        """
         return cls(weight, bias, (yield from linear.packing(weight, bias)) if linear.serves(weight) else None)
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
-"""A forward pass with a cache for all families that ``families.py`` describes: what their layers compute, in PyTorch.
+"""The forward pass, over a KV cache, of all model families that ``models/families.py`` describes, in PyTorch.
 
-The PyTorch runtime runs it over stacked weights. The native kernels are checked against it over a model's own modules.
-Tests compare it with transformers' models.
+The PyTorch runtime runs it over stacked weights. The native CPU kernels are checked against it over a model's own
+modules. Tests compare it with transformers' models.
 """
 
 from __future__ import annotations
@@ -41,16 +41,22 @@ Maker = Callable[[Sequence[nn.Module]], Linear]
 
 @dataclass(eq=False)
 class Layer:
-    """One decoder layer as functions.
+    """One decoder layer as functions of tensors. Its *mixer* is attention or a recurrent layer.
 
-    norms: the norms of the mixer's input and output, then of the MLP's input and output; None: there is no such norm.
-    maps: the linear layers, by the names "qkv", "out", "gate_up" and "down".
-    rotation: the rotary positions of queries and of keys; None: there are none.
-    source: the layer whose keys and values the layer reads.
-    embedded: what the layer adds of its own embedding of each token; None: nothing.
+    norms: four norms, of the mixer's input, the mixer's output, the MLP's input and the MLP's output; None: there is no
+        such norm.
+    mixer: the attention or recurrent computation between the linear layers "qkv" and "out".
+    maps: the layer's linear layers, by the names "qkv" (mixer input), "out" (mixer output), "gate_up" and "down" (MLP).
+    act: activation of the MLP.
+    experts: the mixture of experts; None: the layer has an ordinary MLP.
+    rotation: rotary positions of queries and of keys; None: there are none.
+    window: attention window in tokens; None: no limit.
+    source: index of the layer whose keys and values this layer reads; its own index if it makes them itself.
+    embedded: the term that the layer computes of an embedding of its own per token, and adds to its output; None: none.
     scalar: factor of the layer's output, [1]; None: there is none.
-    low: by linear layer, the low-rank terms of its outputs, in order.
-    base: the same layer without low-rank terms.
+    low: by name of a linear layer, the low-rank (LoRA) terms of its concatenated outputs in order, each as (number of
+        outputs, factors).
+    base: the same layer without low-rank terms; None: this layer has none.
     """
 
     norms: tuple[Norm | None, ...]
@@ -67,7 +73,10 @@ class Layer:
     base: Layer | None = None
 
     def map(self, slot: str, x: Tensor) -> Tensor:
-        """Apply the linear layer ``slot``, with its low-rank terms, to ``x`` [B, T, in]."""
+        """Apply one of the layer's linear layers, with low-rank (LoRA) terms, to ``x`` [B, T, in]; return [B, T, out].
+
+        slot: name of the linear layer: "qkv", "out", "gate_up" or "down".
+        """
         y, low = self.maps[slot](x), self.low.get(slot)
         return y if low is None else y + torch.cat([low_rank(x, *each) for each in low], -1)
 
@@ -84,10 +93,16 @@ class Layer:
         paths: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> tuple[Tensor, States]:
-        """Run the mixer of a recurrent layer on ``x`` [B, T, D]; return its output and the new states.
+        """Run the mixer of a recurrent layer, with its linear layers, on T tokens; return outputs and new states.
 
-        adapted: whether to apply the low-rank terms. plain: number of first tokens to which they do not apply.
-        paths, kept: as in ``DeltaRule``.
+        x: normalized input of the layer, [B, T, D]; the outputs are [B, T, D], too.
+        states: the layer's recurrent states before the tokens, by key, each [B, ...]; the new states have the same
+            keys.
+        adapted: whether to apply the layer's low-rank (LoRA) terms.
+        plain: number of first tokens whose inputs are projected without low-rank terms; their outputs are not
+            meaningful.
+        paths: whether token j is token i or an ancestor of it in a draft tree, bool [B, T, T]; None: a chain.
+        kept: the tokens that the new states include, bool [B, T]; None: all.
         """
         assert isinstance(self.mixer, DeltaRule)
         base = self.base or self
@@ -100,10 +115,15 @@ class Layer:
 
 
 class PerLayer(NamedTuple):
-    """What a layer adds of its own embedding of each token: out(act(gate(x)) * embedding), after a norm.
+    """The term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 3n).
 
-    project: image of the first layer's input, [B, T, D] -> [B, T, P]. before: norm of it. scale: its factor.
-    part: the layer's columns among the embeddings of all layers. after: norm of the result.
+    The term is after(out(act(gate(x)) * e)). The embedding e is the sum of a projection of the first layer's input and
+    of a looked-up embedding, divided by the square root of 2.
+
+    project: projection of the first layer's input, [B, T, D] to [B, T, P].
+    scale: factor of this projection. before: norm of the scaled projection.
+    part: columns of this layer among the looked-up embeddings of all N layers, [B, T, N P].
+    gate: linear layer from D to P. out: linear layer from P to D. after: norm of the result.
     """
 
     project: Linear
@@ -115,20 +135,24 @@ class PerLayer(NamedTuple):
     after: Norm
 
     def __call__(self, x: Tensor, first: Tensor, rows: Tensor, act: Linear) -> Tensor:
-        """Return what the layer adds to the residual ``x``, [B, T, D].
+        """Return the term that the layer adds to the residual stream ``x``, [B, T, D].
 
-        first: the input of the first layer, [B, T, D]. rows: the tokens' embeddings for all layers, [B, T, N P].
+        first: input of the first decoder layer for the same tokens, [B, T, D].
+        rows: the tokens' looked-up embeddings for all N layers, [B, T, N P].
+        act: activation of the gate.
         """
         own = (self.before(self.project(first) * self.scale) + rows[..., self.part]) * 2**-0.5
         return self.after(self.out(act(self.gate(x)) * own))
 
 
 class Network:
-    """The layers of a model of a known family as functions of PyTorch tensors.
+    """The layers of a model of a known family as functions of PyTorch tensors, with embedding and readout.
 
+    model: the model, with ``config`` and ``model.layers`` as in transformers.
     windows: attention window of each layer in tokens; None: no limit.
-    make: makes one function of several linear layers with the same input.
-    embeds: whether layers read embeddings of their own, and so the token ids of a pass.
+    make: makes one function of a list of linear layers with the same input; it concatenates their outputs.
+    embeds: whether layers add embeddings of their own, so that a forward pass needs its token ids.
+    tables: rotary tables by (rotation, number of positions).
     """
 
     def __init__(self, model: Any, windows: Sequence[int | None], make: Maker) -> None:
@@ -152,7 +176,12 @@ class Network:
             self.layers.append(layer)
 
     def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
-        """Return what a layer adds of its own embeddings: the columns ``part`` of those of all layers."""
+        """Return the term that a decoder layer adds to its output from a per-layer embedding of each token.
+
+        decoder: the module with all layers. own: the module of the layer.
+        part: the layer's columns among the per-layer embeddings of all layers.
+        make: makes one function of a list of linear layers.
+        """
         image: Any = decoder.per_layer_model_projection
         before, after = (
             norm_of(each, self.family) for each in (decoder.per_layer_projection_norm, own.post_per_layer_input_norm)
@@ -183,18 +212,24 @@ class Network:
         return Layer(norms, attention, maps, act, experts, rotation, window, source, scalar=scalar)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return the embeddings [B, T, D] of token ids [B, T]."""
+        """Return the embeddings [B, T, D] of token ids [B, T], scaled as the model family scales them."""
         x = weight_rows(self.embedding, ids.flatten()).view(*ids.shape, -1)
         return x if self.scale is None else x * self.scale
 
     def embed_for_layers(self, ids: Tensor) -> Tensor:
-        """Return the embeddings [B, T, N P] that layers read, for token ids [B, T]."""
+        """Return the per-layer embeddings of token ids [B, T]: P values for each of N layers, [B, T, N P]."""
         table: Any = self.table_of_layers
         rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)
         return rows * table.embed_scale.to(rows.device, rows.dtype)
 
     def run(self, x: Tensor, lo: int, layers: Sequence[Layer], ctx: Pass) -> Tensor:
-        """Run ``layers``, the first of which is layer ``lo``, on ``x`` [B, T, D]."""
+        """Run consecutive layers on ``x`` [B, T, D], append keys and values to the cache; return the output [B, T, D].
+
+        lo: index of the first of ``layers`` in the model.
+        layers: the layers, possibly with adapters.
+        ctx: the context of the pass: positions, mask, KV cache, and ``ctx.taps``, whose entries for layers lo .. lo +
+            len(layers) are set to these layers' inputs (the last one to the output).
+        """
         cache, taps, end = ctx.cache, ctx.taps, lo + len(layers)
         start = cache.lengths[lo] if layers else None
         first = rows = x
@@ -240,27 +275,38 @@ class Network:
         return x
 
     def _add(self, x: Tensor, h: Tensor, norm: Norm | None) -> Tensor:
-        """Return ``x`` plus the output ``h`` of a mixer or MLP, [B, T, D] each. norm: norm of ``h``; None: none."""
+        """Return the residual ``x`` plus the scaled output ``h`` of a mixer or MLP, [B, T, D] each.
+
+        norm: norm that is applied to ``h`` first; None: none.
+        """
         h = h if norm is None else norm(h)
         return x + (h if self.numbers.results == 1 else h * self.numbers.results)
 
     def readout(self, x: Tensor, head: Linear) -> Tensor:
-        """Return logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, logit cap."""
+        """Return logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, scale and soft cap.
+
+        head: the output head, from normalized states [B, T, D] to [B, T, V].
+        """
         logits, cap = head(self.final_norm(x)), self.numbers.logits_cap
         logits = logits if self.numbers.logits == 1 else logits * self.numbers.logits
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def tables_of(self, ctx: Pass) -> Tables:
-        """Return the rotary tables for the positions of a pass. Consecutive calls with the same mask share them."""
+        """Return cosines and signed sines at the positions of a pass, by rotation, [B, T, 1, rotated size] each.
+
+        They are cached in the pass's mask if it is for the same positions, so that passes with one mask share them.
+        """
         memo: dict[Any, Any] = ctx.mask.memo if ctx.positions is ctx.mask.query else {}
         if "rotary" not in memo:
             memo["rotary"] = {each: self.table(each, ctx.mask.length)[ctx.positions].unbind(-1) for each in self.used}
         return memo["rotary"]  # type: ignore[no-any-return]
 
     def table(self, rotation: Rotation, count: int) -> Tensor:
-        """Return cosines and signed sines for ``count`` positions or more, [positions, 1, rotated elements, 2].
+        """Return cosines and signed sines of positions 0, 1, .., [positions, 1, rotated size, 2].
 
-        A table stays where it is: captured passes read it.
+        The first half of the sines is negated. A table is never freed or moved, because CUDA graphs read it.
+
+        rotation: the kind of rotary embedding. count: number of positions that the table must have at least.
         """
         size = 1 << (max(2 * count, POSITIONS) - 1).bit_length()
         if (rotation, size) not in self.tables:
@@ -277,9 +323,13 @@ def logits_of(
     windows: Sequence[int | None],
     choose: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return logits [T, V] of token ids [T], computed by the model's own modules, one layer at a time.
+    """Return logits [T, V] of token ids ``ids`` [T], running a model's own modules one layer at a time.
 
-    Releases the memory of mapped weights after each layer. windows: as in ``Network``. choose: as in ``Pass``.
+    Releases the memory of weights that are mapped from files after each layer.
+
+    windows: attention window of each layer in tokens; None: no limit.
+    choose: function from a layer's index and its router logits [T, E] to the experts that tokens use, int64 [T, k];
+        None: the experts with the largest logits.
     """
     network, count = Network(model, windows, side_by_side), len(model.model.layers)
     cache = KVCache(count, recurrent=[n for n, layer in enumerate(model.model.layers) if recurrent(layer)])
@@ -294,7 +344,10 @@ def logits_of(
 
 
 def _release(*modules: nn.Module) -> None:
-    """Let the system drop the memory pages of weights that are mapped from files."""
+    """Let the operating system drop the memory of the modules' weights that are mapped from files.
+
+    The weights stay usable: the system reads them from the files again when they are used.
+    """
     for module in modules:
         for _, each in named_weights(module):
             memory.release(*(each.memory if isinstance(each, Blocks) else (each.data,)))

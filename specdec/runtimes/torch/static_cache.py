@@ -1,7 +1,8 @@
-"""Keys and values at fixed addresses, which captured functions read and write: each row of a batch has a lane.
+"""The static cache: keys, values and recurrent states at fixed addresses, which CUDA graphs read and write.
 
-The lanes and their slots grow by doubling. What is larger than ``KEPT`` is released when the last of its rows ends.
-Inside a captured function, ``Lanes`` takes the place of a ``KVCache``.
+Each row (sequence) of a batch has a *lane*, one index of the batch axis. The numbers of lanes and of slots (tokens per
+lane) grow by doubling. A cache larger than ``KEPT`` bytes is released when the last of its rows ends. Inside a captured
+function, ``Lanes`` takes the place of the ordinary ``KVCache``.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ def bucket(count: int) -> int:
 
 
 class InLanes(NamedTuple):
-    """Where the B rows of a batch are among the first L lanes of ``static``.
+    """The lanes of a static cache that the B rows (sequences) of a batch have, among its first L lanes.
 
-    numbers: what ``Lanes`` has to know, int64 [2 L + 1 + R L].
-    rows: the lane of each row, int64 [B]; None: rows 0, 1, .. are in lanes 0, 1, ..
+    static: the static cache, whose lanes are indices of its batch axis.
+    numbers: what a captured function reads about the lanes, int64 [2 L + 1 + R L] for R recurrent layers: committed
+        tokens of each lane, first uncommitted slot of each lane, number of uncommitted tokens, and pending tokens of
+        each recurrent layer and lane.
+    rows: the lane of each row, int64 [B]; None: row b has lane b.
     total: L.
     """
 
@@ -46,25 +50,25 @@ class InLanes(NamedTuple):
 
 
 class StaticCache:
-    """One tensor for the keys and values of all rows, at a fixed address, so that passes over it can be captured.
+    """Keys, values and recurrent states of all rows (sequences) at fixed addresses, so that CUDA graphs can use them.
 
-    Each row has one of L lanes.
+    Each row has one of L lanes (indices of the batch axis). A lane has a number of slots, one for each token.
 
-    layers: numbers of the attention layers, N of them.
-    shape: H and d, number of heads and size of a head; the largest ones if layers differ.
-    lock: the lock of the target.
-    forget: called with this cache when ``whole`` is replaced, so that captured functions are invalid.
-    recurrent: numbers of the recurrent layers, R of them.
-    kinds: shape and dtype of a recurrent layer's states, by kind and number.
+    layers: indices of the N attention layers that store keys and values.
+    shape: (H, d), number of key heads and size of a head; the largest ones if layers differ.
+    lock: the model's lock, which callers hold.
+    forget: called with this cache when ``whole`` is replaced or released, which makes captured functions invalid.
+    recurrent: indices of the R recurrent layers.
+    kinds: shape (without layer and lane) and dtype of a recurrent layer's states, by a key (kind, number).
     width: D, the size of the inputs of recurrent layers.
-    num_layers: number of all layers, of which those may read keys and values that have none; 0: up to the last one of
-        ``layers`` and ``recurrent``.
-    whole: the tensor [2, N, L, H, slots, d]; None: nothing is allocated.
+    num_layers: number of all layers of the model; 0: up to the last one in ``layers`` and ``recurrent``.
+    whole: keys and values, [2, N, L, H, slots, d]; None: nothing is allocated.
     every: the numbers of all slots, int64 [slots]. block: the numbers 0 to SPARE - 1, int64 [SPARE].
-    states: recurrent states [R, L, ...] by kind and number.
-    inputs: inputs of uncommitted or pending tokens, [R, L, SPARE, D].
-    homes: for each lane, its part of ``states`` by layer, kind and number, and its part of ``inputs``.
-    rows: the row that has last had each lane; None: none.
+    states: recurrent states [R, L, ...] by key.
+    inputs: inputs of uncommitted and pending tokens of recurrent layers, [R, L, SPARE, D].
+    homes: for each lane, its views of ``states`` by (recurrent layer, *key), and its view of ``inputs``.
+    placing: whether ``place`` is running, so that rows that end then release no memory.
+    rows: for each lane, a weak reference to the row that had it last; None: none.
     """
 
     def __init__(
@@ -101,17 +105,17 @@ class StaticCache:
 
     @property
     def slots(self) -> int:
-        """Slots of a lane; 0: nothing is allocated."""
+        """The number of tokens for which each row has space in this cache; 0: nothing is allocated."""
         return 0 if self.whole is None else int(self.whole.shape[4])
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the lanes that no row uses."""
+        """The bytes of keys and values that are allocated for lanes (indices of the batch axis) without a row."""
         whole = self.whole
         return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
 
     def _users(self) -> dict[int, RowEntries]:
-        """Return the rows that have a lane, by lane."""
+        """Return the rows (sequences) whose keys and values are in this cache, by lane (index on its batch axis)."""
         rows = ((lane, None if row is None else row()) for lane, row in enumerate(self.rows))
         return {
             lane: row
@@ -123,7 +127,11 @@ class StaticCache:
         return 0 if self.whole is None else self.whole[:, :, lane].data_ptr()
 
     def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
-        """Give each of ``rows`` a lane with at least ``end`` slots; return the lanes. May replace ``whole``."""
+        """Give each of ``rows`` a lane with space for at least ``end`` tokens, and return the rows' lanes.
+
+        Copies the keys, values and states of rows that get a new lane. If there are too few lanes or slots, it
+        allocates larger tensors, moves all rows, and calls ``forget``.
+        """
         self.placing = True
         try:
             return self._place(rows, end)
@@ -181,7 +189,11 @@ class StaticCache:
         self.rows[lane] = weakref.ref(row, self._ended)
 
     def _ended(self, _row: object) -> None:
-        """Release the memory when the last row has ended, unless another thread holds the lock and so uses rows."""
+        """Release the memory, if it exceeds ``KEPT`` bytes, when the last row of the cache has ended.
+
+        It does nothing while another thread holds the model's lock and so may use rows. It is the callback of the weak
+        references in ``rows``; the argument is not used.
+        """
         if not self.placing and self.lock.acquire(blocking=False):
             try:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
@@ -199,11 +211,14 @@ class StaticCache:
         ahead: int = 0,
         pending: Sequence[Sequence[int]] = (),
     ) -> InLanes:
-        """Return where rows are, for a captured function over ``count`` lanes.
+        """Return what a captured function (CUDA graph) over the first ``count`` lanes must know of the rows in them.
+
+        A lane is one index of the static cache's batch axis, and holds one row (sequence).
 
         places: the lane of each row. committed: number of committed tokens of each row.
-        ahead: number of uncommitted slots before the tokens of the pass.
-        pending: for each row, the number of pending tokens in each recurrent layer; (): there are none.
+        ahead: number of uncommitted tokens of each row before those of the pass.
+        pending: pending[b][r] is the number of accepted tokens of row b that the state of recurrent layer r does not
+            include yet; (): there are none.
         """
         filled, starts = [0] * count, [self.slots - SPARE] * count  # of a lane without a row
         waiting = [[0] * count for _ in self.recurrent]
@@ -218,16 +233,21 @@ class StaticCache:
 
 
 class Lanes:
-    """The first L lanes of a ``StaticCache`` in a captured function, which uses them as it would use a ``KVCache``.
+    """The first L lanes of a static cache inside a captured function (CUDA graph), used in place of a ``KVCache``.
 
-    numbers: of ``InLanes``: for each lane the number of committed slots, then for each the index of the first
-        uncommitted slot, then the number of uncommitted slots before the first pass, then for each of R recurrent
-        layers and each lane the number of pending tokens.
-    count: L. before: maximum number of pending tokens.
-    held: maximum number of uncommitted slots before the first pass, which recurrent layers read.
-    lengths: for each layer, the number of tokens that the function has run.
-    complete: layers that have run all of the function's tokens already. Layers that read a layer's keys and values, and
-        are neither after its run in the function nor read complete ones, see no uncommitted slots.
+    A lane holds one row (sequence). Committed tokens belong to the text; uncommitted ones are drafted or being run.
+
+    static: the tensors at fixed addresses.
+    numbers: int64 [2 L + 1 + R L]: for each lane the number of committed tokens, for each lane the slot of the first
+        uncommitted token, the number of uncommitted tokens before the first pass of the function, and for each of R
+        recurrent layers and each lane the number of pending tokens (accepted, but not in the layer's state yet).
+    count: L.
+    before: upper bound of the number of pending tokens.
+    held: upper bound of the number of uncommitted tokens before the first pass, which recurrent layers run again.
+    lengths: for each layer, the number of tokens that the function has run through it.
+    complete: layers that have run all of the function's tokens before. A layer that reads another layer's keys sees no
+        uncommitted tokens unless that layer is in ``complete`` or has run in the function.
+    drafted: positions of the tokens that the function has run, int64 [L, U].
     """
 
     def __init__(
@@ -251,9 +271,11 @@ class Lanes:
         self.drafted = numbers[:0]  # positions of the tokens that were run, [L, U]
 
     def register(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> LanesMask:
-        """Return the mask of the next T tokens of each row, as ``KVCache.register`` does.
+        """Return the attention mask of the next T tokens of each lane, which run through the layers from ``layer`` on.
 
-        positions: int64 [L, T]. tree: bool [T, U] or [L, T, U]; None: a chain.
+        positions: positions of the tokens, int64 [L, T].
+        tree: which of the U tokens that the function has run, the new ones included, each new token attends to, bool
+            [T, U] or [L, T, U]; None: a chain, so all earlier ones and itself.
         """
         (count, t), ahead = positions.shape, self.lengths[layer]
         self.drafted = torch.cat((self.drafted[:, :ahead], positions), 1) if ahead else positions
@@ -262,7 +284,12 @@ class Lanes:
         return LanesMask(self, positions, self.drafted, tree.expand(count, -1, -1))
 
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-        """Store keys ``k`` and values ``v`` [L, H, T, d] of ``layer``; return those of all slots, [L, H, slots, d]."""
+        """Store keys ``k`` and values ``v`` [L, H, T, d] of the next T tokens; return all of them, [L, H, slots, d].
+
+        Slots that are not filled have old entries or zeros, which the caller must mask.
+
+        multiple: the number of slots must be a multiple of it.
+        """
         heads, t, size = k.shape[1:]
         both = self.all_keys(layer, self.static.slots, heads, (size, v.shape[3]), multiple)
         place = (self.starts + self.ahead + self.lengths[layer])[:, None] + self.static.block[:t]  # (L, T)
@@ -274,9 +301,10 @@ class Lanes:
     def all_keys(
         self, layer: int, length: int, heads: int, sizes: tuple[int, int], multiple: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [L, H, slots, d] of ``layer``, as ``append`` does.
+        """Return views of the keys and values of ``layer``, [L, H, slots, d] each, those of unfilled slots included.
 
-        length: number of slots. heads, sizes: H, and the sizes d of keys and of values.
+        length: the number of slots, which must equal the static cache's. multiple: a divisor of it.
+        heads: H, number of key heads. sizes: size d of a key head, and of a value head.
         """
         whole, index = self.static.whole, self.static.layers.index(layer)
         assert whole is not None and length == self.static.slots and length % multiple == 0
@@ -284,14 +312,18 @@ class Lanes:
         return keys, values
 
     def uncommitted(self, layer: int) -> int:
-        """Return how many of the function's tokens ``layer`` has run."""
+        """Return the number of tokens that the captured function has run through ``layer``."""
         return self.lengths[layer]
 
     def run_recurrent(self, layer: int, x: Tensor, tree: Tensor, advance: Advance) -> Tensor:
-        """Run recurrent ``layer`` on the next T tokens ``x`` [L, T, D]; return its outputs [L, T, D].
+        """Run recurrent ``layer`` on the next T tokens of each lane; return its outputs [L, T, D].
 
-        Pending tokens join the states, and those of the pass run with them in one go. Keeps what roll-back needs.
-        tree: as in ``LanesMask``. advance: as in ``KVCache.run_recurrent``.
+        Pending tokens (accepted, but not in the layer's state yet) run before them in the same call, and only these
+        enter the state. The inputs of the T tokens are stored: they enter the state later, if the tokens are accepted.
+
+        x: inputs of the layer, [L, T, D].
+        tree: which uncommitted tokens each token sees, bool [L, T, U].
+        advance: runs the layer's mixer (``Layer.advance``) on inputs and states, and returns outputs and new states.
         """
         static, index, (count, t, _), run = (
             self.static,
@@ -321,16 +353,20 @@ class Lanes:
         return out[:, first:]
 
     def keep(self, counts: Tensor) -> None:
-        """Commit the first ``counts`` [L] tokens of each row, which have run through all layers."""
+        """Commit the first ``counts`` [L] tokens that this captured function has run in each lane, in all layers."""
         self.committed, self.starts = self.committed + counts, self.starts + counts
         self.lengths = [0] * len(self.lengths)
 
 
 class LanesMask(Mask):
-    """Which slots of its lane each token of a captured pass sees.
+    """The attention mask of a pass inside a captured function: which slots of its lane each token sees.
 
-    query: positions of the tokens, int64 [L, T]. drafted: positions of uncommitted slots, int64 [L, U].
-    tree: which of the uncommitted slots a token sees, bool [L, T, U].
+    A lane is one row's (sequence's) part of a static cache; it has one slot for each token.
+
+    lanes: the lanes, which hold the number of committed tokens, all of which are visible.
+    query: positions of the T tokens of each lane, int64 [L, T].
+    drafted: positions of the U uncommitted tokens, int64 [L, U].
+    tree: which of the uncommitted tokens each token sees, bool [L, T, U].
     """
 
     def __init__(self, lanes: Lanes, query: Tensor, drafted: Tensor, tree: Tensor) -> None:

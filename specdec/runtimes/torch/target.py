@@ -1,7 +1,7 @@
-"""The PyTorch runtime: the forward pass of ``model`` over stacked weights, with adapters and gradients.
+"""The PyTorch runtime: runs a model's layers over stacked weights, on any device, with adapters and gradients.
 
-Query, key and value weights are one product, and so are gate and up. The model stays usable: its parameters are views
-of the stacked weights. Knows nothing about drafting.
+Query, key and value weights are one matrix, and so are the MLP's gate and up weights. The model stays usable: its
+parameters become views of the stacked weights. This module knows nothing about drafting.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
-    """Decorator that raises MemoryFullError where ``call`` runs out of memory on a device."""
+    """Decorate a target's method so that it raises MemoryFullError, with advice, if the device's memory is full."""
 
     @functools.wraps(call)
     def explained(self: Target, *given: Any, **named: Any) -> T:
@@ -50,11 +50,13 @@ def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
 
 
 class TorchTarget(Target):
-    """The PyTorch runtime. The model's weights are frozen: gradients reach only ``x`` and the adapters.
+    """The target model in the PyTorch runtime. Its weights are frozen: gradients reach only inputs and adapters.
 
-    Raises SpecDecError for models of unknown families, and if logits differ from the model's own forward.
+    Raises SpecDecError if the model's family is unknown, and if its logits differ from those of the model's own forward
+    pass.
 
-    packs: whether to store a second copy of the weights in the layout that is fastest, but has no gradients.
+    packs: whether to store a second copy of the weights in oneDNN's layout, where a CPU supports it. That is the
+        fastest layout, and has no gradients.
     """
 
     runtime = "torch"
@@ -92,7 +94,10 @@ class TorchTarget(Target):
         return self.network.readout(x, self.head_map(head))
 
     def head_map(self, head: nn.Linear | None) -> Linear:
-        """Return an output head as a function of normalized states; None: the model's own head."""
+        """Return an output head as a function from normalized states [..., D] to logits [..., V']; cached.
+
+        head: the output head; None: the model's own.
+        """
         module = self.own_head if head is None else head
         if module not in self._heads:
             bias = getattr(module, "bias", None)
@@ -110,7 +115,11 @@ class TorchTarget(Target):
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def select_layers(self, lo: int, hi: int, adapters: Adapters | None) -> Sequence[Layer]:
-        """Return layers [lo, hi), changed by ``adapters``, whose present values each pass reads; None: unchanged."""
+        """Return the layers [lo, hi) as functions, changed by ``adapters``.
+
+        adapters: low-rank (LoRA) terms and removed MLP neurons of these layers; later changes of the low-rank weights
+            take effect in the returned layers. None: the layers of the model as they are.
+        """
         if adapters is None:
             return self.network.layers[lo:hi]
         made = self._adapted.setdefault(adapters, {})
@@ -120,7 +129,7 @@ class TorchTarget(Target):
         return [made[index] for index in range(lo, hi)]
 
     def _adapt(self, index: int, adapters: Adapters) -> Layer:
-        """Return layer ``index`` with the neurons that ``adapters`` keep, and with their low-rank terms."""
+        """Return layer ``index`` as ``adapters`` change it: without removed MLP neurons, with low-rank (LoRA) terms."""
         base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
         maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
         sizes = {path: module.out_features for pairs in slots.values() for path, module in pairs}
