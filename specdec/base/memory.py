@@ -11,12 +11,17 @@ import functools
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specdec.base import machine
 
+# How memory is mapped that belongs to no file, and that the system has not promised to have.
+PRIVATE: dict[str, Any] = {}
+if hasattr(mmap, "MAP_PRIVATE"):
+    PRIVATE["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 _DONT_NEED = 4  # MADV_DONTNEED
 _SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap; its sign bit means "present"
 

@@ -334,8 +334,8 @@ class Engine:
         return self
 
     def _step_or_wait(self) -> bool:
-        """Run a step, let the drafter learn, or wait for requests; return False when the engine has ended."""
-        if not self.busy and not self._closing and self._learn():
+        """Run a step, use the time between requests, or wait for one; return False when the engine has ended."""
+        if not self.busy and not self._closing and (self._learn() or self.target.settle()):
             return True
         with self._queue:
             if not self.busy and not self._closing:

@@ -14,12 +14,13 @@ import mmap
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specdec.base.memory import PRIVATE
 from specdec.kvcache import window as windows
 from specdec.kvcache.mask import RowMask
 from specdec.kvcache.recurrent import Advance, KernelStates, LayerStates, RowStates, StateShape, run_rows
@@ -29,9 +30,6 @@ BLOCK = 256  # slots that a row grows by
 PAGE = 16  # a copy has a multiple of this many slots
 MAX_RESERVED = 1 << 36  # maximum bytes of addresses that a row reserves: a process has 47 bits of them
 WHOLE = "kv"  # the name of the buffer that holds all layers, and the first one of several
-PRIVATE: dict[str, Any] = {}  # how memory is mapped: without a file, and without a promise of the system to have it
-if hasattr(mmap, "MAP_PRIVATE"):
-    PRIVATE["flags"] = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
 
 class RowEntries:

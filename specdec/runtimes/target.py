@@ -240,6 +240,13 @@ class Target(ABC):
         """
         yield from ()
 
+    def settle(self) -> bool:
+        """Do up to 50 ms of work that makes later passes faster; return False if none is left.
+
+        The engine calls it while no request runs or waits. The default has no such work.
+        """
+        return False
+
     @property
     def kernels(self) -> str:
         """Return the name of the GPU, CPU or kernels in use; targets with different names may round differently."""

@@ -2,7 +2,7 @@
 #include "native.h"
 #ifdef SPECDEC_NATIVE
 #include <sys/mman.h>
-#include <unistd.h>
+#include <time.h>
 
 int has_amx;
 
@@ -16,12 +16,45 @@ EXPORT void specdec_sizes(int32_t sizes[11]) {
     for (int i = 0; i < 11; i++) sizes[i] = (int32_t)own[i];
 }
 
-/* Request large pages for memory that every pass reads. */
-EXPORT void specdec_large_pages(void *memory, int64_t bytes) {
+/* Large pages. The translation of addresses of small pages takes a sixth of a pass in a virtual machine. */
+enum { LARGE_PAGE = 2 << 20, SLOW = 4 }; /* SLOW: milliseconds to get a page that the system must make first, at least */
+
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = ((uintptr_t)memory + page - 1) & -page,
-        to = ((uintptr_t)memory + (uintptr_t)bytes) & -page;
-    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+static double milliseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return 1e3 * (double)now.tv_sec + 1e-6 * (double)now.tv_nsec;
+}
+#endif
+
+/* Put new memory that every pass will read on large pages, as long as the system has some. Returns 0 if it has none: two pages
+ * in succession were slow. The others stay small. */
+EXPORT int specdec_large_pages(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t end = (uintptr_t)memory + (uintptr_t)bytes;
+    int slow = 0;
+    for (uintptr_t at = ((uintptr_t)memory + LARGE_PAGE - 1) & -(uintptr_t)LARGE_PAGE; at + LARGE_PAGE <= end; at += LARGE_PAGE) {
+        const double begun = milliseconds();
+        if (madvise((void *)at, LARGE_PAGE, MADV_HUGEPAGE)) return 0;
+        *(volatile uint8_t *)at = 0;
+        slow = milliseconds() - begun > SLOW ? slow + 1 : 0;
+        if (slow == 2) return 0;
+    }
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* Move memory to large pages, which takes about 15 ms each. Returns 0 if the system cannot, now or at all. */
+EXPORT int specdec_collapse(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    return !madvise(memory, (size_t)bytes, MADV_HUGEPAGE) && !madvise(memory, (size_t)bytes, MADV_COLLAPSE);
+#else
+    return 0;
 #endif
 }
 

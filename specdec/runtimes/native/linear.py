@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from specdec.base import cores
 from specdec.base.errors import SpecDecError
 from specdec.models.gguf.blocks import BlockEmbedding, BlockExperts, BlockLinear, Blocks, dequantize
-from specdec.runtimes.native import library
+from specdec.runtimes.native import library, pages
 from specdec.runtimes.native.library import BF16, INT, POINTER, Q4, Q8, Linear, LinearPart, Table, done, pointer, runs
 from specdec.runtimes.native.packed_file import OTHER, ModelFile, PackedFile
 
@@ -30,12 +30,12 @@ CHUNK_WEIGHTS = 1 << 20  # weights that ``packing`` quantizes between two yields
 class _Arena:
     """Allocates memory for tiles from large chunks on large pages, because most weights are smaller than a large page.
 
-    CHUNK, PAGE: bytes of a chunk, and of a large page.
+    CHUNK: bytes of a chunk.
     chunk: the chunk that memory is taken from, uint8.
     used: bytes of it that are taken.
     """
 
-    CHUNK, PAGE = 32 << 20, 2 << 20
+    CHUNK = 32 << 20
 
     def __init__(self) -> None:
         self.chunk = torch.empty(0, dtype=torch.uint8)
@@ -45,9 +45,8 @@ class _Arena:
     def allocate(self, size: int) -> Tensor:
         with self.lock:
             if self.used + size > self.chunk.numel():
-                memory = torch.empty(max(size, self.CHUNK) + self.PAGE, dtype=torch.uint8)
-                library.load().specdec_large_pages(memory.data_ptr(), memory.numel())
-                self.chunk = memory[-memory.data_ptr() % self.PAGE :]
+                self.chunk = pages.allocate(max(size, self.CHUNK))
+                pages.fill(self.chunk)
                 self.used = 0
             begin, self.used = self.used, self.used + -(-size // 64) * 64
             return self.chunk[begin : begin + size]

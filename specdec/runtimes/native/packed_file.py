@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,13 +32,13 @@ from specdec.models.config import CONFIG
 from specdec.models.gguf.blocks import Blocks
 from specdec.models.packed import SUFFIX, Origin
 from specdec.models.prepare import locked
-from specdec.runtimes.native import library
+from specdec.runtimes.native import library, pages
 
 T = TypeVar("T")
 F = TypeVar("F", bound="PackedFile")
 MAGIC, END = b"specdec packed 1", struct.Struct("<16sQQ")  # the trailer: magic, size and checksum of the index
 MOST_INDEX = 64 << 20  # bytes; no model's index is larger
-CHUNK, READERS = 4 << 20, 2  # bytes that a thread reads at a time; number of threads
+CHUNK, READERS = 16 << 20, 2  # bytes that a thread reads at a time; number of threads
 PART = 4096  # bytes of a part of the checksum; the offsets of entries are multiples of it
 OTHER = -1  # kind of an entry that is not tiles
 MODULUS = 1 << 64  # checksums are below it
@@ -361,14 +362,16 @@ def _checksum(data: Tensor, offset: int = 0, threads: int = 0) -> int:
 def _bytes(file: BinaryIO, size: int) -> Tensor:
     """Read the first ``size`` bytes of a file into memory, and return them as uint8.
 
-    Raises Damaged if the file is shorter. The memory asks for no large pages: where the system must first make these,
-    that takes seconds per gigabyte.
+    Raises Damaged if the file is shorter.
     """
-    found = torch.empty(size, dtype=torch.uint8)
+    found, large = pages.allocate(size), threading.Event()
     view = found.numpy().data
+    large.set()
 
     def read(start: int) -> None:
         end = min(start + CHUNK, size)
+        if large.is_set() and not pages.fill(found[start:end]):
+            large.clear()
         while start < end:
             if not (count := os.preadv(file.fileno(), [view[start:end]], start)):
                 raise Damaged("it is truncated")

@@ -28,7 +28,7 @@ from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.draft_path import DeviceTree, DraftPath, DraftRoots, Nodes, TreeLimits
-from specdec.runtimes.native import library, linear, mixer
+from specdec.runtimes.native import library, linear, mixer, pages
 from specdec.runtimes.native.drafting import TreeDrafter
 from specdec.runtimes.native.library import INT, POINTER, Call, Model, SequenceArgs, done, pointer
 from specdec.runtimes.native.linear import Packed
@@ -217,6 +217,9 @@ class NativeTarget(Target):
         found = self.head(None).largest(x, self.final_norm, self.eps, once)
         rows = [found] if batch == 1 else [found[start : start + t] for start in range(0, batch * t, t)]
         return [*(tensor.tolist() for tensor in also), rows]
+
+    def settle(self) -> bool:
+        return pages.settle()
 
     @property
     def bytes_read(self) -> int:
