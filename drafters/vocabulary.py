@@ -42,7 +42,7 @@ class DraftVocabulary:
     head: the output head for ``trained``; as an argument, None: it is made of the model's. None: the model's own.
     tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
     added: token ids of the rows' texts that are not in ``trained``.
-    added_head: the output head for ``added``; None: ``added`` is empty.
+    added_head: the output head for ``added``; None: no token has been added yet.
     forbidden: whether a row has not seen an added token, bool [B, len(added)]; None: every row has seen all of them.
     contexts: those of the last step's rows.
     """
@@ -81,7 +81,9 @@ class DraftVocabulary:
         # Several rows may have tokens of others in the head, which are forbidden; a single one may not.
         most = len(wanted) if len(contexts) == 1 else REUSE_FACTOR * len(wanted)
         if len(self.added) + len(new) > most:
-            self.added, self.added_head, self.tokens, new = [], None, self.trained, wanted
+            self.added, self.tokens, new = [], self.trained, wanted
+            if self.added_head is not None:
+                self.added_head.clear()  # drafts are captured with its memory
         if new:
             added = upload(new, self.trained.device)
             self.added, self.added_head = self.added + new, self.target.extended_head(self.added_head, added)
@@ -94,7 +96,7 @@ class DraftVocabulary:
     @property
     def heads(self) -> list[nn.Linear | None]:
         """The output heads whose concatenated logits are over ``tokens``, for one row; None: the model's own head."""
-        return [self.head] if self.added_head is None else [self.head, self.added_head]
+        return [self.head, self.added_head] if self.added else [self.head]
 
     def logits(self, final: Tensor) -> Tensor:
         """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""

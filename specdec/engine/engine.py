@@ -296,6 +296,7 @@ class Engine:
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
+                row.drafter_state = None  # a reader may keep the request, but not the drafter's keys and values
 
     def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
         """End requests, and send their last events; the caller removes them from the queue or the batch.

@@ -400,6 +400,14 @@ class GrowingLinear(GivenLinear):
         super().__init__(memory.values[:end], bias)
         self.memory = memory
 
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Remove all outputs. The next layer that is made of this one begins in the same memory."""
+        self.memory.values.zero_()
+        self.memory.used, self.memory.packed = 0, None
+        bias = None if self.bias is None else self.bias[:0]
+        GivenLinear.__init__(self, self.memory.values[:0], bias)
+
 
 def _windows(config: Any) -> list[int | None]:
     """Return the attention window of each layer in tokens; None: the layer attends to all earlier tokens.

@@ -58,6 +58,13 @@ def test_a_row_alone_drafts_no_token_of_another_text() -> None:
     assert vocabulary.added == [20, 21, 30]
     follow(vocabulary, contexts[1:], [[30, 31]])
     assert vocabulary.added == [30, 31] and vocabulary.forbidden is None
+    assert vocabulary.added_head is not None
+    memory = vocabulary.added_head.memory
     follow(vocabulary, [Context()], [[5]])
-    assert vocabulary.added == [] and vocabulary.added_head is None and len(vocabulary.heads) == 1
+    assert vocabulary.added == [] and len(vocabulary.heads) == 1
     assert torch.equal(vocabulary.tokens, vocabulary.trained)  # type: ignore[arg-type]
+    follow(vocabulary, [Context()], [[40]])
+    assert vocabulary.added == [40] and vocabulary.added_head.memory is memory  # with which drafts are captured
+    x = torch.randn(1, 2, target.hidden_size)
+    whole = target.readout(x, target.reduced_head(torch.tensor([40])))
+    torch.testing.assert_close(vocabulary.logits(x)[..., 10:], whole)

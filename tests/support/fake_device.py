@@ -69,7 +69,12 @@ def record(run: Callable[[], None]) -> Callable[[], None]:
     recordings["record"] += 1
 
     def again() -> None:
-        assert replay() == recorded, "a graph would do what was recorded, on the same memory"
+        now = replay()
+        if now != recorded:
+            other = [pair for pair in zip(recorded, now, strict=False) if pair[0] != pair[1]][:1]
+            raise AssertionError(
+                f"a graph would do what was recorded, on the same memory: {other or 'fewer operations'}"
+            )
 
     return again
 

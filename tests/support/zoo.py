@@ -62,11 +62,27 @@ def run(
     exit: int | None = None,
     **sampling: float,
 ) -> tuple[list[list[int]], Ran]:
+    """Bind ``drafter``, and generate as ``decode`` does."""
+    drafter.bind(target)
+    return decode(target, drafter, prompts, count, depth, eos, verifier, exit, **sampling)
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    count: int,
+    depth: int = 4,
+    eos: int | None = EOS,
+    verifier: Verifier | None = None,
+    exit: int | None = None,
+    **sampling: float,
+) -> tuple[list[list[int]], Ran]:
     """Generate at most ``count`` tokens after each prompt in one batch; return new tokens and requests.
 
-    depth: draft length. exit: exit of the drafter; None: its default. sampling: as ``SamplingParams``.
+    drafter: bound to ``target``. depth: draft length. exit: exit of the drafter; None: its default.
+    sampling: as ``SamplingParams``.
     """
-    drafter.bind(target)
     params, ends = SamplingParams(**sampling), frozenset() if eos is None else frozenset([eos])  # type: ignore[arg-type]
     requests = [
         Request(prompt, count, RowSampler(params, stream=stream, start=len(prompt)), eos=ends)

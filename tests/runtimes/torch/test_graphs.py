@@ -241,6 +241,42 @@ def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
                 assert draft.lists() == expected.lists() and draft.parents == expected.parents
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+@torch.inference_mode()
+def test_adapters_of_recurrent_layers_are_those_of_drafts_alone(family: str) -> None:
+    """Rows that draft with adapters, and a row that drafts without, in one static cache.
+
+    Pending tokens, which run with a draft, run as the model does; so what the model computes next is its own.
+    """
+    targets = CapturedTarget(rough_model(family), record=Replay), TorchTarget(rough_model(family))
+    assert {0, 2} <= targets[0].recurrent_layers
+    torch.manual_seed(5)
+    adapted = replace(random_route(targets[0], 2, torch.float32), segments=((0, 1), (2, 3)), made={})
+    plain = replace(adapted, adapters=None, made={})
+    random, both = torch.get_rng_state(), list[list[tuple[KVCache, DraftRoots]]]()
+    for target in targets:
+        torch.set_rng_state(random)
+        both.append([of_rows(target, 2), of_rows(target, 1)])
+    for kept in (3, 2, 1):
+        before, found = Replay.replayed, list[list[Candidates]]()
+        for target, rows in zip(targets, both, strict=True):
+            own = list[Candidates]()
+            for (cache, roots), path in zip(rows, (adapted, plain), strict=True):
+                now = replace(roots, positions=cache.rows)
+                own += drafted_rows(target, cache, now, path, TreeLimits(4, 1))
+                if path is plain:
+                    other = drafted_rows(target, cache, now, adapted, TreeLimits(4, 1))
+                    assert by_path(other[0]) != by_path(own[-1])
+            found.append(own)
+        assert Replay.replayed >= before + 3
+        for ours, theirs in zip(*found, strict=True):
+            assert by_path(ours) == pytest.approx(by_path(theirs), abs=1e-4) and ours.tokens
+        for n in range(2):
+            ids = torch.randint(3, 97, (2 - n, 3))
+            scored = [next_logits(target, rows[n][0], ids, kept) for target, rows in zip(targets, both, strict=True)]
+            torch.testing.assert_close(*scored, atol=5e-5, rtol=1e-4)
+
+
 @torch.inference_mode()
 def test_a_mixed_load_is_captured_a_few_times() -> None:
     """Trees, chains and one to eight rows, whose numbers of tokens differ from step to step."""
