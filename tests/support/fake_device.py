@@ -211,8 +211,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         self.before = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
 
+    def leave(self: Any, *_: object) -> None:
+        torch.set_grad_enabled(self.before)  # a result that is true would hide errors
+
     monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
-    monkeypatch.setattr(torch.inference_mode, "__exit__", lambda self, *_: torch.set_grad_enabled(self.before))
+    monkeypatch.setattr(torch.inference_mode, "__exit__", leave)
     monkeypatch.setattr(torch, "is_inference_mode_enabled", lambda: True)
     for name, module in [*sys.modules.items()]:
         if name.startswith("specdec.") and hasattr(module, "upload"):
