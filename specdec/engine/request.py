@@ -130,8 +130,6 @@ class Request:
         """Change the status; no other code does. Raises ValueError for a change that ``ALLOWED_CHANGES`` lacks."""
         if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
-        if status is Status.WAITING:
-            self.drafter_state = None  # its memory is for others; the drafter begins again with the row
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
