@@ -175,8 +175,9 @@ def draft_tree(logits: DraftLogits, text: list[int], depth: int, width: int, nod
 
 @dataclass(frozen=True)
 class M2R2:
-    """The accelerated residual p of a model (arXiv 2502.02040). The slow residual is h: h[k + 1] = h[k] + f_k(h[k]).
+    """Drafts with the accelerated residual p (arXiv 2502.02040), an estimate of the final state from fewer layers.
 
+    The slow residual h is the model's: h[k + 1] = h[k] + f_k(h[k]). p begins as h[0] and runs the layers of ``path``.
     Equations have the numbers of docs/how-it-works.md, as the paper's abstract was at hand, not its text: (1), (2) and
     (6) are the paper's idea; the projections (3) and (5), and the segments (4), are an extension of this project.
 

@@ -54,7 +54,8 @@ class Fits:
     head: the output head for the draft tokens of ``network``; None: the model's own head.
     newest: the output head for the tokens in ``vocabulary``; None: the model's own head.
     basis: the network whose first projection makes the training data of the second projection.
-    counts: number of times that each token was seen, int64 [V].
+    counts: number of times that each token was seen in the package's corpus and in the outputs that were learned from,
+        int64 [V].
     vocabulary: the most frequent tokens, int32 [V']; None: all tokens.
     progress: numbers of tokens, texts and fits so far, as stored in the file.
     sums: the sums of the two projections; empty before ``opening``.
@@ -239,7 +240,11 @@ class Fits:
         self.progress.agreement.append((self.progress.fitted, share))
 
     def _likeliest(self) -> Tensor | None:
-        """Return the ids of the most frequent tokens, int32 [V'], sorted; None: all tokens."""
+        """Return the ids of the V' = ``VOCABULARY`` most frequent tokens, int32 [V'], in ascending order.
+
+        Frequencies are ``counts``: of the package's corpus and of the tokens that the model chose in the texts learned
+        from. None, which means all tokens, if the model has no more than ``VOCABULARY``.
+        """
         if len(self.counts) <= VOCABULARY:
             return None
         return self.counts.topk(VOCABULARY).indices.sort().values.int()

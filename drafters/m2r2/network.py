@@ -27,7 +27,9 @@ NEURONS = 32  # their number is a multiple of it, for the kernels
 
 @dataclass
 class Carry:
-    """The deep states g of one token, which the projections of the next token read: h for a verified token, else p.
+    """The deep states g of one token, which the projections of the next token read.
+
+    For a token that the model has scored, they are its own residual h; for a drafted one, the accelerated residual p.
 
     final: g[N], [B, T, D].
     inputs: g[lo] of each segment that was run, [B, T, D] each.
@@ -77,12 +79,17 @@ class Router(nn.Module):
 
 
 class M2R2(nn.Module):
-    """The parameters of an accelerated residual p, and its equations (1) to (6), which docs/how-it-works.md lists.
+    """The parameters of an accelerated residual p, and its computation: a short run of the model that drafts tokens.
+
+    p stands in for the residual h of the model's own pass. For a token it begins as the embedding h[0] and runs layers
+    [0, E); before each further segment of layers [lo, hi), a projection estimates h[lo] from p and from the states of
+    the token before; at each exit, if ``path`` has final projections, another one estimates the final state h[N], which
+    the output head reads. Adapters change the layers. ``docs/how-it-works.md`` has this as equations (1) to (6).
 
     path: the layers that p runs.
     num_layers: N, the model's number of layers.
     adapters: the low-rank adapters of the path's layers.
-    projections: the linear layers A, b of equation (3) for each segment, then of (5) for each exit.
+    projections: the linear layers that estimate h[lo] of each segment (equation 3), then h[N] at each exit (5).
     routers: a router for each exit, with latents of size ``router``; None (``router`` 0): there are none.
     inference_maps: the projections in their fastest format, made by ``freeze``; empty while they are trained.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
@@ -130,9 +137,10 @@ class M2R2(nn.Module):
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Return the output [B, T, D] of projection ``index``, (3) or (5), for the residual ``x`` [B, T, D].
+        """Return the output [B, T, D] of projection ``index`` for the residual ``x`` [B, T, D].
 
-        index, carry: as in ``projection_inputs``.
+        index: segments first, whose h[lo] is estimated, then exits, whose result is the estimate of h[N].
+        carry: the deep states of the token before.
         """
         if self.inference_maps:
             return self.inference_maps[index](self.projection_inputs(index, x, carry))
@@ -166,11 +174,13 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run equation (4) from ``x`` [B, T, D] through the layers of segment ``index``, and return p[hi], [B, T, D].
+        """Run the layers [lo, hi) of segment ``index`` with adapters from ``x`` [B, T, D]; return p[hi], [B, T, D].
 
-        The second value has the residuals that the router reads, [B, T, D] each; it is empty unless ``watched``.
+        This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, where p is the accelerated residual that drafts with. The
+        second value has the residuals that the router reads, [B, T, D] each; it is empty unless ``watched``.
 
-        positions: int64 [B, T]. mask: which entries of ``cache`` each token sees, with the T entries that are added.
+        x: p[lo], which a projection has made. positions, ids: positions and token ids, int64 [B, T] each.
+        mask: which entries of ``cache`` each token sees, with the T entries that are added.
         """
         lo, hi = self.path.segments[index]
         taps = router_taps(lo, hi) if watched else None
@@ -188,11 +198,14 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run equation (2), layers [lo, hi), for the last n tokens of a chain from ``x`` = h[lo], and return p[hi].
+        """Run layers [lo, hi) with adapters from ``x`` [B, n, D], for the last n tokens of a chain; return p[hi].
 
-        Both are [B, n, D]. The cache must have the keys and values of h of these tokens; no entry is added. The second
-        value has the residuals that the router reads, [B, n, D] each; it is empty unless ``watched``.
-        positions: those of the n tokens, int64 [B, n].
+        This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, with p[lo] = h[lo], where h is the residual of the model's
+        own pass and p the accelerated residual that drafts with. p attends to the keys and values of h, which the
+        cache must have for these tokens; no entry is added. The second value has the residuals that the router reads,
+        [B, n, D] each; it is empty unless ``watched``.
+
+        x: h[lo] of the n tokens. positions, ids: positions and token ids of them, int64 [B, n] each.
         """
         n = x.shape[1]
         old = cache.lengths[lo] - cache.committed - n

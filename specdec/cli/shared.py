@@ -217,18 +217,29 @@ class LoadingFlags:
 
 @dataclass(frozen=True)
 class DrafterFlags:
-    """The command-line options that choose a drafter."""
+    """The command-line options that choose a drafter.
+
+    drafter: the text after ``--drafter``: "auto", a name, NAME=SOURCE, a drafter folder, ORG/NAME, or ngram+X.
+    drafter_option: the texts after each ``--drafter-option``, "KEY=VALUE" each, not parsed yet (``options`` parses
+        them); None: the option is not given.
+    """
 
     drafter: Drafter = "auto"
     drafter_option: DrafterOption = None
 
     def check(self) -> None:
-        """Raise SpecDecError for a drafter that does not exist, before anything heavy is imported."""
+        """Raise SpecDecError if ``drafter`` has a wrong form or an unknown name, before anything heavy is imported.
+
+        The texts of ``drafter_option`` are not checked, and no repository is looked up.
+        """
         DrafterSpec.parse(self.drafter)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the drafter's options as {name: value}. Raises SpecDecError for texts that are not KEY=VALUE."""
+        """Return the drafter's options as {KEY: VALUE}, each VALUE parsed as YAML: numbers, lists, texts, ...
+
+        Raises SpecDecError for texts that are not KEY=VALUE.
+        """
         return options.parse_assignments("--drafter-option", self.drafter_option or [])
 
 

@@ -133,7 +133,12 @@ class Request:
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
-        """End the request. reason: "eos", "stop", "length", "cancelled", "error", or one that ``text`` has given."""
+        """End the request: set its status, ``finish_reason`` and ``error``.
+
+        reason: "eos" (an end token came), "stop" (a stop token), "length" (``max_new_tokens``), "cancelled", "error",
+            or what the request's ``text`` has returned for a token.
+        error: the error that ended the request; None: it ended without one.
+        """
         self.set_status(Status.FINISHED)
         self.finish_reason, self.error = reason, error
 

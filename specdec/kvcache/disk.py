@@ -121,7 +121,11 @@ class PrefixDisk:
             self._make_room(0)
 
     def figures(self) -> dict[str, int]:
-        """Return the statistics of this cache by name: tokens looked up, tokens loaded, bytes stored."""
+        """Return three statistics of this cache, by name.
+
+        "disk_queries": number of tokens that were looked up. "disk_hits": number of those that were loaded.
+        "disk_bytes": bytes of all files.
+        """
         return {"disk_queries": self.queries, "disk_hits": self.hits, "disk_bytes": self.held}
 
     def longest(self, ids: Sequence[int], scope: str | None) -> int:

@@ -228,8 +228,10 @@ class Target(ABC):
     def static_cache(self, layers: Sequence[int], keys: tuple[int, int]) -> StaticCache | None:
         """Return an empty KV cache at fixed addresses, for captured functions; None: the runtime captures none.
 
+        It has no memory yet. Its numbers of rows, and of tokens of a row, grow by doubling as rows are placed in it.
+
         layers: numbers of the layers that have keys and values.
-        keys: (number of key heads, size of each) of these layers.
+        keys: (number of key heads, size of each) of these layers; values have the same shape.
         """
         return None
 

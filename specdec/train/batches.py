@@ -51,7 +51,11 @@ class TrainingBatch:
         return max((k.shape[2] for k, _ in self.kv.values()), default=0)
 
     def cache(self, num_layers: int) -> KVCache:
-        """Return a new KV cache of ``num_layers`` layers that begins with the exact keys and values of the batch."""
+        """Return a new KV cache of ``num_layers`` layers, whose first S tokens of each row are those of ``kv``.
+
+        These are the keys and values that the base model itself computes ("exact"), not estimates of a drafter. What a
+        draft step appends comes after them. Layers that ``kv`` lacks have the same length, but no keys and values.
+        """
         return TrainingCache(num_layers, self)
 
 

@@ -60,9 +60,13 @@ def is_near_tie(
 ) -> bool:
     """Return whether rounding explains the gap between the best logit and the logit of the last of ``tokens``.
 
-    target: the model. prompt: the token ids before ``tokens``. gap: the difference of these logits, infinite if top-k,
-    top-p or min-p removed the token; these filters are then applied again with a logit that is larger by the rounding
-    error. sampler: a sampler for one row, which chose the tokens; None: greedy decoding.
+    target: the model.
+    prompt: the token ids before ``tokens``.
+    gap: the best logit minus that of the token at its position, as ``margins`` returns it: of raw logits in greedy
+        decoding, and with a sampler of logits after its processors (temperature and filters, among others) and plus its
+        noise. Infinite if top-k, top-p or min-p removed the token; these filters are then applied again with a logit
+        that is larger by the rounding error.
+    sampler: a sampler for one row, which chose the tokens; None: greedy decoding.
     """
     limit = NEAR_TIE[target.dtype]
     if sampler is not None and sampler.rows[0].warpers and math.isinf(gap):

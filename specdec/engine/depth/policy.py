@@ -189,7 +189,11 @@ class AutoDepth:
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
-        """Choose draft depths and prices for the next step.
+        """Choose draft depths, the exit and the prices for the next step; nothing is drafted where no gain is expected.
+
+        The prices are the costs of scoring a node and of drafting a level, in tokens: seconds times the present speed
+        in tokens per second. With them drafters take a node or draft a level while it is expected to add more accepted
+        tokens than it costs. Without probabilities, a row's depth is chosen here, by the same comparison.
 
         rows: the histories of all rows of the batch. caps: maximum draft depth of each row; 0: the row does not draft.
         contexts: number of cached tokens of each row; empty: they count as none.

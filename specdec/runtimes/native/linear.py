@@ -58,6 +58,8 @@ _arena = _Arena()
 class Packed:
     """A linear layer in tiles for the kernels: y = ``scale (x W.T + bias)``, and then ``cap tanh(y / cap)`` if capped.
 
+    A tile has the weights of 16 outputs in the order in which the kernels read them.
+
     inp, width: number of inputs and of outputs.
     tiles: the memory of each weight's tiles, uint8.
     parts: the kernels' structures of the weights, whose outputs are joined.
@@ -83,7 +85,8 @@ class Packed:
         weights: matrices [out_i, in] in bf16 or in GGUF blocks, which keep their codes and scales. If only some are in
             blocks, these are dequantized to bf16.
         bias: bias of all outputs, [sum of out_i]; None: there is none.
-        draft_only: whether weights are quantized to 8 bits, large ones to 4, because drafts need not be exact.
+        draft_only: whether only drafts use the layer, whose results then need not be those of ``weights``: bf16 weights
+            and blocks are quantized to 8 bits, matrices of more than ``LARGE`` weights to 4. False: values stay.
         scale: factor of the outputs.
         cap: bound of the outputs, by tanh; 0: none.
         allocate: function that returns memory of a size in bytes for the tiles; None: memory is taken from the common

@@ -83,11 +83,13 @@ def rules_of(roots: DraftRoots, vocab: Tensor | None, levels: int, size: int, wa
 def noise_of(
     sampled: Sequence[Sampled], levels: int, size: int, device: torch.device, waits: bool = False
 ) -> tuple[Tensor | Callable[[int, Tensor], Tensor], Tensor]:
-    """Return (noise, sampling) of sampled rows, as the fields of ``Rules`` hold them.
+    """Return (noise, sampling) of B rows of which at least one is sampled, as the fields of ``Rules`` hold them.
 
-    ``noise`` is a tensor [B, levels, V] on ``device`` or, if ``waits``, a function of (level, token ids [B, W, k]) that
-    returns the noise of these tokens on the CPU. ``sampling`` is [B, 4]: 1 / temperature (0: greedy), top-k, top-p and
-    min-p.
+    ``noise`` is the Gumbel noise with which each row will draw its tokens at the drafted positions: a tensor [B,
+    levels, V] on ``device`` or, if ``waits``, a function of (level, token ids [B, W, k]) that returns the noise of
+    these tokens on the CPU. W is the number of tokens of the level, and k the number of candidates after each. Greedy
+    rows get noise, too, which is not used. ``sampling`` is [B, 4]: 1 / temperature (0: the row is greedy), top-k, top-p
+    and min-p.
 
     sampled: how each row is sampled. levels: number of draft levels. size: V, the size of the model's vocabulary.
     waits: whether the CPU may read the candidate tokens during the draft.

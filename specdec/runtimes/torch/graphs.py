@@ -83,7 +83,8 @@ class CapturedTarget(TorchTarget):
         """Return an empty static cache: tensors at fixed addresses for keys, values and states of captured functions.
 
         layers: indices of the attention layers that store keys and values.
-        keys: number of key heads of a layer, and size of a head; the largest ones if layers differ.
+        keys: number of key heads of a layer, and size of a head; the largest ones if layers differ. Values have the
+            same shape.
         recurrent: indices of the recurrent layers.
         kinds: shape (without the batch axis) and dtype of a recurrent layer's states, by key; None: there are no
             states.

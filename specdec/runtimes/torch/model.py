@@ -120,6 +120,8 @@ class PerLayer(NamedTuple):
     The term is after(out(act(gate(x)) * e)). The embedding e is the sum of a projection of the first layer's input and
     of a looked-up embedding, divided by the square root of 2.
 
+    P is the size of a token's embedding for one layer.
+
     project: projection of the first layer's input, [B, T, D] to [B, T, P].
     scale: factor of this projection. before: norm of the scaled projection.
     part: columns of this layer among the looked-up embeddings of all N layers, [B, T, N P].
@@ -139,7 +141,7 @@ class PerLayer(NamedTuple):
 
         first: input of the first decoder layer for the same tokens, [B, T, D].
         rows: the tokens' looked-up embeddings for all N layers, [B, T, N P].
-        act: activation of the gate.
+        act: activation of the gate, a function of one tensor (as ``Linear`` is) that keeps its shape [B, T, P].
         """
         own = (self.before(self.project(first) * self.scale) + rows[..., self.part]) * 2**-0.5
         return self.after(self.out(act(self.gate(x)) * own))
