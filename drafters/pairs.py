@@ -66,9 +66,9 @@ class PairRow(ChainRow):
 class PairDrafter(ChainDrafter):
     """Base class of drafters with layers of their own, which run pairs of a token and the model's state before it.
 
-    A subclass defines ``name``, ``summary``, ``shift``, ``cost_key``, ``layers``, ``keys`` and ``inner``, the last three
-    before it calls ``bind`` of this class, and ``tokens`` if it drafts few tokens. It implements ``run``, ``inputs`` and
-    ``logits``, and ``fed`` if its outputs are not what it reads.
+    A subclass defines ``name``, ``summary``, ``shift``, ``cost_key``, ``layers``, ``keys`` and ``inner``, the last
+    three before it calls ``bind`` of this class, and ``tokens`` if it drafts only some tokens. It implements ``run``,
+    ``inputs`` and ``logits``, and ``fed`` if ``run`` does not read its own outputs as they are.
 
     On a GPU with CUDA graphs a whole draft is one captured function: the pairs of new tokens, every level, and the
     selection of nodes. ``run`` then gets ``Lanes``, tensors at fixed addresses, in place of a ``KVCache``.
