@@ -32,7 +32,10 @@ class Readout(NamedTuple):
 
 
 class ChainRow:
-    """What a ``ChainDrafter`` keeps of one row. context: tokens of the row's text that join the draft vocabulary."""
+    """What a drafter of chains keeps of one row (sequence).
+
+    context: tokens of the row's text that the drafter was not trained on, and that it drafts as well.
+    """
 
     def __init__(self) -> None:
         self.context = Context()
@@ -40,6 +43,9 @@ class ChainRow:
 
 class ChainDrafter(Drafter):
     """Base class of drafters that draft a chain (a tree without branches) token by token.
+
+    A subclass implements ``propose``, which calls ``chain`` with a function that runs one token of each row. It sets
+    ``vocabulary`` in ``bind`` if it drafts from some tokens only, and overrides ``begin`` if a row has more state.
 
     vocabulary: the tokens that the drafter drafts from; None: all of them.
     nodes: maximum number of tokens of a draft; None: as many as ``propose`` may draft.

@@ -33,9 +33,10 @@ class JoinedRow(NgramRow):
 
 
 class JoinedDrafter(Drafter):
-    """Drafts one tree from the candidate tokens of both drafters, ``ngram`` and ``other``.
+    """Drafts one tree from the candidate tokens of both drafters, ``ngram`` and ``other`` ("ngram+NAME").
 
-    ``other`` does not run in a step in which the n-grams alone are worth more than one more drafted level costs.
+    ngram: looks up the last tokens of the text in earlier texts. other: another drafter, such as
+        m2r2. It does not run in a step in which the n-grams alone are worth more than one more drafted level costs.
     """
 
     name: ClassVar[str] = "joined"

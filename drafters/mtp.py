@@ -59,7 +59,11 @@ class MTPHead:
 
 
 class MTPDrafter(PairDrafter):
-    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint. head: that layer."""
+    """Drafts a chain with the multi-token prediction layer of the model's own checkpoint.
+
+    That is a decoder layer, trained with the model, which predicts the token after the next one from the model's final
+    state and the next token's embedding. head: that layer.
+    """
 
     name: ClassVar[str] = "mtp"
     summary: ClassVar[str] = f"prediction layer inside the checkpoint of {prediction_layer.FAMILIES}; no training"

@@ -203,7 +203,8 @@ class PairDrafter(ChainDrafter):
 
         Return the selected nodes, which are on the device; None: it cannot be captured here, and nothing was drafted.
 
-        levels, width: as in ``TreeLimits``. choice: the rule by which nodes are selected.
+        levels: maximum number of levels. width: number of children of a node.
+        choice: the rule by which nodes are selected.
         given: the candidates of n-grams for each row, which the draft extends; None: there are none.
         """
         static, target, rows = self.static, self.target, state.row_states

@@ -43,7 +43,7 @@ ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embedding
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The sizes of a head.
+    """The sizes of a public draft head, a small network that drafts from the model's states; base of each kind's sizes.
 
     layers: layers of the model whose input states the head reads; N: the final state.
     width: D', the head's own hidden size (D is the model's).
@@ -114,7 +114,7 @@ class HeadConfig:
 
 
 class DecoderLayer(nn.Module):
-    """Holds a decoder layer's parameters under their names in the file; heads compute with them.
+    """The parameters of a head's decoder layer under their names in the file. It has no ``forward``: heads compute.
 
     config: the sizes of the head.
     ins: input size of the projections to queries, keys and values.
@@ -134,7 +134,10 @@ class DecoderLayer(nn.Module):
 
 
 class PublicHead(nn.Module):
-    """Base class of heads. A subclass has the parameters by their names in the file, ``layers`` among them.
+    """Base class of public draft heads, small networks that draft from the model's states (EAGLE-3, DFlash, DSpark).
+
+    A subclass sets ``config`` and ``layers`` (``DecoderLayer`` modules), has the other parameters under their names in
+    the file, and implements ``groups``.
 
     config: the sizes of the head.
     d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
@@ -231,6 +234,9 @@ def read_head(
 
 class PublicHeadDrafter(PairDrafter):
     """Base class of drafters with a public head: they grow a tree for greedy rows, and a chain for each row else.
+
+    A subclass implements ``read``, which loads its kind of head, and what ``PairDrafter`` asks for: ``name``,
+    ``summary``, ``shift``, ``run``, ``inputs`` and ``logits``.
 
     nodes: number of nodes of a tree; None: as many nodes as are worth their cost (``Prices``), or a chain if costs are
         not known.

@@ -106,7 +106,8 @@ class DraftVocabulary:
 def read_out(target: Target, final: Tensor, heads: Sequence[nn.Linear | None], forbidden: Tensor | None) -> Tensor:
     """Return the joined logits [B, T, V'] of output heads, from final states [B, T, D].
 
-    heads, forbidden: as in ``DraftVocabulary``.
+    heads: the output heads, whose logits are concatenated; None: the model's own.
+    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: all are allowed.
     """
     first, *added = (target.readout(final, head) for head in heads)
     if added and forbidden is not None:

@@ -25,8 +25,10 @@ THEIRS = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weigh
 
 
 class DSparkDrafter(PublicHeadDrafter):
-    """Drafts with a DSpark head: one pass over a block, then the Markov head level by level.
+    """Drafts with a DSpark head, a small network that drafts a block of tokens in one pass.
 
+    A block is the text's last token and a mask token for each token to come. The pass gives logits for all of them;
+    the Markov head, a small part of the network, then corrects each level's logits by the token drafted before it.
     Greedy rows draft trees, in which each node's children are likely after the node's token; other rows draft chains.
     """
 
@@ -107,7 +109,10 @@ class DSparkDrafter(PublicHeadDrafter):
 
 
 class DFlashDrafter(DSparkDrafter):
-    """Drafts with a DFlash head: one pass over a block. A node's children do not depend on its token."""
+    """Drafts with a DFlash head, a small network that drafts a block of tokens in one pass.
+
+    It has no Markov head (``DSparkDrafter``), so a node's children do not depend on the node's token.
+    """
 
     name: ClassVar[str] = DFLASH
     summary: ClassVar[str] = "public DFlash head (speculators): a block of tokens in one pass"

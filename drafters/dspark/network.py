@@ -35,7 +35,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; queries, keys
 
 @dataclass(frozen=True)
 class BlockConfig(HeadConfig):
-    """The sizes of a head.
+    """The sizes of a DFlash or DSpark head, a small network that drafts a block of tokens in one pass.
+
+    The Markov head is the part that corrects a token's logits by the token before it; the confidence head is the part
+    that predicts whether the likeliest token is accepted. A slot is a place in the block.
 
     depth: number of decoder layers.
     block: S, number of tokens of a block.
@@ -118,10 +121,13 @@ def _completed(layer: Mapping[str, Any], where: str, what: str) -> dict[str, Any
 
 
 class BlockHead(PublicHead):
-    """A DFlash or DSpark head. If it drafts all tokens, its output head is the model's.
+    """A DFlash or DSpark head, a small network that drafts a block of tokens in one pass.
 
-    config: the sizes. The modules have their names in the file.
-    d2t: as in ``PublicHead``.
+    If it drafts all tokens, its output head is the model's. The modules have their names in the file.
+
+    config: the sizes.
+    target: the model for which the head drafts.
+    d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
     """
 
     config: BlockConfig

@@ -20,7 +20,10 @@ from .network import KIND, Eagle3, Eagle3Config
 
 
 class Eagle3Drafter(PublicHeadDrafter):
-    """Drafts with an EAGLE-3 head: a tree grown level by level if one greedy row decodes, else a chain for each row."""
+    """Drafts with an EAGLE-3 head, a small network of one decoder layer that reads states of the model.
+
+    It drafts a tree, grown level by level, if one greedy row decodes, else a chain for each row.
+    """
 
     name: ClassVar[str] = KIND
     summary: ClassVar[str] = "public EAGLE-3 head (speculators) on the states of three layers"

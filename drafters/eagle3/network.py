@@ -24,7 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], key
 
 @dataclass(frozen=True)
 class Eagle3Config(HeadConfig):
-    """The sizes of a head. norm_first: whether the residual begins with the normalized state."""
+    """The sizes of an EAGLE-3 head, a decoder layer that drafts from the model's states.
+
+    norm_first: whether the layer's residual begins with the normalized state; False: with the state itself.
+    """
 
     norm_first: bool = True
 
@@ -52,15 +55,16 @@ def default_taps(layers: int) -> tuple[int, ...]:
 
 
 class Eagle3(PublicHead):
-    """An EAGLE-3 head. It runs pairs: a token's embedding, and the features of the token before it.
+    """An EAGLE-3 head, a decoder layer that runs pairs: a token's embedding, and the features of the token before it.
 
     The features of a token of the text are made of the model's states (``fc``), those of a drafted token are the
     layer's output. Other modules have their names in the file.
 
     config: the sizes.
-    d2t: as in ``PublicHead``.
-    has_embedding: whether the head has an embedding of its own.
-    biased: names of the linear layers with a bias, those of the decoder layer as in ``DecoderLayer``.
+    target: the model for which the head drafts.
+    d2t: for each draft token, the difference between its id in the model and its own, int64 [V']; None: no difference.
+    has_embedding: whether the head has a token embedding of its own; False: it uses the model's.
+    biased: names of the linear layers with a bias, such as "fc" and, in the decoder layer, "mlp.up_proj".
     """
 
     config: Eagle3Config

@@ -27,8 +27,10 @@ class ExitDrafter(ChainDrafter):
     """Base class of drafters whose tokens leave the model before its last layer, at an exit that a subclass chooses.
 
     An *exit* is a place before a layer where the token's state is read for draft logits; exits are numbered from 0.
+    A subclass implements ``run_to_exit``, and sets ``level_shares`` before ``bind`` of this class.
 
-    network_class, network: the trained modules; None: the model's own norm and head compute draft logits.
+    network_class: class of the trained modules, if there are any, which ``load`` reads from a folder.
+    network: the trained modules; None: the model's own norm and head compute draft logits.
     vocabulary: the tokens that are drafted, with the output heads for them.
     level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
     cost_key: distinguishes drafters of the same name that need different times to draft.

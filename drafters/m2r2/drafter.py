@@ -45,6 +45,9 @@ class M2R2Row(ChainRow):
 class M2R2Drafter(ChainDrafter):
     """Drafts with an M2R2 network: a chain, or a tree that is grown level by level.
 
+    An M2R2 network drafts with the model's own layers: each token runs through only a few of them, which low-rank
+    adapters change, and projections estimate what the skipped layers would have computed.
+
     A tree is grown for one greedy row if the draft path has one exit and shares no layer with scoring.
 
     network: the trained network, or the one with which ``learner`` begins.
@@ -164,7 +167,7 @@ class M2R2Drafter(ChainDrafter):
     def _width(self, state: State, given: Given = None) -> int:
         """Return the number of children of each node: 1 in a batch of several rows, where siblings do not pay.
 
-        given: as in ``Drafter.candidates``.
+        given: the candidates of another source, which the draft extends; None: there is no other source.
         """
         trees = bool(self.nodes) or (len(state.ids) == 1 and (bool(state.prices) or given is not None))
         return self.width if trees else 1
@@ -256,9 +259,10 @@ class M2R2Drafter(ChainDrafter):
 
 
 class PaperM2R2Drafter(M2R2Drafter):
-    """Drafts as the M2R2 abstract says: p runs the first E layers with adapters, without projections to later layers.
+    """Drafts with the model's first E layers and adapters, as the abstract of the M2R2 paper (arXiv 2502.02040) says.
 
-    Scoring resumes at layer E from the states of these layers, which are exact.
+    No projection leads to later layers. A token's own states (without adapters) run along, so scoring resumes at layer
+    E from them, which are exact.
     """
 
     name: ClassVar[str] = "m2r2-paper"

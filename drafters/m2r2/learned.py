@@ -41,7 +41,7 @@ class Progress:
     """How much a drafter has learned; stored in the file's metadata.
 
     model: the latest name of the model; the absolute path of a local model.
-    path: the draft path, as ``str(M2R2Path)``.
+    path: the draft path as text (``str(M2R2Path)``); a file of another path is not used.
     tokens: number of tokens learned from.
     texts: number of texts, including the hold-out set.
     fitted: ``tokens`` at the last fit of the second projection.
@@ -90,7 +90,7 @@ def whole_name(model: str) -> str:
 
 
 class Store:
-    """The file of what was learned for one model's weights and one draft path.
+    """The file of what was learned for one model's weights and one draft path. Of all processes, one may write it.
 
     fingerprint (argument): fingerprint of the model's weights, in hexadecimal.
     path (argument): the draft path, as ``str(M2R2Path)``.

@@ -124,7 +124,7 @@ class M2R2(nn.Module):
     def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
         """Return the 2 or 3 inputs, [B, T, D] each, that projection ``index`` reads for ``x``, before normalization.
 
-        index: segments first, then exits, as in ``projections``. carry: the deep states of the token before.
+        index: segments of the draft path first, then its exits. carry: the deep states of the token before.
         """
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
@@ -132,7 +132,9 @@ class M2R2(nn.Module):
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Return the normalized input of projection ``index`` for ``x`` [B, T, D]: [B, T, 2 D or 3 D].
 
-        index, carry: as in ``projection_inputs``.
+        Each input is divided by its root mean square, and all are concatenated.
+
+        index: segments of the draft path first, then its exits. carry: the deep states of the token before.
         """
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 

@@ -197,7 +197,8 @@ class MedusaDrafter(Drafter):
 
         final: final states [B, 1, D] of the tokens before the roots.
         roots, positions: tokens and their positions, int64 [B, 1] each.
-        heads, forbidden: as in ``DraftVocabulary``.
+        heads: the output heads, whose logits are concatenated; None: the model's own.
+        forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: all are allowed.
         """
         target = self.target
         if self.output_heads is not None:

@@ -45,6 +45,7 @@ class SharedEngine:
 class SharedRequest:
     """A request in a shared engine, from ``async with`` to its end; iterating yields its new text as it comes.
 
+    shared: the engine, which the first request starts and the last one closes.
     make: makes the request. start: starts the engine. Both may raise SpecDecError.
     """
 

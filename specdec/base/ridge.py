@@ -52,7 +52,10 @@ class Sums:
         result(self.adding(x, y, weight))
 
     def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
-        """Add rows in chunks: a generator that yields after each chunk of work. Arguments as in ``add``."""
+        """Add rows x [n, F] and y [n, D] in chunks: a generator that yields after each chunk of work.
+
+        weight: number of times that each row counts; negative: the rows are removed.
+        """
         return in_chunks(_added(self.panels, (x, y, weight)))
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:

@@ -106,6 +106,8 @@ def log_in_lines() -> None:
 
 
 class _Lines(logging.Handler):
+    """A handler of log records that prints the message of each, without level or time, as one line on stderr."""
+
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 

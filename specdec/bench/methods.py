@@ -99,7 +99,10 @@ class Method:
 
 
 class OwnMethod(Method):
-    """A method of specdec: ``decoder`` with its drafter and verifier; ``cell`` gives draft length and sampling."""
+    """A method of specdec, which answers with ``decoder``, its drafter and its verifier.
+
+    cell: the cell (settings of one measurement) that gives draft length and sampling parameters.
+    """
 
     seeded = True
 
@@ -125,7 +128,11 @@ class OwnMethod(Method):
 
 
 class HFMethod(Method):
-    """The methods ``hf`` and ``hf-lookup``: ``model.generate`` of transformers, plain or with prompt lookup."""
+    """The methods ``hf`` and ``hf-lookup``: ``model.generate`` of transformers, plain or with prompt lookup.
+
+    base: the decoder whose model and end tokens are used. cell: names the method and its options, and gives the
+        sampling parameters.
+    """
 
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
         kind, _ = check_external(cell.drafter, cell.drafter_options)

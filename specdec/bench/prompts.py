@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one file or named set of prompts."""
+    """The conversations of one file of prompts, or of one named set, as ``specdec bench --prompts`` takes them."""
 
     name: str  # of the file or set
     conversations: tuple[Conversation, ...]

@@ -210,7 +210,8 @@ class BenchRun:
     def _reply(self, name: str, prompts: list[list[int]], count: int, seed: int, scope: str) -> Reply | None:
         """Return the answer of method ``name``; None if it fails, which removes it (the plain method raises).
 
-        Arguments as in ``Method.reply``.
+        prompts: token ids of each row. count: maximum number of new tokens of a row. seed: that of sampling.
+        scope: a name; texts that were answered under another name are not used for drafts.
         """
         try:
             with PeakMemory(self.base.target.device) as memory:
@@ -359,8 +360,11 @@ def measure(
 ) -> Iterator[Record]:
     """Measure a group of cells and yield the record of each cell; cells that cannot start come first.
 
-    decoders, progress, record: as in ``BenchRun``. Errors become records. Only KeyboardInterrupt is raised, after the
-    records of what was finished.
+    Errors become records. Only KeyboardInterrupt is raised, after the records of what was finished.
+
+    decoders: the cache of loaded models.
+    progress: called after each turn with (finished turns, all turns, new tokens); None: not called.
+    record: called with each finished request; None: not called.
     """
     start, left, interrupt = time.perf_counter(), list[Cell](), None
     for cell in cells:

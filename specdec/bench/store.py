@@ -33,7 +33,10 @@ def finished(record: dict[str, Any] | None) -> bool:
 
 
 class Store:
-    """The output folder of one benchmark, which need not exist yet. Only ``opened`` and ``append`` write into it."""
+    """The output folder of one benchmark: its plan, and a record for each cell (measured settings) that has run.
+
+    The folder need not exist yet. Only ``opened`` and ``append`` write into it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -32,7 +32,12 @@ FILES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class RunFlags:
-    """The options of ``bench`` and ``sweep`` that say where and how cells run."""
+    """The options of ``bench`` and ``sweep`` that say where and how cells (combinations of settings) are measured.
+
+    output: folder for the results; None: ``bench`` writes none, and ``sweep`` writes into runs/NAME.
+    resume: whether the folder may hold results, which are completed. dry_run: only print the cells.
+    launcher: "local": in this process; "ray": on a Ray cluster. as_json: print results as one line of JSON.
+    """
 
     output: Annotated[
         Path | None,

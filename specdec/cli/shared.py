@@ -193,7 +193,10 @@ JsonLine = Annotated[bool, _output("Print all results as one line of JSON at the
 
 @dataclass(frozen=True)
 class LoadingFlags:
-    """The options of a command that loads a model. The fields are options of the command line."""
+    """The options of a command that loads a model, by the names that they have on the command line.
+
+    Each field is the option ``--NAME`` with - for _, as text or None; its type, such as ``Device``, has its help.
+    """
 
     model: Model = DEFAULT_MODEL
     dtype: Dtype = "auto"
@@ -245,7 +248,13 @@ class DrafterFlags:
 
 @dataclass(frozen=True)
 class DecoderFlags(LoadingFlags, DrafterFlags):
-    """The options of a command that decodes with a model, which may be downloaded, and a drafter."""
+    """The options of a command that decodes with a model, which may be downloaded, and a drafter.
+
+    ``options`` are those of the drafter, and ``keywords`` those of ``SpecDecoder.from_pretrained``.
+
+    ngram_corpus: text file or folder that n-gram drafts search; None: none. keep_ngrams: keep texts for later runs.
+    learn: whether a drafter that teaches itself learns; None: as the command does by default.
+    """
 
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
@@ -288,7 +297,10 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
 
 @dataclass(frozen=True)
 class SamplingFlags:
-    """The options of a command that choose how tokens are sampled."""
+    """The options of a command that choose how tokens are sampled: the fields of ``SamplingParams`` that it offers.
+
+    seed: seed of the random numbers; None: one is drawn where it has an effect.
+    """
 
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
@@ -304,7 +316,7 @@ class SamplingFlags:
 
 @dataclass(frozen=True)
 class AllSamplingFlags(SamplingFlags):
-    """``SamplingFlags`` with filters and penalties that are used less often."""
+    """All options that choose how tokens are sampled: ``SamplingFlags``, and the less common filters and penalties."""
 
     seed: Seed = None
     min_p: Annotated[float, _sampling(options.MinP, "P")] = 0.0

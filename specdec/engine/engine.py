@@ -265,7 +265,7 @@ class Engine:
         return [(row, row.new_tokens) for row in rows]
 
     def _put_event(self, row: Request, tokens: list[int], depths: list[int]) -> None:
-        """Add new tokens and their depths (as in ``Event``) to the pending event of request ``row``.
+        """Add new tokens and their depths in the draft (0: the model's own) to the pending event of request ``row``.
 
         ``_notify`` wakes its reader later.
         """

@@ -94,7 +94,9 @@ class Memory:
     def make_room(self, tokens: int, new: Sequence[int] = ()) -> bool:
         """Drop cached prefixes, the oldest first, until the rest fits ``room(tokens, new)``.
 
-        Return whether rows have enough memory. tokens, new: as in ``room``.
+        Return whether rows have enough memory.
+
+        tokens: number of further tokens of each row that runs. new: for each row that begins, the number of its slots.
         """
         room = self.room(tokens, new)
         if (prefixes := self.prefixes) is not None:

@@ -47,7 +47,8 @@ class StateShape(NamedTuple):
 class RowStates(ABC):
     """The recurrent states of one row (sequence) with roll-back: base class of ``LayerStates`` and ``KernelStates``.
 
-    Uncommitted tokens are drafted, or just run. Pending tokens are accepted, but not in the states yet.
+    Uncommitted tokens are drafted, or just run. Pending tokens are accepted, but not in the states yet. A subclass
+    implements ``empty``, ``snapshot`` and ``_take_ahead``.
 
     layers: number of recurrent layers.
     states: states after the committed tokens that are not pending. The subclass chooses the keys.

@@ -28,7 +28,9 @@ class Answer(ABC):
     """Base class of the answer to a client's request, in one of the protocols.
 
     A choice is one generated text; a request has ``n`` of them for each prompt, numbered from 0. A piece is text that a
-    choice got in one step or by one token.
+    choice got in one step or by one token. A subclass implements ``json``, the whole answer, and ``events``, the
+    streamed one.
+
     asked: the client's request.
     handles: the handles of the engine's requests, one for each choice, by the choice's number.
     counters: the server's metrics, which count tokens as they are read.

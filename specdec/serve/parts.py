@@ -142,7 +142,8 @@ class Format:
     """Base class of the formats in which families of models write tool calls within the text of an answer.
 
     Its methods read from ``answer.source``, where ``answer`` is the parser of one answer. They are generators of parts,
-    and of None to wait for more text.
+    and of None to wait for more text. A subclass sets ``marks`` and implements ``calls``.
+
     marks: texts that begin calls.
     special: special tokens that have to stay in the text.
     """

@@ -31,7 +31,10 @@ BARE = re.compile(r".[^{}\[\],:]*(?=[{}\[\],:])", re.DOTALL)  # a key, or a valu
 
 
 class JsonCalls(Format):
-    """Base class of formats in which each call is a JSON object. end: text after the calls of a mark; "": none."""
+    """Base class of formats in which each call is a JSON object after a mark. A subclass sets ``marks`` and ``end``.
+
+    end: text after the calls of a mark; "": none.
+    """
 
     end = ""
 
@@ -54,6 +57,8 @@ class Hermes(JsonCalls):
 
 
 class Mistral(JsonCalls):
+    """The format of Mistral: ``[TOOL_CALLS]``, and JSON objects after it."""
+
     marks = special = ("[TOOL_CALLS]",)
 
 

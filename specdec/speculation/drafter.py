@@ -63,7 +63,11 @@ class Traits:
 
 
 class Learner(ABC):
-    """Base class of the part of a drafter that trains it, while the engine runs, on rows (sequences) that ended."""
+    """Base class of the part of a drafter that trains it, while the engine runs, on rows (sequences) that ended.
+
+    The drafter, in its attribute ``learner``, passes it texts; the engine calls ``work`` when it is idle. A subclass
+    implements all methods.
+    """
 
     @property
     @abstractmethod

@@ -176,8 +176,8 @@ def by_length(
 def endless(cut: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
     """Yield (epoch number from 0, windows of a batch), epoch after epoch, without end.
 
-    cut, rows, seed: as in ``epoch``. skip: number of batches at the beginning to leave out, which an earlier run has
-    used.
+    cut: all windows, each once per epoch. rows: number of windows of a batch. seed: sets the order.
+    skip: number of batches at the beginning to leave out, which an earlier run has used.
     """
     number, passed = 0, 0
     while True:

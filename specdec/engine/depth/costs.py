@@ -150,7 +150,11 @@ class CostModel:
         return 0.5 * (math.log(cost) - math.log1p(multiply**2))
 
     def add_pass(self, tokens: int, seconds: float, cached: int = 0, attended: int = 0) -> None:
-        """Update the estimates with the ``seconds`` of a pass. tokens, cached, attended: as in ``formula``."""
+        """Update the estimates with the measured ``seconds`` of a pass.
+
+        tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
+        attended: number of pairs of a token of the pass and a cached token of its row.
+        """
         tokens = min(tokens, MOST_TOKENS)
         measured = math.log(max(seconds, 1e-7)) - self.formula(tokens, cached, attended)
         if not self.known:
@@ -197,17 +201,24 @@ class CostModel:
         return self._part(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return how many seconds a draft's first level takes beyond a later one. exit, contexts: as in ``level``."""
+        """Return how many seconds a draft's first level takes beyond a later one.
+
+        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        """
         return self._part(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting that do not depend on the number of levels. contexts: as in ``level``."""
+        """Return the seconds of drafting that do not depend on the number of levels.
+
+        contexts: number of cached tokens of each row.
+        """
         return self._part(DRAFT, 0, contexts)
 
     def _part(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
         """Return the estimated seconds of a part of drafting.
 
-        kind: the part: ``LEVEL``, ``FIRST`` or ``DRAFT``. exit, contexts: as in ``level``.
+        kind: the part: ``LEVEL``, ``FIRST`` or ``DRAFT``.
+        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
         """
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
         if kind == LEVEL:
@@ -228,7 +239,9 @@ class CostModel:
     def add_draft(self, exit: int, contexts: Sequence[int], levels: int, seconds: float) -> None:
         """Update the estimates with the ``seconds`` of drafting ``levels`` levels; large parts change most.
 
-        exit, contexts: as in ``level``. The first time of each part is ignored.
+        The first time of each part is ignored.
+
+        exit: index of the exit to which it was drafted. contexts: number of cached tokens of each row.
         """
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards

@@ -1,4 +1,4 @@
-"""The compiled kernels: finds and loads them, and defines the structures of their arguments as in ``native.h``."""
+"""The compiled kernels: finds and loads them, and defines their arguments: structures, whose fields native.h explains."""
 
 from __future__ import annotations
 
@@ -50,10 +50,14 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class LinearPart(ctypes.Structure):
+    """Some rows of a linear layer's weight, which are in one format of tiles (``LinearPart`` in native.h)."""
+
     _fields_ = (*_fields(INT, "kind end"), ("tiles", POINTER))
 
 
 class Linear(ctypes.Structure):
+    """A linear layer, and the scale and cap of its outputs (``Linear`` in native.h)."""
+
     _fields_ = (
         *_fields(INT, "rounded out inp count"),
         *_fields(FLOAT, "scale cap"),
@@ -62,10 +66,14 @@ class Linear(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
+    """A table whose rows are read by index, such as token embeddings (``Table`` in native.h)."""
+
     _fields_ = (*_fields(INT, "type columns"), ("stride", LONG), *_fields(POINTER, "data order"), ("scale", FLOAT))
 
 
 class Layer(ctypes.Structure):
+    """The weights and settings of one decoder layer (``Layer`` in native.h)."""
+
     _fields_ = (
         *_fields(Linear, "qkv out gate_up down router rates"),
         *_fields(POINTER, "gates sums"),
@@ -80,10 +88,14 @@ class Layer(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
+    """Number and size of the key heads of one buffer of the KV cache (``Heads`` in native.h)."""
+
     _fields_ = _fields(INT, "count size")
 
 
 class Model(ctypes.Structure):
+    """The sizes and settings of a model, and its layers (``Model`` in native.h)."""
+
     _fields_ = (
         *_fields(INT, "hidden heads inner rotated"),
         ("buffers", Heads * BUFFERS),
@@ -97,6 +109,8 @@ class Model(ctypes.Structure):
 
 
 class SequenceArgs(ctypes.Structure):
+    """One sequence of a pass: its tokens, and its keys, values and recurrent states (``Sequence`` in native.h)."""
+
     _fields_ = (
         *_fields(INT, "tokens start committed filled"),
         ("capacity", INT * BUFFERS),
@@ -108,6 +122,8 @@ class SequenceArgs(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
+    """A pass of several sequences through layers [lo, hi) (``Call`` in native.h)."""
+
     _fields_ = (
         *_fields(INT, "count tokens lo hi threads windows cache near"),
         *_fields(POINTER, "sequences spans x positions ids rotary window taps routed"),
@@ -115,10 +131,14 @@ class Call(ctypes.Structure):
 
 
 class Stage(ctypes.Structure):
+    """One projection of a draft path, and the layers after it (``Stage`` in native.h)."""
+
     _fields_ = _fields(POINTER, "projection carried model call")
 
 
 class Sampled(ctypes.Structure):
+    """How a sequence's tokens are sampled (``Sampled`` in native.h)."""
+
     _fields_ = (
         *_fields(ctypes.c_uint64, "seed stream"),
         ("place", LONG),
@@ -128,10 +148,14 @@ class Sampled(ctypes.Structure):
 
 
 class Given(ctypes.Structure):
+    """The draft tree of another source for a sequence (``Given`` in native.h)."""
+
     _fields_ = (("count", INT), *_fields(POINTER, "tokens parents p"))
 
 
 class TreeDraft(ctypes.Structure):
+    """The arguments and results of drafting a tree, or chains with siblings (``TreeDraft`` in native.h)."""
+
     _fields_ = (
         *_fields(INT, "stages levels width sequences"),
         *_fields(POINTER, "roots stage embedding final"),
@@ -236,7 +260,9 @@ def openmp() -> str | None:
     return "libgomp.so.1" if sys.platform == "linux" else None
 
 
-class _Symbol(ctypes.Structure):  # Dl_info
+class _Symbol(ctypes.Structure):
+    """The C structure ``Dl_info``: the file and the symbol that an address belongs to, as ``dladdr`` returns them."""
+
     _fields_ = (("file", ctypes.c_char_p), ("base", POINTER), ("name", ctypes.c_char_p), ("address", POINTER))
 
 
