@@ -1,4 +1,4 @@
-"""The compiled kernels: finds and loads them, and defines their arguments: structures, whose fields native.h explains."""
+"""The compiled kernels: finds and loads them, and defines the structures of their arguments, explained in native.h."""
 
 from __future__ import annotations
 
