@@ -22,10 +22,11 @@ from specdec.speculation.verifier import Acceptance, Verifier
 
 
 class TypicalVerifier(Verifier):
-    """Accepts the longest path of plausible tokens, the likeliest of several. The defaults are the Medusa paper's.
+    """Accepts the longest path of plausible tokens, the likeliest of several.
 
     A token is plausible if the model gives it at least the probability min(epsilon, delta exp(-H)), where H is the
-    entropy of the model's distribution. Raises SpecDecError for values out of range.
+    entropy of the model's distribution. The defaults are those of the Medusa paper (arXiv 2401.10774).
+    Raises SpecDecError for values out of range.
 
     epsilon: probability in (0, 1).
     delta: factor > 0.

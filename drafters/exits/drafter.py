@@ -131,8 +131,8 @@ class EarlyExitDrafter(ExitDrafter):
 class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last exit (``State.exit``).
 
-    Each exit has a trained module; all share the model's output head. The paper trains a model together with its exits;
-    here the model stays frozen.
+    Each exit has a trained module; all share the model's output head. DEED (arXiv 2311.08623) trains a model together
+    with its exits; here the model stays frozen.
 
     network: the modules of the exits.
     exit_confidence: minimum probability of the best token, in [0, 1]; where drafts are not verified, the verifier's
@@ -168,8 +168,9 @@ class SkipDecodeRow(ChainRow):
 class SkipDecodeDrafter(ExitDrafter):
     """Drafts a chain through a number of layers that falls from ``deepest`` to ``shallowest`` over ``horizon`` tokens.
 
-    So no token needs keys and values of layers that an earlier token has skipped. The paper accepts every token (here:
-    the confident verifier with threshold 0) and never runs the skipped layers; here the next scoring pass runs them.
+    So no token needs keys and values of layers that an earlier token has skipped. SkipDecode (arXiv 2307.02628) accepts
+    every token (as the confident verifier does here, with the threshold 0) and never runs the skipped layers; here the
+    next scoring pass runs them.
     Raises SpecDecError, when bound, if the exits are outside the model or in the wrong order.
 
     deepest, shallowest: number of layers of the first and of the last tokens, 1 <= shallowest <= deepest < N; None:
@@ -209,8 +210,10 @@ class MixtureOfDepthsDrafter(ExitDrafter):
     """Drafts a chain through the layers that trained routers choose for each token.
 
     In a batch, a layer runs if any row's router chooses it. The routers are trained, with the model frozen, to choose a
-    given share of the layers. The paper picks the top tokens of a sequence for each layer; that looks ahead, so here a
-    token runs a layer where its router's output is positive.
+    given share of the layers. Mixture-of-depths (arXiv 2404.02258) picks the top tokens of a sequence for each layer;
+    that looks ahead, so here a token runs a layer where its router's output is positive.
+
+    network: the routers, one for each layer from the first routed one on.
     """
 
     name: ClassVar[str] = "mixture-of-depths"

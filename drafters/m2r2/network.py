@@ -40,11 +40,12 @@ class Carry:
 
 
 class Router(nn.Module):
-    """ARLA: predicts at an exit whether the draft's best token is the model's.
+    """Predicts at an exit of the draft path whether the draft's best token is the model's (ARLA).
 
-    Accelerated residual latent attention (arXiv 2502.02040): the residual p of each layer is projected to a small
-    latent, and the exit attends over the latents. Only the paper's abstract was at hand. The log-odds of the draft's
-    own softmax are added, and are all that an untrained router returns; that is an addition of this project.
+    Accelerated residual latent attention (arXiv 2502.02040): the accelerated residual p of each layer is projected to a
+    small vector, a latent, and the exit attends over the latents. Only the paper's abstract was at hand.
+    The log-odds of the draft's own softmax are added, and are all that an untrained router returns; that is an addition
+    of this project.
 
     count: number of residuals that are read; the last one is the exit's.
     size: D, the size of a residual. width: the size of a latent.

@@ -33,9 +33,9 @@ RANKS = 8  # number of choices of a head that a tree may have
 
 
 class MedusaRow:
-    """What a ``MedusaDrafter`` keeps of one row.
+    """What a ``MedusaDrafter`` keeps of one row (sequence).
 
-    context: tokens of the row's text that join the draft vocabulary.
+    context: tokens of the row's text that the drafter was not trained on, and that it drafts as well.
     final: final state of the last token before the root, [1, 1, D].
     """
 
@@ -46,6 +46,8 @@ class MedusaRow:
 
 class MedusaDrafter(Drafter):
     """Drafts with Medusa heads the tree with the most expected accepted tokens for its number of nodes.
+
+    Medusa heads are small networks that read the model's final state; each predicts a token at another distance.
 
     network: the heads' blocks.
     nodes: number of nodes of the tree; None: as many as are worth their cost (``Prices``), or the maximum depth of a

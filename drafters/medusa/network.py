@@ -11,7 +11,9 @@ from specdec.runtimes.torch.linear import Linear, for_drafting
 
 
 class Medusa(nn.Module):
-    """The residual blocks of Medusa's heads; blocks with weights of zero return their input.
+    """The residual blocks of Medusa's heads, which draft several tokens at once from the model's final state.
+
+    Each block is x + silu(W x + b); blocks with weights of zero return their input.
 
     width: D, the size of a state.
     heads: K, number of heads; head k drafts the token k + 1 positions after the root, k from 0.

@@ -38,6 +38,7 @@ class Batch:
 
     While the drafter is off after a failure, rows are decoded without drafts.
 
+    verifier: decides which drafted tokens are accepted.
     policy: chooses the draft depths. guard: calls the drafter, and turns it off after an error.
     rows: the requests. cache: their keys and values, one row for each request in the same order.
     state: the rows as drafters see them. timer: the seconds of each phase of a step.

@@ -46,7 +46,7 @@ class Options(ServerSettings):
 
 @serve.ingress()
 class Replica:
-    """A Ray Serve replica: a decoder with its engine and its HTTP application."""
+    """A Ray Serve replica: a decoder with its engine and its HTTP application. options: those of the deployment."""
 
     def __init__(self, options: Options) -> None:
         from specdec.api.decoder import SpecDecoder

@@ -28,7 +28,8 @@ class MedusaSettings(TrainSettings):
     heads: number of heads; head k = 1, 2, .. drafts the k-th token after the root, the last verified token.
     blocks: number of residual blocks of each head.
     rooted: whether the first block also reads the root's embedding.
-    fade: weight of a head's loss as a multiple of that of the head before it (the paper's lambda), > 0.
+    fade: weight of a head's loss as a multiple of that of the head before it, > 0 (lambda in Medusa's paper, arXiv
+        2401.10774).
     """
 
     heads: Positive = 4
