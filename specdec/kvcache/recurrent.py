@@ -258,16 +258,18 @@ def run_rows(
     """Run a recurrent layer on the next T tokens ``x`` [B, T, D] of each row; return its outputs [B, T, D].
 
     First runs accepted tokens that are not in the states yet. Stores the inputs ``x``, so that the tokens can be rolled
-    back. Raises SpecDecError if ``tree`` has three axes (a tree for each row).
+    back. Raises SpecDecError if ``tree`` has a tree for each of several rows.
 
     rows: the states of each row. layer: number of the layer among the recurrent ones.
     held: U, number of uncommitted tokens of each row before ``x``.
-    tree: which of the U + T uncommitted tokens each new token sees, for all rows, bool [T, U + T]; None: chains.
+    tree: which of the U + T uncommitted tokens each new token sees, for all rows, bool [T, U + T] or [1, T, U + T]; None: chains.
     advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
         states.
     """
     if tree is not None and tree.dim() == 3:
-        raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
+        if len(tree) > 1:
+            raise SpecDecError("recurrent layers take one tree for all rows; draft trees of one shape, or chains")
+        tree = tree[0]
     _absorb(rows, layer, advance)
     for row, own in zip(rows, x, strict=True):
         row.make_room(held + len(own), own)

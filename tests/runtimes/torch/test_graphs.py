@@ -244,7 +244,7 @@ def test_drafts_are_those_of_the_eager_runtime(rows: int) -> None:
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
 @torch.inference_mode()
 def test_adapters_of_recurrent_layers_are_those_of_drafts_alone(family: str) -> None:
-    """Rows that draft with adapters, and a row that drafts without, in one static cache.
+    """Rows that draft chains with adapters, and a row that drafts a tree without, in one static cache.
 
     Pending tokens, which run with a draft, run as the model does; so what the model computes next is its own.
     """
@@ -263,9 +263,10 @@ def test_adapters_of_recurrent_layers_are_those_of_drafts_alone(family: str) -> 
             own = list[Candidates]()
             for (cache, roots), path in zip(rows, (adapted, plain), strict=True):
                 now = replace(roots, positions=cache.rows)
-                own += drafted_rows(target, cache, now, path, TreeLimits(4, 1))
+                limits = TreeLimits(4, 2 if path is plain else 1)
+                own += drafted_rows(target, cache, now, path, limits)
                 if path is plain:
-                    other = drafted_rows(target, cache, now, adapted, TreeLimits(4, 1))
+                    other = drafted_rows(target, cache, now, adapted, limits)
                     assert by_path(other[0]) != by_path(own[-1])
             found.append(own)
         assert Replay.replayed >= before + 3
