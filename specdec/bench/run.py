@@ -194,7 +194,7 @@ class BenchRun:
         """Set ``passes`` to the milliseconds of forward passes over 1, 2, 4, 8 and 16 tokens (``PASSES``).
 
         The entry "specdec" is measured here, for numbers below the model's context. An external engine has an entry if
-        it has reported its times when it was loaded (``Method.pass_seconds``).
+        its method has the times (``Method.pass_seconds``).
         """
         sizes = [n for n in PASSES if n < self.base.target.context]
         own = {str(n): seconds for n, seconds in time_scoring(self.base.target, sizes=sizes).items()}

@@ -14,8 +14,8 @@ Client = tuple[str | None, str | None]  # ``Request.client``
 class Fairness:
     """Chooses the order in which waiting requests of several clients begin.
 
-    The highest priority comes first, then the client with the fewest running rows, then the one that has waited longest
-    for a turn. It remembers at most ``CLIENTS`` clients.
+    Preempted requests begin first. Else the highest priority comes first, then the client with the fewest running rows,
+    then the one that has waited longest for a turn. It remembers at most ``CLIENTS`` clients.
     """
 
     def __init__(self) -> None:

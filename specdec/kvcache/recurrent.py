@@ -262,7 +262,8 @@ def run_rows(
 
     rows: the states of each row. layer: number of the layer among the recurrent ones.
     held: U, number of uncommitted tokens of each row before ``x``.
-    tree: which of the U + T uncommitted tokens each new token sees, for all rows, bool [T, U + T] or [1, T, U + T]; None: chains.
+    tree: which of the U + T uncommitted tokens each new token sees, for all rows, bool [T, U + T] or [1, T, U + T];
+        None: chains.
     advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
         states.
     """

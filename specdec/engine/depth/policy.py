@@ -189,7 +189,9 @@ class AutoDepth:
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
-        """Choose draft depths, the exit and the prices for the next step; nothing is drafted where no gain is expected.
+        """Choose draft depths, the exit and the prices for the next step.
+
+        Where no gain is expected, nothing is drafted, except now and then to explore.
 
         The prices are the costs of scoring a node and of drafting a level, in tokens: seconds times the present speed
         in tokens per second. With them drafters take a node or draft a level while it is expected to add more accepted

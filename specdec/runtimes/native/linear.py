@@ -58,7 +58,7 @@ _arena = _Arena()
 class Packed:
     """A linear layer in tiles for the kernels: y = ``scale (x W.T + bias)``, and then ``cap tanh(y / cap)`` if capped.
 
-    A tile has the weights of 16 outputs in the order in which the kernels read them.
+    A tile has the weights of 16 outputs and 32 inputs, in the order in which the kernels read them.
 
     inp, width: number of inputs and of outputs.
     tiles: the memory of each weight's tiles, uint8.
