@@ -31,7 +31,7 @@ class KeptTexts:
     Processes may share a file: each adds its own requests to what is there.
 
     tokenizer: text that identifies the tokenizer (``corpus.described``).
-    scope: as in ``Request``; None: requests without a scope.
+    scope: name of the tenant whose requests these are, and whose drafts alone use them; None: the default tenant.
     size: maximum number of tokens in the file.
     vocab_size: number of the tokenizer's tokens.
     path: path of the file. pending: the tokens that are not in it yet. written: time of the last writing, in seconds of

@@ -330,7 +330,9 @@ class PublicHeadDrafter(PairDrafter):
     ) -> list[Candidates] | DeviceTree:
         """Return a tree for each row, with ``width`` children of a node and at most ``limit`` levels.
 
-        With a ``choice`` it is on the device if that can draft it. choice, given: as in ``Drafter.candidates``.
+        choice: the rule by which the device selects nodes; the tree is then on the device, if that can draft it. None:
+            the host selects.
+        given: the candidates of another source for each row, which the tree extends; None: there are none.
         """
         tree = None if choice is None else self.draft_captured(state, limit, width, choice, given)
         if tree is not None:

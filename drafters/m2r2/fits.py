@@ -49,7 +49,8 @@ class Fits:
     The first projection makes the input of the draft path's segment, the second one the final state after it. ``Sums``
     holds what ridge regression needs: sums of products of a projection's inputs and goals.
 
-    path: the draft path (``learned_path``). name, adapter: as ``model`` and ``adapter`` in ``Progress``.
+    path: the draft path (``learned_path``). name: the model's name, or its absolute path if it is local.
+    adapter: name of the adapter that is merged into the model; "": there is none.
     network: the network that drafts; before the first fit a network of zeros, which drafts nothing useful.
     head: the output head for the draft tokens of ``network``; None: the model's own head.
     newest: the output head for the tokens in ``vocabulary``; None: the model's own head.

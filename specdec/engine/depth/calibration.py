@@ -64,7 +64,7 @@ class History:
     """The outcomes of the drafts of one row, or of all rows.
 
     sources, exits, levels: numbers of sources, of exits, and of levels of the deepest draft.
-    memory: as in ``DecayedCounts``.
+    memory: maximum decayed number of trials of a counter's bin; the larger, the slower it forgets.
     by_source: for each candidate source, counts of accepted candidates at the knots of its raw probabilities; one
         between two knots counts for both.
     by_position: for each exit, counts of the first, second, .. levels that added a token that no other source had.
