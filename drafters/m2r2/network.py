@@ -140,10 +140,15 @@ class M2R2(nn.Module):
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
     def project(self, index: int, x: Tensor, carry: Carry) -> Tensor:
-        """Return the output [B, T, D] of projection ``index`` for the residual ``x`` [B, T, D].
+        """Return the output [B, T, D] of projection ``index`` for the accelerated residual ``x`` [B, T, D].
 
-        index: segments first, whose h[lo] is estimated, then exits, whose result is the estimate of h[N].
-        carry: the deep states of the token before.
+        A projection is a linear layer of 2 D or 3 D inputs: ``x`` and states of the token before, each divided by its
+        root mean square, side by side.
+
+        index: 0 .. number of segments - 1: the projection whose output enters that segment of later layers, in place
+            of the base model's state there; after these, the projection of each exit, whose output is the estimate of
+            the base model's final state.
+        carry: the deep states of the token before: its final state, and its input of each segment, [B, T, D] each.
         """
         if self.inference_maps:
             return self.inference_maps[index](self.projection_inputs(index, x, carry))

@@ -135,9 +135,9 @@ class Detokenizer:
             yield Piece(text, depth)
 
     def take(self, count: int | None = None) -> str:
-        """Return the new text of the first ``count`` tokens (None: all tokens) that is certain.
+        """Return the certain text of the request's first ``count`` tokens that no earlier call has returned.
 
-        These are complete characters that cannot begin a stop string.
+        Text is certain if its characters are complete and cannot begin a stop string. count: None: all tokens so far.
         """
         count = len(self.ids) if count is None else count
         if self.stop:

@@ -277,7 +277,10 @@ def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int
 
 
 def _counts(clusters: int) -> Any:
-    """Return how often each bootstrap resample draws each cluster, [RESAMPLES, clusters], the same in every call."""
+    """Return how often each bootstrap resample draws each cluster, the same in every call.
+
+    The result is a NumPy array of int64, [RESAMPLES, clusters].
+    """
     return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), RESAMPLES)
 
 

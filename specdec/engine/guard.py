@@ -58,7 +58,11 @@ class DrafterGuard:
         self._pause, self._started = 0.0, time.monotonic()
 
     def call(self, use: Callable[[Drafter], T]) -> T | None:
-        """Return ``use(drafter)``; None if the drafter is off, or fails."""
+        """Return ``use(drafter)``; None if the drafter is off, or if ``use`` raises.
+
+        After an exception, whatever its class, the drafter is off until its pause is over, with a warning. Only a
+        DrafterWarning, where warnings are errors, propagates.
+        """
         if self.drafter is None:
             return None
         try:

@@ -169,7 +169,10 @@ class Scheduler:
             self.waiting.appendleft(row)
 
     def _next(self, fresh: Sequence[Request]) -> Request | None:
-        """Return the waiting request that begins next beside all rows and ``fresh`` ones; None if none may run."""
+        """Return the waiting request that begins next, which stays in the queue; None if none may run.
+
+        fresh: requests that have left the queue in this step and are no rows yet; they count as running.
+        """
         return self.fairness.next(tuple(self.waiting), (*self.rows, *fresh))  # other threads add to the queue
 
     def _expected_slots(self, row: Request) -> int:

@@ -84,7 +84,8 @@ class Merged:
     name: the name or path by which the user gave the adapter.
     fingerprint: the adapter's fingerprint, 32 hex digits.
     base: fingerprint of the model's weights before the merge, 32 hex digits.
-    samples: sampled values of the changed weights before the merge: {weight: {"shape": [...], "values": "text"}}.
+    samples: some values of each changed weight before the merge, by which a drafter's base is recognised: {weight's
+        name: {"shape": [...], "values": up to 32 decimal numbers as one text, separated by spaces}}.
     """
 
     name: str

@@ -170,7 +170,8 @@ class LevelNodes(NamedTuple):
     def lists(self) -> list[Nodes]:
         """Return the candidates of each sequence as lists (scores, tokens, parents, raw), with one read of the device.
 
-        Nodes with score -inf are left out. raw is a list for each source.
+        The four have one entry for each candidate; those with score -inf are left out. Entry k of raw is a list with the
+        raw probability of the candidate (before calibration) by each source that predicts tokens, such as n-grams.
         """
         return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
 

@@ -73,6 +73,9 @@ class ArlaMethod(TrainingMethod[M2R2]):
     def _steps(self, network: M2R2, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (log-odds of the router, draft is right, position is valid), each [B, T], per draft step and exit.
 
+        The log-odds are those of the draft from this exit being right, as the router predicts it. The exits of the
+        first draft step come first, in order.
+
         network: the drafter with its routers. Only the log-odds have gradients.
         """
         assert network.routers is not None

@@ -76,16 +76,20 @@ class LogError(NamedTuple):
 
 
 class CostModel:
-    """Estimates seconds of passes over tokens of several rows, and of drafting; the module has the formulas.
+    """Estimates the seconds of passes over tokens of several rows, and of drafting, from those that were measured.
 
-    costs: the constants ``multiply``, ``read`` and ``attend`` of the formula.
+    An estimate is a formula's value times a correction, the *error*, which is learned; the module has the formulas.
+
+    costs: the formula's constants ``multiply``, ``read`` and ``attend``, each divided by the time of reading all weights.
     shares: for each exit, cost of drafting one level as a share of a pass.
     places: for each number of tokens n, (whole part, fraction) of log2(n).
-    state: logarithms of speed, error(2), error(4), .., as far as passes were as large.
-    covariance: covariance matrix of the errors of ``state``.
-    known: whether the speed is.
-    others: estimates of the errors of drafting by (part, exit), and then by number of rows.
-    seen: the parts that have been timed once; the first time of a part does not count.
+    state: logarithms: of the seconds of a pass over one token (``speed``), then of the errors of passes over 2, 4, 8, ..
+        tokens, up to the largest pass that was measured.
+    covariance: covariance matrix of the uncertainty of ``state``.
+    known: whether a pass has been measured, so that ``speed`` is an estimate.
+    others: estimates of the errors of drafting by (part, exit), and then by number of rows. The parts are "draft"
+        (a draft without levels), "first" (what its first level takes beyond a further one) and "level" (each level).
+    seen: the (part, exit) that have been timed once; the first time does not count.
     """
 
     def __init__(self, costs: TokenCosts, shares: Sequence[float], earlier: Costs | None = None) -> None:

@@ -21,8 +21,12 @@ from specdec.base.errors import SpecDecError
 def complete(name: str, values: dict[str, Any]) -> None:
     """Replace GGUF metadata of recurrent layers in ``values``, in place, by the fields of a transformers config.
 
-    name: the model's name in messages. values: config fields by name, and the metadata "linear_values" and
-    "full_attention_interval". Raises SpecDecError for impossible values.
+    name: the model's name in messages.
+    values: config fields by name, among them "num_hidden_layers", and two entries of metadata, which are replaced:
+        "linear_values" (int, number of values of all value heads together; default 0) by "linear_value_head_dim", and
+        "full_attention_interval" (int, each so many layers one has attention; default 4) by "layer_types".
+
+    Raises SpecDecError for values that do not fit each other.
     """
     heads = values.get("linear_num_value_heads") or 1
     values["linear_value_head_dim"] = values.pop("linear_values", 0) // heads

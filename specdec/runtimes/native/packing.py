@@ -516,7 +516,9 @@ class PackedModel:
         return model
 
     def _merge(self, layer: int, adapters: Adapters, file: PackedFile | None) -> tuple[Layer, list[Packed]]:
-        """Return a layer's structure with adapters merged in, and its linear layers that are not the layer's own.
+        """Return a layer's structure with adapters merged in, and the packed linear layers made for it.
+
+        The structure points to these linear layers, so the caller keeps them. It shares the others with the layer.
 
         layer: number of the layer.
         adapters: the adapters to merge. If they keep only some neurons of the MLP, the others are left out.
