@@ -80,11 +80,11 @@ class CostModel:
 
     An estimate is a formula's value times a correction, the *error*, which is learned; the module has the formulas.
 
-    costs: the formula's constants ``multiply``, ``read`` and ``attend``, each divided by the time of reading all weights.
+    costs: the formula's constants ``multiply``, ``read`` and ``attend``, in readings of all weights.
     shares: for each exit, cost of drafting one level as a share of a pass.
     places: for each number of tokens n, (whole part, fraction) of log2(n).
-    state: logarithms: of the seconds of a pass over one token (``speed``), then of the errors of passes over 2, 4, 8, ..
-        tokens, up to the largest pass that was measured.
+    state: logarithms: of the seconds of a pass over one token (``speed``), then of the errors of passes over 2, 4,
+        8, .. tokens, up to the largest pass that was measured.
     covariance: covariance matrix of the uncertainty of ``state``.
     known: whether a pass has been measured, so that ``speed`` is an estimate.
     others: estimates of the errors of drafting by (part, exit), and then by number of rows. The parts are "draft"
