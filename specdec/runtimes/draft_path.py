@@ -170,8 +170,8 @@ class LevelNodes(NamedTuple):
     def lists(self) -> list[Nodes]:
         """Return the candidates of each sequence as lists (scores, tokens, parents, raw), with one read of the device.
 
-        Scores, tokens and parents have one entry for each candidate; those with score -inf are left out. raw[s][i] is the
-        probability of candidate i by source s (a predictor of tokens, such as n-grams), before calibration.
+        Scores, tokens and parents have one entry for each candidate; those with score -inf are left out. raw[s][i] is
+        the probability of candidate i by source s (a predictor of tokens, such as n-grams), before calibration.
         """
         return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
 
