@@ -49,10 +49,13 @@ EXPORT int specdec_large_pages(void *memory, int64_t bytes) {
 #endif
 }
 
-/* Move memory to large pages, which takes about 15 ms each. Returns 0 if the system cannot, now or at all. */
-EXPORT int specdec_collapse(void *memory, int64_t bytes) {
+/* Move the memory of a large page to one, which takes about 15 ms, unless nothing has been written to its beginning. Returns 0 if the
+ * system cannot, now or at all. */
+EXPORT int specdec_collapse(void *memory) {
 #ifdef MADV_HUGEPAGE
-    return !madvise(memory, (size_t)bytes, MADV_HUGEPAGE) && !madvise(memory, (size_t)bytes, MADV_COLLAPSE);
+    unsigned char there[LARGE_PAGE / 4096];
+    if (mincore(memory, LARGE_PAGE, there) || !(there[0] & 1)) return 1;
+    return !madvise(memory, LARGE_PAGE, MADV_HUGEPAGE) && !madvise(memory, LARGE_PAGE, MADV_COLLAPSE);
 #else
     return 0;
 #endif

@@ -228,7 +228,7 @@ def load() -> Any:
         found.specdec_sizes(sizes := (INT * len(written))())
         if sizes[:] != [ctypes.sizeof(each) for each in written]:
             raise AttributeError  # as if it had no such kernels
-        found.specdec_large_pages.argtypes = found.specdec_collapse.argtypes = (POINTER, LONG)
+        found.specdec_large_pages.argtypes, found.specdec_collapse.argtypes = (POINTER, LONG), (POINTER,)
         found.specdec_tiles_bytes.argtypes, found.specdec_tiles_bytes.restype = (INT, LONG, LONG), LONG
         for name, (result, *arguments) in KERNELS.items():
             kernel = getattr(found, f"specdec_{name}_{SUFFIXES.get(found.level, found.level)}")

@@ -33,22 +33,26 @@ class _Arena:
     CHUNK: bytes of a chunk.
     chunk: the chunk that memory is taken from, uint8.
     used: bytes of it that are taken.
+    filled: bytes of it that have pages, or whose pages stay small.
     """
 
     CHUNK = 32 << 20
 
     def __init__(self) -> None:
         self.chunk = torch.empty(0, dtype=torch.uint8)
-        self.used = 0  # bytes of the chunk
+        self.used = 0
+        self.filled = 0
         self.lock = threading.Lock()
 
     def allocate(self, size: int) -> Tensor:
         with self.lock:
             if self.used + size > self.chunk.numel():
                 self.chunk = pages.allocate(max(size, self.CHUNK))
-                pages.fill(self.chunk)
-                self.used = 0
+                self.used = self.filled = 0
             begin, self.used = self.used, self.used + -(-size // 64) * 64
+            if self.used > self.filled:
+                end = -(-self.used // pages.PAGE) * pages.PAGE
+                self.filled = end if pages.fill(self.chunk[self.filled : end]) else self.chunk.numel()
             return self.chunk[begin : begin + size]
 
 

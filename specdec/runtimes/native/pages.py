@@ -70,6 +70,6 @@ def settle() -> bool:
             if mapped is None or page + PAGE > last or _moving.failures >= MOST_FAILURES:
                 _moving.waiting.popleft()
             else:
-                _moving.failures += not library.load().specdec_collapse(page, PAGE)
+                _moving.failures += not library.load().specdec_collapse(page)
                 _moving.waiting[0] = reference, page + PAGE, last
         return bool(_moving.waiting)

@@ -1,6 +1,9 @@
 """Packed weights move to large pages between requests, and keep their content."""
 
 import gc
+import mmap
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +26,7 @@ def collapsing(monkeypatch: pytest.MonkeyPatch, answer: int) -> list[int]:
     asked: list[int] = []
 
     class Library:
-        def specdec_collapse(self, at: int, size: int) -> int:
-            assert size == pages.PAGE
+        def specdec_collapse(self, at: int) -> int:
             asked.append(at)
             return answer
 
@@ -76,3 +78,17 @@ def test_a_system_without_large_pages_is_not_asked_again(monkeypatch: pytest.Mon
     assert len(asked) == pages.MOST_FAILURES and memory.numel()
     more = pages.allocate(pages.PAGE)
     assert not pages.settle() and len(asked) == pages.MOST_FAILURES and more.numel()
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no native kernels here")
+def test_memory_that_nothing_was_written_to_gets_no_pages() -> None:
+    memory = pages.allocate(64 * pages.PAGE)
+    memory[: pages.PAGE] = 1
+    before = resident()
+    settled()
+    assert resident() - before < 32 * pages.PAGE and memory.numel()
