@@ -130,13 +130,19 @@ class ChainDrafter(Drafter):
 def _pick(
     state: State, logits: Tensor, prefixes: list[list[int]], vocab: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Choose the next token of each chain from draft logits [B, V'], with the noise that the target's choice will have.
+    """Choose the next token of each row's chain: the best draft logit, processed as the target's logits will be.
 
-    Return the tokens, int64 [B, 1] (-1: none is allowed), and, if a row has a constraint, their probabilities [B, 1]
-    after all processing, else None.
+    In sampling, that includes temperature, penalties and the very noise with which the target's token will be drawn at
+    this position, so that draft and target agree as often as possible.
 
-    prefixes: the token ids of each row so far, to which the chosen token is appended.
-    vocab: the token ids of the logits, int64 [V']; None: all.
+    state: the rows of the step, with their sampler and their constraints.
+    logits: draft logits after the last token of each chain, [B, V'].
+    prefixes: for each row, the ids of its text and its chain so far; the chosen token is appended (0 if the id is not
+        needed). []: all rows are greedy without processors.
+    vocab: the token id of each logit, int64 [V']; None: logit i is of token i.
+
+    Returns the token ids, int64 [B, 1], -1 where no token is allowed; and their probabilities [B, 1] after processing,
+    normalized over the allowed tokens, if a row has a constraint, else None.
     """
     sampler, size = state.sampler, state.target.vocab_size
     if sampler.plain_greedy:

@@ -101,10 +101,15 @@ class PairDrafter(ChainDrafter):
 
     @abstractmethod
     def run(self, tokens: Tensor, states: Tensor, positions: Tensor, mask: Mask, cache: KVCache | Lanes) -> Tensor:
-        """Run T pairs of each row after the pairs in ``cache``; return the layers' output, [B, T, D'].
+        """Run T pairs of each of B rows through the drafter's layers; return the output of the last one, [B, T, D'].
 
-        tokens, positions: the pairs' tokens and positions, int64 [B, T] each. states: the pairs' states, [B, T, D'].
-        mask: which entries of ``cache`` each pair sees.
+        Keys and values of the pairs are appended to ``cache``, uncommitted.
+
+        tokens: token ids of the pairs, int64 [B, T].
+        states: the state of each pair, that of the token before, [B, T, D'], as ``inputs`` or ``fed`` returns it.
+        positions: the positions that the layers see, int64 [B, T]: those of the tokens in the text minus ``shift``.
+        mask: which pairs, earlier ones in ``cache`` and these, each pair attends to.
+        cache: keys and values of each row's earlier pairs; ``Lanes`` inside a captured function.
         """
 
     @abstractmethod
@@ -112,9 +117,9 @@ class PairDrafter(ChainDrafter):
         """Return the argument ``states`` of ``run``, [B, T, D'], from the model's states in ``layers``, [B, T, L D]."""
 
     def fed(self, outputs: Tensor) -> Tensor:
-        """Return the argument ``states`` of ``run`` for tokens after drafted ones, [B, T, D'].
+        """Return the argument ``states`` of ``run``, [B, T, D'], for pairs whose token before is a drafted one.
 
-        outputs: what ``run`` returned for these, [B, T, D']; by default it is returned as it is.
+        outputs: the outputs of ``run`` for the tokens before, [B, T, D']. By default they are returned unchanged.
         """
         return outputs
 

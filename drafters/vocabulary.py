@@ -23,8 +23,8 @@ REUSE_FACTOR = 2  # a head is reused if it has at most so many times the tokens 
 class Context:
     """The tokens of one row's text that the drafter was not trained on.
 
-    read: number of tokens of the text that have been read.
-    added: the token ids, in the order of their first occurrence.
+    read: number of tokens of the text that ``DraftVocabulary.follow`` has searched for such tokens.
+    added: the token ids as keys, in the order of their first occurrence; the values are None.
     """
 
     def __init__(self) -> None:
@@ -104,10 +104,15 @@ class DraftVocabulary:
 
 
 def read_out(target: Target, final: Tensor, heads: Sequence[nn.Linear | None], forbidden: Tensor | None) -> Tensor:
-    """Return the joined logits [B, T, V'] of output heads, from final states [B, T, D].
+    """Return the draft logits [B, T, V'] of one or two output heads, concatenated along the last dimension.
 
-    heads: the output heads, whose logits are concatenated; None: the model's own.
-    forbidden: outputs of the second head that a row may not draft, bool [B, outputs]; None: all are allowed.
+    The logits of each head are those of ``Target.readout``: the model's final norm, the head, and the logit cap if any.
+
+    target: the model.
+    final: estimates of the output of the model's last layer, before its final norm, [B, T, D].
+    heads: the one or two output heads; None in place of a head: the model's own head.
+    forbidden: for each row (sequence), whether it may not draft an output of the second head, bool [B, number of these
+        outputs]. Their logits become -inf. None: all are allowed.
     """
     first, *added = (target.readout(final, head) for head in heads)
     if added and forbidden is not None:

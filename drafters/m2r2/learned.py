@@ -291,7 +291,13 @@ def _part(path: Path) -> Path:
 
 
 def _reset_mark(path: Path) -> Path:
-    """Return the path of an empty file, which ``forget`` writes to tell a learning process to begin anew."""
+    """Return the path of the reset mark of a learned file: an empty file PATH.reset beside it.
+
+    ``forget`` writes it while a process learns for that file. The process sees a changed ``Store.stamp``, and begins
+    anew. The next process that claims the file deletes the mark.
+
+    path: the learned file, PATH.
+    """
     return Path(f"{path}.reset")
 
 

@@ -24,9 +24,9 @@ class M2R2Path:
     segments: later ranges of layers [lo, hi), in order; a projection makes the input of each.
     final_projection: whether a projection estimates the final state at each exit; if not, the output head reads p.
     rank: rank of the adapters.
-    adapters: for each layer, the paths of the linear layers in it that have a low-rank adapter.
-    exits: rising numbers of layers after which a token may leave before the end: layers below E, after which p starts
-        again from h, E, or the ends of segments.
+    adapters: by layer index, the module paths of the linear layers in it that have a low-rank adapter.
+    exits: layer indices, rising: before each, a token may leave ahead of the end of the path. Possible are 1 .. E, and
+        the ends ``hi`` of segments but the last. If later tokens go on from an exit below E, p starts again from h.
     neurons: number of neurons of each segment's MLPs that drafts run; 0: all.
     """
 
@@ -45,7 +45,10 @@ class M2R2Path:
 
     @property
     def end(self) -> int:
-        """The number of model layers up to the end of the path: E, or ``hi`` of the last segment."""
+        """The index of the model layer before which the path ends: ``hi`` of the last segment, or E without segments.
+
+        The path may skip layers before it: ``num_layers_run`` is the number of layers that a token runs.
+        """
         return self.segments[-1][1] if self.segments else self.exit_layer
 
     @property

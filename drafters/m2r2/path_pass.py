@@ -66,9 +66,14 @@ class PathPass:
         self.tokens.append(_Token(token, positions, x, before, Carry(x, [])))
 
     def to(self, exit: int) -> tuple[Tensor, list[Tensor]]:
-        """Run the last token to the exit of index ``exit``; return the estimate of its final state h[N], [B, 1, D].
+        """Run the token that was pushed last, in each of B rows, along the draft path to an exit.
 
-        The second value has the residuals that the exit's router reads, [B, 1, D] each.
+        Earlier tokens run the stages before this exit, too, if they have not yet.
+
+        exit: index of the exit, from 0, in the order of the path.
+
+        Returns a pair: the estimate of the token's final state h[N], the output of the model's last layer, [B, 1, D];
+        and the residuals that the exit's router reads, [B, 1, D] each, incomplete if the network has no routers.
         """
         network, token = self.network, self.tokens[-1]
         self._run(network.path.stages_to_exit[exit])

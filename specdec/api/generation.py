@@ -103,14 +103,16 @@ class GenerationOptions(RequestOptions, total=False):
 
 @dataclass
 class GenerationOutput:
-    """The output of a finished or interrupted request.
+    """The output of one request (row), finished or interrupted.
 
-    text: the new text without special tokens, up to a stop string.
-    token_ids: the new tokens, those of plain decoding, with the end token.
-    finish_reason: "eos", "length" or "stop"; "interrupted" if the stream was closed early.
-    metrics: times, tokens and steps of the request.
-    logprobs: log-probabilities of the new tokens; None: not requested.
-    prompt_logprobs: log-probabilities of the prompt's tokens from the second on; None: not requested.
+    text: the new text, without the prompt and without special tokens; it ends before a stop string.
+    token_ids: ids of all new tokens, in order. The end token, or the tokens of a stop string, are the last ones.
+    finish_reason: "eos": an end token of the model has come; "stop": a stop string or stop token has come; "length":
+        the limit on new tokens or the model's context was reached; "interrupted": the request was closed before its
+        end, or failed.
+    metrics: times in seconds, numbers of tokens and steps, and acceptance of the request's drafts (``RequestMetrics``).
+    logprobs: the log-probability of each new token, and the likeliest tokens at its position; None: not requested.
+    prompt_logprobs: the same for the prompt's tokens from the second on; None: not requested.
     """
 
     text: str

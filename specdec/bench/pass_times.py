@@ -44,9 +44,14 @@ def time_scoring(target: Target, repeats: int = 5, sizes: Sequence[int] | None =
 
 
 def _pass(target: Target, cache: KVCache, start: int, count: int, first: int = 0) -> None:
-    """Run a pass over ``count`` tokens with ``target`` and ``cache``, and choose a token after each of them.
+    """Run one sequence's pass over ``count`` tokens through all layers, and choose the greedy token after each of them.
 
-    The tokens stand at the positions from ``start`` on. Their ids grow with the position, by ``first`` more.
+    The token at position p has the id (p + ``first``) modulo the vocabulary's size. Nothing is returned; the keys and
+    values of the tokens are uncommitted in ``cache`` afterwards.
+
+    target: the model in its runtime. cache: a cache of one row, with ``start`` committed tokens and no others.
+    start: position of the first token. count: number of tokens.
+    first: offset of the token ids, so that passes at the same positions can have different tokens.
     """
     positions = torch.arange(start, start + count, device=target.device)[None]
     ids = (positions + first) % target.vocab_size

@@ -27,10 +27,18 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 
 
 def panel(title: str) -> Callable[..., Any]:
-    """Return a function that creates typer options in the help panel ``title``.
+    """Return a function ``option(help, metavar=None, names=(), **more)`` that creates a ``typer.Option``.
 
-    The function's parameters: help, a text or an option type of ``base.options`` with a description; metavar; names,
-    such as "--top-k" and others by which users of vLLM know the option (none: typer makes one of the parameter's name).
+    A panel is a titled group of options in the text that ``--help`` prints.
+
+    title: title of the panel that lists the options.
+
+    The parameters of the returned function:
+    help: the option's description; or an annotated type of ``base.options``, whose description is used.
+    metavar: what the help prints for the option's value, such as "DIR"; None: typer's choice.
+    names: the names of the option on the command line, such as ("--top-k",); (): typer makes one from the name of the
+        command's parameter.
+    more: further keyword arguments of ``typer.Option``.
     """
 
     def option(help: Any, metavar: str | None = None, names: Sequence[str] = (), **more: Any) -> Any:

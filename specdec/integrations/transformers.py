@@ -311,9 +311,12 @@ class _GenerateCall:
             streamer.end()
 
     def _next(self, requests: Sequence[Request]) -> list[int] | None:
-        """Return the token of each row at the next position; None: a row has not been decoded so far yet.
+        """Return the token id of each row at the first position that ``sequences`` does not have yet, a list [B].
 
-        requests: the engine's request of each row. A row that has ended gets the padding token.
+        The engine decodes rows at different speeds, but all rows of ``sequences`` grow together. Returns None if a row
+        that has not ended lacks the token, so that more steps are needed. A row that has ended gets the padding token.
+
+        requests: the engine's request of each row, with the tokens decoded so far.
         """
         tokens = []
         for request, going in zip(requests, self._running(), strict=True):

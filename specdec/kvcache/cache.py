@@ -577,9 +577,13 @@ class KVCache:
         return self.of([made])
 
     def take(self, row: int) -> Self:
-        """Return a cache of one row with all committed tokens of row ``row``, without copying keys and values.
+        """Return a new cache of one row (sequence) with all committed tokens of one row of this cache.
 
-        They are copied if the row's buffer is memory of a runtime's CUDA graphs.
+        The two share the memory of keys and values, so the row must leave this cache, or only one of them may append.
+        They are copied instead if the row's buffer is memory of a runtime's CUDA graphs. Uncommitted tokens are not in
+        the new cache.
+
+        row: index of the row in this cache, from 0.
         """
         own = self.entries[row]
         return self.copy(row, own.count) if own.lent else self.of([own.shared()])

@@ -24,7 +24,7 @@ BRANCH_TOKENS = 1024  # maximum tokens of a tree's branches that run at once: bo
 RERUN_TOKENS = 16  # to run up to this many tokens again is cheaper than to write their states
 INPUT_MULTIPLE = 16  # the capacity of the buffer of inputs is a multiple of this many tokens
 ALL_LAYERS = "states"  # the key of the states of all layers in one tensor
-States = dict[tuple[str, int], Tensor]  # of one layer, by kind and number, each [B, ...]; {} before the first token
+States = dict[tuple[str, int], Tensor]  # of one layer, by kind and index, each [B, ...]; {} before the first token
 StatesByKey = dict[tuple[Hashable, ...], Tensor]  # of all layers of a row
 # Inputs [B, T, D], the states before them, whether adapters act, and in a captured pass further arguments of
 # ``runtimes.torch.model.Layer.advance`` -> outputs [B, T, D], the states after the inputs.
@@ -145,10 +145,12 @@ class RowStates(ABC):
 
 
 class LayerStates(RowStates):
-    """The states of one row's recurrent layers that PyTorch runs: tensors [1, ...] by (layer number, kind, number).
+    """The recurrent states of one row (sequence) in a runtime that runs its layers by PyTorch, with roll-back.
 
-    The layer number counts the recurrent layers only. The tensors are replaced, never changed, except those in
-    ``home``.
+    ``states`` has a tensor [1, ...] for each key (layer, kind, index): the number of the layer among the recurrent
+    layers only, counted from 0; the kind of state, "conv" or "recurrent"; and an index among the states of this kind in
+    the layer. A row without tokens has no states. A pass puts new tensors in place of the old ones, and
+    changes none in place, except those in ``home``.
 
     home: states at fixed addresses that CUDA graphs change in place, by the same keys; {}: there are none.
     """
@@ -166,8 +168,10 @@ class LayerStates(RowStates):
     def move(self, home: StatesByKey, inputs: Tensor) -> None:
         """Move the states and layer inputs to memory at fixed addresses, where CUDA graphs change them.
 
-        home: tensors that receive the states, by key. inputs: tensor that receives the stored layer inputs, [layers,
-            capacity, D].
+        home: tensors [1, ...] that receive the states, by key (layer, kind, index) as in ``states``; they become
+            ``home``. A tensor whose key has no state yet is filled with zeros.
+        inputs: tensor that receives the stored layer inputs, [layers, capacity, D]. It is not used if it has room for
+            fewer tokens than are pending.
         """
         for key, place in home.items():
             if (state := self.states.get(key)) is not place:
@@ -183,14 +187,17 @@ class LayerStates(RowStates):
     def ran(self, layers: Sequence[int]) -> None:
         """Note that a captured pass (CUDA graph) has run ``layers``, so that no token is pending in them.
 
-        layers: numbers of the layers among the recurrent ones.
+        layers: numbers of the layers among the recurrent layers, from 0.
         """
         for layer in layers:
             self.pending[layer] = 0
             self.ahead.pop(layer, None)
 
     def of_layer(self, layer: int) -> States:
-        """Return the states of recurrent layer number ``layer``, [1, ...] each, by (kind, number)."""
+        """Return the states of a layer, [1, ...] each, by (kind, index); {}: the row has no tokens yet.
+
+        layer: number of the layer among the recurrent layers, from 0.
+        """
         return {key[1:]: state for key, state in self.states.items() if key[0] == layer}  # type: ignore[misc]
 
     def _take_ahead(self, path: Sequence[int]) -> bool:

@@ -154,12 +154,15 @@ def samples_of(weights: Mapping[str, Tensor | Blocks]) -> dict[str, Any]:
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:
-    """Return how ``model`` differs by more than rounding from another model, of which only samples are known, as text.
+    """Compare a model with another one, of which only sampled weights are known, but for rounding to fewer bits.
 
-    given: sampled values of the other model's weights, {weight: {"shape": [...], "values": "text"}}, from an untrusted
-    file. where: the file, for messages. Returns None if the models do not differ, or would not without a LoRA adapter
-    that is merged into ``model``.
-    Raises SpecDecError for broken samples.
+    given: sampled values of the other model's weights as ``samples`` returns them, {weight: {"shape": [...],
+        "values": "text"}}. They may come from an untrusted file.
+    model: the loaded model. If a LoRA adapter is merged into it, its weights before the merge may match instead.
+    where: name of the file that has ``given``, for error messages.
+
+    Returns one sentence that says how the models differ, such as "the model has no 'lm_head.weight'"; None: they are
+    the same model, perhaps in different precisions. Raises SpecDecError for broken samples.
     """
     wanted, own = _read(given, where), dict(named_weights(model))
     found = _difference(wanted, own, {}, where)

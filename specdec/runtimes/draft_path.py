@@ -51,10 +51,13 @@ class DraftPath:
 
 
 class Sampled(NamedTuple):
-    """How the tokens of one sequence are sampled, so that its drafts use the same random noise as the target.
+    """The sampling parameters of one sequence and its noise, with which its draft predicts the target's sampled tokens.
 
-    seed, stream: two integers that are the key of the sequence's noise.
-    place: position of the first token to draft, which is the number of tokens of the text so far.
+    The target chooses, after temperature, top-k, top-p and min-p, the largest of logits plus Gumbel noise. A draft that
+    adds the same noise to its own logits chooses the same token more often.
+
+    seed, stream: unsigned 64-bit integers; with a position and a token id, they determine the noise.
+    place: position of the first token to draft: the number of tokens of the text so far, its last one included.
     temperature: divides the logits; 0: decoding is greedy.
     top_k: number of likeliest tokens that can be sampled; 0: all tokens.
     top_p: least total probability of the likeliest tokens that can be sampled; 1: all tokens.

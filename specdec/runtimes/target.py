@@ -257,7 +257,11 @@ class Target(ABC):
 
     @property
     def token_costs(self) -> TokenCosts:
-        """Return estimates of the time that one token takes in a pass, relative to the time of reading the weights."""
+        """Return estimates of the times that one more token adds to a pass, each as a multiple of one time unit.
+
+        The unit is the time that this device takes to read all weights from memory once, about that of a pass over one
+        token. The estimates come from the sizes of the model; nothing is measured. The default knows ``multiply`` only.
+        """
         return TokenCosts(TOKEN_RATIO["cpu" if self.device.type == "cpu" else "gpu"] / self.dtype.itemsize)
 
     @property

@@ -347,7 +347,7 @@ class _Bridge(Cache):
     """A ``KVCache`` with the interface of transformers' ``Cache``, for the attention and recurrent mixers of one call.
 
     kv: the KV cache.
-    states: states of the recurrent layer that runs, by (kind, number), [B, ...] each; {} before the first token.
+    states: states of the recurrent layer that runs, by (kind, index), [B, ...] each; {} before the first token.
     adapted: whether adapters add their low-rank terms at present.
     """
 
@@ -396,7 +396,7 @@ class _Bridge(Cache):
     def advance(self, mixer: Callable[[Tensor], Tensor], most: float) -> Advance:
         """Return a function that runs a mixer from given states: ``(x, states, adapted) -> (output, new states)``.
 
-        Here x and the output are [B, T, D], states are by (kind, number), and adapted says whether adapters apply.
+        Here x and the output are [B, T, D], states are by (kind, index), and adapted says whether adapters apply.
 
         mixer: a recurrent mixer's forward, [B, T, D] -> [B, T, D], which reads and writes ``states`` of this object.
         most: maximum number of tokens that are run one by one if there are earlier states; more run in one call of the

@@ -56,7 +56,7 @@ TEXT, THOUGHT = partial(Part, "text"), partial(Part, "reasoning")
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """Join each part with the parts that continue it, and return the results as new objects, in order."""
+    """Join adjacent parts of one kind (of one call, for calls), and return the results as new objects, in order."""
     blocks = list[Part]()
     for part in parts:
         if not blocks or not blocks[-1].takes(part):
@@ -73,24 +73,34 @@ def new_id() -> str:
 class Source:
     """The text of an answer that has arrived and is not parsed yet.
 
-    A mark is a text such as ``<tool_call>`` that stands before or after a call. To take text is to remove it from here.
-    The methods are generators: they yield None to wait for more text, and parts of the answer; ``make`` makes a part
-    from a text. What "return" says is the value of ``yield from``.
+    A mark is a text such as ``<tool_call>`` that stands before or after a call. To take text is to remove it from
+    ``text``. The methods are generators, which a parser runs by ``yield from``. They yield parts of the answer, and
+    None to wait until more text has been added to ``text``. What "return" says is the value of ``yield from``.
+
+    text: the text that has arrived and was not taken yet.
+    last: whether ``text`` is complete, so that no more is added.
+    space: the white space before the last mark that ``pass_on`` found, which it dropped.
     """
 
     def __init__(self) -> None:
         self.text = ""
-        self.last = False  # whether no more comes
-        self.space = ""  # white space before the last mark
+        self.last = False
+        self.space = ""
 
     def skip(self, characters: str | None = None) -> Parts[None]:
-        """Drop leading ``characters`` (None: white space), and wait until some other text has arrived."""
+        """Take and drop text up to the first character that is none of ``characters``, and wait until that has arrived.
+
+        characters: the characters to drop; None: white space.
+        """
         while not (rest := self.text.lstrip(characters)) and not self.last:
             yield None
         self.text = rest
 
     def starts(self, *marks: str) -> Parts[str]:
-        """Take and return the first of ``marks`` with which the text begins; "" if there is none."""
+        """Take and return the first of ``marks`` with which the text begins; return "" if it begins with none of them.
+
+        Waits while the text that has arrived is only a part of a mark.
+        """
         while True:
             if mark := next((mark for mark in marks if self.text.startswith(mark)), ""):
                 self.text = self.text.removeprefix(mark)
@@ -100,7 +110,7 @@ class Source:
             yield None
 
     def upto(self, mark: str) -> Parts[str]:
-        """Take and return the text before ``mark``, and drop the mark; all text if the mark never comes."""
+        """Take the text up to ``mark``, and return it without the mark; all text if the mark never comes."""
         while mark not in self.text and not self.last:
             yield None
         before, _, self.text = self.text.partition(mark)
@@ -116,9 +126,13 @@ class Source:
         yield make('"')
 
     def pass_on(self, make: Make, *marks: str, strip: bool = True) -> Parts[str]:
-        """Yield parts that ``make`` makes of the text before the first of ``marks``; take and return the mark.
+        """Take the text up to the first of ``marks`` and yield it as parts, as it arrives; take and return the mark.
 
-        Return "" if no mark comes before the end. strip: whether to drop white space before the mark.
+        If none of the marks comes, yield all text up to the answer's end, and return "".
+
+        make: makes a part of the answer from a piece of text.
+        marks: the texts at which to stop.
+        strip: whether to drop white space at the end of the text before the mark, and keep it in ``space``.
         """
         while True:
             at, mark = min(((n, mark) for mark in marks if (n := self.text.find(mark)) >= 0), default=(0, ""))
@@ -357,7 +371,10 @@ class _JsonCall:
             self.take(f'{{"name": "{named}", "arguments": ')
 
     def take(self, text: str) -> int:
-        """Parse more text; return the number of its characters that belong to the call."""
+        """Parse ``text``, the next text of the answer; return the number of its characters that belong to the call.
+
+        It is less than the length of ``text`` if the call ends in it; ``complete`` is then True.
+        """
         before = len(self.raw)
         self.raw += text
         for sign in _SIGN.finditer(self.raw, self.read):
@@ -418,9 +435,14 @@ def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
 
 
 def begun_object(text: str) -> dict[str, Any]:
-    """Parse the JSON object ``text``, which may have been cut; return the members that are complete.
+    """Parse the beginning of a JSON object, and return its members so far.
 
-    Strings at the end may be cut. Returns {} if the text is no JSON object.
+    The last member may be cut: a string or a number then has the characters that are there, a list or an object the
+    values that are there. Other cut values, such as "tru", and cut names are left out.
+
+    text: JSON text of an object, whole or cut anywhere; "" counts as {}.
+
+    Returns {} if the text is not the beginning of a JSON object.
     """
     try:
         found = from_json(text or "{}", allow_partial="trailing-strings")

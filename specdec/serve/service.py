@@ -108,7 +108,15 @@ class Service:
         raise invalid("max_tokens", message)
 
     def _check_logprobs(self, asked: GenerationRequest, choices: int, tokens: int) -> None:
-        """Raise ApiError if the log-probabilities of ``tokens`` tokens, of all ``choices`` together, are too many."""
+        """Raise ApiError if the answer would have more than ``MAX_LOGPROBS`` log-probabilities in several choices.
+
+        A token has 1 + ``asked.num_logprobs`` of them: its own, and those of the likeliest tokens at its position. One
+        choice alone may have any number.
+
+        asked: the client's request; its ``num_logprobs`` is None if it asks for no log-probabilities.
+        choices: number of choices of the answer (``n`` times the number of prompts).
+        tokens: maximum number of tokens with log-probabilities, in all choices together.
+        """
         if asked.num_logprobs is not None and choices > 1 and tokens * (1 + asked.num_logprobs) > MAX_LOGPROBS:
             message = f"up to {tokens} tokens in {choices} choices have more than {MAX_LOGPROBS} log-probabilities"
             raise invalid("logprobs", f"{message}; set max_tokens, or ask for fewer")

@@ -35,8 +35,11 @@ THRESHOLD = 0.5  # probability of the best token at which a token leaves in eval
 class ExitSettings(TrainSettings):
     """Settings of ``specdec train deed``, in addition to ``TrainSettings``.
 
-    exits: layers after which a token may leave. width: hidden size of an exit's module.
-    layers_of: depth of the model that ``exits`` refers to, for scaling; None: that of this model.
+    exits: for each exit, the number of layers that a token has run when it may leave the model there, rising, each in
+        1 .. N - 1 for a model of N layers. At least one is needed.
+    layers_of: number of layers of the model that ``exits`` was written for; ``exits`` is scaled by N / ``layers_of``
+        and rounded. None: ``exits`` is used as it is.
+    width: size of the hidden layer in the small network (module) that each exit has.
     """
 
     exits: tuple[int, ...] = ()
@@ -139,8 +142,8 @@ class DeedMethod(TrainingMethod[ExitHeads]):
 class DepthSettings(TrainSettings):
     """Settings of ``specdec train mixture-of-depths``, in addition to ``TrainSettings``.
 
-    first: the first routed layer; the layers before it always run.
-    capacity: wanted share of the routed layers that a token runs.
+    first: index of the first layer that has a router; the layers before it always run.
+    capacity: wanted share of the layers with routers that a token runs, between 0 and 1.
     pressure: weight in the loss of the squared difference between the actual share and the capacity.
     """
 

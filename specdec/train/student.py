@@ -22,10 +22,10 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """Return the deep states that the first drafted token after each position reads, as a ``Carry``.
+    """Return the states of the token before each position, which the projections read when a first token is drafted.
 
-    They are the base model's at the position before: the final state h[N], and the input h[lo] of each segment, [B, T,
-    D] each. network: has the path with the segments.
+    They are the base model's own: the final state h[N], and the input h[lo] of each segment [lo, hi) of the draft path,
+    [B, T, D] each. network: has the draft path.
     """
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
@@ -34,12 +34,18 @@ def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
 def shared_stages(
     network: M2R2, target: Target, batch: TrainingBatch, watched: bool = False
 ) -> list[tuple[Tensor, list[Tensor]]]:
-    """Run the early layers, which the draft path shares with the base model.
+    """Run the early layers [0, E) of the draft path, which drafts share with the base model, at every position.
 
-    Returns, for each stage (range of layers) of ``network.path.shared``, the accelerated residual after it [B, T, D]
-    and the residuals that a router reads there. The accelerated residual is the base model's own state, unless early
-    layers have adapters. watched: whether to compute the router's residuals; if not, their list may be empty.
+    The accelerated residual (the hidden state that drafts compute) is the base model's own state there, which the batch
+    already has, unless early layers have adapters.
+
+    network: the drafter, whose ``path.shared`` has the ranges of layers, one for each exit up to layer E (stages).
     target: the base model, which runs the layers.
+    batch: B windows of T positions.
+    watched: whether to collect the residuals that routers read, too; if not, their lists may be empty.
+
+    Returns a pair for each stage: the accelerated residual after it, [B, T, D]; and the residuals that a router at its
+    end reads, [B, T, D] each, those of earlier stages first.
     """
     path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
     if not path.adapts_early:
@@ -108,9 +114,15 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
 
 
 def step_mask(batch: TrainingBatch, step: int) -> Mask:
-    """Return the attention mask of draft step ``step`` (from 1) for the positions of ``batch``.
+    """Return the attention mask with which draft step ``step`` runs at all T positions of ``batch`` at once.
 
-    Position t sees the base model's keys up to position t - step, and its own keys of draft steps 1 .. step.
+    Draft step s = 1, 2, .. at position t drafts the token after t, where the base model has run the text up to t - s
+    and the drafter itself the s positions after that. So position t sees the base model's keys up to t - s, and for
+    each j in 1 .. s the key that draft step j has made at position t - s + j.
+
+    batch: B windows of T positions, with S keys of the base model for each row (``num_keys``).
+
+    Returns a mask of B rows, T queries and S + ``step`` T keys: those of the base model, then T of each draft step.
     """
     b, t = batch.ids.shape
     keys = torch.arange(batch.num_keys, device=batch.ids.device).expand(b, -1)  # (B, S)
@@ -233,10 +245,15 @@ class Teacher:
 
 
 def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
-    """Fit all projections of ``network`` in order, each with the outputs of the ones before as input.
+    """Set the weights of all projections (linear layers) of an M2R2 network by ridge regression, one after the other.
 
-    batches: a function; each call returns a new iterator over the batches.
-    network: its projections are overwritten. target: the base model.
+    A projection learns to predict the base model's state at the layer to which it leads, from the states that reach it
+    when a first token is drafted with the projections fitted before (``fit_projection``).
+
+    network: the drafter in training; its projections are overwritten.
+    target: the base model, which runs the layers.
+    batches: function that returns a new iterator over the training data at each call; it is called once for each
+        projection.
     """
     for index in range(len(network.projections)):
         fit_projection(network, target, batches(), index)
@@ -244,10 +261,15 @@ def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterabl
 
 @torch.no_grad()
 def fit_projection(network: M2R2, target: Target, batches: Iterable[TrainingBatch], index: int) -> None:
-    """Set projection ``index`` by ridge regression from its inputs in draft step 1 to the base model's states.
+    """Set the weights of one projection of an M2R2 network by ridge regression to the base model's states.
 
-    network: the drafter whose projection is overwritten. batches: what to fit on. index: from 0, in the order of the
-    path.
+    The regression goes from the projection's inputs, when a first token is drafted at each position, to the base
+    model's state there: its input of the layer where segment ``index`` begins or, at an exit, its final state.
+
+    network: the drafter; only projection ``index`` is overwritten, and those before it must be fitted.
+    target: the base model, which runs the layers. batches: the training data.
+    index: 0 .. number of segments - 1: the projection to the beginning of that segment of the draft path; after these,
+        the projection of each exit.
     """
     path, layer = network.path, network.projections[index]
     sums = Sums(layer.in_features, layer.out_features)

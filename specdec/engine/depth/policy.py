@@ -156,7 +156,14 @@ class AutoDepth:
 
     @classmethod
     def of(cls, drafter: Drafter, token: TokenCosts, earlier: Costs | None = None) -> AutoDepth:
-        """Return the policy for ``drafter``. token: constants of a token's cost. earlier: stored costs; None: none."""
+        """Return a new policy for a drafter.
+
+        drafter: a bound drafter; its ``traits`` say whether it gives probabilities, its sources, and the cost of a
+            level at each exit.
+        token: estimated costs of a token in a pass of the target (``Target.token_costs``), in multiples of the time
+            that reading all weights takes. They are used until real steps have been measured.
+        earlier: costs and acceptance counts that an earlier process has stored; None: there are none.
+        """
         traits = drafter.traits
         return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, token, earlier)
 

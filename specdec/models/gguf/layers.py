@@ -21,11 +21,17 @@ EXPERTS = "num_experts", "num_experts_per_tok", "moe_intermediate_size"
 
 
 def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a transformers config that follow from metadata of single layers.
+    """Return the fields of Gemma 4's transformers config that describe single layers, from the GGUF file's metadata.
 
-    name: the model's name in messages. file: the header of the GGUF file. values: config fields by name, and further
-    metadata; changed in place: arrays become the number that most layers have, and metadata that are no config field
-    leave.
+    These are ``layer_types``, ``use_double_wide_mlp``, ``per_layer_config``, ``attention_k_eq_v``, ``rope_parameters``
+    and, if the file has embeddings for each layer, ``vocab_size_per_layer_input``.
+
+    name: the model's name in messages.
+    file: the GGUF file, of which the tensors' names and shapes and the rotary divisors are read.
+    values: the config's other fields by name, and the file's raw metadata of layers (``RAW``, ``EXPERTS``). It is
+        changed in place: the raw metadata are removed, and fields that are lists with a value for each layer become one
+        number: ``intermediate_size`` that of the first layer, ``num_key_value_heads`` that of sliding-window layers.
+
     Raises SpecDecError for impossible metadata, and for mixtures of experts, which are not supported.
     """
     raw = {key: values.pop(key, None) for key in (*RAW, *EXPERTS)}
@@ -72,8 +78,9 @@ def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
 def unused(config: Any) -> set[str]:
     """Return names of tensors that a GGUF file may have and that no layer reads.
 
-    They are the key and value projections of layers that read the keys and values of other layers. config: of a Gemma
-    4.
+    They are the key and value projections of layers that read the keys and values of other layers.
+
+    config: the transformers config of a Gemma 4 model.
     """
     count, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", None) or 0
     parts = "attn_k", "attn_v", "attn_k_norm"
@@ -92,8 +99,10 @@ def _each(value: Any, count: Any) -> list[int]:
 def _rotating(name: str, file: GGUFFile) -> float:
     """Return the fraction of an attention head that rotates in layers with full attention.
 
-    name: the model's name in messages. file: the header of the GGUF file. A tensor in it divides rotary frequencies: by
-    1, or by a huge number, which stops rotation. Raises SpecDecError if it has other divisors.
+    A tensor of the file has a divisor for each rotary frequency: 1, or a huge number, which stops rotation. The result
+    is the share of ones. Raises SpecDecError if it has other divisors, or the file has no such tensor.
+
+    name: the model's name in messages. file: the GGUF file.
     """
     info = file.tensors.get(ROPE_FACTORS)
     divisors = torch.empty(0) if info is None or info.kind != "F32" else file.data(info).view(torch.float32)

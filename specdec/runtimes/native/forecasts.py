@@ -24,9 +24,10 @@ FIRST, LAST = 256, 8192  # rows at the first fit, and at the last one; the numbe
 
 
 class Forecast:
-    """Predicts from the residual at one layer's router which experts ``targets``, later layers, will use.
+    """Predicts from the residual stream at one layer's router which experts a few later layers will use.
 
-    Residuals are divided by their RMS. n is the number of later layers, E the number of experts of each.
+    One linear layer (``weight``, ``bias``) maps the residual of a token, divided by its RMS, to estimates of the later
+    layers' router logits. n is the number of later layers, E the number of experts of each, D the hidden size.
 
     targets: numbers of the later layers, [n].
     routers: weights of their routers with the norm's factors multiplied in, given as [n, E, D], stored as [n E, D].
@@ -52,19 +53,21 @@ class Forecast:
         self.next_fit = FIRST
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return estimated router logits of the n later layers, [T, n, E].
+        """Return estimates of the router logits of the n later layers, in the order of ``targets``, float32 [T, n, E].
 
-        x: residuals divided by their RMS, [T, D].
+        E is the number of experts of a layer.
+
+        x: the residuals of T tokens at this layer's router, each divided by its RMS, float32 [T, D].
         """
         return torch.addmm(self.bias, x, self.weight.T).view(len(x), len(self.targets), self.experts)
 
     def likely(self, x: Tensor) -> list[tuple[int, list[int]]]:
         """Return for each later layer a pair (layer number, numbers of the experts that it will probably use).
 
-        An expert is listed if the probability that some of the T tokens uses it is at least ``LIKELY``, the likeliest
-        first.
+        An expert is listed if the probability that any of the T tokens uses it is at least ``LIKELY``; the likeliest
+        comes first.
 
-        x: residuals divided by their RMS, [T, D].
+        x: the residuals of T tokens at this layer's router, each divided by its RMS, [T, D].
         """
         logits = self.logits(x)
         ranked = logits.topk(min(self.top_k + 1, self.experts)).values
@@ -80,7 +83,7 @@ class Forecast:
     def learn(self, x: Tensor, logits: Tensor) -> None:
         """Store training rows for the next fit; no effect after the last fit.
 
-        x: residuals divided by their RMS, [T, D].
+        x: the residuals of T tokens at this layer's router, each divided by its RMS, [T, D].
         logits: the later layers' true router logits for these tokens, [T, n E].
         """
         if self.sums is not None:

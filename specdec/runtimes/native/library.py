@@ -137,7 +137,11 @@ class Stage(ctypes.Structure):
 
 
 class Sampled(ctypes.Structure):
-    """How a sequence's tokens are sampled (``Sampled`` in native.h)."""
+    """The sampling parameters of one sequence, as the kernels read them (``Sampled`` in native.h).
+
+    seed, stream: the key of the sequence's noise. place: position of the first token to draft.
+    sharpness: 1 / temperature; 0: decoding is greedy. top_p, min_p, top_k: as in ``draft_path.Sampled``.
+    """
 
     _fields_ = (
         *_fields(ctypes.c_uint64, "seed stream"),

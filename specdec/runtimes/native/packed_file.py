@@ -195,7 +195,11 @@ class PackedFile:
         self.close()
 
     def _read(self) -> str | None:
-        """Read the file and return None, or the reason why it cannot be used, which is "" if it does not exist."""
+        """Read and check the whole file at ``path``: its entries, notes and content go to the fields of this object.
+
+        Returns None if the file can be used; else the reason why not, as text for a note, or "" if there is no file.
+        The fields are then empty. Raises nothing for missing, unreadable, damaged or outdated files.
+        """
         try:
             with packed.open_file(self.path) as file:
                 self._read_from(file)

@@ -322,13 +322,16 @@ class _OtherSource:
         return sure
 
     def take(self, joint: Tensor, raw: Tensor) -> Tensor:
-        """Record the scores of the other source's nodes in this level, and return ``joint`` with -inf at these nodes.
+        """Remove from the heads' candidates of a draft level those that are nodes of the other source, too.
 
-        Call it after ``meet``, for the same candidates. The nodes removed from ``joint`` count as the other source's.
+        The present scores of the other source's nodes in this level go to ``here`` and ``scores``, and the heads' raw
+        probabilities of nodes that both propose to ``heads``. Call it after ``meet``, for the same candidates.
 
-        joint: scores (log-probabilities of paths) of the heads' candidates, [B, W, k].
-        raw: raw probabilities of the candidates by the heads, [B, W, k], which are stored for the nodes of both
-            sources.
+        joint: scores of the heads' candidates, the logarithms of the probabilities that the paths to them are accepted,
+            [B, W, k]. W is the number of tokens of the level before, k the number of candidates after each.
+        raw: probability of each candidate by the heads' softmax, not calibrated, [B, W, k].
+
+        Returns ``joint`` with -inf where the candidate is a node of the other source, [B, W, k].
         """
         both = joint[..., None].masked_fill(~self.same, -math.inf).amax((1, 2))
         self.here, now = torch.maximum(both, self.own.amax(1)), self.valid.any(1)

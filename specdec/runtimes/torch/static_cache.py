@@ -59,7 +59,7 @@ class StaticCache:
     lock: the model's lock, which callers hold.
     forget: called with this cache when ``whole`` is replaced or released, which makes captured functions invalid.
     recurrent: indices of the R recurrent layers.
-    kinds: shape (without layer and lane) and dtype of a recurrent layer's states, by a key (kind, number).
+    kinds: shape (without layer and lane) and dtype of a recurrent layer's states, by a key (kind, index).
     width: D, the size of the inputs of recurrent layers.
     num_layers: number of all layers of the model; 0: up to the last one in ``layers`` and ``recurrent``.
     whole: keys and values, [2, N, L, H, slots, d]; None: nothing is allocated.
