@@ -41,9 +41,13 @@ CORPUS_WEIGHT, STORE_WEIGHT, OWN_WEIGHT = 0.15, 0.25, 1.0
 
 
 def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
-    """Read the package's corpus; return its texts, in which n-grams are looked up, and its token counts as a prior.
+    """Tokenise the corpus that the package ships, and count its tokens; this takes seconds.
 
-    vocab_size: V. stop: raises Stopped when the work is to end.
+    tokenizer: the model's tokenizer. vocab_size: V, the number of token ids of the model.
+    stop: ``stop.check()``, which is called between steps, raises Stopped if another thread wants the work to end.
+
+    Returns (texts, prior): the corpus as texts in which n-grams are looked up; and how often each token follows which,
+    for places where no n-gram is found.
     """
     ids = shipped(tokenizer, vocab_size, stop)
     texts = Texts(len(ids))
@@ -162,10 +166,10 @@ class NgramDrafter(Drafter):
         return [self._grown(state, row, min(limit, most), own) for row, (most, own) in rows]
 
     def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:
-        """Return the candidates of the row with batch index ``row``, at most ``limit`` deep; 0: an empty tree.
+        """Return the candidates after the text of one row. Adds the row's new tokens to its texts first.
 
-        Adds the row's new tokens to its texts first. learned: the tree of another drafter, which is merged in; None:
-        none.
+        state: the batch. row: index of the row in the batch. limit: maximum depth of a candidate; 0: an empty tree.
+        learned: the tree of another drafter, which is merged in; None: there is none.
         """
         if not limit:
             return Candidates.none(1 if learned is None else 3)

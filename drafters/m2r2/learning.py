@@ -57,7 +57,12 @@ class Latest(deque[Text]):
     """A queue of the latest texts that were learned from, with states and training data while these are needed."""
 
     def bound(self) -> None:
-        """Remove the oldest texts, training data and states beyond the limits of this module."""
+        """Remove the oldest data beyond what is used.
+
+        Kept are the latest texts of at most ``AGAIN`` tokens, the model's states of the latest ones in at most
+        ``STATES`` bytes, and the training data of about ``HOLDOUT_TOKENS`` tokens of the hold-out set and
+        ``RECENT_TOKENS`` others.
+        """
         tokens = size = 0
         rows = {True: 0, False: 0}
         for number, text in enumerate(reversed(self)):

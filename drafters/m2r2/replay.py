@@ -115,13 +115,17 @@ class Replay:
         self.target, [(self.lo, self.hi)], self.pace = target, path.segments, PIECE / PART[0]
 
     def rows(self, text: Text, network: M2R2 | None = None) -> Iterator[Rows | None]:
-        """Run a text; yield about every ``PIECE`` seconds, either the training data of its next part or None.
+        """Run a text through the model, and yield the training data of its tokens, part by part.
 
-        Data comes for each token from ``text.start`` - 1 on but the last, as drafting after that token would see it.
-        Stores the states in ``text.states``; if they are there already, only the draft path runs. Raises SpecDecError
-        if a state is not finite.
-        network: has the projection and the adapters with which the draft path is run for ``Rows.end``; None: the path
+        It yields about every ``PIECE`` seconds, so that other work may run: a part's data, or None while a part still
+        runs. A token's data are the states from which a drafter would draft the token after it, and the states that it
+        should estimate. They come for the last token of the prompt, and each token of the output but the last.
+
+        text: the tokens. Its ``states`` are set, so that a second run is shorter: then only the draft path runs.
+        network: the network whose first projection and adapters run the draft path, for ``Rows.end``; None: the path
             does not run, and ``Rows.end`` is None.
+
+        Raises SpecDecError if a state is not finite.
         """
         target, lo, hi, last = self.target, self.lo, self.hi, self.target.num_layers
         ids, cache = text.ids[:-1], target.new_cache()

@@ -103,7 +103,13 @@ def _encode_chat(
 ) -> list[int]:
     """Return token ids of chat messages, rendered by the tokenizer's template.
 
-    context, tools, template, continue_last: as in ``encode``.
+    tokenizer: a transformers tokenizer with a chat template.
+    messages: the chat, ``[{"role", "content"}, ...]``.
+    context: the model's context, in tokens; longer text is refused before tokenisation. None: there is no limit.
+    tools: tools for the template, in OpenAI's format; None: there are none.
+    template: other arguments of the template, by name.
+    continue_last: whether the answer continues the last message instead of beginning a new one.
+    Raises SpecDecError if the template fails, PromptTooLongError for a chat that is too long.
     """
     contents = [message.get("content") for message in messages]  # templates may ignore other keys
     _check_length(tokenizer, sum(len(text) for text in contents if isinstance(text, str)), context)
@@ -146,7 +152,11 @@ class _SpelledTokens:
         return [self.hidden(value) for value in messages] if isinstance(messages, list | tuple) else messages
 
     def _stand_in(self, found: re.Match[str]) -> str:
-        """Return the private character for a special token that the regular expression has ``found``."""
+        """Return the character that replaces a special token in the messages, always the same for one token.
+
+        found: the match of ``spelled``, whose text is the special token. Raises SpecDecError if no private character
+        (a Unicode code point without a meaning) is left for a new token.
+        """
         if found[0] not in self.stand_ins:
             if (character := next(self.free, None)) is None:
                 raise SpecDecError(

@@ -59,7 +59,11 @@ class Sums:
         return in_chunks(_added(self.panels, (x, y, weight)))
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:
-        """Compute new sums that count each row ``factor`` times: a generator that yields after each chunk of work."""
+        """Return a copy of the sums in which each row counts ``factor`` times, as if all weights were multiplied by it.
+
+        It is a generator that yields after each chunk of work; its return value is the copy. This object stays as it
+        is. factor: 0: the copy is empty.
+        """
         scaled = Sums(self.size - 1, self.outputs)
         pairs = zip(scaled.panels, self.panels, strict=True)
         yield from in_chunks(ALLOCATED * own.add_(panel, alpha=factor).numel() for own, panel in pairs)

@@ -27,24 +27,31 @@ Turns = Callable[[dict[str, Any]], Any]  # reads the text of the first turn from
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation of a prompt set: the user's turns, each asked after the answer to the turn before.
+    """A conversation of a prompt set: the user's turns (messages), each sent after the answer to the turn before.
 
-    A turn is a message of the user.
+    id: name of the conversation in its file. category: its kind, such as "writing"; "" if the file gives none.
+    turns: the texts of the user.
     """
 
     id: str
-    category: str  # "" if the file gives none
-    turns: tuple[str, ...]  # texts of the user
+    category: str
+    turns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The conversations of one file of prompts, or of one named set, as ``specdec bench --prompts`` takes them."""
+    """The prompts of a benchmark: the conversations of one file, or of one named set (``specdec bench --prompts``).
 
-    name: str  # of the file or set
+    name: name of the set, or path of the file.
+    conversations: the conversations, in the file's order.
+    sha256: checksum of the file, in hexadecimal.
+    licence: licence and web page of a public set; "" for files and the sets in the package.
+    """
+
+    name: str
     conversations: tuple[Conversation, ...]
-    sha256: str  # of the file
-    licence: str = ""  # licence and web page of a public set; "" for files and the sets in the package
+    sha256: str
+    licence: str = ""
 
 
 @dataclass(frozen=True)

@@ -87,16 +87,18 @@ class Memory:
 
         A negative result means that there is not enough memory; infinity, that there is no limit.
 
-        tokens: number of further tokens of each row that runs. new: for each row that begins, the number of its slots.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
+            its KV cache.
         """
         return math.inf if self.limit is None else self.limit - self._running_bytes() - self._growth(tokens, new)
 
     def make_room(self, tokens: int, new: Sequence[int] = ()) -> bool:
-        """Drop cached prefixes, the oldest first, until the rest fits ``room(tokens, new)``.
+        """Drop cached prefixes, the least recently used first, until running rows have memory to grow and to begin.
 
-        Return whether rows have enough memory.
+        Return whether they have enough memory within the limit. False: even without prefixes there is too little.
 
-        tokens: number of further tokens of each row that runs. new: for each row that begins, the number of its slots.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
+            its KV cache.
         """
         room = self.room(tokens, new)
         if (prefixes := self.prefixes) is not None:
@@ -105,9 +107,12 @@ class Memory:
         return room >= 0
 
     def expected_slots(self, row: Request, max_rows: int) -> int:
-        """Return the number of slots to allocate for a new row: for its text, new tokens and a draft.
+        """Return the number of slots to allocate in the KV cache of a new row: for its text, new tokens and a draft.
 
-        At a limit, it is at most the share of one of ``max_rows`` rows; and never more than the model's context.
+        With a limit of memory, it is at most the share of one of ``max_rows`` rows, if that is enough for the text and
+        a few steps. It is never more than the model's context.
+
+        row: the request that begins. max_rows: maximum number of rows that run together.
         """
         new = min(row.remaining, NEW_SLOTS) if self.prefixes is not None else row.remaining
         if self.limit is not None:
@@ -122,9 +127,10 @@ class Memory:
         return rows + self.batch.target.spare_bytes
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
-        """Return the bytes by which buffers and states would grow.
+        """Return the bytes by which buffers and states of all rows would grow.
 
-        tokens: number of further tokens of each row that runs. new: for each row that begins, the number of its slots.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
+            its KV cache.
         """
         batch, prefilling, now = self.batch.cache, self.prefilling, 0.0
         then = [batch.new_capacity(slots) for slots in new]
@@ -139,7 +145,10 @@ class Memory:
 
 @torch.inference_mode()
 def cache_sizes(target: Target) -> tuple[int, int]:
-    """Return the bytes of a token's keys and values, and of a row's recurrent states (0: none). Runs one token."""
+    """Return the bytes of one token's keys and values, and of one row's recurrent states (0: none), in all layers.
+
+    Runs one token through ``target`` to measure them.
+    """
     cache = target.new_cache()
     run_tokens(target, cache, [[0]])
     return cache.token_bytes, cache.state_bytes

@@ -81,7 +81,10 @@ class Scheduler:
         return self.preemptions > before
 
     def admit(self) -> None:
-        """Let waiting requests begin, in turn, while there is memory."""
+        """Move waiting requests, in the order of ``fairness``, to those whose prompts run (``prefilling``).
+
+        Stops at ``max_rows`` running requests, or at a request for which there is not enough memory.
+        """
         self._defer_background()
         self._share_rows()
         fresh = list[Request]()
@@ -176,7 +179,7 @@ class Scheduler:
         return self.fairness.next(tuple(self.waiting), (*self.rows, *fresh))  # other threads add to the queue
 
     def _expected_slots(self, row: Request) -> int:
-        """Return the number of cache slots to allocate for ``row`` (``Memory.expected_slots``)."""
+        """Return the number of tokens for which to allocate memory when ``row`` begins: its text, new ones, a draft."""
         return self.memory.expected_slots(row, self.max_rows)
 
     def _longest_prefix(

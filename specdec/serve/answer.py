@@ -212,9 +212,9 @@ class BlockAnswer(Answer):
             yield self._written(self.failure(error))
 
     def _read(self, text: str, last: bool) -> Events:
-        """Yield the events for ``text``, which follows what the answer has so far.
+        """Parse new text of the answer, add it to ``blocks``, and yield the events that report it to the client.
 
-        last: whether the text is complete.
+        text: the text that follows what was read before. last: whether no more text follows.
         """
         for part in self.parsers[0].push(text, last):
             if not self.blocks or not self.blocks[-1].takes(part):
@@ -239,7 +239,7 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def begin(self) -> Events:
-        """Return the events before the first block."""
+        """Return the protocol's events that come before the first block, such as "message_start"."""
 
     @abstractmethod
     def begin_block(self, block: Part) -> Events:
@@ -247,7 +247,10 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def delta(self, block: Part, text: str) -> Events:
-        """Return the events for new ``text`` at the end of ``block``."""
+        """Return the events that tell the client of new text.
+
+        block: the last block, which has all of its text so far. text: the new piece at its end.
+        """
 
     @abstractmethod
     def end_block(self, block: Part, last: bool = False) -> Events:
@@ -255,7 +258,10 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def end(self) -> Events:
-        """Return the events after the last block."""
+        """Return the protocol's events that come after the last block and end the stream, such as "message_stop".
+
+        They report the finish reason and the numbers of tokens.
+        """
 
     @abstractmethod
     def failure(self, error: ApiError) -> dict[str, Any]:

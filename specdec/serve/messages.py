@@ -74,7 +74,12 @@ Texts = str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=T
 
 
 class Turn(Strict):
-    """A message of the conversation, whose content is text or a list of blocks."""
+    """A message of the conversation, in Anthropic's form.
+
+    role: who wrote it.
+    content: text, or a list of blocks (texts, reasoning, calls of tools, results of calls). Raises ValueError for
+        blocks that the role cannot have.
+    """
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[AnyBlock], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -96,7 +101,11 @@ class Turn(Strict):
         return self
 
     def messages(self) -> list[dict[str, Any]]:
-        """Return this message as messages for a chat template: tool results come first, then the text."""
+        """Return this message as messages in OpenAI's form, which chat templates take.
+
+        A user's message gives one message of the role "tool" for each result of a call, then one with the text; an
+        assistant's message gives one with its text, reasoning and calls.
+        """
         text = joined(self.of(TextBlock), "\n")
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
@@ -195,7 +204,10 @@ class CountBody(Options):
 
 
 class MessagesBody(CountBody):
-    """The body of ``/v1/messages``. max_tokens: maximum number of new tokens. stop_sequences: texts that end it."""
+    """The body of a request to ``/v1/messages``.
+
+    max_tokens: maximum number of new tokens. stop_sequences: texts that end the answer, and are not in it.
+    """
 
     unused = UNUSED | PROMPT
 

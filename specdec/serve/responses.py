@@ -97,7 +97,10 @@ def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 class FunctionTool(Function, OfFunction):  # type: ignore[misc]  # the plugin's model_construct
-    """A function tool, which has the members of the function itself ("flat"), not in a member ``function``."""
+    """A function that the model may call.
+
+    Unlike in chats, its name, description and parameters stand beside ``type``, not in a member ``function``.
+    """
 
 
 class NamedFunction(OfFunction):
@@ -105,7 +108,13 @@ class NamedFunction(OfFunction):
 
 
 class Format(JsonSchema):
-    """The format of the text, which has the members of the JSON schema itself ("flat")."""
+    """The member ``text.format`` of a request, which says what form the answer's text must have.
+
+    Unlike in chats, the members of the schema stand beside ``type``, not in a member ``json_schema``.
+
+    type: "text": any text; "json_object": any JSON object; "json_schema": JSON that follows the schema.
+    name: the client's name for the schema, which is not used.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(max_length=64)] = "answer"

@@ -81,10 +81,11 @@ class History:
         return [*self.by_source, *self.by_position, self.gains]
 
     def add(self, outcome: Outcome, exit: int, rows: int, gain: float) -> None:
-        """Add the outcome of one row's draft.
+        """Count the outcome of one row's draft in one step.
 
-        exit: index of the exit to which it was drafted. rows: number of rows of the step. gain: accepted tokens minus
-            its cost in tokens.
+        outcome: which candidates and levels of the draft were right.
+        exit: index of the exit to which it was drafted. rows: number of rows of the step.
+        gain: number of accepted tokens minus the draft's cost in tokens.
         """
         for source, knot, weight, hit in outcome.candidates:
             self.by_source[source].add(knot, hit, weight)
@@ -94,12 +95,16 @@ class History:
 
 
 class Outcome(NamedTuple):
-    """The outcome of one row's draft in one step.
+    """The outcome of one row's draft in one step, for the counters of ``History``.
 
-    candidates: for each candidate whose predecessors were accepted: the index of its source, a knot near the
-        probability that the source gave it, the weight of this knot, and whether the candidate was right.
-    levels: for each level after accepted tokens, its number and whether its token was accepted. Level 0 is the first at
-        which no other source had the right token.
+    A knot is the index of an entry of ``KNOTS``, the log-odds at which acceptance is counted. A probability between two
+    knots counts for both, with weights in [0, 1] that sum up to 1.
+
+    candidates: a tuple (index of the source, knot, weight of the knot, 1.0 or 0.0) for each candidate after accepted
+        tokens, for each source that gave it a probability, and each knot near that. The last entry is 1.0 if the
+        candidate was the right token, the one that followed in the text.
+    levels: (number of the level, 1.0 or 0.0) for each draft level after accepted tokens: 1.0 if its token was accepted.
+        Level 0 is the first one at which no other source had the right token.
     """
 
     candidates: list[tuple[int, int, float, float]]
@@ -109,11 +114,12 @@ class Outcome(NamedTuple):
     def of(
         cls, accepted: int, levels: int, first: int = 0, found: Candidates = NOTHING, tokens: Sequence[int] = ()
     ) -> Outcome:
-        """Return the outcome of a draft of ``levels`` levels, of which the first ``accepted`` tokens were accepted.
+        """Return the outcome of one row's draft.
 
-        first: number of right tokens that other sources had.
-        found, tokens: the candidates that the draft was chosen from, and the tokens that then followed the root. By
-            default there are no candidates.
+        accepted: number of accepted tokens of the draft. levels: number of its levels.
+        first: number of first levels at which another source already had the right token; they are not counted.
+        found: the candidates that the draft was chosen from, a tree after the root (the text's last token).
+        tokens: ids of the tokens that then followed the root in the text.
         """
         outcome = cls(
             [], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))]
@@ -134,7 +140,12 @@ class Outcome(NamedTuple):
 
 
 def _near(raw: float) -> list[tuple[int, float]]:
-    """Return the two knots (or one) around the probability ``raw``, and the weight of each for interpolation."""
+    """Return [(knot, weight), ..] for linear interpolation between the one or two knots next to a probability.
+
+    A knot is an index of ``KNOTS``, which lists log-odds; the weights sum up to 1.
+
+    raw: the probability, in [0, 1]. Its log-odds may lie beyond the first or last knot, which then has weight 1.
+    """
     at = math.log(max(raw, 1e-9) / max(1 - raw, 1e-9)) - KNOTS[0]
     if at <= 0 or at >= len(KNOTS) - 1:
         return [(0 if at <= 0 else len(KNOTS) - 1, 1.0)]
@@ -143,14 +154,17 @@ def _near(raw: float) -> list[tuple[int, float]]:
 
 
 def _size(rows: int) -> int:
-    """Return the index of the group of batch sizes, 0 to ``SIZES`` - 1, to which ``rows`` rows belong."""
+    """Return the index of the group of batch sizes to which ``rows`` rows belong, in 0 .. ``SIZES`` - 1.
+
+    The groups are 1 row, 2 or 3 rows, 4 to 7, and so on; the last one has no upper bound.
+    """
     return min(rows.bit_length(), SIZES) - 1
 
 
 def expected_gain(row: History, common: History, rows: int) -> float:
-    """Return the expected gain, accepted tokens minus costs, of a draft of ``row`` in a step of ``rows`` rows.
+    """Return the expected gain of a row's draft, the number of accepted tokens minus its cost in tokens.
 
-    row, common: the histories of one row and of all rows. rows: number of rows.
+    row, common: the histories of this row and of all rows. rows: number of rows in the step.
     """
     size = _size(rows)
     return row.gains.mean(size, common.gains.mean(size, 1.0, PRIOR_COUNT), ROW_PRIOR_COUNT)

@@ -57,9 +57,13 @@ LEVEL, FIRST, DRAFT = "level", "first", "draft"  # the parts of drafting
 class Costs:
     """Estimated costs and acceptance counts, as stored for later processes.
 
-    passes: logarithms of the seconds of a pass over one token, and of the cost formula's errors at 2, 4, 8, .. tokens.
-    others: logarithms of the errors of drafting costs, by part, exit and number of rows, as in "level 0 1".
-    hits, trials: counts of accepted and of all drafted tokens in each bin, for each counter of ``History``.
+    An error is a factor: measured seconds divided by the formula's seconds.
+
+    passes: logarithms: of the seconds of a pass over one token, then of the errors of passes over 2, 4, 8, .. tokens.
+    others: logarithms of the errors of drafting, by a text of three words: the part of drafting ("draft", "first" or
+        "level"), the index of the exit, and the number of rows, such as "level 0 1".
+    hits, trials: numbers of accepted and of all drafted tokens in each bin of each counter, in the order of
+        ``History.all_counts``; they are not whole, since old counts fade.
     """
 
     passes: list[float] = Field(default_factory=list)
