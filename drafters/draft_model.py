@@ -109,9 +109,13 @@ class DraftModelDrafter(ChainDrafter):
         return draft
 
     def _catch_up(self, ids: list[list[int]]) -> Tensor:
-        """Run the tokens of the texts ``ids`` that the draft model's cache lacks. Accepted drafts stay in the cache.
+        """Run the tokens of each row's text that the draft model's KV cache lacks, and commit them.
 
-        Return the final states of the last tokens, [B, 1, D].
+        Keys and values of the last draft's accepted tokens are in the cache already; those of the others are dropped.
+
+        ids: token ids of the text of each of B rows.
+
+        Returns the draft model's final states of the last token of each text, [B, 1, D].
         """
         cache = self.cache
         fed = [[] for _ in ids] if self.fed is None else [row[: self.fed[1]] for row in self.fed[0].lists()]

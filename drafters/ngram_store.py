@@ -86,7 +86,7 @@ class KeptTexts:
             self.pending, self.written = [], time.monotonic()
 
     def _warn(self, message: str) -> None:
-        """Warn, the first time."""
+        """Issue a SpecDecWarning with ``message``, unless this object has issued one before."""
         if not self.warned:
             warnings.warn(message, SpecDecWarning, stacklevel=2)
         self.warned = True

@@ -101,10 +101,13 @@ class Eagle3(PublicHead):
         }
 
     def layer(self, embedded: Tensor, features: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Run the decoder layer on T pairs of each row, and return the tokens' features, [B, T, D'].
+        """Run the head's decoder layer on T tokens of each of B rows; return its output, their features, [B, T, D'].
 
-        embedded, features: the tokens' embeddings, and the features of the tokens before, [B, T, D'] each.
-        positions: the tokens' positions, int64 [B, T]. attend: computes attention, as ``Attend`` says.
+        embedded: embeddings of the tokens, [B, T, D'].
+        features: features of the token before each token, [B, T, D'].
+        positions: positions of the tokens, int64 [B, T].
+        attend: function (queries [B, H, T, d], keys [B, H', T, d], values [B, H', T, d]) that adds keys and values to a
+            KV cache, and returns the result of attention [B, H, T, d].
         """
         config, layer = self.config, cast(Any, self.layers[0])
         normed = layer.hidden_norm(features)

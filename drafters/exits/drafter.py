@@ -69,20 +69,30 @@ class ExitDrafter(ChainDrafter):
         self.traits = Traits((self.name,), level_shares=self.level_shares, leaves_early=True, cost_key=self.cost_key)
 
     def begin_draft(self, state: State) -> Any:
-        """Return an object that runs a draft's tokens, with the methods ``push`` and ``finish`` of ``PartialPass``."""
+        """Return a new object that runs the tokens of a draft through the model's layers, a ``PartialPass`` by default.
+
+        A subclass may return another one with the methods ``push`` and ``finish`` of ``PartialPass``.
+        """
         return PartialPass(state.target, state.cache)
 
     @abstractmethod
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
-        """Run the last token to its exit, and return the fields of its ``Readout``.
+        """Run the last token of each row's draft to the exit where it leaves the model, and read draft logits there.
 
-        tokens: the pass that ``begin_draft`` has made, with the tokens so far.
+        Returns the fields of ``Readout``: draft logits of the next token [B, V'], the certainty of the best one [B, 1],
+        and the number of layers that the token has run, int64 [B, 1].
+
+        tokens: the pass that ``begin_draft`` has made, with the draft's tokens so far. state: the batch.
         """
 
     def read(self, tokens: PartialPass, layer: int, index: int = 0) -> tuple[Tensor, ...]:
-        """Run the last token to ``layer``, which is exit number ``index``, and return the fields of its ``Readout``.
+        """Run the last token of each row's draft through the layers below ``layer``, and read draft logits there.
 
-        tokens: the pass that ``begin_draft`` has made, with the tokens so far.
+        Returns draft logits of the next token [B, V'], the softmax probability of the best one [B, 1], and ``layer`` as
+        the number of layers that the token has run, int64 [B, 1].
+
+        tokens: the pass that ``begin_draft`` has made, with the draft's tokens so far.
+        layer: index of the layer before which the token leaves. index: number of this exit, from 0.
         """
         h = tokens.to(layer)[:, -1:]
         logits = self.vocabulary.logits(h if self.network is None else self.network(index, h))[:, 0]

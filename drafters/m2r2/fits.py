@@ -177,7 +177,11 @@ class Fits:
         self._restore()
 
     def opening(self) -> Generator[None]:
-        """Read the sums that earlier processes have written, or make empty sums; yield after each tensor."""
+        """Set ``sums``: those that earlier processes have written, or empty ones if there are none that can be used.
+
+        Becomes the process that writes the file, if it can; else a warning says that nothing is kept. It is a generator
+        that yields after each tensor, so that other work may run.
+        """
         warned = self.store.why_not  # by ``_cannot_use``
         if not self.store.claim() and not warned:
             why = self.store.why_not or "another process learns for this model"
@@ -214,9 +218,11 @@ class Fits:
     # -- from sums to networks ----------------------------------------------------------------------------------------
 
     def basing(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Choose the vocabulary, and return a network whose first projection is fitted, and whose second is zero.
+        """Choose the draft vocabulary, and make a network with a fitted first projection, and a second one of zeros.
 
-        more: weighted training data that are fitted in addition to the sums.
+        It is a generator that yields where other work may run; its return value is the network.
+
+        more: further training data that count in this fit alone, (inputs [n, 3 D], states [n, D], weight) each.
         """
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
@@ -225,9 +231,11 @@ class Fits:
         return (yield from self._making((yield from self.sums[0].solve(RIDGE, more))))
 
     def fitting(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
-        """Return ``basis`` with its second projection fitted by ridge regression to the sums and to ``more``.
+        """Make a network with the first projection of ``basis``, and a second one fitted by ridge regression.
 
-        more: further training data with weights. Yields where other work may run in between.
+        It is a generator that yields where other work may run; its return value is the network.
+
+        more: further training data that count in this fit alone, (inputs [n, 2 D], final states [n, D], weight) each.
         """
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
@@ -251,7 +259,7 @@ class Fits:
         return self.counts.topk(VOCABULARY).indices.sort().values.int()
 
     def _making(self, first: Tensor | M2R2, second: Tensor | None = None) -> Generator[None, None, M2R2]:
-        """Return a network with two projections; yield between them.
+        """Make a network with two projections. It is a generator that yields between them, and returns the network.
 
         first: weight and bias of the first projection, with F inputs, in one matrix [D, F + 1], or a network whose
             first projection is reused.

@@ -20,14 +20,21 @@ T = TypeVar("T")
 
 
 class SharedEngine:
-    """An engine that starts with its first user and is closed after the last one."""
+    """An engine that several requests share: the first one starts it, and the end of the last one closes it.
+
+    engine: the engine; None: no request uses it. users: number of requests that use it.
+    lock: held while the two change; requests enter and leave in threads.
+    """
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.users, self.lock = 0, threading.Lock()
 
     def enter(self, start: Callable[[], Engine]) -> Engine:
-        """Return the engine, and count one more user; ``start`` makes the engine if there is none."""
+        """Count one more request that uses the engine, and return the engine.
+
+        start: makes a new engine; called if there is none.
+        """
         with self.lock:
             self.engine = self.engine or start()
             self.users += 1

@@ -165,7 +165,9 @@ class SpecDecoder:
         """Load the model ``name``, an embedded one, a Hugging Face id, a folder or a GGUF file, and a drafter for it.
 
         drafter: as in the constructor.
-        dtype, revision, trust_remote_code: as in ``loading.load``.
+        dtype: float32, bfloat16, float16 or "auto": the checkpoint's, and bfloat16 for a GGUF file.
+        revision: branch, tag or commit of a Hugging Face id; None: the latest.
+        trust_remote_code: whether to run Python code of the model's repository.
         adapter: a LoRA adapter that is merged into the weights: a folder of PEFT, a GGUF adapter for a GGUF model, or a
         Hugging Face id. The model with it is then the base.
         device: "auto" is the first CUDA device that can compute, else the CPU. For options that need the CPU (the
@@ -240,11 +242,13 @@ class SpecDecoder:
     ) -> Request:
         """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
 
-        stream: number of this answer among several to one prompt with one seed.
+        prompt: text, token ids, a tensor of one sequence, or chat messages.
+        stream: number of this answer, from 0, among several to one prompt with one seed, which draw different texts.
         num_speculative_tokens: maximum draft depth; 0: no drafts; None: as deep as pays.
         scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
-        sampler: chooses the tokens instead of the sampling options, the processors and the config.
+        sampler: chooses the tokens instead of the sampling options, the processors and the config; None: these do.
         shown: special tokens that stay in the text.
+        given: the options of ``RequestOptions``, such as ``max_new_tokens`` or ``temperature``.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         how = given.get("apply_chat_template"), given.get("system")
@@ -381,6 +385,7 @@ class SpecDecoder:
         """Generate from one prompt: text, token ids, a tensor, or chat messages.
 
         n: number of answers. None: the result is one output; else it is a list of n outputs.
+        given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
         """
         found = self.generate_batch([prompt], n=n, **given)
         return found[0] if n is None else found
@@ -413,9 +418,11 @@ class SpecDecoder:
     def generate_batch(
         self, prompts: SkipValidation[Sequence[Prompt]], *, n: Count | None = None, **given: Unpack[GenerationOptions]
     ) -> list[GenerationOutput]:
-        """Generate from several prompts at once.
+        """Generate from several prompts at once; return the outputs in the order of the prompts.
 
-        n: number of answers to each prompt, which follow one another in the result.
+        prompts: each is text, token ids, a tensor of one sequence, or chat messages.
+        n: number of answers to each prompt, which follow one another in the result. None: one.
+        given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
 
         A SpecDecError during decoding has the outputs until then as ``outputs``.
         """
@@ -430,7 +437,12 @@ class SpecDecoder:
 
     @checked
     def stream(self, prompt: SkipValidation[Prompt], **given: Unpack[GenerationOptions]) -> Iterator[str]:
-        """Yield text as tokens are accepted. Closing the iterator ends the generation and frees its memory."""
+        """Yield the new text of one prompt, piece by piece, as tokens are accepted.
+
+        Closing the iterator ends the generation and frees its memory.
+
+        prompt: text, token ids, a tensor, or chat messages. given: the options of ``GenerationOptions``.
+        """
         with self.open([prompt], **given) as generation:
             for pieces in generation:
                 if pieces[0]:

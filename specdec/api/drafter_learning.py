@@ -58,7 +58,7 @@ def _work(reference: weakref.ref[Drafter], stop: Stop) -> None:
 
 @atexit.register
 def _keep_what_was_learned() -> None:
-    """End the work when the process ends, and save what every drafter has learned."""
+    """End all background work, and save what every drafter has learned. Python calls it when the process ends."""
     background.end()
     for drafter in [*_learners]:
         if drafter.learner is not None:

@@ -58,6 +58,7 @@ REASONS = {"eos": "stop", "stop": "stop", "length": "length"}  # OpenAI's finish
 class Piece:
     """A piece of new text of a request.
 
+    text: the text; it may be "" in the last piece.
     depth: depth in the draft of the piece's last token; 0: the model chose it itself.
     finish: OpenAI's finish reason, in the last piece; None: more text follows.
     """
@@ -122,7 +123,11 @@ class Detokenizer:
         return None if self.stopped is None else "stop"
 
     def read(self, event: Event, per_token: bool = False) -> Iterator[Piece]:
-        """Yield the new text of ``event``, as one piece or one ``per_token``. The last piece has the finish reason."""
+        """Yield the text that the tokens of ``event`` complete, in pieces. The last piece has the finish reason.
+
+        event: new tokens of the request, and whether it has ended. Their ids were given to ``push`` before.
+        per_token: whether to yield a piece for each token that completes some text; if not, one piece in all.
+        """
         depth = 0
         for depth in event.depths:
             self.num_read += 1
@@ -166,7 +171,11 @@ class Detokenizer:
         self.num_added = max(self.num_added, count)
 
     def _decode_window(self, complete: bool = True) -> None:
-        """Move the text of the window's new tokens to the output. complete: keep an unfinished last character back."""
+        """Decode the window's new tokens, and append their text to the output.
+
+        complete: whether to wait for further tokens if the last character is not complete; if not, it is appended as
+            it is.
+        """
         if len(self.window) == self.old:
             return
         text = self._decode(self.window)

@@ -97,7 +97,11 @@ def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int,
 
 
 def _refusal(place: Place, message: str, value: Any, near: str = "") -> SpecDecError:
-    """Return the error for a wrong ``value`` at ``place``. message: why it is wrong. near: a suggestion, or ""."""
+    """Return the error for a wrong value of a setting or an argument.
+
+    place: keys and indices that lead to the value, such as ("stop", 2). message: why it is wrong, after the name.
+    value: the wrong value. near: text with a suggestion, as ``did_you_mean`` returns it; "": there is none.
+    """
     name = ".".join(map(str, place))
     return SpecDecError(f"{name}{' ' if message.startswith('must ') else ': '}{message}{near}; got {short_repr(value)}")
 

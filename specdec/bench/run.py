@@ -157,7 +157,11 @@ class BenchRun:
         }
 
     def _load(self, cell: Cell) -> None:
-        """Load the method of ``cell`` and register it under its label, if needed with a number."""
+        """Load the method of a cell: the engine with model, drafter and verifier that the cell names.
+
+        Adds it to ``methods`` under its label, to which a number such as " (2)" is added if the label is taken. Raises
+        SpecDecError if it cannot be loaded.
+        """
         label = method_label(cell.as_dict())
         numbers = (f" ({number})" for number in count(2))
         name = next(name for more in chain(("",), numbers) if (name := f"{label}{more}") not in self.methods)

@@ -280,7 +280,13 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the drafter's options, with those for n-grams. Raises SpecDecError if the drafter has no n-grams."""
+        """Return the options of the drafter, {name: value}, with those that have command-line options of their own.
+
+        ``ngram_corpus`` becomes the option ``corpus`` of n-grams, and ``keep_ngrams`` their option ``keep``. For joined
+        drafters, such as ngram+m2r2, options are {name of a drafter: its options}.
+
+        Raises SpecDecError if one of the two is given and the drafter has no n-grams.
+        """
         given, own = super().options, dict[str, Any]()
         if self.ngram_corpus is not None:
             own["corpus"] = str(self.ngram_corpus)

@@ -331,7 +331,12 @@ class Batch:
         return dict.fromkeys(self.drafter.traits.taps if self.drafter is not None else (), NOTHING)
 
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
-        """Call ``Drafter.observe`` with these arguments, if the drafter is on."""
+        """Show the drafter which tokens each row has accepted (``Drafter.observe``), unless it is off after an error.
+
+        row_states: the drafter's state of each row.
+        paths: for each row, the indices along T in ``taps`` of its accepted tokens.
+        taps: hidden states [B, T, D] by the number of the layer that they are the input of.
+        """
         self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def learn(self) -> bool:

@@ -46,9 +46,13 @@ class Scores:
     fault: str | None = None
 
     def slots(self, paths: list[list[int]]) -> list[list[int]]:
-        """Return, for each token of each row's path, its place among the row's uncommitted slots of the KV cache.
+        """Return, for each token of a path, its index among the row's uncommitted tokens in the KV cache.
 
-        paths: for each row, the block indices of a path, the root (0) first. The result has the same shape.
+        These are the tokens that were run, in the order of the run, so that ``KVCache.commit`` can take the result.
+
+        paths: for each row, the block indices of a path, the root (0) first.
+
+        Returns a list of indices for each row, of the same lengths as ``paths``.
         """
         if self.nodes is None:
             return paths
@@ -291,7 +295,11 @@ class _Likeliest(NamedTuple):
 
     @classmethod
     def of(cls, row: list[int], count: int) -> list[_Likeliest]:
-        """Unpack one row of what ``_likeliest`` returns, ``row`` [T 2 k], for its T = ``count`` positions."""
+        """Unpack the result of ``_likeliest`` for one row; return one object for each position.
+
+        row: the row's T 2 k integers: for each position k token ids, then the bits of their k logits.
+        count: T, the number of positions.
+        """
         whole = np.array(row).reshape(count, 2, -1)
         logits = whole[:, 1].astype(np.int32).view(np.float32)
         return [cls(*each) for each in zip(whole[:, 0].tolist(), logits.tolist(), strict=True)]

@@ -43,8 +43,8 @@ class GatedMLP(NamedTuple):
     def weight(self, path: str, kept: Tensor) -> Tensor:
         """Return the weight [out, in] of one linear layer of this MLP with only the neurons ``kept``.
 
-        path: path of the linear layer, as in ``ins`` or ``out``.
-        kept: indices of the neurons, int64 [I'].
+        path: module path of the linear layer, one of the keys of ``ins`` or ``out``.
+        kept: indices of the neurons to keep, int64 [I'].
         """
         if path in self.ins:
             return weight_rows(self.ins[path], self.rows(kept))
@@ -55,8 +55,10 @@ class GatedMLP(NamedTuple):
     def bias(self, path: str, kept: Tensor) -> Tensor | None:
         """Return the bias [out] of one linear layer of this MLP with only the neurons ``kept``; None: it has no bias.
 
-        path: path of the linear layer, as in ``ins`` or ``out``.
-        kept: indices of the neurons, int64 [I']. The bias of ``down`` stays whole.
+        The bias of ``down`` stays whole, since all of its outputs stay.
+
+        path: module path of the linear layer, one of the keys of ``ins`` or ``out``.
+        kept: indices of the neurons to keep, int64 [I'].
         """
         module: Any = self.ins.get(path, self.down)
         if module.bias is None or path not in self.ins:

@@ -357,7 +357,10 @@ class GivenLinear(nn.Linear):
 
 
 class WholeMemory(GivenLinear):
-    """A linear layer whose weight changes in place while other layers grow, so that nothing may copy it."""
+    """A linear layer over all memory for the rows of a growing output head, also the rows that are not set yet.
+
+    Other layers set rows of its weight in place, so a runtime must not keep a packed or converted copy of the weight.
+    """
 
 
 class RowMemory:
@@ -408,7 +411,7 @@ class GrowingLinear(GivenLinear):
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Remove all outputs. The next layer that is made of this one begins in the same memory."""
+        """Remove all outputs of this layer. ``GrowingLinear(this layer, ..)`` then begins in the same memory."""
         self.memory.values.zero_()
         self.memory.used, self.memory.packed = 0, None
         bias = None if self.bias is None else self.bias[:0]

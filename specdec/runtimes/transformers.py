@@ -181,10 +181,11 @@ class TransformersTarget(Target):
             yield
 
     def _narrowed(self, adapters: Adapters, layer: int) -> dict[str, nn.Module]:
-        """Return the linear layers of an MLP with only the neurons that ``adapters`` run, by module path. Cached.
+        """Return the linear layers of a decoder layer's MLP with only the neurons that ``adapters`` run.
 
-        adapters: the adapters that choose the neurons.
-        layer: number of the decoder layer, to which the paths are relative. {}: all its neurons run.
+        The result is cached. It is {module path relative to the decoder layer: linear layer}; {}: all neurons run.
+
+        adapters: the adapters, which choose the neurons. layer: number of the decoder layer.
         """
         made = self._narrow.setdefault(adapters, {})
         if layer not in made:

@@ -21,9 +21,10 @@ ASCII = Field(pattern=f"^{KEY.pattern}$")
 
 
 class Key(BaseModel):
-    """An API key with the settings of its owner's requests.
+    """An API key, which a client sends with its requests, and what its owner may use.
 
     name: name of the owner in the log and the metrics, which never show the key.
+    key: the secret text.
     priority: requests with a higher number begin first.
     max_rows: maximum number of the owner's requests that are decoded at once; None: no limit of its own.
     learn: whether a drafter that teaches itself may learn from its texts.

@@ -119,7 +119,12 @@ class ApiError(HTTPException):
         return JSONResponse(body, self.status, self.headers)
 
     def as_sent(self, path: str) -> ApiError:
-        """Return this error with the parameter's name in the protocol of ``path``, also in the message."""
+        """Return this error with the parameter called as in the client's protocol, in ``param`` and in the message.
+
+        Protocols differ: what is "max_tokens" for one is "max_output_tokens" for another.
+
+        path: path of the request, such as "/v1/responses", which has one protocol.
+        """
         param = self.param or ""
         if not (name := _names(path).get(param.partition(".")[0])):
             return self
@@ -127,9 +132,9 @@ class ApiError(HTTPException):
 
 
 def invalid(param: str, message: str) -> ApiError:
-    """Return, without raising it, the error with status 400 for the parameter ``param`` with an unusable value.
+    """Return (not raise) the error for a parameter of a request that has an unusable value, with status 400.
 
-    message: what is wrong and what to do.
+    param: name of the parameter in OpenAI's chats. message: one sentence that says what is wrong and what to do.
     """
     return ApiError(400, message, param, "invalid_value")
 

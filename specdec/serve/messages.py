@@ -77,8 +77,7 @@ class Turn(Strict):
     """A message of the conversation, in Anthropic's form.
 
     role: who wrote it.
-    content: text, or a list of blocks (texts, reasoning, calls of tools, results of calls). Raises ValueError for
-        blocks that the role cannot have.
+    content: text, or a list of blocks (texts, reasoning, calls of tools, results of calls) that the role may have.
     """
 
     role: Literal["user", "assistant", "system"]

@@ -77,19 +77,26 @@ class ChatPrompt:
 
     @property
     def schemas(self) -> Schemas:
-        """The schemas of the arguments of ``tools``, by name."""
+        """The tools that may be called, {name: JSON schema of its arguments, or None without arguments}."""
         return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
 
     @property
     def forced(self) -> Schemas:
-        """The schemas of the tools of which one must be called, by name; empty if no call is forced."""
+        """The tools of which the answer must call one, {name: JSON schema of its arguments, or None}.
+
+        {}: the model decides whether to call a tool.
+        """
         if self.named is not None:
             return {self.named: self.schemas[self.named]}
         return self.schemas if self.choice == "required" else {}
 
     @property
     def single(self) -> bool:
-        """Whether there is at most one call: also if one is forced, since a small model would repeat it without end."""
+        """Whether calls after the first one are dropped from the answer.
+
+        That is so if the client does not want parallel calls, and if a call is forced, since a small model would repeat
+        a forced call without end.
+        """
         return not self.parallel or bool(self.forced)
 
 
@@ -98,7 +105,7 @@ class GenerationRequest:
     """A client's request, whatever its protocol. Raises ApiError if its parts contradict each other.
 
     chat, prompts: either a chat or prompts, which are texts or token ids.
-    options: the options of ``SpecDecoder.request`` that are given.
+    options: the sampling and stopping options that the client has given, as ``SpecDecoder.request`` takes them.
     max_new_tokens: maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
     n: number of answers (choices) to each prompt.
     echo: whether the prompt comes before the answer.

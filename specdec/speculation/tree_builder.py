@@ -82,8 +82,9 @@ def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, pri
     With prices, the candidates of all rows compete, so that some rows may get none.
 
     rows: the candidates of each row.
-    limit: number of nodes of a row if neither ``nodes`` nor ``prices`` are given.
-    nodes: number of nodes of a row, on average if prices are given; None: as many as are worth their price.
+    limit: maximum number of nodes of a row if neither ``nodes`` nor ``prices`` are given.
+    nodes: maximum number of nodes of a row or, with prices, of all rows on average; None: as many as are worth their
+        price.
     prices: what scoring nodes costs; None: unknown.
     """
     counts = [limit if nodes is None else nodes] * len(rows)
@@ -111,9 +112,9 @@ def draft_best(
 ) -> Draft:
     """Return a draft of each row's best candidates, none deeper than the row's ``state.depths``.
 
-    rows: the candidates of each row. limit: maximum depth of a draft; also the number of nodes of a row if neither
-        ``nodes`` nor ``state.prices`` are given.
-    nodes: number of nodes of a row; None: as many as are worth their price.
+    rows: the candidates of each row. limit: maximum depth of a draft; also the maximum number of nodes of a row if
+        neither ``nodes`` nor ``state.prices`` are given.
+    nodes: maximum number of nodes of a row, on average with prices; None: as many as are worth their price.
     state: the rows of the batch, with the prices of nodes.
     levels: number of draft levels, each one pass of the drafter; 0: none was needed.
     without_levels: for each row the nodes that would be drafted without any such pass; they are the draft if ``levels``

@@ -49,8 +49,11 @@ class Verifier(ABC):
         return token == choice >= 0
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:
-        """Accept a path of ``draft`` for each row (sequence); by default along the tokens that ``accepts`` takes.
+        """Return which path of the draft each row (sequence) accepts, and the token after it.
 
+        By default the path goes from the root down to a child that ``accepts`` accepts, as long as there is one.
+
+        draft: the tree of M drafted tokens for each of B rows.
         chosen: chosen[b][i] is the token that the target model chooses after token i of row b's block (0: the root, i +
             1: node i of the draft); -1: its logits are not finite.
         p: the target's distributions [B, 1 + M, V]; None in greedy decoding, or if the rule does not need them.

@@ -97,10 +97,15 @@ def draft_steps(
 
 
 def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: int) -> tuple[Tensor, Carry]:
-    """Return the inputs of projection ``index`` of ``network`` for the first drafted token at each position.
+    """Return the inputs of one projection of an M2R2 network when a first token is drafted at each position.
 
-    These are the accelerated residual [B, T, D] after the stages before the projection, and the base model's deep
-    states at the position before (``exact_carry``).
+    network: the drafter, whose projections before this one are used. target: the base model, which runs the layers.
+    batch: B windows of T positions.
+    index: 0 .. number of segments - 1: the projection to the beginning of that segment of the draft path; after these,
+        the projection of each exit.
+
+    Returns a pair: the accelerated residual [B, T, D] that enters the projection, and the base model's states of the
+    token before each position (``exact_carry``).
     """
     path, carry = network.path, exact_carry(network, batch)
     early, segments = shared_stages(network, target, batch), len(path.segments)

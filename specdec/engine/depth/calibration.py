@@ -49,7 +49,10 @@ class DecayedCounts:
         return (self.hits[number] + weight * assumed) / (self.trials[number] + weight)
 
     def means(self, assumed: Iterable[float], weight: float) -> list[float]:
-        """Return ``mean`` of each bin, with the prior means ``assumed`` and their ``weight``."""
+        """Return the share of hits in each bin, each with a prior.
+
+        assumed: the mean of each bin's prior. weight: number of trials that a prior counts as.
+        """
         each = zip(assumed, self.hits, self.trials, strict=False)
         return [(hits + weight * mean) / (trials + weight) for mean, hits, trials in each]
 
@@ -77,7 +80,7 @@ class History:
         self.gains = DecayedCounts(SIZES, memory)
 
     def all_counts(self) -> list[DecayedCounts]:
-        """Return all counters, in a fixed order, for storing."""
+        """Return all counters: those of the sources, then those of the exits, then ``gains``."""
         return [*self.by_source, *self.by_position, self.gains]
 
     def add(self, outcome: Outcome, exit: int, rows: int, gain: float) -> None:
@@ -171,9 +174,12 @@ def expected_gain(row: History, common: History, rows: int) -> float:
 
 
 def table(row: History, common: History, source: int) -> list[float]:
-    """Return the calibrated probabilities of the source with index ``source`` at the knots, [11].
+    """Return the calibration table of one source in one row: calibrated probabilities, a list of 11.
 
-    row, common: the histories of one row and of all rows.
+    Entry i is the share of accepted candidates among those whose raw probability had the log-odds ``KNOTS[i]``. Few
+    observations of the row are completed by those of all rows.
+
+    row, common: the histories of this row and of all rows. source: index of the source in ``Traits.sources``.
     """
     return row.by_source[source].means(common.by_source[source].means(RAW_PROBABILITIES, PRIOR_COUNT), ROW_PRIOR_COUNT)
 

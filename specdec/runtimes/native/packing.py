@@ -238,7 +238,10 @@ class PackedModel:
         self._alive.append(whole)
 
     def _rotated(self, rotation: Any) -> int:
-        """Return how many values of each head are rotated. rotation: the rotary table of a layer."""
+        """Return how many values of each attention head rotary embeddings rotate; the others stay.
+
+        rotation: the kind of rotary embedding of a layer (``models.rotary``), which makes tables of cosines and sines.
+        """
         return 2 * int(rotation.tables(self.decoder.rotary_emb, 8, torch.bfloat16).shape[2])
 
     def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
