@@ -79,8 +79,8 @@ class ExitDrafter(ChainDrafter):
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
         """Run the last token of each row's draft to the exit where it leaves the model, and read draft logits there.
 
-        Returns the fields of ``Readout``: draft logits of the next token [B, V'], the certainty of the best one [B, 1],
-        and the number of layers that the token has run, int64 [B, 1].
+        Returns the fields of ``Readout``: draft logits of the next token [B, V'], the probability that the best one is
+        right [B, 1] (None: its softmax is used), and the number of layers that the token has run, int64 [B, 1].
 
         tokens: the pass that ``begin_draft`` has made, with the draft's tokens so far. state: the batch.
         """

@@ -155,7 +155,10 @@ class Fits:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Warn, and begin without the file. A damaged file will be overwritten; a file that cannot be read will not."""
+        """Warn that the file of what was learned cannot be used, and begin without it.
+
+        error: why; for an UnusableError (a damaged file), the file will be overwritten, for others it stays as it is.
+        """
         then = "learning starts anew"
         if not isinstance(error, UnusableError):
             self.source.leave(str(error))

@@ -105,9 +105,11 @@ class PathPass:
                 token.residuals += [residual[:, column : column + 1] for residual in passed]
 
     def finish(self) -> tuple[Tensor | None, int]:
-        """Return h of all tokens, [B, n, D], at the deepest shared layer that a token has run, and that layer.
+        """End the draft; return states of its tokens from which scoring can resume.
 
-        (None, 0): the path has no shared layers, or there is no token. Provisional entries leave the cache.
+        These are the model's own residuals h of the n tokens, [B, n, D], before the deepest of the layers [0, E) that
+        any token has reached, and the index of that layer. (None, 0): the path has no such layers (E is 0), or there is
+        no token. Keys and values of the later layers, which are the drafter's, are removed from the cache.
         """
         path, cache = self.network.path, self.cache
         for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):

@@ -265,7 +265,11 @@ class SpecDecoder:
         sampler: RowSampler | None = None,
         shown: Sequence[str] = (),
     ) -> Request:
-        """Make a request for the encoded prompt ``ids`` with the options ``given``; the rest as in ``request``."""
+        """Make a request for a prompt that is encoded already.
+
+        ids: token ids of the prompt. given: the options, of which those for prompts are not used.
+        The other arguments are those of ``request``, which explains them.
+        """
         check_prompt(ids, self.target)
         ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
         max_new_tokens = min(given.get("max_new_tokens", MAX_NEW_TOKENS), self.target.context - len(ids))
@@ -526,7 +530,8 @@ class SpecDecoder:
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """Return an engine without a thread, whose steps the caller runs; it uses the drafter until it is closed.
 
-        num_speculative_tokens: as in ``engine``. how: keyword arguments of ``Engine``.
+        num_speculative_tokens: draft length; "auto": the engine chooses it in each step.
+        how: further keyword arguments of ``Engine``, such as ``max_rows``.
         """
         claimed = drafter_use.claim(self.drafter)
         try:

@@ -167,7 +167,11 @@ class Generation:
             yield pieces
 
     def steps(self) -> Iterator[list[tuple[int, list[int]]]]:
-        """Run the steps; yield for each the (row index, new tokens) pairs. Raises the SpecDecError of a row."""
+        """Run the engine's steps until all rows have ended; yield after each the new tokens, without their text.
+
+        Yields a list of pairs (index of the row, ids of its new tokens) for the rows that have any. Raises the
+        SpecDecError that ended a row.
+        """
         row = {request: number for number, request in enumerate(self.requests)}
         for events in self.engine.steps():
             if self.loads is None and (experts := self.engine.target.experts) is not None:

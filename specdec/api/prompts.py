@@ -220,7 +220,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
-    """Return the token ids of a tensor of one sequence. Raises SpecDecError for any other. name: as in ``encode``."""
+    """Return the token ids in ``prompt``, a tensor of integers [T] or [1, ..., T]. Raises SpecDecError for any other.
+
+    name: what error messages call the prompt.
+    """
     if prompt.dtype == torch.bool or prompt.is_floating_point() or prompt.is_complex():
         raise _wrong(name, f"a tensor of {str(prompt.dtype).removeprefix('torch.')}")
     if prompt.dim() == 0 or (prompt.dim() > 1 and prompt.numel() != prompt.shape[-1]):
@@ -233,7 +236,10 @@ def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
 
 
 def _wrong(name: str, what: str) -> SpecDecError:
-    """Return the error for a prompt of a wrong type. name: what it calls the prompt. what: what was given."""
+    """Return the error for a prompt of a wrong type.
+
+    name: what the message calls the prompt. what: what was given instead, such as "a tensor of float32".
+    """
     return SpecDecError(
         f"{name} must be text, token ids (whole numbers), an integer tensor of one sequence, or chat messages "
         f"(mappings with 'role' and 'content'); got {what}"

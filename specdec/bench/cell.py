@@ -126,7 +126,9 @@ def check_external(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
 
 
 class Cell(Settings):
-    """The settings of one measurement, of one method on one prompt set. Settings not listed here are as in ``bench``.
+    """The settings of one measurement, of one method (drafter and verifier with their options) on one prompt set.
+
+    Settings that are not listed here are those of ``SpecDecoder.from_pretrained`` and of ``SamplingParams``.
 
     drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``EXTERNAL_METHODS``.
     num_speculative_tokens: draft length, or "auto".

@@ -104,7 +104,7 @@ class Results:
         return [record for record in self.records if "error" in record]
 
     def labels(self) -> list[str]:
-        """Return a label for the cell of each record, as ``labels`` makes it."""
+        """Return a label for the cell of each record, such as ``m2r2@4 tokens=64``."""
         return labels([record["cell"] for record in self.records])
 
     def table(self) -> ResultTable:

@@ -276,7 +276,10 @@ class BenchRun:
         return sum(request.reply.count for request in requests.values())
 
     def _encode(self, texts: list[str]) -> list[int]:
-        """Encode texts of user and model, which alternate, as a prompt in the chat template, or as paragraphs."""
+        """Return the token ids of a prompt: a chat in the tokenizer's template or, without one, texts as paragraphs.
+
+        texts: the messages of user and model in turn; the first and the last one are the user's.
+        """
         if getattr(self.base.tokenizer, "chat_template", None):
             roles = ("user", "assistant")
             return encode(self.base.tokenizer, [{"role": roles[i % 2], "content": t} for i, t in enumerate(texts)])

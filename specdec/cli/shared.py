@@ -54,11 +54,11 @@ _model, _sampling, _output = map(panel, ("Model", "Sampling", "Output"))
 def completing(
     names: Callable[[], Iterable[str]], separators: str = "", paths: bool = False
 ) -> Callable[[str], list[str]]:
-    """Return the function by which the shell completes an argument: it takes the text so far and returns the ways on.
+    """Return a shell-completion function for typer: it takes the beginning of an argument and returns whole arguments.
 
-    names: returns what can be named; it is called when the shell asks.
-    separators: characters between several names, of which the last one is completed.
-    paths: whether a path can stand there, too.
+    names: function that returns the names that can be given; it is called at each completion.
+    separators: characters that may separate several names in the argument; the last name is completed. "": one name.
+    paths: whether the argument may also be a path of a file or folder.
     """
 
     def complete(incomplete: str) -> list[str]:

@@ -106,7 +106,9 @@ def compare(
     turns: (output with drafts, output of plain decoding) of each turn. sampler: a sampler like the one that chose the
     tokens of all outputs.
     The keys of the result:
-    turns: number of turns. speedup, speedup_range, speedup_note: as in ``speedup``.
+    turns: number of turns.
+    speedup: median speedup over the turns; speedup_range: the lowest and the highest; both None if they would say
+    nothing. speedup_note: why they are None, else None.
     identical: whether the tokens are equal in each turn; outcome says so in words.
     fault: whether the tokens differ in a way that neither rounding nor a lossy verifier explains.
     agreement: the share of tokens that the full model would choose, too; None for a lossless verifier.

@@ -258,7 +258,9 @@ class Handle:
     def put(self, tokens: list[int], depths: list[int]) -> None:
         """Add a step's new tokens to the pending event, with the request's finish reason if it has ended.
 
-        The reader is not notified yet. tokens, depths: as in ``Event``.
+        The reader is not notified yet.
+
+        tokens: the new token ids. depths: for each of them, its depth in the draft; 0: the model chose it itself.
         """
         with self._change:
             event = self._pending = self._pending or Event()

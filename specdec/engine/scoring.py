@@ -89,7 +89,10 @@ class _Scorer:
     logit_rows: Collection[int]
 
     def block(self) -> Scores:
-        """Score all rows as one [B, 1 + M] block, from the draft's exit layer on if it has states there."""
+        """Score all rows in one pass over tokens [B, 1 + M], with padding where rows have fewer nodes.
+
+        Layers below the draft's ``exit_layer`` are not run again for tokens whose states the draft has.
+        """
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, sampler, readout = state.target, state.cache, state.sampler, state.target.num_layers + 1
         # Run
@@ -146,8 +149,8 @@ class _Scorer:
         """Sort the results of a run by block index, for trees that the device has built; return ``p`` sorted.
 
         The device runs the tokens of each row in an order of its own. ``chosen`` and the states in ``taps`` are changed
-        in
-        place: afterwards entry i of a row belongs to block index i, and a node that the row lacks has the root's entry.
+        in place: afterwards entry i of a row belongs to block index i, and a node that the row lacks has the root's
+        entry.
 
         order: for each row, the block index of each of its T tokens, in the order of the run; -1: none.
         chosen: the target's choice after each token, [B][T] in the order of the run.

@@ -32,7 +32,8 @@ ONLY_NATIVE = {"weights": "weights in fewer bits", "kv_cache": "8-bit KV cache",
 def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
     """Return whether these settings are possible only in the native runtime, which runs on CPUs.
 
-    runtime, weights, kv_cache: values as in ``make_target``, such as "native", "int4" and "int8".
+    runtime: "auto", "native", "torch" or "transformers". weights: "auto", "dense", "int8" or "int4".
+    kv_cache: "auto" or "int8".
     """
     return runtime == "native" or weights in ("int8", "int4") or kv_cache == "int8"
 
@@ -40,7 +41,7 @@ def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
 def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
     """Raise SpecDecError if a setting is not one of its known values, with a suggestion if the value looks mistyped.
 
-    runtime, weights, kv_cache: the settings, whose values ``make_target`` explains.
+    The values are those that ``needs_cpu`` takes.
     """
     for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache), strict=True):
         if value not in (known := get_args(kind)):

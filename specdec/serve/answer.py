@@ -77,7 +77,7 @@ class Answer(ABC):
     async def _all_pieces(self, per_token: bool = False) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (number of a choice, piece of its text) for all choices, in the order in which they are generated.
 
-        per_token: as in ``_pieces``. Raises ApiError if the engine fails.
+        per_token: whether there is a piece for each token instead of each step. Raises ApiError if the engine fails.
         """
         if len(self.handles) == 1:
             async for piece in self._pieces(0, per_token):

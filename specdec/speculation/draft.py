@@ -107,9 +107,12 @@ class Draft:
         return ancestors(self.parents) if self.held is None else self.held.ancestors
 
     def within(self, depths: list[int]) -> list[int]:
-        """Remove the nodes of each row b that are deeper than ``depths[b]``; return the indices of rows to be cut.
+        """Remove nodes that are too deep: their tokens become -1. The shape of the tree stays.
 
-        A row is returned if the tree's shape is deeper than the row's limit.
+        depths: for each row, the maximum depth of its nodes.
+
+        Returns the indices of the rows whose limit is less than the depth of the tree, whether they had such nodes or
+        not.
         """
         deep = self.depths()[1:]
         deepest = max(deep, default=0)

@@ -38,7 +38,10 @@ class _Prior(ctypes.Structure):
 
 
 class _Growth(ctypes.Structure):
-    """The arguments and the results of growing one candidate tree, as the C code in ngram.c reads and writes them."""
+    """The arguments and the results of growing one candidate tree: ``Growth`` in ngram.c, which explains the fields.
+
+    ``Grower`` fills and reads it.
+    """
 
     _fields_ = (
         ("text", POINTER),

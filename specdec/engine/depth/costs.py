@@ -73,7 +73,10 @@ class Costs:
 
 
 class LogError(NamedTuple):
-    """An estimated logarithm of measured over expected seconds. mean: the estimate. variance: that of its error."""
+    """An estimate of the logarithm of measured seconds divided by the formula's seconds.
+
+    mean: the estimate. variance: how uncertain it is: the square of its standard deviation.
+    """
 
     mean: float
     variance: float
@@ -234,9 +237,11 @@ class CostModel:
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts)).mean)
 
     def _error(self, kind: str, exit: int, rows: int) -> LogError:
-        """Return the error of a part of drafting with ``rows`` rows, or with the nearest number that has been measured.
+        """Return the estimated error of a part of drafting: the logarithm of measured over expected seconds.
 
-        kind: the part, as in ``_part``. exit: index of the exit. Without any measurement the error is 0, and uncertain.
+        It is the one for the nearest number of rows that has been measured; without any measurement, 0.
+
+        kind: the part: ``LEVEL``, ``FIRST`` or ``DRAFT``. exit: index of the exit. rows: number of rows of the step.
         """
         known = self.others.get((kind, exit), {})
         if rows in known:

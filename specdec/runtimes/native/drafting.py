@@ -53,10 +53,16 @@ class Kernels(Protocol):
         """
 
     def place(self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """Let ``call`` write keys and values of layers [lo, hi) to the next free slots of ``cache``.
+        """Reserve slots of a KV cache for the tokens of a pass, and point the kernels' arguments to them.
 
-        counts: number of slots for each sequence of the cache.
-        Returns objects that the structure points to; the caller keeps them alive until the kernels have run.
+        A slot holds the keys and values of one token.
+
+        call: the arguments of the pass, which are changed.
+        cache: the KV cache; its memory grows if it has too few slots.
+        lo, hi: the layers [lo, hi) of the pass.
+        counts: for each sequence of the cache, number of slots that the pass needs.
+
+        Returns objects that ``call`` points to; the caller keeps them alive until the kernels have run.
         """
 
 
@@ -74,7 +80,8 @@ class TreeDrafter:
     positions, roots: position and token id of each sequence's root, [R].
     sampled: how each sequence is sampled, [R]; unused if all are greedy.
     given: the tree of another source for each sequence, [R]; unused if there is none.
-    tables: calibration tables, [R][3][KNOTS], as in ``DraftRoots.tables``.
+    tables: three calibration tables of each sequence, [R][3][KNOTS] (``DraftRoots.tables``): calibrated probabilities
+        at fixed log-odds of raw ones.
     found: four arrays with an entry for each candidate that the kernels return: score, token id, parent, and raw
         probability by the output heads.
     rates: acceptance rate of each level, [levels].

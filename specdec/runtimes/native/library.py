@@ -50,13 +50,26 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 
 class LinearPart(ctypes.Structure):
-    """Some rows of a linear layer's weight, which are in one format of tiles (``LinearPart`` in native.h)."""
+    """Some outputs (rows of the weight) of a linear layer, stored in one format of tiles (``LinearPart`` in native.h).
+
+    A tile has the weights of 16 outputs and 32 inputs.
+
+    kind: number of the format, ``BF16`` to ``MX``. end: number of output tiles of this part and of those before it.
+    tiles: address of the tiles.
+    """
 
     _fields_ = (*_fields(INT, "kind end"), ("tiles", POINTER))
 
 
 class Linear(ctypes.Structure):
-    """A linear layer, and the scale and cap of its outputs (``Linear`` in native.h)."""
+    """A linear layer y = scale (W x + bias), then cap tanh(y / cap) unless ``cap`` is 0 (``Linear`` in native.h).
+
+    rounded: whether inputs are rounded to 8 bits. out, inp: numbers of outputs and inputs, padded to 16 and 32.
+    count: number of ``parts``. scale, cap: floats. parts: address of the ``LinearPart`` array.
+    bias: address of float32 [out]; None: no bias.
+    proxy: address of 4-bit tiles by which the largest output is found; None: there are none.
+    error_bounds: address of float32 [out], the largest error of each output by ``proxy``.
+    """
 
     _fields_ = (
         *_fields(INT, "rounded out inp count"),
@@ -66,13 +79,21 @@ class Linear(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
-    """A table whose rows are read by index, such as token embeddings (``Table`` in native.h)."""
+    """A table whose rows are read by index, such as token embeddings (``Table`` in native.h).
+
+    type: ggml's number of the block format, or -1 for bf16. columns: length of a row. stride: bytes of a row.
+    data: address of the rows. order: address of int32, the row of ``data`` that each index means; None: the same.
+    scale: factor of the values.
+    """
 
     _fields_ = (*_fields(INT, "type columns"), ("stride", LONG), *_fields(POINTER, "data order"), ("scale", FLOAT))
 
 
 class Layer(ctypes.Structure):
-    """The weights and settings of one decoder layer (``Layer`` in native.h)."""
+    """The weights and settings of one decoder layer (``Layer`` in native.h, which explains the fields in this order).
+
+    They are linear layers, addresses of float32 vectors such as norms (None: the layer has none), and numbers.
+    """
 
     _fields_ = (
         *_fields(Linear, "qkv out gate_up down router rates"),
@@ -88,13 +109,19 @@ class Layer(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    """Number and size of the key heads of one buffer of the KV cache (``Heads`` in native.h)."""
+    """The key heads of the layers in one buffer of the KV cache (``Heads`` in native.h).
+
+    count: number of heads; 0: there is no such buffer. size: number of values of a head.
+    """
 
     _fields_ = _fields(INT, "count size")
 
 
 class Model(ctypes.Structure):
-    """The sizes and settings of a model, and its layers (``Model`` in native.h)."""
+    """The sizes and settings of a model, and its layers (``Model`` in native.h, which explains its fields).
+
+    ``layers`` is the address of an array of ``Layer``, and ``embedding`` that of a ``Table``.
+    """
 
     _fields_ = (
         *_fields(INT, "hidden heads inner rotated"),
@@ -109,7 +136,16 @@ class Model(ctypes.Structure):
 
 
 class SequenceArgs(ctypes.Structure):
-    """One sequence of a pass: its tokens, and its keys, values and recurrent states (``Sequence`` in native.h)."""
+    """One sequence of a pass: its tokens, and its keys, values and recurrent states (``Sequence`` in native.h).
+
+    tokens: number of its tokens in the pass. start: first cache slot that they get.
+    committed: number of committed tokens. filled: number of slots that layers see which read another layer's keys.
+    capacity: number of slots in each buffer. keys, values: addresses of the buffers.
+    trees: address of the tree masks, by kind of attention window; None: a chain.
+    held: number of uncommitted tokens before the pass. slots: capacity of ``inputs`` in tokens.
+    states, ahead: addresses of the recurrent states before the pass, and of those after it, to be written (None: not).
+    inputs: address of the stored inputs of recurrent layers. pending: address of int32, pending tokens of each layer.
+    """
 
     _fields_ = (
         *_fields(INT, "tokens start committed filled"),
@@ -122,7 +158,16 @@ class SequenceArgs(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """A pass of several sequences through layers [lo, hi) (``Call`` in native.h)."""
+    """A pass of several sequences through layers [lo, hi) (``Call`` in native.h).
+
+    count, tokens: number of sequences, and of all their tokens. threads: number of threads.
+    windows: number of kinds of attention windows. cache: format of the KV cache; 0: bf16, 1: 8 bits.
+    near: number of last committed tokens that are seen, beside the first ones; 0: all are.
+    The others are addresses. sequences: ``SequenceArgs`` [count]. spans: tokens in each kind of window, 0: all.
+    x: bf16 [tokens, hidden], input and output. positions: int64 [tokens]. ids: int32 [tokens], or None.
+    rotary: tables of cosines and sines. window: for each layer, its kind of window.
+    taps: for each layer, where to write its input, or None. routed: where to write router logits, or None.
+    """
 
     _fields_ = (
         *_fields(INT, "count tokens lo hi threads windows cache near"),
@@ -131,7 +176,11 @@ class Call(ctypes.Structure):
 
 
 class Stage(ctypes.Structure):
-    """One projection of a draft path, and the layers after it (``Stage`` in native.h)."""
+    """One projection of a draft path, and the layers after it (``Stage`` in native.h). All fields are addresses.
+
+    projection: a ``Linear``. carried: bf16 [sequences, hidden], the layers' input of the token before each root.
+    model, call: the ``Model`` and ``Call`` with which the layers run; None: the last projection has no layers after it.
+    """
 
     _fields_ = _fields(POINTER, "projection carried model call")
 
@@ -152,13 +201,20 @@ class Sampled(ctypes.Structure):
 
 
 class Given(ctypes.Structure):
-    """The draft tree of another source for a sequence (``Given`` in native.h)."""
+    """The tree of tokens that another source, such as n-grams, proposes for a sequence (``Given`` in native.h).
+
+    count: number of nodes. tokens, parents: addresses of int32 [count]; a parent is 0 for the root, i + 1 for node i.
+    p: address of float32 [count], the source's probability of each node after its parent.
+    """
 
     _fields_ = (("count", INT), *_fields(POINTER, "tokens parents p"))
 
 
 class TreeDraft(ctypes.Structure):
-    """The arguments and results of drafting a tree, or chains with siblings (``TreeDraft`` in native.h)."""
+    """The arguments and results of drafting a tree, or chains with siblings, along the stages of a draft path.
+
+    It is ``TreeDraft`` in native.h, which explains the fields in this order; ``TreeDrafter`` fills and reads it.
+    """
 
     _fields_ = (
         *_fields(INT, "stages levels width sequences"),

@@ -184,7 +184,10 @@ class Packed:
         Of equal outputs, the first one counts. The index is -1 if an input of the vector is not finite.
 
         x: inputs, bf16 [..., in].
-        norm, eps, after_weight: the RMS norm of the inputs, as in ``__call__``.
+        norm: weight of an RMS norm of the inputs, float32 [in]; None: ones.
+        eps: epsilon of this norm; 0: there is no norm.
+        after_weight: whether normed inputs are rounded to bf16 only after the multiplication by ``norm``, not also
+            before.
         """
         found = (ctypes.c_int64 * (x.numel() // self.inp))()
         self._call([x], norm, eps, after_weight, len(found), None, ctypes.addressof(found))

@@ -293,9 +293,14 @@ class NativeTarget(Target):
     def place(
         self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
-        """Let ``call`` write keys and values of layers [lo, hi) to the next slots of ``cache``, and claim these slots.
+        """Reserve slots of a KV cache for the tokens of a pass, and point the kernels' arguments to them.
 
-        counts: number of slots for each sequence of the cache.
+        A slot holds the keys and values of one token.
+
+        call: the arguments of the pass, which are changed.
+        cache: the KV cache; its memory grows if it has too few slots.
+        lo, hi: the layers [lo, hi) of the pass.
+        counts: for each sequence of the cache, number of slots that the pass needs.
         whole: whether the caller commits all tokens of the pass, so that recurrent layers need not prepare a roll-back.
 
         Returns objects that the structure points to; the caller keeps them alive until the kernels have run. The first
