@@ -167,11 +167,14 @@ class PairDrafter(ChainDrafter):
         return Pairs(state.roots, state.positions, last, state.sampler.best_allowed)
 
     def levels(self, pairs: Pairs, cache: KVCache | Lanes) -> Step:
-        """Return the function that computes the draft logits of one level after the other, as ``grow`` calls it.
+        """Return a function that computes the draft logits of one level after the other.
 
-        Each call runs the pairs of a level's tokens; the first one reads the output for the root's pair instead.
+        It is called as ``step(tokens, parents, paths)``: first with the roots, whose pairs have run already, and then
+        with the W tokens of each level that get children, whose pairs it runs. tokens: int64 [B, W]; parents: their
+        parents' indices in the level before, int64 [B, W]; paths: which of all U tokens so far are on the path to each,
+        bool [B, W, U], or None for a chain. It returns logits [B, W, V'].
 
-        pairs: the roots.
+        pairs: the roots and the outputs for them.
         cache: the KV cache of all rows, as ``catch_up`` returns it.
         """
         outputs, level, most = pairs.last, 0, self.target.context - 1

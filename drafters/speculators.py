@@ -165,7 +165,12 @@ class PublicHead(nn.Module):
 
     @abstractmethod
     def groups(self, target: Target) -> Mapping[str, Sequence[nn.Linear]]:
-        """Return the linear layers by the names that ``map`` takes. Those of one name read the same input."""
+        """Return the head's linear layers in groups, {name of a group: linear layers with the same input}.
+
+        ``freeze`` packs each group as one linear layer, which ``map`` applies by the group's name.
+
+        target: the model for which the head drafts.
+        """
 
     def freeze(self, target: Target) -> None:
         """Prepare for drafting: move the parameters to the target's dtype and device, and pack the linear layers."""
@@ -178,7 +183,10 @@ class PublicHead(nn.Module):
         self._maps = {name: _as_one(group) for name, group in groups.items()}
 
     def map(self, group: str, x: Tensor) -> Tensor:
-        """Return the concatenated outputs [B, T, out] of the linear layers of ``group`` for ``x`` [B, T, in]."""
+        """Apply the linear layers of a group to ``x`` [B, T, in]; return their concatenated outputs [B, T, out].
+
+        group: name of the group, such as "qkv".
+        """
         return self._maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
@@ -210,11 +218,14 @@ def read_head(
     make: Callable[[Mapping[str, Tensor], Tensor | None], H],
     unread: Sequence[str] = (),
 ) -> H:
-    """Load the head in ``folder``. Raises SpecDecError if a tensor does not fit.
+    """Load a public draft head, in the speculators format, from a folder. Raises SpecDecError if a tensor does not fit.
 
-    where: the folder's name in errors. vocab: number of draft tokens.
-    make: builds the head without memory, from the header of the file and ``d2t``.
-    unread: names of tensors that the head does not need.
+    folder: the folder of the head. where: its name in errors.
+    target: the model for which the head drafts. vocab: number of draft tokens.
+    make: function that builds the head without memory for its weights, from the tensors in the file (their shapes and
+        dtypes) by name, and from ``d2t``: for each draft token, the difference between its id in the model and its own,
+        int64 [V'], or None.
+    unread: names of tensors in the file that the head does not need.
     """
     with drafter_folder.open_tensors(folder / drafter_folder.WEIGHTS) as stored:
         names = {name.replace("midlayer.", "layers.0."): name for name in stored.header}  # as the first heads say

@@ -53,7 +53,8 @@ class ExitHeads(nn.Module):
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
         """Make untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
 
-        config: has the entries "exits" and "width". draft_vocab: as in the class.
+        config: has the entries "exits" and "width", as ``config`` returns them. target: the model.
+        draft_vocab: token ids that are drafted, int32 [V']; None: all.
         """
         width = drafter_folder.check_inner_size("width", config.get("width"), target.hidden_size)
         return cls(config.get("exits", ()), width, target, draft_vocab)
@@ -92,6 +93,7 @@ class Routers(nn.Module):
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
         """Make untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
 
-        config: has the entry "first". draft_vocab: as in the class.
+        config: has the entry "first", the number of layers that are always run. target: the model.
+        draft_vocab: token ids that are drafted, int32 [V']; None: all.
         """
         return cls(config.get("first", 0), target, draft_vocab)

@@ -184,7 +184,10 @@ T = TypeVar("T")
 
 
 def checked_class(made: type[T]) -> type[T]:
-    """Decorate a dataclass to check the arguments of its constructor as ``checked`` does."""
+    """Decorate a dataclass so that its constructor checks its arguments against their annotated types.
+
+    It then raises SpecDecError for arguments of a wrong type or value, and for unknown keywords.
+    """
     made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
     return made
 

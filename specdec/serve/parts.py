@@ -166,11 +166,18 @@ class Format:
     special: tuple[str, ...] = ()
 
     def read(self, answer: AnswerParser) -> Parts[None]:
-        """Parse an answer after its reasoning; yield its parts, or None to wait for more text."""
+        """Parse the text of an answer after its reasoning; yield its parts, or None to wait for more text.
+
+        answer: the parser of the answer, from whose ``source`` the text is taken.
+        """
         yield from answer.text()
 
     def calls(self, answer: AnswerParser, mark: str) -> Parts[None]:
-        """Parse the calls after ``mark``, which has been taken; yield their parts, or None to wait for more text."""
+        """Parse the tool calls that follow a mark; yield their parts, or None to wait for more text.
+
+        answer: the parser of the answer, from whose ``source`` the text is taken.
+        mark: the text of ``marks`` that was found; it has been taken already.
+        """
         raise NotImplementedError
 
 

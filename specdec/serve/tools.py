@@ -199,7 +199,10 @@ class Gemma(Format):
 
 
 class Harmony(Format):
-    """The format of gpt-oss: messages in channels; ``analysis`` is reasoning, and messages to a tool are calls."""
+    """The format of gpt-oss: an answer of several messages, each with a header that names a channel or a tool.
+
+    Messages in the channel ``analysis`` are reasoning, those to a tool are calls, and all others are text.
+    """
 
     begins, ends = ("<|channel|>", "<|start|>"), ("<|end|>", "<|call|>", "<|return|>")
     special = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", *ends

@@ -142,9 +142,10 @@ class DrafterSpec:
 
 
 def _load(part: Part, target: Any, options: Mapping[str, Any]) -> Drafter:
-    """Load the drafter ``part`` for the model ``target``, and return it.
+    """Load one drafter, and return it.
 
-    Raises SpecDecError for an option that it does not have. options: the drafter's options by name.
+    part: the drafter's name and, if given, its source. target: the model for which it drafts.
+    options: the drafter's options by name. Raises SpecDecError for an option that it does not have.
     """
     found = registry.lookup("drafters", part.name)
     try:

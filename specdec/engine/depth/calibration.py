@@ -187,7 +187,10 @@ def table(row: History, common: History, source: int) -> list[float]:
 def rates(row: History, common: History, exit: int) -> list[float]:
     """Return, for each level of a row's draft, the probability that it adds a right token that no other source has.
 
-    row, common: the histories of one row and of all rows. exit: index of the exit to which levels are drafted.
+    Few observations of the row are completed by those of all rows. The list has an entry for each level of the deepest
+    draft, level 0 first.
+
+    row, common: the histories of this row and of all rows. exit: index of the exit to which levels are drafted.
     """
     own, others, rate = row.by_position[exit], common.by_position[exit], FIRST
     found: list[float] = []

@@ -100,7 +100,12 @@ class CostModel:
     """
 
     def __init__(self, costs: TokenCosts, shares: Sequence[float], earlier: Costs | None = None) -> None:
-        """Begin with the formulas, or with the costs of an ``earlier`` process; None: there are none."""
+        """Begin with the formulas, or with the costs that an earlier process has stored.
+
+        costs: the target's estimated costs of a token (``Target.token_costs``).
+        shares: for each exit, the bytes that drafting one level reads, as a share of those of a pass of the model.
+        earlier: the stored costs; None: there are none.
+        """
         self.costs = costs
         self.shares = [max(share, 1e-4) for share in shares]
         self.places = [(int(math.log2(n)), math.log2(n) % 1) for n in (1, *range(1, MOST_TOKENS + 1))]
