@@ -198,7 +198,8 @@ class SpecDecoder:
     def with_drafter(self, drafter: str | Path | Drafter, drafter_options: Options = None) -> SpecDecoder:
         """Return a decoder with another drafter and this one's model, tokenizer, target and verifier.
 
-        drafter, drafter_options: as in the constructor.
+        drafter: a name, folder, repository or Drafter object, as the constructor takes it.
+        drafter_options: options of the drafter by name; None: its defaults.
         """
         other = copy.copy(self)
         other.drafter = other._drafter(drafter, dict(drafter_options or {}))
@@ -445,7 +446,8 @@ class SpecDecoder:
 
         Closing the iterator ends the generation and frees its memory.
 
-        prompt: text, token ids, a tensor, or chat messages. given: the options of ``GenerationOptions``.
+        prompt: text, token ids, a tensor, or chat messages.
+        given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
         """
         with self.open([prompt], **given) as generation:
             for pieces in generation:

@@ -260,7 +260,8 @@ class Handle:
 
         The reader is not notified yet.
 
-        tokens: the new token ids. depths: for each of them, its depth in the draft; 0: the model chose it itself.
+        tokens: the new token ids.
+        depths: for each of them, its depth in the draft; 0: the model chose it itself.
         """
         with self._change:
             event = self._pending = self._pending or Event()
