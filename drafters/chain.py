@@ -188,6 +188,9 @@ def best_probability(logits: Tensor) -> Tensor:
 
 
 def _probability(logits: Tensor, token: Tensor, vocab: Tensor | None) -> Tensor:
-    """Return the softmax probability [B, 1] of ``token`` [B, 1]; 0: the ids ``vocab`` of ``logits`` lack the token."""
+    """Return the softmax probability of one token in each row, [B, 1]; 0: no logit is of this token.
+
+    logits: [B, V']. token: token ids, int64 [B, 1]. vocab: the token id of each logit, int64 [V']; None: its index.
+    """
     p = logits.float().softmax(-1)
     return p.gather(1, token) if vocab is None else (p * (vocab == token)).sum(-1, keepdim=True)

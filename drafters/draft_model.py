@@ -56,7 +56,12 @@ class DraftModelDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> DraftModelDrafter:
-        """Load the draft model named ``source`` or, in ``kwargs``, ``model``; ``loading.load`` takes the same names."""
+        """Load a draft model, and make the drafter. Raises SpecDecError if no model is named, or it cannot be loaded.
+
+        target: the model to draft for, whose dtype and device the draft model gets.
+        source: the draft model: a folder, a GGUF file or a Hugging Face id; None: the option ``model`` names it.
+        kwargs: options; the only one is ``model``, which is used in place of ``source``.
+        """
         options.check_names(cls.name, kwargs, ("model",))
         model = kwargs.get("model", source)
         if not isinstance(model, str) or not model:

@@ -108,8 +108,10 @@ class MTPDrafter(PairDrafter):
 
 
 def read_head(target: Target, source: str | None = None) -> MTPHead:
-    """Load the prediction layer from the checkpoint of the target's model, or from ``source``, a name or a file.
+    """Load a multi-token prediction layer, and return it as a head.
 
+    target: the model to draft for.
+    source: the checkpoint that has the layer, a model's name or a file; None: the model's own, which is read once.
     Raises SpecDecError if the checkpoint has no such layer, or it does not fit the model.
     """
     if source is None and target in _heads:

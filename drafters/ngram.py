@@ -58,7 +58,7 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
 
 
 def _save(kept: dict[str | None, KeptTexts]) -> None:
-    """Write all files, by scope, whose texts have changed."""
+    """Write the files of earlier texts that have changed. kept: by scope (None: the default scope), its file."""
     for each in kept.values():
         each.save()
 
@@ -138,7 +138,10 @@ class NgramDrafter(Drafter):
                 row_state.kept.add(ids[-self.size // 2 :])
 
     def _store(self, scope: str | None) -> Texts:
-        """Return the texts of earlier requests of a scope (``Request.scope``)."""
+        """Return the texts of earlier requests of one scope, made if need be; if there are too many, the oldest goes.
+
+        scope: name of the tenant, whose requests alone are drafted from these texts; None: the default tenant.
+        """
         if scope not in self.stores:
             if len(self.stores) == MOST_SCOPES:
                 oldest = next(iter(self.stores))

@@ -204,7 +204,9 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
     """Return the progress with which a fine-tuned model begins, and the factor by which it multiplies the base's sums.
 
-    base: the progress of the base model. model, adapter: the names of the fine-tuned model, as in ``Progress``.
+    base: the progress of the base model.
+    model: name of the fine-tuned model; the absolute path of a local model.
+    adapter: name of the adapter that is merged into the base model; "": the model's files have all its weights.
     """
     tokens = min(base.tokens, PRIOR)
     own = Progress(model, base.path, tokens, fitted=tokens, based=tokens, fits=base.fits, adapter=adapter)

@@ -342,9 +342,13 @@ class SpecDecoder:
     ) -> Generation:
         """Start a generation, whose text and metrics can be read after each step. ``generate`` and ``stream`` use it.
 
-        The options are those of ``GenerationOptions``. n: rows for each prompt, which draw different texts. scope: as
-        in ``Request``. Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the
-        context.
+        prompts: each is text, token ids, a tensor of one sequence, or chat messages.
+        num_speculative_tokens: draft length; "auto": the engine chooses it in each step.
+        max_rows: maximum number of rows that are decoded together; None: all.
+        n: number of rows for each prompt, which draw different texts.
+        scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
+        given: the options of ``RequestOptions``, such as ``max_new_tokens`` or ``temperature``.
+        Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
             prompts = list(prompts)
@@ -411,7 +415,11 @@ class SpecDecoder:
         n: Count | None = None,
         **given: Unpack[GenerationOptions],
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Answer chat messages (``[{"role", "content"}, ...]``); options and result are those of ``generate``."""
+        """Answer chat messages (``[{"role", "content"}, ...]``).
+
+        n: number of answers. None: the result is one output; else it is a list of n outputs.
+        given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
+        """
         if isinstance(messages, str) or not all(isinstance(each, Mapping) for each in messages):
             raise SpecDecError(
                 f"messages must be a list of mappings with 'role' and 'content'; got {short_repr(messages)}"
@@ -471,7 +479,7 @@ class SpecDecoder:
     ) -> AsyncIterator[str]:
         """Yield text as ``stream`` does, on an event loop: ``async for piece in decoder.astream(prompt)``.
 
-        Raises SpecDecError as ``generate`` does.
+        num_speculative_tokens: maximum draft depth; None: as deep as pays. Raises SpecDecError as ``generate`` does.
         """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
             async for piece in running:

@@ -106,8 +106,8 @@ class GenerationOutput:
     """The output of one request (row), finished or interrupted.
 
     text: the new text, without the prompt and without special tokens; it ends before a stop string.
-    token_ids: ids of all new tokens; with a lossless verifier, those of plain decoding. The last ones are the end token,
-        or the tokens of a stop string.
+    token_ids: ids of all new tokens; with a lossless verifier, those of plain decoding. The last ones are the end
+        token, or the tokens of a stop string.
     finish_reason: "eos": an end token of the model has come; "stop": a stop string or stop token has come; "length":
         the limit on new tokens or the model's context was reached; "interrupted": the request was closed before its
         end, or failed.

@@ -50,7 +50,7 @@ class Store:
         """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
 
         command: the command line, for the report. resume: whether the folder may hold finished cells of this plan.
-        prompts: name of each prompt set -> its conversations as JSON values, for the report.
+        prompts: name of each prompt set -> its conversations as JSON values, for the report; None: they are not kept.
         Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
         """
         self._check(plan, resume)

@@ -152,9 +152,9 @@ class Tokenizer:
     # -- chats --------------------------------------------------------------------------------------------------------
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """Return ``chat_template`` if it is given, else the tokenizer's own chat template, as Jinja text.
+        """Return a chat template as Jinja text. Raises ValueError if there is none.
 
-        tools: has no effect. Raises ValueError if there is no template.
+        chat_template: the template to return; None: the tokenizer's own. tools: has no effect.
         """
         if chat_template is None and self.chat_template is None:
             raise ValueError("this tokenizer has no chat template")

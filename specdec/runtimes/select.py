@@ -41,7 +41,8 @@ def needs_cpu(runtime: str, weights: str, kv_cache: str = "auto") -> bool:
 def check_names(runtime: str = "auto", weights: str = "auto", kv_cache: str = "auto") -> None:
     """Raise SpecDecError if a setting is not one of its known values, with a suggestion if the value looks mistyped.
 
-    The values are those that ``needs_cpu`` takes.
+    runtime: "auto", "native", "torch" or "transformers". weights: "auto", "dense", "int8" or "int4".
+    kv_cache: "auto" or "int8".
     """
     for (what, kind), value in zip(CHOICES.items(), (runtime, weights, kv_cache), strict=True):
         if value not in (known := get_args(kind)):

@@ -177,7 +177,7 @@ def add_handlers(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError, path: str) -> ApiError:
     """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter.
 
-    path: that of the request, for the parameter's name in its protocol.
+    path: path of the request, such as "/v1/responses"; the parameter is called as in its protocol.
     """
     if not isinstance(error.body, dict):
         return ApiError(400, NOT_JSON, code="invalid_json")

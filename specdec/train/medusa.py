@@ -39,7 +39,11 @@ class MedusaSettings(TrainSettings):
 
 
 class MedusaMethod(TrainingMethod[Medusa]):
-    """Trains Medusa heads with the KL divergence from the base model's distribution at the drafted position."""
+    """Trains Medusa heads: head k drafts the k-th token after the last verified one, all from the same final state.
+
+    The loss is the KL divergence from the base model's distribution at the drafted position, summed over the heads
+    with the weights 1, ``fade``, ``fade`` squared, ..
+    """
 
     name = "medusa"
     settings_class = MedusaSettings
