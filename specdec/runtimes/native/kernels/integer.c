@@ -91,6 +91,7 @@ INLINE void codes_of_tile(int kind, const uint8_t *at, Codes *codes) {
 typedef struct {
     W d, m;             /* of a group of tiles */
     W scale, second, low; /* of a tile; second: of the upper half of its inputs */
+    W base;             /* BASE times `scale` */
 } Scales;
 
 INLINE void scales_of_group(int kind, const uint8_t *head, int first, Scales *s) {
@@ -106,11 +107,12 @@ INLINE void scales_of_tile(int kind, const uint8_t *head, int tile, int first, S
         s->scale = mul_w(s->d, signed_bytes_w(head + 64 + 32 * tile + first));
         s->second = mul_w(s->d, signed_bytes_w(head + 80 + 32 * tile + first));
     }
+    s->base = mul_w(s->scale, set_w(BASE));
 }
 
 /* sum + a tile's products with 32 inputs `x` of a token, of which a and (K6) b are the whole numbers, for WIDE outputs. */
 INLINE W scaled(int kind, Codes a, Codes b, const Scales *s, const Rounded *x, W sum) {
-    W v = mul_w(whole_w(a), s->scale);
+    W v = kind == MX ? mul_w(whole_w(a), s->scale) : scaled_whole(a, s->scale, s->base); /* a power of two may be too large for BASE */
     if (kind == K6) v = fma_w(whole_w(b), s->second, v);
     if (kind == Q4 || kind == Q5) v = fma_w(s->low, set_w(x->sum), v);
     if (kind == K4 || kind == K5) v = fnma_w(s->low, set_w(x->sum), v);
@@ -119,7 +121,9 @@ INLINE W scaled(int kind, Codes a, Codes b, const Scales *s, const Rounded *x, W
 
 /* Initial value of a tile's sums of whole numbers, which corrects for unsigned codes; of K6, of each half. */
 INLINE int32_t start_of(int kind, const Rounded *x, int half_) {
-    return kind == K6 ? x->less[half_] : kind == Q8 ? 4 * (x->less[0] + x->less[1]) : kind == MX ? (x->less[0] + x->less[1]) / 32 * 12 : 0;
+    if (kind == MX) return (x->less[0] + x->less[1]) / 32 * 12;
+    if (kind == K6) return x->less[half_] + (half_ ? 0 : BASE_BITS);
+    return BASE_BITS + (kind == Q8 ? 4 * (x->less[0] + x->less[1]) : 0);
 }
 
 INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, const Rounded *x, W sum) {
@@ -128,6 +132,19 @@ INLINE W add_tile_of(int kind, int chains, const Codes *codes, const Scales *s, 
     if (kind == K6) b = sum_codes(most, 1, codes + 4, 4, x->x + 16, start_of(kind, x, 1));
     return scaled(kind, a, b, s, x, sum);
 }
+
+#ifdef MANY_TOKENS
+/* As add_tile_of, for `many` tokens at once, whose sums do not wait for one another. */
+INLINE void add_tile_to_many(int kind, int many, const Codes *codes, const Scales *s, const Rounded *x, W *sum) {
+    const int n = kind == K6 ? 4 : 8;
+    Codes a[MANY_TOKENS], b[MANY_TOKENS];
+    for (int t = 0; t < many; t++) a[t] = b[t] = whole_codes(start_of(kind, x + t, 0));
+    sum_codes_of_many(many, codes, n, x->x, sizeof *x, a);
+    for (int t = 0; kind == K6 && t < many; t++) b[t] = whole_codes(start_of(kind, x + t, 1));
+    if (kind == K6) sum_codes_of_many(many, codes + 4, 4, x->x + 16, sizeof *x, b);
+    for (int t = 0; t < many; t++) sum[t] = scaled(kind, a[t], b[t], s, x + t, sum[t]);
+}
+#endif
 
 #ifdef TWO_TOKENS
 /* As add_tile_of, for a token and the one `next` behind it (0: none), to sum[2]; codes: of pair_codes. */
@@ -173,13 +190,29 @@ INLINE void row_of_tiles(int kind, int few, int tokens, const uint8_t *at, int c
                     continue;
                 }
 #endif
+#ifdef MANY_TOKENS
+                if (few > 2) {
+                    add_tile_to_many(kind, few, codes, s + p, x, sum[p]);
+                    continue;
+                }
+#endif
                 if (few) {
 #pragma GCC unroll 4
                     for (int t = 0; t < few; t++)
                         sum[p][t] = add_tile_of(kind, few == 3 || few == 4 ? 1 : 2, codes, s + p, x + t, sum[p][t]);
                 } else {
+                    int t = 0;
+#ifdef MANY_TOKENS
 #pragma GCC unroll 1
-                    for (int t = 0; t < tokens; t++) sum[p][t] = add_tile_of(kind, 2, codes, s + p, x + t, sum[p][t]);
+                    for (; t + MANY_TOKENS <= tokens; t += MANY_TOKENS)
+                        add_tile_to_many(kind, MANY_TOKENS, codes, s + p, x + t, sum[p] + t);
+                    if (t + MANY_TOKENS / 2 <= tokens) {
+                        add_tile_to_many(kind, MANY_TOKENS / 2, codes, s + p, x + t, sum[p] + t);
+                        t += MANY_TOKENS / 2;
+                    }
+#endif
+#pragma GCC unroll 1
+                    for (; t < tokens; t++) sum[p][t] = add_tile_of(kind, 2, codes, s + p, x + t, sum[p][t]);
                 }
             }
         }
@@ -194,6 +227,12 @@ INLINE void rows_of_kind(int kind, int tokens, const uint8_t *tiles, int count, 
     case 2: row_of_tiles(kind, 2, 2, tiles, count, x, to); break;
     case 3: row_of_tiles(kind, 3, 3, tiles, count, x, to); break;
     case 4: row_of_tiles(kind, 4, 4, tiles, count, x, to); break;
+#ifdef MANY_TOKENS
+    case 5: row_of_tiles(kind, 5, 5, tiles, count, x, to); break;
+    case 6: row_of_tiles(kind, 6, 6, tiles, count, x, to); break;
+    case 7: row_of_tiles(kind, 7, 7, tiles, count, x, to); break;
+    case 8: row_of_tiles(kind, 8, 8, tiles, count, x, to); break;
+#endif
     default: row_of_tiles(kind, 0, tokens, tiles, count, x, to);
     }
 }

@@ -185,6 +185,10 @@ static inline W add_w(W a, W b) { return _mm256_add_ps(a, b); }
 static inline W fma_w(W a, W b, W c) { return _mm256_fmadd_ps(a, b, c); }
 static inline W fnma_w(W a, W b, W c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline W whole_w(Codes v) { return _mm256_cvtepi32_ps(v); }
+
+/* Whole numbers times `scale`. Here they come as they are: fewer registers hold less. */
+enum { BASE_BITS = 0, BASE = 0 };
+static inline W scaled_whole(Codes v, W scale, W base) { return (void)base, mul_w(whole_w(v), scale); }
 static inline W halves_w(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 static inline W powers_w(const void *p) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)), 23)); }
 static inline W bytes_w(const void *p) { return load_bytes8(p); }

@@ -136,6 +136,11 @@ static inline W add_w(W a, W b) { return _mm512_add_ps(a, b); }
 static inline W fma_w(W a, W b, W c) { return _mm512_fmadd_ps(a, b, c); }
 static inline W fnma_w(W a, W b, W c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline W whole_w(Codes v) { return _mm512_cvtepi32_ps(v); }
+
+/* Whole numbers times `scale`, rounded once. A number comes as the bits of the float 3 * 2^22 plus the number, which is below 2^22: a
+ * sum begins with BASE_BITS, and one FMA both converts and scales it. base: BASE times `scale`, exact, as a scale has at most 19 bits. */
+enum { BASE_BITS = 0x4b400000, BASE = -12582912 };
+static inline W scaled_whole(Codes v, W scale, W base) { return fma_w(_mm512_castsi512_ps(v), scale, base); }
 static inline W halves_w(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 /* 2 to e - 127; 0: 0 */
 static inline W powers_w(const void *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(p)), 23)); }
@@ -176,4 +181,13 @@ static inline __attribute__((always_inline)) Codes sum_codes(int most, int chain
         if (chains > 1 && i & 1) b = add_four(b, codes[i], x + 4 * i);
         else a = add_four(a, codes[i], x + 4 * i);
     return chains > 1 ? _mm512_add_epi32(a, b) : a;
+}
+
+/* sums [many] + the products of codes [n] and the inputs of as many tokens, `step` bytes apart. */
+#define MANY_TOKENS 8
+static inline Codes whole_codes(int32_t v) { return _mm512_set1_epi32(v); }
+static inline __attribute__((always_inline)) void sum_codes_of_many(int many, const Codes *codes, int n, const int8_t *x, int step,
+    Codes *sums) {
+    for (int i = 0; i < n; i++)
+        for (int t = 0; t < many; t++) sums[t] = add_four(sums[t], codes[i], x + step * t + 4 * i);
 }
