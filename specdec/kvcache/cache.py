@@ -35,7 +35,8 @@ WHOLE = "kv"  # the name of the buffer that holds all layers, and the first one 
 class RowEntries:
     """One row (sequence) of a ``KVCache``: the keys and values of its tokens, and its recurrent states.
 
-    A slot is the place of one token's keys and values in a buffer.
+    A slot is the place of one token's keys and values in a buffer. Committed tokens belong to the text; uncommitted
+    ones, which follow them, are drafted or are being run.
 
     count: number of committed tokens.
     expected: number of slots that the row will need in all; 0: unknown. On a CPU, the next growth reserves that many.
@@ -44,7 +45,7 @@ class RowEntries:
     buffers: tensors [2 (keys, values), N', H, slots, d] by name: "kv" of all attention layers, "kv1" of those with
         other head sizes, or one for each layer, such as "3", with N' = 1. If keys and values differ in size, d is the
         larger size.
-    pointers: for each buffer, its capacity in slots and the addresses of its keys and of its values.
+    pointers: for each buffer name, (capacity in slots, address of the keys, address of the values).
     states: the states of the recurrent layers; None: the model has no recurrent layers.
     lent: whether the buffer "kv" is memory of a runtime's CUDA graphs, which other caches must copy and not share.
     dropped: ranges [begin, end) of committed slots, in order, that ``KVCache.evict`` has dropped in sliding-window
@@ -73,9 +74,10 @@ class RowEntries:
         return max((buffer.shape[-2] for buffer in self.buffers.values()), default=0)
 
     def shared(self) -> RowEntries:
-        """Return a copy of this row object that uses the same buffers.
+        """Return a copy of this row object that uses the same buffers and the same ``states`` object.
 
-        Later tokens of this row do not change the copy's committed tokens, which are never overwritten.
+        Tokens that one of the two appends do not change the other's committed tokens, which are never overwritten. But
+        both would write the same next slots, so only one of them may append.
         """
         made = copy.copy(self)
         made.buffers, made.pointers, made.sharers = dict(self.buffers), dict(self.pointers), dict(self.sharers)
@@ -84,7 +86,9 @@ class RowEntries:
         return made
 
     def put(self, name: str, buffer: Tensor, held: int | None = None, lent: bool = False) -> None:
-        """Set ``buffer`` [2, N', H, slots, d] as the row's buffer ``name``, and record its addresses.
+        """Set ``buffer`` [2, N', H, slots, d] as the row's buffer ``name``, and record its addresses in ``pointers``.
+
+        From then on, no other row shares the buffer of this name.
 
         held: number of the row's slots that count as used memory; None: all slots of the buffer.
         lent: whether it is memory of a runtime's CUDA graphs, which other caches must copy and not share.
@@ -99,8 +103,9 @@ class RowEntries:
     def window_slots(self, slots: int, window: int) -> int:
         """Return for how many of the row's first ``slots`` tokens sliding-window layers keep keys and values, at most.
 
-        It is an upper bound until the next ``KVCache.evict``. window: number of tokens before a token that these layers
-        see.
+        It is an upper bound until the next ``KVCache.evict``, with a margin for tokens that are appended before.
+
+        window: number of tokens before a token that these layers see.
         """
         begin = self.dropped[-1][1] if self.dropped else 0
         before = sum(end - start for start, end in windows.held(self.dropped, begin))
@@ -287,7 +292,8 @@ class KVCache:
     ) -> RowMask:
         """Return the attention mask of the next T tokens of each row, which run through the layers from ``layer`` on.
 
-        A token attends to all committed tokens of its row, and to the uncommitted ones that its tree marks.
+        A token attends to all committed tokens of its row, and to the uncommitted ones that its tree marks. Call it
+        before the layers run. It stores no keys; without ``counts``, it sets ``draft_positions``.
 
         positions: positions of the tokens, int64 [B, T].
         tree: which uncommitted tokens each new token attends to, bool [T, U] for all rows or [B, T, U], where U counts
@@ -314,7 +320,7 @@ class KVCache:
     ) -> None:
         """Reserve slots for the next tokens in layers [lo, hi), and count them as filled; the caller fills them.
 
-        A slot holds one token's keys and values.
+        A slot holds one token's keys and values. The caller finds the buffers' addresses in ``RowEntries.pointers``.
 
         counts: number of tokens of each row. heads: for each buffer, the number and the size of its key heads.
         dtype: dtype of keys and values before any 8-bit quantisation.
@@ -428,8 +434,8 @@ class KVCache:
 
         layer: index of the layer in the model.
         tree: which of the U uncommitted tokens each new token sees, bool [T, U]; None: a chain.
-        advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
-            states.
+        advance: function (inputs [B, T, D], states before them, whether adapters act) that runs the layer and returns
+            outputs [B, T, D] and new states; states are tensors [B, ...] by (kind, index).
         """
         held = self.lengths[layer] - self.committed
         rows = [states for states in self.states if isinstance(states, LayerStates)]
@@ -446,7 +452,10 @@ class KVCache:
         self.lengths[lo:hi] = left
 
     def roll_back(self) -> None:
-        """Drop all uncommitted tokens, with their keys, values and recurrent states, in all layers and rows."""
+        """Drop all uncommitted tokens, with their keys, values and recurrent states, in all layers and rows.
+
+        The committed tokens stay, and so does the memory of the dropped slots, which the next tokens reuse.
+        """
         self._settle()
         for states in self.states:
             states.ahead = {}
@@ -524,7 +533,10 @@ class KVCache:
         return count
 
     def checkpoints(self, row: int) -> set[int]:
-        """Return the checkpoints of row ``row``: numbers of its first tokens that another text can begin with."""
+        """Return the checkpoints of row ``row``: the counts n such that another text can begin with its first n tokens.
+
+        The result is empty for a model without recurrent and sliding-window layers, which needs no checkpoints.
+        """
         own = self.entries[row]
         stored = own.window_checkpoints if own.states is None else own.states.checkpoints
         return {count for count in stored if self.resumable(row, count) == count}
@@ -541,7 +553,7 @@ class KVCache:
         """Store a checkpoint after the committed tokens of row ``row``, up to which other texts can reuse them.
 
         With recurrent layers, it is a copy of their states. With sliding-window layers, the keys and values of a window
-        before it are kept; of such checkpoints, a row keeps a few. Does nothing for a model without such layers.
+        before it are kept; of such checkpoints, a row keeps three. Does nothing for a model without such layers.
         """
         own = self.entries[row]
         if own.states is not None:
@@ -550,7 +562,10 @@ class KVCache:
             own.window_checkpoints = windows.thinned((*own.window_checkpoints, own.count))
 
     def of(self, entries: list[RowEntries]) -> Self:
-        """Return a cache with the settings of this one and the rows ``entries``, which have no uncommitted tokens."""
+        """Return a new cache with the settings of this one and with ``entries`` as its rows.
+
+        The row objects are not copied. Their uncommitted tokens are dropped.
+        """
         made = copy.copy(self)
         made._place(entries)
         return made
@@ -602,7 +617,10 @@ class KVCache:
         return self.copy(row, own.count) if spare else self.take(row)
 
     def reference(self) -> Self:
-        """Return this cache as it is now, for another thread to read while this one grows. It shares the buffers."""
+        """Return this cache as it is now, for another thread to read while this one grows.
+
+        It shares the buffers and keeps their memory alive. Nothing may be appended to it.
+        """
         made = copy.copy(self)
         made.entries = [row.shared() for row in self.entries]
         return made
@@ -612,7 +630,8 @@ class KVCache:
     def read(self, row: int, start: int, end: int) -> dict[str, Tensor]:
         """Return a CPU copy of the keys and values of row ``row`` for the committed tokens [start, end).
 
-        They are by buffer name, [2 (keys, values), N', H, end - start, d] each, without sliding-window layers.
+        They are by buffer name, [2 (keys, values), N', H, end - start, d] each, for the N' layers of the buffer in
+        order, without sliding-window layers, whose part ``read_window`` returns. In 8 bits, they stay as stored.
         """
         parts = {name: buffer[..., start:end, :] for name, buffer in self.entries[row].buffers.items()}
         if self.window:
@@ -622,7 +641,9 @@ class KVCache:
     def read_window(self, row: int, start: int, end: int) -> dict[str, Tensor]:
         """Return the sliding-window layers' keys and values of row ``row`` for the committed tokens [start, end).
 
-        They are by buffer name, [2 (keys, values), N', H, end - start, d] each; {} if any of them has been dropped.
+        They are copies by buffer name, [2 (keys, values), N', H, end - start, d] each, for the N' sliding-window layers
+        of the buffer in order; ``restore_window`` writes them back. The result is {} if ``evict`` has dropped any of
+        the tokens, and if the model has no sliding-window layers.
         """
         own = self.entries[row]
         if windows.intersection(own.dropped, [(start, end)]):
@@ -640,9 +661,9 @@ class KVCache:
         return {" ".join(map(str, key)): state.cpu().contiguous() for key, state in found.items()}
 
     def restore(self, parts: Iterable[dict[str, Tensor]], capacity: int) -> int:
-        """Write keys and values of a text's consecutive parts into this empty cache of one row; return their length.
+        """Write keys and values of a text's consecutive parts into this empty cache of one row.
 
-        They are not committed: call ``resume`` next.
+        Returns the number of tokens of all parts together. They are not committed: call ``resume`` next.
 
         parts: CPU tensors by buffer name, as ``read`` returns them. Each part is written before the next one is
             requested.

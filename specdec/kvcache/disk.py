@@ -53,7 +53,9 @@ Tensors = dict[str, Tensor]
 class PrefixDisk:
     """The prefix cache on disk: files of keys and values in one folder, which only one process uses. ``close`` ends it.
 
-    A file has one chunk, the keys and values of 64 consecutive tokens of a text. A thread writes the files. After an
+    A text is a sequence of token ids. A file has one chunk: the keys and values of 64 consecutive tokens of a text. The
+    first chunk begins at the first token, and tokens after the last full chunk are not stored. A file's name is a hash
+    of all tokens up to the chunk's end, so chunks are found by their text. A thread writes the files. After an
     error in writing, it warns once and writes nothing more. A damaged file is removed with a warning. A file that
     cannot be opened stays.
 
@@ -129,7 +131,9 @@ class PrefixDisk:
         return {"disk_queries": self.queries, "disk_hits": self.hits, "disk_bytes": self.held}
 
     def longest(self, ids: Sequence[int], scope: str | None) -> int:
-        """Return how many of the first tokens of ``ids`` have their keys and values on disk, a multiple of ``CHUNK``.
+        """Return how many of the first tokens of ``ids`` have their keys and values on disk, a multiple of 64.
+
+        It looks up file names only. ``load`` may load fewer, if a file is damaged.
 
         scope: name of the owner of the text, whose texts alone are found; None: the default owner.
         """
@@ -138,7 +142,8 @@ class PrefixDisk:
     def load(self, cache: Cache, ids: Sequence[int], scope: str | None, capacity: int) -> Cache:
         """Fill ``cache`` with the longest stored beginning of the text ``ids``, commit its tokens, and return it.
 
-        The beginning ends before a chunk that cannot be read; if there is none, the cache stays empty.
+        The beginning ends before a chunk that cannot be read, about which it warns; if nothing is found, the cache
+        stays empty. Blocks until the files are read.
 
         cache: an empty cache of one row (sequence).
         scope: name of the owner of the text, whose texts alone are found; None: the default owner.
@@ -209,10 +214,12 @@ class PrefixDisk:
             names.pop()
 
     def keep(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
-        """Let the writing thread store the chunks of the text ``ids`` that are not on disk yet.
+        """Let the writing thread store the chunks of the text ``ids`` that are not on disk yet. Returns at once.
 
-        Does nothing if more than ``MAX_PENDING`` bytes would then wait to be written.
+        Does nothing if caches wait to be written and would then have more than ``MAX_PENDING`` bytes (1 GiB), or after
+        an error in writing.
 
+        ids: the token ids, all of which are committed in ``cache``.
         cache: cache of one row with the text. Its buffers are shared, and stay in memory, until they are written.
         scope: name of the owner of the text, for whom alone it is found later; None: the default owner.
         """
@@ -223,7 +230,10 @@ class PrefixDisk:
             self.jobs.put(partial(self._keep, ids, cache.reference(), scope, size))
 
     def close(self) -> None:
-        """Write the texts that wait, end the writing thread, and let other processes use the folder."""
+        """Write the texts that wait, end the writing thread, and let other processes use the folder.
+
+        Blocks until that is done. ``keep`` has no effect afterwards.
+        """
         self.jobs.put(None)
         if self.thread is not threading.current_thread():
             self.thread.join()
@@ -247,7 +257,7 @@ class PrefixDisk:
         return self.folder / (name + SUFFIX)
 
     def _read(self, name: str) -> Tensors | None:
-        """Return the tensors of the file ``name``; None if it is damaged, unreadable, or no longer in the cache.
+        """Return the tensors of the file ``name`` by their names; None if it is damaged, unreadable, or was deleted.
 
         Warns about a damaged file and removes it. Warns about a file that cannot be read.
         """

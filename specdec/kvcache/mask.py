@@ -64,7 +64,8 @@ class Mask:
     def filled(self, count: int) -> Tensor:
         """Return which of S keys belong to committed or to the first ``count`` uncommitted tokens, bool [B, 1, 1, S].
 
-        Uncommitted tokens are drafted, or run in this pass. Raises NotImplementedError if the mask does not know them.
+        Uncommitted tokens are drafted, or run in this pass. Raises NotImplementedError in this class: only subclasses
+        know which keys are uncommitted.
         """
         raise NotImplementedError
 
@@ -78,7 +79,8 @@ class RowMask(Mask):
         the other. ``bool_mask`` is then not available.
     committed: number of committed tokens of each row.
     counts: number of tokens of each row in the pass.
-    trees: for each row, which of its U uncommitted tokens each token attends to, bool [tokens, U]; None: a chain.
+    trees: for each row, which of its U uncommitted tokens (``ahead``, then those of the pass) each token of the pass
+        attends to, bool [tokens, U]; None: a chain, in which each attends to all earlier ones and to itself.
     ahead: number of uncommitted tokens of each row before those of the pass.
     drafted: positions of each row's uncommitted tokens, int64 [B, U], or a tensor [U] for each row.
     whole: whether the caller commits all tokens of the pass.
@@ -109,6 +111,8 @@ class RowMask(Mask):
 
     def tree(self, row: int, window: int | None) -> Tensor | None:
         """Return which uncommitted tokens each token of row ``row`` attends to, bool [tokens, U]; None: a chain.
+
+        The result is ``trees[row]``, contiguous and limited to ``window``. It is cached, and must not be changed.
 
         window: attention window in tokens, outside of which nothing is visible; None: no limit.
         """

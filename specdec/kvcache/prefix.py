@@ -22,13 +22,14 @@ SCOPE, TOKEN = 32, array("I").itemsize  # bytes of a key: for its scope, and for
 
 
 class Prefix:
-    """A cached text, with a KV cache of one row (sequence) that holds exactly its tokens.
+    """A cached text (sequence of tokens), with a KV cache of one row that holds exactly its tokens.
 
     ids: the token ids; as an argument, further ids that the cache does not hold may follow.
     cache: the KV cache. Raises ValueError if it has more tokens than ``ids``.
     scope: name of the owner whose requests alone may begin with the text; None: the default owner.
     key: the text and its scope as bytes, by which the text is sorted.
-    points: the keys of all beginnings of the text that other texts can reuse, ``key`` included.
+    points: the keys of the whole text and of its beginnings up to the cache's checkpoints; another text can go on after
+        each of them.
     nbytes: bytes of the keys, values and recurrent states.
     """
 
@@ -45,7 +46,7 @@ class Prefix:
 
 
 class PrefixStore:
-    """The cached texts (``Prefix``) of an engine, the least recently used first.
+    """The cached texts (``Prefix``: tokens with their KV cache) of an engine, the least recently used first.
 
     nbytes: bytes of all cached texts.
     max_bytes: the limit of ``nbytes``. The engine, not this class, keeps to it by calling ``drop``.
@@ -65,9 +66,11 @@ class PrefixStore:
     def add(self, ids: Sequence[int], cache: KVCache, scope: str | None = None) -> Prefix:
         """Add the text ``ids``, whose keys and values are in the one row of ``cache``, and return its entry.
 
-        Removes cached texts that are a beginning of the new one. If the store is full, it removes the least recently
-        used text. An empty text is not stored.
+        Removes cached texts that are a beginning of the new one. If the store is full (1024 texts), it removes the
+        least recently used text. An empty text is returned, but not stored.
 
+        ids: the token ids; further ids that the cache does not hold may follow. cache: belongs to the store from now
+            on.
         scope: name of the owner whose requests alone may begin with the text; None: the default owner.
         """
         made = Prefix(ids, cache, scope)
@@ -112,13 +115,16 @@ class PrefixStore:
         return best, most, shared
 
     def take(self, prefix: Prefix) -> KVCache:
-        """Remove a cached text and return its KV cache, which the caller may extend."""
+        """Remove a cached text and return its KV cache, which the caller may extend.
+
+        prefix: an entry that ``add`` or ``longest`` returned. One that is removed already also gives its cache.
+        """
         if self._texts.get(prefix.key) is prefix:
             self._remove(prefix)
         return prefix.cache
 
     def drop(self) -> bool:
-        """Remove the least recently used cached text; return False if there is none."""
+        """Remove the least recently used cached text, with its KV cache; return False if there is none, else True."""
         if not self._texts:
             return False
         self._remove(next(iter(self._texts.values())))
@@ -138,9 +144,9 @@ class PrefixStore:
                 del self._holders[point], self._points[bisect_left(self._points, point)]
 
     def _beginnings(self, key: bytes) -> Iterator[bytes]:
-        """Yield the keys in the index with which ``key`` begins, longest first.
+        """Yield the ``points`` of cached texts with which ``key`` begins, longest first, ``key`` itself included.
 
-        Each is the beginning of a cached text, and can be reused. key: scope and token ids of a text as bytes.
+        key: scope and token ids of a text as bytes.
         """
         index = bisect_right(self._points, key)
         while index:

@@ -51,12 +51,13 @@ class RowStates(ABC):
     implements ``empty``, ``snapshot`` and ``_take_ahead``.
 
     layers: number of recurrent layers.
-    states: states after the committed tokens that are not pending. The subclass chooses the keys.
+    states: states after the committed tokens that are not pending, as tensors. The subclass chooses the keys.
     inputs: layer inputs of the pending tokens or, in layers without pending tokens, of the uncommitted ones, [layers,
-        capacity, width].
-    pending: for each layer, the number of pending tokens. A pass through the layer sets it to 0.
-    ahead: by layer number, or ``ALL_LAYERS``: (number of uncommitted tokens that ran, the states after them).
-    checkpoints: copies of ``states``, by the number of tokens that they include.
+        capacity in tokens, width], with width D or ``StateShape.width``.
+    pending: C array with the number of pending tokens of each layer, int32. A pass through the layer sets it to 0.
+    ahead: states that may become ``states`` at ``commit``: by number of the recurrent layer, or ``ALL_LAYERS``, (number
+        of uncommitted tokens that ran as a chain, the states after them by the keys of ``states``).
+    checkpoints: copies of ``states``, by the number of first tokens of the row that they include.
     next_checkpoint: number of tokens of a checkpoint to store as soon as no token is pending; None: there is none.
     """
 
@@ -75,11 +76,16 @@ class RowStates(ABC):
 
     @abstractmethod
     def snapshot(self) -> StatesByKey:
-        """Return the present recurrent states, tensors by key, such that later passes do not change them."""
+        """Return the present ``states``, tensors by the same keys, such that later passes do not change them.
+
+        Tensors that passes change in place are cloned; the others are shared.
+        """
 
     @abstractmethod
     def _take_ahead(self, path: Sequence[int]) -> bool:
         """Use the states in ``ahead`` as ``states`` if they are those after the tokens ``path``; return whether so.
+
+        ``commit`` calls it. If the result is False, the accepted tokens become pending.
 
         path: ascending indices of the accepted tokens among the uncommitted ones.
         """
@@ -89,7 +95,7 @@ class RowStates(ABC):
         return sum(state.nbytes for state in self.states.values())
 
     def make_room(self, tokens: int, like: Tensor | None = None) -> None:
-        """Enlarge the buffer ``inputs`` so that it holds the layer inputs of ``tokens`` tokens.
+        """Enlarge the buffer ``inputs``, if necessary, so that it holds ``tokens`` tokens; the stored inputs stay.
 
         like: a tensor [..., width] whose width and dtype the larger buffer gets; None: those of ``inputs``.
         """
@@ -102,6 +108,9 @@ class RowStates(ABC):
 
     def commit(self, path: Sequence[int]) -> None:
         """Accept the uncommitted tokens with the ascending indices ``path``, and drop the others.
+
+        The accepted tokens are then in ``states``, or pending in all layers. A requested checkpoint is stored before
+        that if no token was pending.
 
         Raises ValueError if tokens that were accepted before have not run through all layers.
         """
@@ -117,24 +126,37 @@ class RowStates(ABC):
         self.ahead = {}
 
     def checkpoint(self, count: int) -> None:
-        """Request a checkpoint after all ``count`` committed tokens. It is stored once the states include them."""
+        """Request a checkpoint after all ``count`` committed tokens of the row.
+
+        The next ``commit`` at which no token is pending puts it into ``checkpoints``. Nothing is copied before.
+        """
         if count not in self.checkpoints:
             self.next_checkpoint = count
 
     def begin(self, count: int, states: StatesByKey) -> None:
-        """Set the states after ``count`` tokens to ``states``, tensors by key, and store them as a checkpoint, too."""
+        """Set ``states`` of a row that begins with ``count`` tokens, and store them as a checkpoint, too.
+
+        states: the states after these tokens, by the keys of ``self.states``; they are shared, not copied, as the
+            checkpoint.
+        """
         self.states = self.checkpoints[count] = states
         self.states = self.snapshot()
 
     def restored(self, count: int) -> Self:
-        """Return new states of the checkpoint after ``count`` tokens, with the checkpoints up to it."""
+        """Return a new object with the states of the checkpoint after ``count`` tokens, and the checkpoints up to it.
+
+        Raises KeyError if there is no such checkpoint.
+        """
         made = self.empty()
         made.begin(count, self.checkpoints[count])
         made.checkpoints = {n: states for n, states in self.checkpoints.items() if n <= count}
         return made
 
     def copy(self) -> Self:
-        """Return an independent copy of the states, pending tokens and checkpoints. No token may be uncommitted."""
+        """Return a new object with the same states, pending tokens and checkpoints, but without uncommitted tokens.
+
+        Later passes and commits of one of the two do not change the other.
+        """
         made = self.empty()
         made.states = self.snapshot()
         made.inputs = self.inputs[:, : max(self.pending, default=0)].clone()
@@ -152,7 +174,7 @@ class LayerStates(RowStates):
     the layer. A row without tokens has no states. A pass puts new tensors in place of the old ones, and
     changes none in place, except those in ``home``.
 
-    home: states at fixed addresses that CUDA graphs change in place, by the same keys; {}: there are none.
+    home: the tensors in ``states`` that CUDA graphs change in place at fixed addresses, by the same keys; {}: none.
     """
 
     def __init__(self, layers: int) -> None:
@@ -230,9 +252,9 @@ class KernelStates(RowStates):
     def arguments(self, uncommitted: int, count: int, whole: bool) -> tuple[int | None, ...]:
         """Prepare the row's buffers for its next ``count`` tokens, and return the native kernels' arguments for them.
 
-        Returns a tuple of six: ``uncommitted``; the capacity of the stored inputs in tokens; and the addresses of the
-        states, of the states after the tokens (None: not to be written), of the stored inputs, and of the numbers of
-        pending tokens.
+        Returns a tuple of six: ``uncommitted``; the capacity of the stored inputs in tokens; and the addresses (int) of
+        the states, of the states after the tokens (None: not to be written), of the stored inputs, and of the numbers
+        of pending tokens. They are valid until the next call.
 
         uncommitted: number of uncommitted tokens of the row before these.
         whole: whether the tokens will be committed together. If they are many, the kernels then write the states after
@@ -271,8 +293,8 @@ def run_rows(
     held: U, number of uncommitted tokens of each row before ``x``.
     tree: which of the U + T uncommitted tokens each new token sees, for all rows, bool [T, U + T] or [1, T, U + T];
         None: chains.
-    advance: function (inputs [B, T, D], states, whether adapters act) that runs the layer; returns outputs and new
-        states.
+    advance: function (inputs [B, T, D], states before them, whether adapters act) that runs the layer and returns
+        outputs [B, T, D] and new states; states are tensors [B, ...] by (kind, index).
     """
     if tree is not None and tree.dim() == 3:
         if len(tree) > 1:
@@ -311,7 +333,9 @@ def _together(rows: Sequence[States]) -> States:
 def _absorb(rows: Sequence[LayerStates], layer: int, advance: Advance) -> None:
     """Run ``layer`` on each row's pending tokens (accepted, but not in its states yet), which then include them.
 
-    Rows with equal numbers of pending tokens run as a batch. advance: runs the layer on inputs and states.
+    Rows with equal numbers of pending tokens run as a batch.
+
+    layer: number of the layer among the recurrent ones. advance: runs the layer, as in ``run_rows``.
     """
     groups: dict[int, list[LayerStates]] = defaultdict(list)
     for row in rows:
@@ -332,7 +356,7 @@ def _branches(inputs: Tensor, states: States, tree: Tensor, advance: Advance) ->
 
     inputs: layer inputs of the U uncommitted tokens, [B, U, D]. states: the states before them, each [B, ...].
     tree: which uncommitted tokens are on the path to each of the last T tokens, bool [T, U]; one tree for all rows.
-    advance: runs the layer on inputs and states.
+    advance: runs the layer, as in ``run_rows``.
     """
     (batch, _, width), (t, u) = inputs.shape, tree.shape
     paths = [row.nonzero()[:, 0].tolist() for row in tree.cpu()]

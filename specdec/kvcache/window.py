@@ -23,6 +23,8 @@ Range = tuple[int, int]  # slots from a first one to an end, which is not includ
 def outside(count: int, window: int, checkpoints: Iterable[int], dropped: Sequence[Range] = ()) -> tuple[Range, ...]:
     """Return the ranges [begin, end) of tokens whose keys and values sliding-window layers need no longer, in order.
 
+    Needed are the first 64 tokens, and a window with a margin of 128 tokens before the end and each checkpoint.
+
     count: number of tokens of the row (sequence). window: number of tokens before a token that these layers see.
     checkpoints: numbers of tokens up to which other texts may reuse the row, so that a window before them is needed.
     dropped: the ranges that are dropped already; the result includes them.
