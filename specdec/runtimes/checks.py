@@ -23,8 +23,8 @@ def refuse_unsupported(model: AnyModel) -> None:
     """Raise SpecDecError with the reason if no runtime supports ``model``.
 
     A supported model is a decoder-only causal language model with an output head. Its attention implementation is
-    "sdpa" or "eager", because others take no tree masks. Types that are not in ``FAMILIES`` must also pass
-    ``refuse_tangled``.
+    "sdpa" or "eager", because others take no tree masks. A model type (``config.model_type``) that is not in
+    ``models.families.FAMILIES`` must also pass ``refuse_tangled``.
     """
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
@@ -53,7 +53,7 @@ def refuse_tangled(model: AnyModel) -> None:
 
 
 def not_finite(model: AnyModel) -> NotFiniteError:
-    """Return the error to raise if the logits of ``model`` are NaN or infinite.
+    """Return, for the caller to raise, the error that explains why the logits of ``model`` are NaN or infinite.
 
     The message names the first weight that has NaN or infinite values. If all weights are finite, it names the dtype
     and suggests another one. Reads all weights.
@@ -80,7 +80,7 @@ def _apart(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare the output of a router of a mixture of experts with that of an earlier run.
+    """Compare the output of a mixture's router, the linear layer that chooses a token's experts, with an earlier run.
 
     expected: the earlier run's logits of all E experts, [T, E].
     found: the router's logits, [T, E].
@@ -94,7 +94,9 @@ def _of_router(expected: Tensor, found: Tensor, experts: Tensor) -> tuple[Tensor
 
 
 def _largest(logits: Tensor, count: int) -> Tensor:
-    """Return the indices of each token's largest logits, int64 [T, count], the largest first; of equal ones the lowest.
+    """Return the indices of each token's largest logits, int64 [T, count], the largest first.
+
+    Of equal logits, the one with the lowest index comes first.
 
     logits: router logits of E experts, [T, E].
     count: number of experts that a token uses.
@@ -113,7 +115,8 @@ def routing(model: Any, logits: Tensor, known: bool) -> Iterator[list[Tensor]]:
     logits: router logits of all T tokens, float32 [T, layers, experts]; with 0 experts, the block has no effect.
     known: whether ``logits`` are given. If not, each router writes its own logits there and chooses by them.
 
-    Yields a list. If ``known``, each router that runs appends the two differences [T] that ``_of_router`` returns.
+    Yields a list, empty at first. If ``known``, each router that runs in the block appends the two differences [T] that
+    ``_of_router`` returns.
     """
     differences = list[Tensor]()
 
@@ -139,12 +142,12 @@ def check_logits(target: Target) -> float:
     The target runs 11 tokens in passes of 8, 1 and 2 tokens, each of which is split into two ranges of layers. The
     model runs all 11 in one forward, in which each token uses the same experts.
 
-    Returns the relative difference: the median over positions of the largest difference of a position's logits,
-        relative to the largest logit of all. It is the maximum of the medians of the first 8 and of the other
-        positions, for the output head and each router. A single position may differ much in 16 bits, also in a correct
-        runtime.
+    Returns a relative difference, 0 if all logits are equal. A position's difference is the largest one of its logits,
+        relative to the largest logit of all positions. The result is the larger of two medians, one over the first 8
+        and one over the other positions, and the largest such value of the output head and all routers. A single
+        position may differ much in 16 bits, also in a correct runtime.
 
-    Raises SpecDecError if it is 1e-4 or more in float32, or 5e-2 or more in 16 bits, or if the layers do not run one by
+    Raises SpecDecError if the result is 1e-4 or more in float32, or 5e-2 or more in 16 bits, or if the layers do not run one by
     one; NotFiniteError if the model's own logits are not finite.
     """
     model, kind = target.model, target.model.config.model_type

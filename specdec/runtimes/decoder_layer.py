@@ -23,7 +23,7 @@ class Adapters(nn.Module):
     paths: by layer number, module paths of the linear layers that are changed, such as "mlp.down_proj".
     neurons: by layer number, the number of MLP neurons that run; in a layer that is missing here, all neurons run.
     lasting: whether the values are final, as in a trained drafter, so that a runtime may store what it derives from
-        them.
+        them on disk. The owner sets it; False at first.
     """
 
     lasting = False
@@ -57,7 +57,8 @@ class Adapters(nn.Module):
     def factors(self, layer: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Return a layer's low-rank factors, ``{module path: (down [rank, in_features], up [out_features, rank])}``.
 
-        The module paths are relative to the layer. The result is {} if the adapters change no linear layer of it.
+        They are the parameters themselves. The module paths are relative to the layer. The result is {} if the adapters
+        change no linear layer of it.
         """
         return {
             path: (getattr(self, self._key(layer, path) + "/down"), getattr(self, self._key(layer, path) + "/up"))
@@ -94,7 +95,7 @@ def check_rotary(rotary: Any) -> None:
 
 
 def recurrent(layer: Any) -> bool:
-    """Return whether a decoder layer module has a recurrent mixer, the gated delta rule, instead of attention."""
+    """Return whether a decoder layer module has a gated delta rule (attribute ``linear_attn``) instead of attention."""
     return hasattr(layer, "linear_attn")
 
 
@@ -104,7 +105,9 @@ def has_experts(layer: Any) -> bool:
 
 
 def router(mlp: Any) -> Any:
-    """Return the router module of an MLP module that is a mixture of experts.
+    """Return the router of a mixture of experts: the module that chooses the experts of each token.
+
+    mlp: the MLP module of a decoder layer for which ``has_experts`` is True.
 
     The router's forward returns, for T tokens, a tuple of the logits [T, E] of all E experts, and the weights [T, k]
     and the indices [T, k] of the k experts that each token uses.

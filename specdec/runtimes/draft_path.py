@@ -29,17 +29,19 @@ class DraftPath:
     """The projections and layers that turn a token's embedding into the draft logits of the next token (M2R2).
 
     A token runs through projection 0, the layers of segment 0, projection 1, the layers of segment 1, and so on. A last
-    projection, if there is one more than segments, gives the final state, which the output heads read.
+    projection, if there is one more than segments, gives the final state; without it, the last segment's output is the
+    final state. The final norm and the output heads read the final state.
 
-    projections: linear layers, each of whose inputs is divided by its RMS. Projection s maps [embedding; final state of
-        the token before; input of segment s of the token before] to the input of segment s [D]. The one after the last
-        segment maps [result of the layers; final state of the token before] to the final state [D].
+    projections: linear layers, each of whose inputs is divided by its RMS. Projection s maps [x; final state of the
+        token before; input of segment s of the token before] to the input of segment s [D], where x is the token's
+        embedding or, for s > 0, the output of segment s - 1. The one after the last segment maps [output of that
+        segment; final state of the token before] to the final state [D].
     segments: ranges [lo, hi) of the target's layers that run with ``adapters``.
     adapters: changes of these layers.
     heads: output heads that read the final state; their logits are concatenated. None instead of a head: the target's
         own. The last head may get more outputs later.
     tokens: token id of each logit, int64 [V']; None: logit i is of token i. A new tensor replaces it when heads change.
-    made: cache of objects that runtimes derive from the path, under keys of their own.
+    made: cache of objects that runtimes derive from the path, under keys that the runtimes choose; {} at first.
     """
 
     projections: Sequence[UnitMap]
@@ -54,7 +56,7 @@ class Sampled(NamedTuple):
     """The sampling parameters of one sequence and its noise, with which its draft predicts the target's sampled tokens.
 
     The target chooses, after temperature, top-k, top-p and min-p, the largest of logits plus Gumbel noise. A draft that
-    adds the same noise to its own logits chooses the same token more often.
+    adds the same noise to its own logits chooses the same token more often. Noise depends on the position in the text.
 
     seed, stream: unsigned 64-bit integers; with a position and a token id, they determine the noise.
     place: position of the first token to draft: the number of tokens of the text so far, its last one included.
@@ -85,11 +87,13 @@ class TreeLimits:
     levels: maximum number of levels.
     width: number of children of a node. With one sequence, also the maximum number of nodes of a level that get
         children.
-    level: cost of drafting one more level, in accepted tokens. The next level n is drafted while the sum, over the
-        nodes to get children, of max(0, path probability * ``rate(n)`` - ``node``) is at least ``level``.
-    node: cost of a node, in accepted tokens. With one sequence, nodes whose term in that sum is 0 get no children.
-    rates: for each level, the probability that it has the right token after a right path. Further levels have the last
-        rate; (): all have 1.
+    level: cost of drafting one more level: its time, as the number of tokens that are generated in that time at the
+        present speed. Level n >= 1 is drafted while the sum, over the nodes to get children, of max(0, path probability
+        * ``rate(n)`` - ``node``) is at least ``level``. 0: drafting is free.
+    node: cost of scoring one more node, in the same unit. With one sequence, nodes whose term in that sum is 0 get no
+        children.
+    rates: for each level from 0 on, the probability that one of its nodes is the token that the target accepts, if the
+        path before is accepted. Further levels have the last rate; (): all have 1.
     """
 
     levels: int
@@ -112,17 +116,20 @@ class DraftRoots:
 
     tokens: token id of each root, [B].
     positions: position of each root in its sequence, [B].
-    final: final states of T recent tokens of each sequence, [B, T, D]; T is 1 if there are several sequences.
-    carried: for each segment of the draft path, the input states of the same T tokens [B, T, D].
+    final: final states (inputs of the final norm) of T recent tokens of each sequence, [B, T, D]; T is 1 if there are
+        several sequences. Only those of token ``place`` are read.
+    carried: for each segment of the draft path, the inputs of its first layer for the same T tokens, [B, T, D].
     place: index among these T tokens of the token before the root.
     forbidden: outputs of the path's second head that a sequence may not draft, bool [B, outputs]; None: there are none.
     sampled: how each sequence is sampled; None: all are greedy.
     tables: for each sequence, calibration tables as in ``calibrated``, [B][1, or 3 with ``given``][11]; None: no
         calibration. The first is for probabilities by the path's heads. The third is for tokens that only the other
         source has, after a node where the heads have candidates, and the second for all other tokens of that source.
-    given: for each sequence, a tree from another source, such as n-grams, that the draft extends; None: there is no
-        source.
-    masks: function from the tokens after the root to the tokens that may follow, for a single sequence; None: all may.
+    given: for each sequence, a tree from another source (predictor of tokens), such as n-grams, that the draft extends,
+        as lists (scores, tokens, parents, [raw probabilities]) with the meanings of ``LevelNodes``; None: there is no
+        other source.
+    masks: function from the ids of the drafted tokens after the root to the tokens that may follow, bool [V] (None:
+        none may), for a single sequence; None: all may.
     choice: rule by which the device selects the nodes to score, so that the host need not read the candidates first.
         All levels are then drafted. None: the host reads the candidates and selects.
     """
@@ -149,9 +156,10 @@ class LevelNodes(NamedTuple):
         is no such node.
     tokens: token ids, int64 [B, C]; -1 in nodes that only pad a sequence (``given_of``).
     parents: parent of each node, int64 [B, C]; 0: the root, i + 1: node i, -1: padding.
-    raw: probability of each node after its parent, not calibrated, float32 [B, S, C], by each of S sources; 0: the
-        source does not have the node. S is 1: the draft's output heads. S is 3 if another source's tree is included:
-        that source after nodes where the heads have no candidates, that source elsewhere, and the heads.
+    raw: probability of each node after its parent, not calibrated, float32 [B, S, C], by each of S sources (predictors
+        of tokens); 0: the source does not have the node. S is 1: the draft's output heads. S is 3 if another source's
+        tree is included: that source after nodes where the heads have no candidates, that source elsewhere, and the
+        heads.
     depths: level of each node, int64 [B, C]; 1 for children of the root.
     """
 
@@ -173,8 +181,9 @@ class LevelNodes(NamedTuple):
     def lists(self) -> list[Nodes]:
         """Return the candidates of each sequence as lists (scores, tokens, parents, raw), with one read of the device.
 
-        Scores, tokens and parents have one entry for each candidate; those with score -inf are left out. raw[s][i] is
-        the probability of candidate i by source s (a predictor of tokens, such as n-grams), before calibration.
+        Scores, tokens and parents have one entry for each candidate; those with score -inf are left out, and parents
+        are renumbered. raw[s][i] is the probability of candidate i by source s, before calibration. Waits for the
+        device.
         """
         return [self.unpacked(row, self.scores.shape[1]) for row in self.packed().tolist()]
 
@@ -203,13 +212,16 @@ class LevelNodes(NamedTuple):
 class DeviceChoice(NamedTuple):
     """The rule by which a device selects nodes to score from the candidates of B sequences, the likeliest first.
 
-    As many nodes are taken as have the largest expected gain: the sum of their path probabilities less their price.
+    As many nodes are taken as have the largest expected gain: the sum of their path probabilities (the expected number
+    of accepted tokens) less their price. A price is the time that scoring takes, as the number of tokens that are
+    generated in that time at the present speed.
 
     nodes: maximum number of nodes of a sequence, M.
     depths: for each sequence, the maximum depth of its nodes, [B]; 0: it gets none.
-    prices: the price of scoring n = 0, 1, .. nodes of all sequences together, in accepted tokens; (): scoring is free,
-        and all nodes within the other limits are taken.
-    allowance: expected loss, in accepted tokens, below which the best number of nodes is taken, as exploration.
+    prices: the price of scoring n = 0, 1, .. nodes of all sequences together; the last one also stands for more nodes.
+        (): scoring is free, and all nodes within the other limits are taken.
+    allowance: if the best number n >= 1 of nodes has an expected loss (negative gain), it is still taken if the loss is
+        below this, as exploration; else no nodes are taken.
     beyond: for each sequence, the price of each of its nodes in addition to ``prices``, [B]; (): 0.
     """
 

@@ -100,12 +100,13 @@ def narrow_maps(block: nn.Module, kept: Tensor | None) -> dict[str, tuple[Tensor
 def strengths(block: nn.Module, model_type: str, h: Tensor) -> Tensor:
     """Return how much each neuron of a decoder layer's MLP adds to the residual stream on sample inputs, float32 [I].
 
-    For neuron i, it is the sum over the n inputs of |down[:, i]|^2 a_i^2, where a_i is the neuron's activation. The MLP
-    runs on the layer's inputs without attention, which changes the order of the neurons little.
+    For neuron i, it is the sum over the n inputs of |down[:, i]|^2 a_i^2, where a_i is input i of ``down``. The norm
+    before the MLP and the MLP run on the layer's inputs without attention, which changes the order of the neurons
+    little.
 
     block: the module of the decoder layer, which must have a gated MLP (``gated_mlp``).
-    model_type: the model's type, which gives the name of the norm before the MLP.
-    h: inputs of the decoder layer, [n, D].
+    model_type: ``config.model_type`` of transformers, such as "llama", which gives the name of the norm before the MLP.
+    h: inputs of the decoder layer for n sample tokens, [n, D].
     """
     mlp = gated_mlp(block)
     assert mlp is not None

@@ -17,7 +17,7 @@ PASS_TOKENS = 512  # maximum tokens of a row per pass: bounds the memory of mask
 
 
 def prefill(target: Target, cache: KVCache, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Run known tokens of B sequences, up to ``PASS_TOKENS`` of each in a pass, and commit them to ``cache``.
+    """Run known tokens of B sequences, up to ``PASS_TOKENS`` (512) of each in a pass, and commit them to ``cache``.
 
     target: the model. cache: its KV cache, whose B sequences the tokens continue.
     rows: for each sequence its token ids, at least one.
@@ -44,6 +44,7 @@ def run_tokens(
 ) -> Tensor:
     """Run known tokens of B sequences through all layers in one pass, and commit them to ``cache``.
 
+    target: the model. cache: its KV cache, whose B sequences the tokens continue.
     rows: for each sequence, the ids of its next tokens; some of the sequences may have none.
     taps: layers whose input states are wanted, by number. The value of each key is replaced by the input states of that
         layer: of each sequence's last token [B, 1, D] or, if ``whole``, of all tokens [B, T, D], padded on the right.

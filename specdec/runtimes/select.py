@@ -71,7 +71,7 @@ def make_target(
     expert_prefetch: whether experts are read ahead by forecasts.
     packed: whether the native runtime reads packed weights from a file in the model's cache entry, or writes that file.
 
-    Returns the target, and a one-line note why faster runtimes are not used, or "".
+    Returns the target, and a one-line note for the user why faster runtimes are not used, or "".
 
     Raises SpecDecError if the runtime does not support the model or the settings, MemoryFullError if memory is full.
     """

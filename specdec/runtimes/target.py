@@ -40,14 +40,17 @@ class Target(ABC):
     A subclass gives ``runtime``, ``logit_difference``, ``embed``, ``layers``, ``readout`` and ``linears``; all else has
     a default. Several threads may use a target, each with its own caches. Shared state is made under the model's lock.
 
-    runtime: name of the runtime.
+    runtime: name of the runtime: "native", "torch" or "transformers".
     model: the model of transformers, or a ``NativeModel``.
+    device, dtype: of the model's weights.
+    lock: the model's lock (``lock_of``).
     num_layers, hidden_size, vocab_size: N, D and V in the shapes below.
     context: maximum number of positions of a text.
     windows: for each layer, its attention window in tokens; None: no limit.
     fingerprint: hash that identifies the weights as loaded (``identity.fingerprint``).
     own_head: module of the model's output head.
-    ragged: whether a pass takes sequences with different numbers of tokens, one behind the other without padding.
+    ragged: whether a pass takes sequences with different numbers of tokens, one behind the other in a single row [1,
+        total] without padding.
     weight_format, kv_cache, activations: formats of weights, of keys and values, and of activations, as text for
         reports.
     logit_difference: difference between the logits of this runtime and of the model's own forward, measured when the
@@ -81,15 +84,16 @@ class Target(ABC):
         """Run layers [lo, hi) on hidden states, append keys and values to the KV cache; return the output [B, T, D].
 
         x: input of layer ``lo``, [B, T, D].
-        ctx: positions, mask, KV cache and options of the pass.
+        ctx: positions, mask, KV cache and options of the pass. The new keys and values are uncommitted: the caller
+            commits or trims them.
         """
 
     @abstractmethod
     def readout(self, x: Tensor, head: nn.Linear | None = None) -> Tensor:
-        """Return the logits [B, T, V] of final states: the final norm, the output head, and the logit cap if any.
+        """Return the logits [B, T, V] of final states ``x``: final norm, output head, logit factor and cap if any.
 
         x: output of the last layer, [B, T, D].
-        head: an output head to use, with V outputs; None: the model's own.
+        head: an output head to use, a layer from D to V outputs; None: the model's own.
         """
 
     @abstractmethod
@@ -123,7 +127,8 @@ class Target(ABC):
     def beside(self, model: AnyModel) -> Target:
         """Return a second model as a target in the same runtime, without a second copy of what both share.
 
-        model: a model whose embedding and output head are this target's, such as a draft model.
+        model: a model of the same family, such as a draft model, whose embedding and output head have the weights of
+            this target's.
         Raises SpecDecError if the runtime does not support it.
         """
         return type(self)(model)
@@ -135,7 +140,7 @@ class Target(ABC):
     def greedy_tokens(self, x: Tensor, *also: Tensor) -> list[list[list[int]]]:
         """Return the greedy token at each position, and read tensors of the device at the same time, in one transfer.
 
-        x: final states, [B, T, D].
+        x: final states (outputs of the last layer, before the final norm), [B, T, D].
         also: further integer tensors to read, [B, n] each.
 
         Returns a list: first each tensor of ``also`` as nested lists, and last the greedy tokens [B][T]. A greedy token
@@ -148,14 +153,14 @@ class Target(ABC):
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path`` for each sequence of ``cache``: a tree for one, chains with siblings for several.
 
-        A sequence that is sampled drafts with its noise. The cache is unchanged afterwards.
+        A sequence that is sampled drafts with its noise. The cache is unchanged afterwards: drafted tokens are trimmed.
 
         roots: last token of each sequence, states before it, and what restricts the draft.
         path: the projections, layers and output heads that draft.
         limits: limits of the tree's growth.
 
-        Returns the candidates of each sequence as lists or, if ``roots.choice`` is given, the tree that the device
-        selected.
+        Returns the candidates of each sequence as lists (scores, tokens, parents, raw), as in ``LevelNodes.lists``. If
+        ``roots.choice`` is given and PyTorch runs the draft, it returns the tree that the device selected instead.
         """
         choice, waits = roots.choice, self.device.type == "cpu"
         rules = rules_of(roots, path.tokens, limits.levels, self.vocab_size, waits)
@@ -182,11 +187,14 @@ class Target(ABC):
     ) -> PathStep:
         """Return the callable that runs the tokens of a level along ``path``; the draft calls it level by level.
 
+        A level is all draft nodes of one depth; the first call runs the roots. The keys and values of the tokens stay
+        in ``cache``, uncommitted; the caller trims them.
+
         cache: the KV cache, or the lanes of a static cache in a captured function.
         heads: output heads whose logits are concatenated; None instead of a head: the model's own.
         before: position of each root in its sequence, int64 [B].
-        final: final states of the token before each root, [B, 1, D].
-        carried: for each segment of the path, its input states of that token, [B, 1, D].
+        final: final states (before the final norm) of the token before each root, [B, 1, D].
+        carried: for each segment of the path, the input of its first layer for that token, [B, 1, D].
         forbidden: outputs of the second head that a sequence may not draft, bool [B, outputs]; None: there are none.
         """
 
@@ -236,16 +244,19 @@ class Target(ABC):
         return None
 
     def preparing(self, head: nn.Linear) -> Generator[None]:
-        """Prepare an output head for ``readout``: a generator that yields after each short step of the work.
+        """Prepare an output head for ``readout``: a generator that yields after each short step (some 20 ms) of work.
 
-        Without this, the first ``readout`` with the head does all the work. The default has nothing to prepare.
+        The caller runs it to its end; if it is left before, or not called, the first ``readout`` with the head does all
+        the work. The default has nothing to prepare.
         """
         yield from ()
 
     def settle(self) -> bool:
-        """Do up to 50 ms of work that makes later passes faster; return False if none is left.
+        """Do up to 50 ms of work that makes later passes faster, such as moving weights to large memory pages.
 
-        The engine calls it while no request runs or waits. The default has no such work.
+        Returns True if some work is left, so that another call is useful.
+
+        The engine calls it again and again while no request runs or waits. The default has no such work.
         """
         return False
 
@@ -277,7 +288,7 @@ class Target(ABC):
     def reduced_head(self, token_ids: Tensor, lasting: bool = False) -> nn.Linear:
         """Return an output head for only some tokens: ``readout(x, head)`` then gives logits [B, T, V'].
 
-        token_ids: the tokens, int [V'].
+        token_ids: the tokens, int [V']; logit i is that of ``token_ids[i]``.
         lasting: whether later processes need the same head, so that a runtime may store what it derives from it.
         """
         return GivenLinear(*self._head_rows(token_ids))
@@ -308,11 +319,11 @@ class Pass:
     taps: hidden states to collect, by layer number. For each key l with lo <= l <= hi, the pass sets the value to the
         input [B, T, D] of layer l, which for l = hi is the output of the pass. None: no states.
     adapters: changes of the layers, which apply to all tokens; None: none.
-    routed: float32 [B T, hi, experts], which a runtime with its own routers fills with the router logits of layers [lo,
-        hi); None: they are not wanted.
+    routed: float32 [B T, hi, experts], where a runtime that computes the routers of mixtures of experts itself
+        ("native", "torch") writes the router logits of layers [lo, hi); None: they are not wanted.
     ids: token ids, int64 [B, T], for layers that have embeddings of their own; None: unknown.
-    choose: function from a layer's number and its router logits [B T, E] to the experts that tokens use, int64 [B T,
-        k], in a runtime with its own routers; None: the experts with the largest logits.
+    choose: function from a layer's number and its router logits [B T, E] to the k of E experts that each token uses,
+        int64 [B T, k]; only the torch runtime calls it. None: the experts with the largest logits.
     in_place: whether the pass may write its output over its input.
     """
 
@@ -357,7 +368,7 @@ class GivenLinear(nn.Linear):
 
 
 class WholeMemory(GivenLinear):
-    """A linear layer over all memory for the rows of a growing output head, also the rows that are not set yet.
+    """A linear layer over all memory for the rows of a growing output head, also the rows that are not set yet (zeros).
 
     Other layers set rows of its weight in place, so a runtime must not keep a packed or converted copy of the weight.
     """
@@ -419,7 +430,7 @@ class GrowingLinear(GivenLinear):
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Return the attention window of each layer in tokens; None: the layer attends to all earlier tokens.
+    """Return the attention window of each layer in tokens; None: the layer attends to all earlier tokens, or has none.
 
     config: the model's text config. A ``Chunk`` is the size of a chunk instead: tokens attend only within their chunk.
     Raises SpecDecError for a layer type that is unknown.
@@ -446,7 +457,7 @@ _finding = threading.Lock()
 def lock_of(model: nn.Module) -> Any:
     """Return the reentrant lock of ``model``, one for each model.
 
-    A caller that changes the model, or needs it unchanged for a while, holds the lock.
+    A caller that changes the model, or needs it unchanged for a while, holds the lock (a ``threading.RLock``).
     """
     with _finding:
         return _locks.setdefault(model, threading.RLock())

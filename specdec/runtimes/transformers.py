@@ -126,14 +126,18 @@ class TransformersTarget(Target):
         return self.blocks[layer]
 
     def as_output(self, hidden: Tensor) -> Any:
-        """Return hidden states in the form of a layer's output: a tensor, or a tuple that None fills up.
+        """Return hidden states in the form of a layer's output: a tensor, or a tuple (hidden, None, None, ..).
+
+        The tuple has ``extra_outputs`` times None, so that the model's ``forward`` can unpack it as a layer's output.
 
         hidden: hidden states, [B, T, D].
         """
         return hidden if self.extra_outputs is None else (hidden, *[None] * self.extra_outputs)
 
     def _probe(self, ids: Tensor, positions: Tensor) -> None:
-        """Run the first layer to find out whether layers return a tensor or a tuple; set ``extra_outputs``.
+        """Run the first layer to find out whether layers return a tensor or a tuple; set ``extra_outputs``, ``probed``.
+
+        ``embed`` calls it once, before the first pass. The result of the layer is not used.
 
         ids, positions: token ids and positions of the pass, int64 [B, T].
         """
@@ -246,9 +250,9 @@ class _Call:
 
 
 class _Replacement(nn.Module):
-    """A module that stands in the place of the module ``inner`` during one call, and has all attributes of it.
+    """A module that stands in the place of the module ``inner`` during one call: base of ``_Gate`` and ``_Mixer``.
 
-    ``inner`` is not registered as a submodule.
+    Reading an attribute that it lacks gives that of ``inner``, which is not registered as a submodule.
     """
 
     inner: Any
@@ -333,9 +337,9 @@ class _Mixer(_Replacement):
         return out
 
     def _most_stepped(self) -> float:
-        """Return up to how many tokens are run one by one, and not in one scan, if earlier tokens have left states.
+        """Return up to how many tokens of a pass are run one by one if earlier tokens have left states.
 
-        Infinity: always, because the mixer scans several tokens only from an empty state.
+        More tokens are run in one scan. Infinity: never in one scan, because the mixer scans only from an empty state.
         """
         if hasattr(self.inner, "dt_proj"):  # Mamba scans several tokens only from an empty state
             return math.inf
@@ -348,7 +352,8 @@ class _Bridge(Cache):
     """A ``KVCache`` with the interface of transformers' ``Cache``, for the attention and recurrent mixers of one call.
 
     kv: the KV cache.
-    states: states of the recurrent layer that runs, by (kind, index), [B, ...] each; {} before the first token.
+    states: states of the recurrent layer that runs, by (kind, index) such as ("conv", 0), [B, ...] each; {} before the
+        first token.
     adapted: whether adapters add their low-rank terms at present.
     """
 
@@ -426,7 +431,10 @@ def _adapter_hook(target: TransformersTarget, down: Tensor, up: Tensor) -> Any:
 
 
 def _mixer(block: nn.Module) -> str | None:
-    """Return the name of a decoder layer's recurrent mixer, its child with an ``nn.Conv1d``; None: it has none."""
+    """Return the attribute name of a decoder layer's recurrent mixer; None: the layer has none.
+
+    That is the child module of ``block`` that has an ``nn.Conv1d`` as a child.
+    """
     for name, child in block.named_children():
         if any(isinstance(part, nn.Conv1d) for part in child.children()):
             return name
