@@ -147,8 +147,8 @@ def check_logits(target: Target) -> float:
         and one over the other positions, and the largest such value of the output head and all routers. A single
         position may differ much in 16 bits, also in a correct runtime.
 
-    Raises SpecDecError if the result is 1e-4 or more in float32, or 5e-2 or more in 16 bits, or if the layers do not run one by
-    one; NotFiniteError if the model's own logits are not finite.
+    Raises SpecDecError if the result is 1e-4 or more in float32, or 5e-2 or more in 16 bits, or if the layers do not
+    run one by one; NotFiniteError if the model's own logits are not finite.
     """
     model, kind = target.model, target.model.config.model_type
     (prompt, n), device, layers = (8, 11), target.device, target.num_layers

@@ -28,7 +28,7 @@ MOST_GIVEN = 64  # nodes of a tree of another source
 class Kernels(Protocol):
     """The parts of the native runtime (compiled CPU kernels) that drafting needs; ``NativeTarget`` has them.
 
-    lib: the loaded library of kernels.
+    lib: the loaded library of kernels (``library.load``).
     embedding: the table of token embeddings, [V, D].
     final_norm: factors of the final norm, float32 [D].
     eps: epsilon of the final norm.
@@ -49,15 +49,17 @@ class Kernels(Protocol):
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Return the kernels' arguments to run layers [lo, hi) with ``adapters`` on one token of each sequence.
 
-        Returns the structure of the model, whose layers have the adapters merged, and the structure of the call.
+        Returns two ctypes structures: of the model, whose layers have the adapters merged, and of the call, without
+        the fields that ``place`` sets and the addresses of inputs and positions.
         """
 
     def place(self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int]) -> tuple[Any, ...]:
-        """Reserve slots of a KV cache for the tokens of a pass, and point the kernels' arguments to them.
+        """Reserve slots of a KV cache for the tokens of a pass, and set the fields of ``call`` that describe them.
 
-        A slot holds the keys and values of one token.
+        A slot holds the keys and values of one token. The cache counts the slots as filled, and the kernels fill them.
 
-        call: the arguments of the pass, which are changed.
+        call: ctypes structure with the arguments of the pass; its fields ``count``, ``tokens``, ``cache``,
+            ``sequences`` and ``rotary`` are set.
         cache: the KV cache; its memory grows if it has too few slots.
         lo, hi: the layers [lo, hi) of the pass.
         counts: for each sequence of the cache, number of slots that the pass needs.
@@ -69,8 +71,9 @@ class Kernels(Protocol):
 class TreeDrafter:
     """Drafts along a path by the native kernels: a tree for one sequence, chains with siblings for several.
 
-    Made for one path and size, and then called for each draft, by one thread at a time. The arrays are C arrays that
-    ``struct`` points to.
+    Made for one path and size, and then called for each draft, by one thread at a time; a call returns the candidates
+    of each sequence. A level is all draft nodes of one depth. A candidate is a node that may be scored. The arrays are
+    C arrays that ``struct`` points to.
 
     target: the native runtime. path: the projections, layers and output heads that draft.
     levels: maximum number of levels. width: number of children of a node. rows: number of sequences, R.
@@ -79,20 +82,20 @@ class TreeDrafter:
         uses.
     positions, roots: position and token id of each sequence's root, [R].
     sampled: how each sequence is sampled, [R]; unused if all are greedy.
-    given: the tree of another source for each sequence, [R]; unused if there is none.
+    given: the tree of another source, such as n-grams, for each sequence, [R]; unused if there is none.
     tables: three calibration tables of each sequence, [R][3][KNOTS] (``DraftRoots.tables``): calibrated probabilities
         at fixed log-odds of raw ones.
     found: four arrays with an entry for each candidate that the kernels return: score, token id, parent, and raw
         probability by the output heads.
     rates: acceptance rate of each level, [levels].
     allowed: for each token of a level, address of the mask of the tokens that may follow (null: none may), [width].
-    masks: function from the tokens after the root to that mask; None: all tokens may follow.
+    masks: function from the ids of the tokens after the root to that mask, bool [V]; None: all tokens may follow.
     held: the mask tensors of the present level, which keeps them alive.
     error: exception that ``masks`` raised during the call; None: it raised none.
     stages: for each projection of the path, the kernels' structure for it and the layers after it.
     calls: the kernels' arguments for the layers of each segment.
-    alive: objects that ``struct`` points to.
-    struct: the arguments of the kernel that drafts.
+    alive: objects that ``struct`` points to, which this list keeps in memory.
+    struct: the ctypes structure with the arguments of the kernel that drafts.
     heads, tokens: output heads of the path, and the token id of each logit (None: the logit's index).
     """
 
@@ -159,7 +162,7 @@ class TreeDrafter:
 
     @staticmethod
     def supports(target: Kernels, path: DraftPath, levels: int, width: int, rows: int = 1) -> bool:
-        """Return whether the kernels support drafts along ``path`` of this size.
+        """Return whether the kernels support drafts along ``path`` of this size; if not, PyTorch runs them.
 
         target: the native runtime.
         levels: maximum number of levels. width: number of children of a node. rows: number of sequences.
@@ -217,9 +220,10 @@ class TreeDrafter:
         return self._by_row(count)
 
     def _by_row(self, count: int) -> list[Nodes]:
-        """Return the candidates of each sequence: lists of scores, tokens, parents, and [raw probabilities].
+        """Return the candidates of each sequence as lists (scores, tokens, parents, [raw probabilities]).
 
-        A parent is 0 for the root, and i + 1 for candidate i of the same sequence.
+        A score is the logarithm of the probability that the path to the candidate is accepted. A parent is 0 for the
+        root, and i + 1 for candidate i of the same sequence. A raw probability is that of the output heads.
 
         count: number of candidates of all sequences together that the kernels have written to ``found``.
         """
@@ -240,10 +244,12 @@ class TreeDrafter:
         return rows
 
     def _mask(self, rows: int, nodes: Any) -> int:
-        """Make the token masks of the next level, and point ``allowed`` to them. The kernels call it for each level.
+        """Make the masks of the tokens that may follow the next tokens to run, and point ``allowed`` to them.
 
-        rows: number of tokens of the level.
-        nodes: C array with the candidate of each token: 0 for the root, i + 1 for candidate i.
+        The kernels call it before they run each level.
+
+        rows: number of tokens that run.
+        nodes: C array [rows] that says which candidate each token is: 0 for the root, i + 1 for candidate i.
         Returns 0, or 1 if an exception was raised, which is then stored in ``error``.
         """
         _, tokens, parents, _ = self.found

@@ -61,7 +61,7 @@ class Counters:
     stall_seconds: float = 0.0
 
     def since(self, earlier: Counters) -> Counters:
-        """Return the increase of each counter since ``earlier``, a copy of these counters."""
+        """Return the increase of each counter since ``earlier``, an earlier copy of these counters."""
         old = asdict(earlier)
         return Counters(**{name: value - old[name] for name, value in asdict(self).items()})
 
@@ -75,7 +75,7 @@ class _Layer:
     used: bytes of the part that are allocated so far.
     mapping, memory: the mapped part, as ``mmap`` and as uint8 tensor.
     places: for each expert, (offset in the part, size), in bytes.
-    there: numbers of the experts in memory, the least recently used first.
+    there: numbers of the experts in memory, the least recently used first; the values of the dict are None.
     ahead: numbers of the experts that are being read ahead.
     """
 
@@ -103,7 +103,10 @@ class _Layer:
         return self.memory[start : start + size]
 
     def written(self) -> None:
-        """Complete an expert: write the memory allocated since the last call to disk, and evict it from memory."""
+        """Complete an expert: write the memory allocated since the last call to disk, and evict it from memory.
+
+        The expert gets the next number, which is its index in ``places``.
+        """
         start = sum(self.places[-1]) if self.places else 0
         self.used = -(-self.used // mmap.PAGESIZE) * mmap.PAGESIZE
         self.places.append((start, self.used - start))
@@ -111,10 +114,10 @@ class _Layer:
         self.drop(len(self.places) - 1)
 
     def advise(self, expert: int, advice: int, step: int = 1 << 62) -> int:
-        """Call the system's ``madvise`` for the mapped memory of an expert; return the system's error number, or 0.
+        """Call the system's ``madvise`` for the mapped memory of an expert; return the system's ``errno``, or 0.
 
         expert: number of the expert in this layer.
-        advice: the advice, such as ``_WILL_NEED``.
+        advice: the number that Linux gives the advice, such as ``_WILL_NEED`` (read in the background).
         step: maximum bytes of one system call; by default, one call covers the whole expert.
         """
         (start, size), madvise = self.places[expert], ctypes.CDLL(None, use_errno=True).madvise
@@ -141,13 +144,13 @@ class MappedExperts:
     Raises SpecDecError for a ``budget`` out of range, or if the file cannot be made.
 
     budget: how many experts stay in memory: a share in (0, 1] (float), or bytes for all layers (int).
-    layers: the layers with experts, by layer number.
-    slots: number of experts of each layer that stay in memory.
+    layers: the experts of each layer that has some (``_Layer``), by layer number.
+    slots: maximum number of experts of each layer that stay in memory between passes.
     shape: (number of layers with experts, number of experts of each, bytes of the largest expert).
     counters: statistics since the cache was made.
     last: the layer whose experts were used last, in a list; []: none was.
     lock: lock that is held while experts are loaded.
-    call: C callback (``_demand``) that the kernels call before they read a layer's experts.
+    call: ``_demand`` as a C callback, which the kernels call before they read a layer's experts.
     unread: whether reading experts has failed in the present pass.
     forecasts: forecasts of the experts to read ahead; None: nothing is read ahead.
     file: the file that has the experts.
@@ -177,7 +180,8 @@ class MappedExperts:
         layer: number of the layer.
         count: number of its experts.
         weights: number of weights of all these experts, from which the size on disk is estimated.
-        pack: function ``pack(expert, allocate)`` that packs an expert into memory from ``allocate(size in bytes)``.
+        pack: function ``pack(expert, allocate)`` that packs an expert (by number) into memory that it gets from
+            ``allocate(size in bytes)``, uint8 [size].
         """
         begin = sum(each.begin + len(each.memory) for each in [*self.layers.values()][-1:])
         most = 4 * weights + count * (mmap.PAGESIZE + 4096)  # of tiles in any format
@@ -187,7 +191,7 @@ class MappedExperts:
             made.written()
 
     def begin(self, top_k: int) -> None:
-        """Compute how many experts stay in memory, after ``add`` was called for all layers.
+        """Compute how many experts stay in memory, ``slots``, after ``add`` was called for all layers; set ``shape``.
 
         top_k: number of experts that a token uses in a layer.
         Raises SpecDecError if the budget is too small for the experts of one token.
@@ -214,7 +218,12 @@ class MappedExperts:
         return f"{self.slots} of {self.shape[1]} experts per layer in memory ({self.resident_bytes / 1e6:.0f} MB)"
 
     def figures(self, start: Counters, new_tokens: int) -> dict[str, float]:
-        """Return statistics for reports, by name, such as "hit_rate" and "bytes_per_token".
+        """Return statistics for reports, by name.
+
+        "demanded": experts that passes used. "hit_rate": share of these that were in memory or being read ahead, 0 to
+        1. "read_ahead": experts that were read ahead. "read_ahead_used": those of them that were then used.
+        "bytes_read", "bytes_per_token": bytes read from the file, and per new token. "stall_ms_per_token": milliseconds
+        in which passes waited for experts, per new token. "resident_bytes": maximum bytes of experts between passes.
 
         start: counters at the beginning of the report's time.
         new_tokens: number of tokens generated since then, which figures per token are divided by.
@@ -250,11 +259,11 @@ class MappedExperts:
         """Load the experts that a pass uses in a layer. The compiled kernels call it before they read these experts.
 
         number: number of the layer.
-        count: number of experts that the pass uses.
+        count: number of different experts that the pass uses.
         groups: C array of ``count`` entries of three integers, of which the first is the number of an expert.
         rows: number of tokens of the pass.
-        x, logits: C arrays, float [rows / 16][values][16], of the residual before the router's norm and of the router's
-            logits, for forecasts.
+        x, logits: C arrays, float [rows / 16][values][16], of the residual before the router's norm (D values of each
+            token) and of the router's logits (one of each expert), for forecasts.
 
         Returns 0, or 1 if the experts cannot be read; ``end_pass`` then raises.
         """
@@ -299,7 +308,7 @@ class MappedExperts:
         forecasts: predicts the experts from the states at a router.
         number: number of the layer whose router has just run.
         rows: number of tokens of the pass.
-        x, logits: C arrays, float [rows / 16][values][16], of the residual before that router's norm and of its logits.
+        x, logits: C arrays of that layer, as ``_demand`` gets them.
         """
         of = forecasts.width, self.shape[1]
         for later, experts in forecasts.seen(number, *map(partial(_by_token, rows), (x, logits), of)):

@@ -26,6 +26,8 @@ FIRST, LAST = 256, 8192  # rows at the first fit, and at the last one; the numbe
 class Forecast:
     """Predicts from the residual stream at one layer's router which experts a few later layers will use.
 
+    A router is the linear layer of a mixture of experts whose logits choose the experts of each token.
+
     One linear layer (``weight``, ``bias``) maps the residual of a token, divided by its RMS, to estimates of the later
     layers' router logits. n is the number of later layers, E the number of experts of each, D the hidden size.
 
@@ -36,7 +38,8 @@ class Forecast:
     weight, bias: the fitted routers, [n E, D] and [n E].
     slope: factor from a difference of logits to the log-odds that an expert is used.
     sums: sums of all training rows for the next fit; None: there is no further fit.
-    rows, count: training rows (residuals, logits of the later layers) that are not in ``sums`` yet, and their number.
+    rows, count: training rows that are not in ``sums`` yet, as pairs (residuals [T, D], logits of the later layers [T,
+        n E]), and the number of tokens in them.
     next_fit: number of training rows at the next fit.
     """
 
@@ -84,7 +87,7 @@ class Forecast:
         """Store training rows for the next fit; no effect after the last fit.
 
         x: the residuals of T tokens at this layer's router, each divided by its RMS, [T, D].
-        logits: the later layers' true router logits for these tokens, [T, n E].
+        logits: the later layers' true router logits for these tokens, in the order of ``targets``, [T, n E].
         """
         if self.sums is not None:
             self.rows.append((x, logits))
@@ -93,7 +96,8 @@ class Forecast:
     def work(self) -> bool:
         """Add the stored training rows to the sums if there are at least ``ROWS``, and fit the matrix if it is due.
 
-        Fits are due at ``FIRST`` training rows and at each doubling. At ``LAST`` rows, learning ends.
+        A fit replaces ``weight`` and ``bias``. Fits are due at ``FIRST`` (256) training rows and at each doubling. At
+        ``LAST`` (8192) rows, learning ends.
 
         Returns whether a fit was made.
         """
@@ -141,8 +145,10 @@ class Forecasts:
     def seen(self, layer: int, x: Tensor, logits: Tensor) -> list[tuple[int, list[int]]]:
         """Learn from the router of a layer in a running pass, and forecast the experts of later layers.
 
+        The expert cache calls it for each layer with experts, in the order in which a pass runs them.
+
         layer: number of the layer.
-        x: residuals at its router, [T, D].
+        x: residuals of the T tokens of the pass at its router, [T, D].
         logits: the router's logits, [T, E].
 
         Returns pairs (later layer, numbers of the experts that it will probably use); [] for a pass of more than

@@ -24,10 +24,12 @@ MOST_FAILURES = 8  # pages that the system could not make, after which ``settle`
 
 
 class _Moving:
-    """The memory that may still have small pages.
+    """The queue of the memory that ``settle`` still has to move to large pages (2 MiB); the process has one.
 
-    waiting: references to mapped memory, each with the addresses of the next page to move and of the memory's end.
-    failures: number of pages that could not be moved.
+    waiting: (weak reference to the ``mmap`` that holds the memory, address of the next large page to move, address of
+        the memory's end) of each piece of memory that ``allocate`` made. Memory that is freed meanwhile is skipped.
+    failures: number of pages that the system could not move; at ``MOST_FAILURES``, ``settle`` gives up.
+    lock: held while ``settle`` runs.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,10 @@ _moving = _Moving()
 
 
 def allocate(size: int) -> Tensor:
-    """Return new memory of ``size`` bytes, uint8, that begins at a large page. Nothing is written to it yet."""
+    """Return new memory, uint8 [size], that begins at a large page, and note it for ``settle``.
+
+    It takes no physical memory until it is written or ``fill`` is called. It is freed with the last tensor over it.
+    """
     mapped = mmap.mmap(-1, size + PAGE, **PRIVATE)
     memory = torch.frombuffer(mapped, dtype=torch.uint8)  # keeps ``mapped``
     memory = memory[-memory.data_ptr() % PAGE :][:size]
@@ -50,17 +55,20 @@ def allocate(size: int) -> Tensor:
 
 
 def fill(memory: Tensor) -> bool:
-    """Put the part ``memory`` of new memory on large pages; return False if the system has none free.
+    """Put a part of memory from ``allocate`` on large pages before it is written; return whether that succeeded.
 
-    The part then has small pages from some page on.
+    If the system has too few large pages free, the part gets small pages from some page on, and is as usable.
+
+    memory: the part, uint8 and contiguous. A part of a large page at its beginning or end is left as it is.
     """
     return bool(library.load().specdec_large_pages(memory.data_ptr(), memory.numel()))
 
 
 def settle() -> bool:
-    """Move memory that ``allocate`` made to large pages, for about 50 ms; return False if nothing is left to do.
+    """Move memory that ``allocate`` made to large pages, for about 50 ms; return whether there is more to do.
 
-    Passes may read the memory meanwhile. Does nothing on systems that cannot move memory (Linux before 6.1).
+    The addresses stay, and passes may read the memory meanwhile. Does nothing on systems that cannot move memory (Linux
+    before 6.1).
     """
     end = time.perf_counter() + SLICE
     with _moving.lock:
