@@ -64,7 +64,7 @@ class LinearPart(ctypes.Structure):
 class Linear(ctypes.Structure):
     """A linear layer y = scale (W x + bias), then cap tanh(y / cap) unless ``cap`` is 0 (``Linear`` in native.h).
 
-    rounded: whether inputs are rounded to 8 bits. out, inp: numbers of outputs and inputs, padded to 16 and 32.
+    rounded: whether inputs are rounded to 8 bits. out, inp: numbers of outputs and inputs, multiples of 16 and 32.
     count: number of ``parts``. scale, cap: floats. parts: address of the ``LinearPart`` array.
     bias: address of float32 [out]; None: no bias.
     proxy: address of 4-bit tiles by which the largest output is found; None: there are none.
@@ -90,9 +90,25 @@ class Table(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """The weights and settings of one decoder layer (``Layer`` in native.h, which explains the fields in this order).
+    """The weights and settings of one decoder layer, for the kernels (``Layer`` in native.h, with more details).
 
-    They are linear layers, addresses of float32 vectors such as norms (None: the layer has none), and numbers.
+    Linear layers are ``Linear`` structures, ``embedded`` is a ``Table``. Other weights are addresses of float32 arrays;
+    None: the layer has none.
+
+    qkv, out, gate_up, down: the linear layers before and after attention (or the recurrent mixer), and of the MLP.
+    router: linear layer of a mixture of experts that chooses experts. gates, sums: addresses of arrays with a
+        ``Linear`` for each expert, like ``gate_up`` and ``down``; ``gate_up`` and ``down`` are then the shared expert.
+    rates: write strengths and decay rates of a recurrent layer.
+    norm_in, norm_mlp: norms of the inputs of attention and MLP. norm_attended, norm_out: norms of their results.
+    norm_q, norm_k: norms of queries and keys. sinks: attention sinks, [heads].
+    convolution, decay, decay_bias, norm_mixed: parameters of a recurrent layer (``mixer.parameters``).
+    embedded_in, embedded_gate, embedded_out, embedded, norm_embedded, norm_added: the layer's own embedding of each
+        token, which is added to its output (Gemma 3n); linear layers without outputs: there is none.
+    scale: factor of the layer's output.
+    rotary_q, rotary_k: indices of the rotary tables of queries and keys; -1: no rotation. rotated: rotated dimensions.
+    place: index of the layer in its buffer of the KV cache, or among the recurrent layers. tiled: whether ``out`` takes
+        the first value head of every key head, then the second one, and so on.
+    buffer: number of the KV cache's buffer. reads: whether the keys and values are those of another layer.
     """
 
     _fields_ = (
@@ -118,9 +134,21 @@ class Heads(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """The sizes and settings of a model, and its layers (``Model`` in native.h, which explains its fields).
+    """The sizes and settings of a model, and its layers, for the kernels (``Model`` in native.h, with more details).
 
-    ``layers`` is the address of an array of ``Layer``, and ``embedding`` that of a ``Table``.
+    hidden, heads: hidden size, number of query heads. inner: largest number of inputs of a ``down``, of experts too.
+    rotated: rotated dimensions of a head, at most, which is the width of rotary tables.
+    buffers: the key heads of each buffer of the KV cache. rounded: whether activations are quantized to 8 bits.
+    experts, top_k, normalize_top_k: the fields of ``families.Mixture``.
+    round_after_weight: whether norms round only after their weights. activation: index in ``families.ACTIVATIONS``.
+    across: whether one norm covers all heads of the queries, or of the keys. tables: number of rotary tables.
+    gated: whether each query head is followed by a gate. normed_values: whether values have a norm over each head.
+    recurrent: number of recurrent layers. key_heads, value_heads, key_dim, value_dim, taps: fields of
+        ``families.Mixer``.
+    eps: of all norms. scale, cap: factor and soft cap of attention scores; a cap of 0 is none.
+    limit, alpha: constants of the activation "clamped".
+    demand: address of the function that loads experts (``MappedExperts``); None: all are in memory.
+    embedding: address of the ``Table`` of token embeddings. layers: address of the array of ``Layer``.
     """
 
     _fields_ = (
@@ -164,7 +192,7 @@ class Call(ctypes.Structure):
     windows: number of kinds of attention windows. cache: format of the KV cache; 0: bf16, 1: 8 bits.
     near: number of last committed tokens that are seen, beside the first ones; 0: all are.
     The others are addresses. sequences: ``SequenceArgs`` [count]. spans: tokens in each kind of window, 0: all.
-    x: bf16 [tokens, hidden], input and output. positions: int64 [tokens]. ids: int32 [tokens], or None.
+    x: bf16 [tokens, hidden], input and output. positions: int64 [tokens]. ids: int32 [tokens], token ids, or None.
     rotary: tables of cosines and sines. window: for each layer, its kind of window.
     taps: for each layer, where to write its input, or None. routed: where to write router logits, or None.
     """
@@ -213,7 +241,21 @@ class Given(ctypes.Structure):
 class TreeDraft(ctypes.Structure):
     """The arguments and results of drafting a tree, or chains with siblings, along the stages of a draft path.
 
-    It is ``TreeDraft`` in native.h, which explains the fields in this order; ``TreeDrafter`` fills and reads it.
+    It is ``TreeDraft`` in native.h; ``TreeDrafter`` fills and reads it. A level is all draft nodes of one depth; R is
+    the number of sequences. Fields are addresses if no other type is said; None: unused.
+
+    stages, levels, width, sequences: number of stages, maximum number of levels, children of a node, R (int32).
+    roots: int32 [R], last token of each sequence. stage: array of ``Stage``. embedding: ``Table`` of token embeddings.
+    final: bf16 [R, hidden], final states of the token before each root.
+    head: one or two ``Linear`` output heads. outputs: int32 [2], numbers of their outputs.
+    tokens: int64, token id of each output; None: its index. norm: float32, weight of the final norm.
+    eps, unit_eps: epsilons of the final norm and of the projections' norms (float).
+    level, node: costs of a level and of a node, as in ``TreeLimits`` (float). rates: float32 [levels].
+    tables: float32 [R][3][11], calibration tables. given: ``Given`` [R], trees of another source.
+    scores, raw: results, float32: log-probabilities of the candidates' paths, and raw probabilities by the heads.
+    ids, parents: results, int32: token ids of the candidates, and parents (i + 1: candidate i, -r: root of sequence r).
+    mask: a ``MaskCall``, which sets ``allowed``: for each node of a level, the address of a bool mask of tokens.
+    forbidden: bool [R, outputs of the second head], what a sequence may not draft. sampled: ``Sampled`` [R].
     """
 
     _fields_ = (
@@ -300,12 +342,17 @@ def load() -> Any:
 
 
 def version() -> str:
-    """Return the instruction set in use and a SHA-256 of the kernels' file. Equal versions compute equal bits."""
+    """Return the instruction set in use and a SHA-256 of the kernels' file, such as "avx512 3f2a..".
+
+    Equal versions compute equal bits. Raises what ``load`` raises.
+    """
     return f"{load().level} {hashlib.sha256(LIBRARY.read_bytes()).hexdigest()}"
 
 
 def openmp() -> str | None:
-    """Return the file name of the OpenMP library that PyTorch uses; None: PyTorch has none.
+    """Return the file name of the OpenMP library (threads of C code) that PyTorch uses.
+
+    If it cannot be found, the result is "libgomp.so.1" on Linux, and else None.
 
     ``load`` makes the kernels use the same one, because the threads of two libraries would compete for the cores.
     """

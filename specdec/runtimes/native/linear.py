@@ -33,7 +33,8 @@ class _Arena:
     CHUNK: bytes of a chunk.
     chunk: the chunk that memory is taken from, uint8.
     used: bytes of it that are taken.
-    filled: bytes of it that have pages, or whose pages stay small.
+    filled: bytes of it for which large pages were requested (``pages.fill``); all of them after a request that failed.
+    lock: held while memory is taken.
     """
 
     CHUNK = 32 << 20
@@ -66,11 +67,11 @@ class Packed:
 
     inp, width: number of inputs and of outputs.
     tiles: the memory of each weight's tiles, uint8.
-    parts: the kernels' structures of the weights, whose outputs are joined.
+    parts: array of ctypes structures ``library.LinearPart``, one for each weight; their outputs are concatenated.
     bias: the bias, float32, padded with zeros to a multiple of 16; None: there is none.
     rounded: whether activations are quantized to 8 bits, which they are if no weight is bf16.
     proxy: the weights in 4 bits, which ``bound_argmax`` makes; None: it has made none.
-    struct: the kernels' structure of the layer.
+    struct: the ctypes structure ``library.Linear`` of the layer, which points to the memory of this object.
     """
 
     def __init__(
@@ -95,7 +96,8 @@ class Packed:
         cap: bound of the outputs, by tanh; 0: none.
         allocate: function that returns memory of a size in bytes for the tiles; None: memory is taken from the common
             arena.
-        made: (kind, tiles) of the only weight if it is packed already; None: it is not.
+        made: (format number such as ``library.Q8``, tiles uint8) of the only weight if it is packed already, whose
+            values in ``weights`` are then not read; None: it is not.
         kept: the file of packed weights to read the tiles from, or to add them to; None: there is none.
 
         Raises SpecDecError unless ``in`` is a multiple of 32, and each out_i but the last one is a multiple of 16.
@@ -214,7 +216,8 @@ def packing(
 ) -> Generator[None, None, Packed]:
     """Pack a weight for drafts, quantized to 8 or 4 bits: a generator that yields after every 20 ms or so of work.
 
-    It returns the packed layer y = ``scale (x W.T + bias)``, and then ``cap tanh(y / cap)`` if ``cap`` is above 0.
+    The generator's return value (of ``yield from``) is the packed layer y = ``scale (x W.T + bias)``, and then ``cap
+    tanh(y / cap)`` if ``cap`` is above 0.
 
     weight: W, bf16 [out, in].
     bias: [out]; None: there is none.
@@ -247,8 +250,9 @@ class GrowingTiles:
     def extend(self, weight: Tensor) -> tuple[int, Tensor]:
         """Pack the rows of ``weight`` that are not packed yet.
 
-        weight: all rows of the matrix so far, bf16 [rows, inp]; earlier rows must be unchanged.
-        Returns (format number of the tiles, memory of all tiles uint8).
+        weight: all rows of the matrix so far, bf16 [rows, inp]; earlier rows must be unchanged, and ``rows`` is at most
+            ``capacity``.
+        Returns (``kind``, ``tiles``).
         """
         if len(weight) > self.rows:
             first = self.rows // 16  # a tile that is not full is packed again
@@ -267,7 +271,7 @@ class RowTable:
     scale: factor of the values that are read.
     columns: number of columns.
     alive: the tensors that ``struct`` points to.
-    struct: the kernels' structure of the table.
+    struct: the ctypes structure ``library.Table`` of the table.
     """
 
     def __init__(self, weight: Tensor | Blocks, scale: float = 1.0) -> None:
@@ -307,7 +311,10 @@ def unpack(blocks: Blocks, index: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_here(model: nn.Module) -> None:
-    """Let modules of ``model`` dequantize their GGUF blocks by the kernels, if these run on this machine."""
+    """Let modules of ``model`` dequantize their GGUF blocks by the kernels, if these run on this machine.
+
+    It sets the attribute ``unpack`` of the modules with GGUF blocks, and changes no weights.
+    """
     for module in model.modules() if runs() else ():
         if isinstance(module, BlockLinear | BlockEmbedding | BlockExperts):
             module.unpack = unpack

@@ -66,7 +66,8 @@ def row_orders(layer: Any) -> dict[str, Tensor]:
     layer: the module of the decoder layer. Only input projections of recurrent mixers have another order than their
         own.
 
-    Returns ``{module path: int64 [packed rows]}``: for each packed row, the index of the weight's row, or -1 for zeros.
+    Returns ``{module path: int64 [packed rows]}``: for each packed row, the index of the weight's row, or -1 for zeros
+    (padding). Linear layers whose order does not change are missing.
     """
     if not decoder_layer.recurrent(layer):
         return {}
@@ -105,6 +106,9 @@ def columns(matrix: Any) -> Any:
 
 def parameters(mixer: Any, eps: float) -> dict[str, Tensor]:
     """Return a recurrent mixer's parameters that are no linear layers, float32, by field name of ``library.Layer``.
+
+    "convolution": the filters, [taps, channels]. "decay": -exp(A_log), and "decay_bias": dt_bias, [value heads] each.
+    "norm_mixed": weight of the norm of each head's result, [value_dim].
 
     mixer: the module of the recurrent mixer.
     eps: epsilon of the model's norms.

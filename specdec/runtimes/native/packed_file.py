@@ -70,10 +70,11 @@ class PackedFile:
     a file that was read, and ``add``, ``write`` and ``finish`` write a new one. ``close`` follows in both cases.
 
     path: the file. part: its path while it is written.
-    key: JSON values that the content depends on; a file with another key is made again.
+    key: JSON values that the content depends on, of which "file" and "kernels" are needed; a file with another key is
+        made again.
     need: bytes that must be free on the disk before it is written.
     entries: the entries by name.
-    notes: further JSON values of the index, by name.
+    notes: further JSON values of the index, by name. What is set before ``finish`` is read by later loads.
     writes: whether this process is writing the file.
     complete: whether the file was read, and every entry that ``find`` looked for was in it.
     memory: the content of a file that was read, uint8.
@@ -131,6 +132,8 @@ class PackedFile:
     def find(self, name: str, sizes: Mapping[int, int]) -> tuple[int, Tensor] | None:
         """Return (kind, data uint8 [size]) of an entry; None: the file does not have it, or is being written.
 
+        The data is a view of ``memory``. If the result is None, the caller makes the data and calls ``add``.
+
         name: name of the entry.
         sizes: the expected size in bytes, by allowed kind. Raises Damaged if the entry has another kind or size.
         """
@@ -142,10 +145,14 @@ class PackedFile:
         return entry.kind, self.memory[entry.offset : entry.offset + entry.size]
 
     def add(self, name: str, kind: int, data: Tensor) -> tuple[int, Tensor]:
-        """Add an entry for the next ``write``; no effect if this process does not write the file.
+        """Note an entry that the next ``write`` or ``finish`` writes; return (``kind``, ``data``) as they are.
 
-        name: name of the entry. kind: format of its tiles, or ``OTHER``. data: its content, a contiguous tensor.
-        Returns ``kind`` and ``data``.
+        Without a file that this process writes, it has no other effect. Nothing is copied: the tensor must not change
+        until ``finish`` has returned.
+
+        name: name of the entry, by which ``find`` finds it. kind: number of the format of its tiles, such as
+            ``library.BF16``, or ``OTHER``.
+        data: its content, a contiguous tensor on the CPU, of any dtype and shape; only its bytes are stored.
         """
         if self.writes:
             raw = data.flatten().view(torch.uint8)
@@ -156,15 +163,19 @@ class PackedFile:
         return kind, data
 
     def write(self) -> None:
-        """Begin to write the added entries in the background. Called after packing, because that uses all cores."""
+        """Begin to write the added entries in a background thread, and return at once.
+
+        No effect if the file was read. It may be called several times before ``finish``; call it after packing, which
+        uses all cores.
+        """
         if self.writes:
             self.writings.append(self.writer.submit(_write, self.file, self.added))
             self.added = []
 
     def finish(self) -> None:
-        """Write the index, wait for all writes, and move the file to its final path. No effect if it was read.
+        """Write the index, wait for all writes, move the file to its final path, and ``close``.
 
-        If the disk fails, a note is printed, and the file is deleted.
+        No effect if the file was read. If the disk fails, a note is printed, and the file is deleted.
         """
         if not self.writes:
             return
@@ -246,6 +257,9 @@ class PackedFile:
 class ModelFile(PackedFile):
     """The file of packed weights of a model, whose matrices are mapped from a GGUF or safetensors file.
 
+    It lies in the model's folder in specdec's cache, and its key has the state of the model's file, a hash of the
+    model's config, and one of the kernels.
+
     origin: the file that the matrices are mapped from, and the folder of the packed weights.
     """
 
@@ -265,7 +279,7 @@ class ModelFile(PackedFile):
         drop_old(self.origin.folder, ADAPTED, MOST_ADAPTED)
 
     def name(self, weight: Tensor | Blocks) -> str | None:
-        """Return the name of a matrix's entry: its offset in the model's file, format, shape and row order.
+        """Return the name of a matrix's entry, made of its offset in the model's file, format, shape and row order.
 
         weight: the matrix [out, in], a tensor or in GGUF blocks.
         Returns None if the matrix does not lie in the model's file.
@@ -302,9 +316,10 @@ class ModelFile(PackedFile):
 
 
 def using(file: F | None, make: Callable[[F | None], T]) -> T:
-    """Call ``make(file)`` between opening and finishing the file, and return its result.
+    """Call ``make(file)`` between opening and finishing the file, and return its result. The file is closed afterwards.
 
-    If the file turns out to be damaged, it is deleted, and ``make`` is called again, which then writes it.
+    If ``make`` raises ``Damaged``, the file is deleted, and ``make`` is called again, which then writes it. Other
+    exceptions pass through.
 
     file: a file of packed weights; None: ``make(None)`` is called.
     make: function that reads weights from the file or adds them to it. It gets None if a damaged file cannot be
@@ -390,7 +405,10 @@ def _bytes(file: BinaryIO, size: int) -> Tensor:
 
 
 def _write(file: BinaryIO, entries: list[tuple[Tensor, int]]) -> None:
-    """Write entries to a file. entries: (data, offset in the file in bytes) of each, in order of offsets."""
+    """Write entries to a file and flush it, in the writing thread.
+
+    entries: (data uint8, offset in the file in bytes) of each, in order of offsets.
+    """
     for data, offset in entries:
         file.seek(offset)
         file.write(data.numpy().data)

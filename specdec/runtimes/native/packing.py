@@ -59,13 +59,13 @@ BITS = 16, 8, 4, 5, 4, 5, 6, 4  # bits of a weight, by kind of tiles: BF16, Q8, 
 class PackedModel:
     """A model's weights as the native kernels read them. ``NativeTarget`` owns one.
 
-    struct: the kernels' structure of the model.
+    struct: the ctypes structure ``library.Model``, with the model's sizes and a pointer to the layers' structures.
     config, decoder, own_head: the model's config, its decoder module, and the module of its output head.
     lock: the model's lock, held while weights are packed after construction.
     kept: the file of the model's packed weights; None: there is none.
     family: properties of the model type (``families.Family``).
-    numbers: factors and caps of the model, such as those of logits.
-    mixture: number of experts of a layer, and of those that a token uses.
+    numbers: factors and caps of the model, such as those of logits (``families.Numbers``).
+    mixture: number of experts of a layer, and of those that a token uses (``families.Mixture``).
     embedding: the table of token embeddings, [V, D].
     final_norm: factors of the final norm, float32 [D].
     eps: epsilon of all RMS norms.
@@ -75,12 +75,12 @@ class PackedModel:
     sources: for each layer, the number of the layer whose keys and values it reads, usually its own.
     embeds: whether layers have token embeddings of their own, and so read token ids.
     experts: the expert cache; None: all experts are in memory.
-    expert_maps: the linear layers of all experts.
+    expert_maps: the packed linear layers of all experts of all layers.
     kinds: the tile formats of all layers' weights, numbers such as ``library.BF16``.
     rounded: whether some linear layers quantize activations to 8 bits.
     _orders: for each layer, the row orders of its weights (``mixer.row_orders``).
-    _layers: the kernels' structures of the layers.
-    _alive: objects that the structures point to.
+    _layers: C array of the layers' structures, ``library.Layer`` [N].
+    _alive: objects whose memory the structures point to, which must live as long.
     _heads: the packed output heads by module.
     _own_head: the model's own packed output head; None: it is not packed yet.
     _changed: by adapters, the structures of the model and of its layers with the adapters merged, and by layer number
@@ -154,7 +154,7 @@ class PackedModel:
     # -- the layers ---------------------------------------------------------------------------------------------------
 
     def _pack_layers(self, rounding: str | None) -> None:
-        """Pack the weights of all decoder layers, and fill the kernels' structures of these layers.
+        """Pack the weights of all decoder layers, and fill the layers' structures (``_layers``); set ``rotations``.
 
         rounding: GGUF block format that experts are quantized to if they are not in blocks yet; None: they stay.
         """
@@ -183,6 +183,8 @@ class PackedModel:
     def _pack_slots(self, index: int, layer: Any) -> None:
         """Pack the linear layers of a layer except its experts; those that read the same input become one.
 
+        Each result goes to the field of the layer's structure with the name of its slot (``mixer.slots``).
+
         index: number of the layer. layer: its module.
         Raises SpecDecError for linear layers whose number of outputs the kernels do not support.
         """
@@ -203,7 +205,9 @@ class PackedModel:
             setattr(self._layers[index], slot, packed.struct)
 
     def _pack_embedded(self, index: int, layer: Any) -> None:
-        """Pack the parameters by which a layer adds a token embedding of its own to the residual.
+        """Pack the parameters by which a layer adds a token embedding of its own to the residual (Gemma 3n).
+
+        The results go to the fields ``embedded...``, ``norm_embedded`` and ``norm_added`` of the layer's structure.
 
         index: number of the layer. layer: its module.
         Raises SpecDecError for an embedding whose size or format the kernels do not support.
@@ -240,12 +244,16 @@ class PackedModel:
     def _rotated(self, rotation: Any) -> int:
         """Return how many values of each attention head rotary embeddings rotate; the others stay.
 
-        rotation: the kind of rotary embedding of a layer (``models.rotary``), which makes tables of cosines and sines.
+        rotation: the kind of rotary embedding of a layer, a ``families.Rotation``, which makes tables of cosines and
+            sines.
         """
         return 2 * int(rotation.tables(self.decoder.rotary_emb, 8, torch.bfloat16).shape[2])
 
     def _pack_experts(self, index: int, mlp: Any, rounding: str | None) -> None:
         """Pack the router and all experts of a layer, into memory or into the file of the expert cache.
+
+        The router is the linear layer that chooses a token's experts. The results go to the fields ``router``,
+        ``gates`` and ``sums`` of the layer's structure, and to ``expert_maps``.
 
         index: number of the layer. mlp: its module of the mixture of experts.
         rounding: GGUF block format that experts are quantized to if they are not in blocks yet; None: they stay.
@@ -337,7 +345,9 @@ class PackedModel:
         return [item for item in self._alive if isinstance(item, Packed)]
 
     def _model(self) -> Model:
-        """Return the kernels' structure of the model; the layers must be packed already.
+        """Return the ctypes structure of the model: its sizes and settings, and pointers to what is packed.
+
+        It is called once, after the layers are packed, from whose structures it reads sizes.
 
         Raises SpecDecError if the model scales queries by position and rotates only a part of each head.
         """
@@ -424,12 +434,16 @@ class PackedModel:
     def share_heads(self, other: PackedModel) -> None:
         """Use the packed output heads of another model from now on, and share the heads that either packs later.
 
-        other: a model of the same family with the same output head, so that this head is packed only once.
+        It is called before this model packs a head.
+
+        other: a model of the same family with the same output head module, so that this head is packed only once.
         """
         self._heads = other._heads
 
     def prepare_head(self, head: nn.Linear) -> Generator[None]:
-        """Pack an output head for drafts, unless it is packed: a generator that yields after some 20 ms of work.
+        """Pack an output head for drafts, unless it is packed: a generator that yields after every 20 ms or so of work.
+
+        When the generator ends, ``head`` finds the packed head.
 
         head: the module of the head, with a bf16 weight [outputs, D].
         """
@@ -488,10 +502,10 @@ class PackedModel:
     # -- layers with merged adapters ----------------------------------------------------------------------------------
 
     def merged(self, adapters: Adapters | None, lo: int, hi: int) -> Model:
-        """Return the structure of the model with adapters merged into layers [lo, hi), for drafts. Cached.
+        """Return a ctypes structure of the model with adapters merged into layers [lo, hi), for drafts. Cached.
 
         The weights of these layers are then quantized to 8 bits, large ones to 4, except GGUF blocks that do not
-        change.
+        change. All layers that were merged for the same adapters before are in the structure, too.
 
         adapters: the adapters; None, or without changes of these layers: ``struct`` itself is returned.
         """
@@ -519,9 +533,10 @@ class PackedModel:
         return model
 
     def _merge(self, layer: int, adapters: Adapters, file: PackedFile | None) -> tuple[Layer, list[Packed]]:
-        """Return a layer's structure with adapters merged in, and the packed linear layers made for it.
+        """Return (structure, packed): a layer's ctypes structure with adapters merged in, and the linear layers made.
 
-        The structure points to these linear layers, so the caller keeps them. It shares the others with the layer.
+        The structure points to the packed linear layers, so the caller keeps them. Other weights are those of the
+        layer's own structure.
 
         layer: number of the layer.
         adapters: the adapters to merge. If they keep only some neurons of the MLP, the others are left out.
@@ -579,18 +594,19 @@ class PackedModel:
             release(*matrices)
 
     def _is_kept(self, module: nn.Module) -> bool:
-        """Return whether the weight of ``module`` lies in the model's file, so that its tiles can be kept in a file."""
+        """Return whether the weight of ``module`` lies in the model's file, so that a file can keep its tiles."""
         return self.kept is not None and self.kept.name(matrix(module)) is not None
 
 
 def key_buffers(model: AnyModel, sources: Sequence[int]) -> dict[tuple[int, int], list[int]]:
     """Group the attention layers by their key heads; the KV cache has a buffer for each group.
 
+    model: the model; its decoder layers give the number and size of their heads.
     sources: for each layer, the number of the layer whose keys and values it reads. Only layers that read their own are
         grouped.
 
-    Returns the layer numbers of each group, by (number of key heads, size of a head). Raises SpecDecError for heads
-    that the kernels do not support.
+    Returns the ascending layer numbers of each group, by (number of key heads, size of a head). Raises SpecDecError for
+    heads that the kernels do not support, and for more than two groups.
     """
     config, found = model.config, dict[tuple[int, int], list[int]]()
     gated, decoder, heads = families.FAMILIES[config.model_type].gated, model.model, int(config.num_attention_heads)
@@ -644,7 +660,10 @@ def _round(layer: nn.Module, kind: str, paged: bool) -> None:
 
 
 def _room_for_experts(model: nn.Module) -> int | None:
-    """Return the bytes of memory that the experts of a model may take; None: all fit, or the model has no experts."""
+    """Return how many bytes of memory the experts of a model may take: 80% of what its other weights leave free.
+
+    Returns None if all experts fit into that, or if the model has none.
+    """
     experts = others = 0
     for name, weight in named_weights(model):
         parts = weight.matrices if isinstance(weight, ExpertBlocks) else (weight,)
@@ -655,9 +674,9 @@ def _room_for_experts(model: nn.Module) -> int | None:
 
 
 def release(*matrices: Tensor | Blocks) -> None:
-    """Drop the memory of matrices that are mapped from files; the system reads them again when they are used.
+    """Drop the memory pages of matrices that are mapped from files; the system reads them again when they are used.
 
-    No effect on other matrices.
+    The matrices stay usable. No effect on other matrices.
     """
     memory.release(*(each.data if isinstance(each, Blocks) else each for each in matrices))
 

@@ -48,7 +48,7 @@ class NativeTarget(Target):
     with merged adapters, reduced heads) are quantized to 8 bits, large ones to 4. Adapters must not change after their
     first pass.
 
-    lib: the loaded library of kernels.
+    lib: the loaded library of kernels (``library.load``).
     packed: the model's weights as the kernels read them.
     final_norm, eps, embedding, experts: the attributes of ``packed`` with these names.
     int8_cache: whether keys and values are stored in 8 bits.
@@ -251,8 +251,8 @@ class NativeTarget(Target):
         x: input of layer ``lo``, bf16 [B, T, D], which the kernels replace by the output.
         ctx: positions, mask, KV cache and options of the pass.
 
-        Returns the structure of the model, the structure of the call, and objects that these point to, which the caller
-        keeps alive until the kernels have run.
+        Returns the ctypes structures of the model and of the call, and objects that these point to, which the caller
+        keeps alive until the kernels have run. The KV cache counts the tokens of the pass as run from then on.
         """
         cache, mask, taps = ctx.cache, ctx.mask, ctx.taps or {}
         assert isinstance(mask, RowMask)
@@ -285,26 +285,28 @@ class NativeTarget(Target):
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Return the kernels' arguments to run layers [lo, hi) with ``adapters`` on one token of each sequence.
 
-        Returns the structure of the model, whose layers have the adapters merged, and the structure of the call without
-        the fields that ``place`` sets.
+        Returns two ctypes structures: of the model, whose layers have the adapters merged, and of the call, without the
+        fields that ``place`` sets and the addresses of inputs and positions.
         """
         return self.packed.merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
         self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
     ) -> tuple[Any, ...]:
-        """Reserve slots of a KV cache for the tokens of a pass, and point the kernels' arguments to them.
+        """Reserve slots of a KV cache for the tokens of a pass, and set the fields of ``call`` that describe them.
 
-        A slot holds the keys and values of one token.
+        A slot holds the keys and values of one token. The cache counts the slots as filled, and the kernels fill them;
+        ``KVCache.trim`` or ``commit`` follows.
 
-        call: the arguments of the pass, which are changed.
+        call: ctypes structure with the arguments of the pass; its fields ``count``, ``tokens``, ``cache``,
+            ``sequences`` and ``rotary`` are set.
         cache: the KV cache; its memory grows if it has too few slots.
         lo, hi: the layers [lo, hi) of the pass.
-        counts: for each sequence of the cache, number of slots that the pass needs.
+        counts: for each sequence of the cache, number of its tokens in the pass (of a draft: that it may have).
         whole: whether the caller commits all tokens of the pass, so that recurrent layers need not prepare a roll-back.
 
-        Returns objects that the structure points to; the caller keeps them alive until the kernels have run. The first
-        is the array of the sequences' structures.
+        Returns objects that ``call`` points to; the caller keeps them alive until the kernels have run. The first is
+        the array of the sequences' structures (``library.SequenceArgs``), whose field ``trees`` the caller may set.
         """
         ahead, rows = cache.lengths[lo] - cache.committed, cache.entries
         drafted = ahead + max(counts)
@@ -331,7 +333,7 @@ class NativeTarget(Target):
         return sequences, rotary, cache.data, cache.states
 
     def _new_call(self, lo: int, hi: int) -> Call:
-        """Return the structure of a call that runs layers [lo, hi), without the fields for KV cache and input."""
+        """Return the ctypes structure of a call through layers [lo, hi), without the fields for KV cache and input."""
         return Call(
             lo=lo,
             hi=hi,
@@ -358,8 +360,8 @@ class NativeTarget(Target):
     def _rotary_tables(self, count: int) -> tuple[list[Tensor], Any]:
         """Return the rotary tables for at least ``count`` positions, and a C array of their addresses.
 
-        The tables have cosines and sines, and are padded to one width. They are cached, and made again for more
-        positions.
+        There is a table for each of ``packed.rotations``, float32 [positions, 2 (cosines, sines), half the rotated
+        size], padded to one width. They are cached, and made again for more positions.
         """
         if count > self._positions:
             with self.lock:
