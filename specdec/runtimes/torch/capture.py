@@ -24,7 +24,10 @@ _thread = threading.local()
 
 
 def capturing() -> bool:
-    """Return whether this thread is inside a function that is being captured as a CUDA graph."""
+    """Return whether this thread is inside a function that is being captured as a CUDA graph.
+
+    Such a function must not read tensors on the CPU, and functions that it calls are not captured themselves.
+    """
     return getattr(_thread, "inside", False)
 
 
@@ -66,12 +69,13 @@ class CudaRecorder:
 class Captured:
     """A function of tensors that is recorded once, as a CUDA graph, over inputs at fixed addresses, then replayed.
 
-    It keeps alive all that the function reads. Recording runs the function with the present values of ``inputs``, which
-    must do no harm, such as writing into a sequence in use.
+    It keeps alive all that the function reads. The constructor records: it runs the function a few times with the
+    present values of ``inputs``, which must do no harm, such as writing into a sequence in use.
 
     function: takes ``inputs`` and returns a sequence of tensors.
     inputs: the tensors into which each call copies its arguments.
     record: records a function without arguments, and returns a function that replays it on the same memory.
+    outputs: tensors at fixed addresses that each replay writes the results to.
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], record: Record) -> None:

@@ -31,13 +31,14 @@ def grow_captured(
 ) -> tuple[list[Nodes] | DeviceTree, list[Tensor]]:
     """Grow draft trees on the device, in one captured function if ``target`` captures functions (CUDA graphs).
 
-    Returns (drafts, others). ``drafts`` is each row's candidates as lists; with a ``choice``, the tree of the nodes
-    that the device has selected, still on the device. ``others`` are the further tensors that ``step`` returns.
+    Returns (drafts, others). ``drafts`` is each row's candidates as lists (scores, tokens, parents, raw), which waits
+    for the device; with a ``choice``, the tree of the nodes that the device has selected, still on the device.
+    ``others`` are the further tensors that ``step`` returns; the next call may overwrite all tensors.
 
     target: the model, whose ``captured`` method runs the function.
-    key: all that the function depends on besides shapes and the other arguments.
-    step: called with ``whole`` and ``rows``; returns the function that runs one draft level (a ``Step``), and a list of
-        further result tensors [B, ...].
+    key: all that the function depends on besides shapes and the other arguments; hashable values.
+    step: called with ``whole`` and ``rows``; returns the function that runs one draft level, all nodes of one depth (a
+        ``torch.draft.Step``), and a list of further result tensors [B, ...].
     roots: the token after which each row's draft begins, int64 [B, 1].
     limits: number of levels and width of the tree. Costs in it are ignored.
     rules: what besides logits decides which tokens become candidates, such as sampling noise.

@@ -41,14 +41,16 @@ class Rules(NamedTuple):
     """What decides, besides the draft logits, which tokens become candidates of a draft, for B rows.
 
     vocab: token ids of the V' draft logits, int64 [V']; None: the index of a logit is its token id.
-    tables: for each row three tables that map raw probabilities to calibrated ones, [B, 3, 11]: for the draft heads,
-        for the other source where the heads have no candidates, and for the other source where they have some. None:
-        probabilities are used as they are.
+    tables: for each row three tables that map raw probabilities to calibrated ones, [B, 3, 11]
+        (``DraftRoots.tables``): for the draft heads; for the other source's tokens that the heads also have or that
+        follow a node where the heads have no candidates; and for its other tokens. None: probabilities are used as they
+        are.
     noise: Gumbel noise by which sampled rows will draw: a tensor [B, levels, V], or a function of (level, token ids [B,
         W, k]) that returns the noise of these tokens. None: all rows are greedy.
     sampling: 1 / temperature (0: greedy), top-k, top-p and min-p of each row, float32 [B, 4]; None: all rows are
         greedy.
-    given: trees of another source, such as n-grams, that are merged into the draft; None: there are none.
+    given: trees of another source (predictor of tokens), such as n-grams, that are merged into the draft; None: there
+        are none.
     forbidden: outputs of the second draft head that a row may not draft, bool [B, outputs]; None: all are allowed.
     masks: function on the CPU from the drafted token ids after the root to the tokens that may follow (bool [V]; None:
         none may). Only for a single row; None: all tokens are allowed.
@@ -85,11 +87,11 @@ def noise_of(
 ) -> tuple[Tensor | Callable[[int, Tensor], Tensor], Tensor]:
     """Return (noise, sampling) of B rows of which at least one is sampled, as the fields of ``Rules`` hold them.
 
-    ``noise`` is the Gumbel noise with which each row will draw its tokens at the drafted positions: a tensor [B,
-    levels, V] on ``device`` or, if ``waits``, a function of (level, token ids [B, W, k]) that returns the noise of
-    these tokens on the CPU. W is the number of tokens of the level, and k the number of candidates after each. Greedy
-    rows get noise, too, which is not used. ``sampling`` is [B, 4]: 1 / temperature (0: the row is greedy), top-k, top-p
-    and min-p.
+    A level is all draft nodes of one depth, which have one position in the text. ``noise`` is the Gumbel noise with
+    which each row will draw its tokens at the drafted positions: a tensor [B, levels, V] on ``device`` or, if
+    ``waits``, a function of (level, token ids [B, W, k]) that returns the noise of these tokens on the CPU. W is the
+    number of tokens of the level, and k the number of candidates after each. Greedy rows get noise, too, which is not
+    used. ``sampling`` is [B, 4]: 1 / temperature (0: the row is greedy), top-k, top-p and min-p.
 
     sampled: how each row is sampled. levels: number of draft levels. size: V, the size of the model's vocabulary.
     waits: whether the CPU may read the candidate tokens during the draft.
@@ -118,8 +120,8 @@ def given_of(trees: Sequence[Nodes] | None, device: torch.device) -> LevelNodes 
     G is a power of two. Padding has the score -inf, and -1 as token and as parent.
 
     trees: for each row the lists (scores, tokens, parents, raw): log-probabilities of the nodes' paths, token ids,
-        parents (0: the root, i + 1: node i), and a list with one list of raw probabilities. None: there are no trees,
-        and None is returned.
+        parents (0: the root, i + 1: node i), and a list with one list, the source's own probability of each node after
+        its parent. None: there are no trees, and None is returned.
     """
     if trees is None:
         return None
@@ -141,13 +143,17 @@ def grow(
 ) -> LevelNodes:
     """Grow candidate tokens level by level after each row's root, and return all of them with their scores.
 
-    step: runs the tokens of a level and returns the logits after each: ``step(tokens [B, W], parents [B, W], paths)``,
-        with the parents' indices in the level before, and bool [B, W, U] which of all U tokens so far are on each
-        token's path (None: a chain).
+    A level is all candidates of one depth; level 0 follows the root. The likeliest few of a level run next, and get
+    children.
+
+    step: runs W tokens of each row, the root or the chosen ones of a level, and returns the logits after each, [B, W,
+        V']: ``step(tokens [B, W], parents [B, W], paths)``, with the parents' indices among the tokens that ran before,
+        and bool [B, W, U] which of all U tokens that ran so far, these last, are on each token's path (None: a chain).
     roots: the last token of each row's text, int64 [B, 1].
     limits: maximum number of levels, children per node, and costs of levels and nodes.
     rules: what besides logits decides which tokens become candidates, such as sampling noise.
-    keep: number of nodes per level and row that get children; None: ``limits.width`` for one row, 1 for several.
+    keep: maximum number of nodes per level and row that get children; None: ``limits.width`` for one row, 1 for
+        several.
     waits: whether the CPU may read results during the draft. If so, growth ends before a level whose expected gain is
         below its cost.
     """
@@ -209,7 +215,7 @@ def grow(
 
 
 def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
-    """Return ``logits`` [1, W, V'] of a single row with -inf for tokens that are not allowed.
+    """Return ``logits`` [1, W, V'] of a single row with -inf for tokens that are not allowed, as a new tensor.
 
     vocab: token ids of the V' logits, int64 [V']; None: the index of a logit is its token id.
     masks: for each of the W tokens of the level, which tokens may follow it, bool [V]; None: no token may.
@@ -226,8 +232,8 @@ def _masked(logits: Tensor, vocab: Tensor | None, masks: Sequence[Tensor | None]
 def _likeliest(logits: Tensor, level: int, rules: Rules, width: int) -> tuple[Tensor, Tensor]:
     """Return the k = ``width`` likeliest candidates after each token of a draft level, best first.
 
-    Returns (log-probabilities, token ids), [B, W, k] each; k is smaller if there are fewer logits. For sampled rows,
-    the probability is that of being drawn with the row's noise.
+    Returns (log-probabilities, token ids), [B, W, k] each; k is smaller if there are fewer logits, and W is 1 if the
+    logits are the same for all tokens. For sampled rows, the probability is that of being drawn with the row's noise.
 
     logits: draft logits [B, W, V']. level: index of the draft level, from 0 on. rules: token ids of the logits, noise
         and sampling of the rows.
@@ -271,13 +277,18 @@ def _drawn(best: Tensor, noise: Tensor, sampling: Sequence[Tensor]) -> Tensor:
 class _OtherSource:
     """Merges the draft trees of another source, such as n-grams, into a draft by a drafter's heads while that grows.
 
-    The other source's G nodes per row come before the heads' candidates. A token that both propose at the same point of
+    A source is a predictor of tokens; a level is all nodes of one depth. ``grow`` calls ``meet``, ``take`` and
+    ``follow`` for each level, and ``joined`` at the end. The other source's G nodes per row come before the heads'
+    candidates. A token that both propose at the same point of
     the tree is one node: the other source's. Indices: b row, w token of the present draft level, k candidate after it,
     g node of the other source.
 
     given: the other source's trees, padded to G nodes with parents of -1.
     tables: calibration tables [B, 3, 11]; number 1 is for the other source's nodes that the heads also propose, number
         2 for the others. None: no calibration.
+    inside, beside: the other source's probabilities of all nodes, calibrated by table 1 and by table 2, [B, G] each.
+    reached: whether a node's parent has been in a level, so that the heads have seen it, bool [B, G].
+    own: scores of nodes whose parent is in this level and which the heads do not propose, [B, W, G]; -inf for others.
     raw: the other source's own probability of each node after its parent, [B, G].
     places: the node of each token of the level in the other source's tree, [B, W]: 0: the root, g + 1: node g, -2: it
         is not in that tree.
@@ -300,9 +311,9 @@ class _OtherSource:
     def meet(self, ids: Tensor, raw: Tensor, sure: Tensor, scores: Tensor) -> Tensor:
         """Match the heads' candidates of a draft level with the other source's nodes; return their probabilities.
 
-        These are calibrated probabilities [B, W, k] of the candidates by both sources together: the larger of the two
-        where both propose a token. If all probabilities after a token sum to more than 1, all but the largest are
-        scaled down.
+        Sets ``valid``, ``same`` and ``own`` for the level. The result has the calibrated probabilities [B, W, k] of the
+        candidates by both sources together: the larger of the two where both propose a token. If all probabilities
+        after a token sum to more than 1, all but the largest are scaled down.
 
         ids: token ids of the candidates, [B, W, k]. raw: their raw probabilities by the heads, [B, W, k] (not read).
         sure: their calibrated probabilities by the heads, [B, W, k].
@@ -392,7 +403,7 @@ class _OtherSource:
 
 
 def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | DeviceTree:
-    """Return a draft's candidates as lists or as a tree on the device.
+    """Return a draft's candidates, as lists for the CPU or as a tree that stays on the device.
 
     grown: the candidates of B rows, on the device.
     choice: the rule by which the device selects nodes; the selected nodes are returned as a ``DeviceTree``. None:
@@ -404,11 +415,11 @@ def taken(grown: LevelNodes, choice: DeviceChoice | None) -> list[Nodes] | Devic
 
 
 def limits_of(choice: DeviceChoice, lanes: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Convert the limits and prices of ``choice`` to tensors, the last two arguments of ``choose``.
+    """Convert the limits and prices of ``choice`` to tensors on ``device``, the last two arguments of ``choose``.
 
     Returns (bounds, prices). ``bounds`` is float32 [B, 2]: for each row the maximum depth of its nodes, and what each
-    of its nodes costs beyond the prices. ``prices`` is float32 [2 + lanes * choice.nodes]: the price in tokens of
-    scoring 0, 1, .. nodes, then the allowed loss; None: nodes have no price.
+    of its nodes costs beyond the prices. ``prices`` is float32 [2 + lanes * choice.nodes]: the price of scoring 0, 1,
+    .. nodes of all rows together (``DeviceChoice.prices``), then ``choice.allowance``; None: nodes have no price.
 
     lanes: number of rows of the candidates, padding included.
     """
@@ -426,8 +437,9 @@ def choose(grown: LevelNodes, count: int, bounds: Tensor, prices: Tensor | None)
 
     grown: the candidates of B rows. count: maximum number of nodes per row.
     bounds: for each row, the maximum depth of its nodes, and what each of its nodes costs beyond ``prices``, [B, 2].
-    prices: price, in tokens, of scoring 0, 1, .. B * count nodes in all rows together, then the loss in tokens that is
-        still accepted, [2 + B * count]. Nodes that are not worth their price are left out. None: nodes have no price.
+    prices: price of scoring 0, 1, .. B * count nodes in all rows together, then the loss that is still accepted, all in
+        accepted tokens (``DeviceChoice``), [2 + B * count]. Nodes that are not worth their price are left out. None:
+        nodes have no price.
     """
     grown, (most, beyond) = _only(grown, _best(grown.scores, max(count, FOUND))), bounds.split(1, 1)
     values, order = grown.scores.masked_fill(grown.depths > most, -math.inf).sort(dim=1, descending=True, stable=True)
@@ -527,11 +539,14 @@ class PathStep:
     """Runs one draft level along an M2R2 draft path, and returns the logits after each of its tokens.
 
     A draft path computes the final state of a token from its embedding by linear projections and a few of the model's
-    layers (its segments). ``grow`` calls the object once per level with the arguments of a ``Step``.
+    layers (its segments). ``grow`` calls the object once per level, first with the roots: ``step(tokens, parents,
+    paths)`` returns [B, W, V']. An object serves one draft, since it keeps the states of the last level.
 
     path: the projections and segments.
-    final: final states of the tokens before the roots, [B, 1, D].
-    carried: for each segment, its input states of these tokens, [B, 1, D].
+    final: final states (before the final norm) of the tokens that the last call ran, [B, W, D]; at first, those of the
+        tokens before the roots, [B, 1, D].
+    carried: for each segment, the inputs of its first layer for these tokens, [B, W, D].
+    level: number of calls so far.
     embed: from tokens [B, W] and the level's index to embeddings [B, W, D].
     run: runs one segment, given its index, input states [B, W, D], the level's index, the ancestors of each token (bool
         [B, W, U]; None: a chain), and the tokens [B, W]; returns states [B, W, D].
@@ -567,7 +582,7 @@ class PathStep:
 
 
 def states_of(states: Tensor, parents: Tensor) -> Tensor:
-    """Return the parents' states, [B, W, D], of the W tokens of a draft level.
+    """Return the states, [B, W, D], of the parents of the W tokens of a draft level.
 
     states: states of the n tokens of the level before, [B, n, D]. parents: indices among these, int64 [B, W].
     """

@@ -46,6 +46,8 @@ CAPTURES = 64  # that are kept; the least recently used ones are dropped
 class CapturedTarget(TorchTarget):
     """The target model in the PyTorch runtime on a CUDA device, with short passes and drafts captured as CUDA graphs.
 
+    A captured function is a sequence of kernels that is recorded once, and replayed on new values in fixed tensors.
+
     Captured functions share their input and output buffers, so threads take turns under the model's lock. Raises
     SpecDecError if the model is not on a CUDA device, if its family is unknown, and if its logits differ from those of
     the model's own forward pass.
@@ -93,7 +95,10 @@ class CapturedTarget(TorchTarget):
         return StaticCache(layers, keys, *how, recurrent, kinds, self.hidden_size, self.num_layers)
 
     def _forget(self, static: StaticCache) -> None:
-        """Delete all captured functions (CUDA graphs) that use ``static``, a static cache whose memory is replaced."""
+        """Delete all captured functions (CUDA graphs) that use ``static``, a static cache whose memory is replaced.
+
+        The static cache calls it (``StaticCache.forget``). The functions are captured again at their next use.
+        """
         kept = ((key, each) for key, each in self.captured_functions.items() if key[0] is not static)
         self.captured_functions = OrderedDict(kept)
 
@@ -108,6 +113,8 @@ class CapturedTarget(TorchTarget):
 
     def _capture(self, key: Any, make: Callable[[], tuple[Function, Sequence[Tensor]]]) -> Captured:
         """Return the captured function (CUDA graph) of ``key``; capture it at the first call with this key.
+
+        A key that was dropped is captured again.
 
         key: hashable; tells captured functions apart. At most ``CAPTURES`` functions are kept; the least recently used
             one is dropped.
@@ -243,12 +250,13 @@ class CapturedTarget(TorchTarget):
         return pending, bucket(most) if most else 0, run
 
     def _tree(self, mask: RowMask, t: int, ahead: int) -> Tensor:
-        """Return which uncommitted tokens each token of a pass may attend to, bool [B, T, U].
+        """Return which uncommitted tokens each token of a pass may attend to, bool [B, T, U] on the target's device.
 
-        U counts the uncommitted tokens of a row, those of the pass included; for chains it is the constant ``SPARE``,
-        with False for slots after the token.
+        Index u is the u-th uncommitted token of the row. The pass has the last T of them, so that token t is number
+        ``ahead`` + t. U is ``ahead`` + T or, if no row has a tree, the constant ``SPARE`` (128): each token then
+        attends to those up to itself, and entries after it are False. Results for chains are cached.
 
-        mask: the mask of the pass. t: T, number of tokens per row in the pass.
+        mask: the mask of the pass over B rows. t: T, number of tokens per row in the pass.
         ahead: number of uncommitted tokens of a row before those of the pass.
         """
         if not mask.chains:
@@ -317,8 +325,8 @@ class CapturedTarget(TorchTarget):
         """Return ``read(x)`` of final states ``x`` [B, T, D], captured. The next call overwrites the result.
 
         name: distinguishes the captured functions of different ``read``.
-        read: takes states [n, 1, D] and returns a tensor [n, 1, ...], such as logits or greedy tokens; the result is
-            [B, T, ...].
+        read: takes states [n, 1, D] and returns a tensor [n, 1, ...], such as logits or greedy tokens, without reading
+            values on the CPU. The result of ``_read`` is [B, T, ...].
         """
         count, size = x.shape[0] * x.shape[1], bucket(x.shape[0] * x.shape[1])
         inputs = [x.new_zeros(size, 1, x.shape[2])]

@@ -47,9 +47,9 @@ class Layer:
         such norm.
     mixer: the attention or recurrent computation between the linear layers "qkv" and "out".
     maps: the layer's linear layers, by the names "qkv" (mixer input), "out" (mixer output), "gate_up" and "down" (MLP).
-    act: activation of the MLP.
+    act: activation of the MLP, a function of one tensor.
     experts: the mixture of experts; None: the layer has an ordinary MLP.
-    rotation: rotary positions of queries and of keys; None: there are none.
+    rotation: descriptions of the rotary tables of queries and of keys (``families.Rotation``); None: there are none.
     window: attention window in tokens; None: no limit.
     source: index of the layer whose keys and values this layer reads; its own index if it makes them itself.
     embedded: the term that the layer computes of an embedding of its own per token, and adds to its output; None: none.
@@ -117,8 +117,9 @@ class Layer:
 class PerLayer(NamedTuple):
     """The term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 3n).
 
-    The term is after(out(act(gate(x)) * e)). The embedding e is the sum of a projection of the first layer's input and
-    of a looked-up embedding, divided by the square root of 2.
+    Each token has an embedding for each layer, besides the usual one. The term is after(out(act(gate(x)) * e)). The
+    embedding e is the sum of a projection of the first layer's input and of a looked-up embedding, divided by the
+    square root of 2.
 
     P is the size of a token's embedding for one layer.
 
@@ -178,7 +179,7 @@ class Network:
             self.layers.append(layer)
 
     def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
-        """Return the term that a decoder layer adds to its output from a per-layer embedding of each token.
+        """Return the term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 3n).
 
         decoder: the module with all layers. own: the module of the layer.
         part: the layer's columns among the per-layer embeddings of all layers.
@@ -219,7 +220,10 @@ class Network:
         return x if self.scale is None else x * self.scale
 
     def embed_for_layers(self, ids: Tensor) -> Tensor:
-        """Return the per-layer embeddings of token ids [B, T]: P values for each of N layers, [B, T, N P]."""
+        """Return the per-layer embeddings (Gemma 3n) of token ids [B, T]: P values for each of N layers, [B, T, N P].
+
+        Only for models whose ``embeds`` is True.
+        """
         table: Any = self.table_of_layers
         rows = weight_rows(table, ids.flatten()).view(*ids.shape, -1)
         return rows * table.embed_scale.to(rows.device, rows.dtype)
@@ -285,7 +289,7 @@ class Network:
         return x + (h if self.numbers.results == 1 else h * self.numbers.results)
 
     def readout(self, x: Tensor, head: Linear) -> Tensor:
-        """Return logits [B, T, V] of final states ``x`` [B, T, D]: final norm, output head, scale and soft cap.
+        """Return logits [B, T, V] of the last layer's outputs ``x`` [B, T, D]: final norm, output head, factor, cap.
 
         head: the output head, from normalized states [B, T, D] to [B, T, V].
         """
@@ -294,8 +298,9 @@ class Network:
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def tables_of(self, ctx: Pass) -> Tables:
-        """Return cosines and signed sines at the positions of a pass, by rotation, [B, T, 1, rotated size] each.
+        """Return (cosines, signed sines) at the positions of a pass, by rotation, [B, T, 1, rotated size] each.
 
+        The first half of the sines is negated. There is an entry for each rotation that a layer of the model uses.
         They are cached in the pass's mask if it is for the same positions, so that passes with one mask share them.
         """
         memo: dict[Any, Any] = ctx.mask.memo if ctx.positions is ctx.mask.query else {}

@@ -110,7 +110,7 @@ class StaticCache:
 
     @property
     def spare_bytes(self) -> int:
-        """The bytes of keys and values that are allocated for lanes (indices of the batch axis) without a row."""
+        """The bytes of keys and values that are allocated for lanes (indices of the batch axis) that no row has."""
         whole = self.whole
         return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
 
@@ -129,8 +129,9 @@ class StaticCache:
     def place(self, rows: Sequence[RowEntries], end: int) -> list[int]:
         """Give each of ``rows`` a lane with space for at least ``end`` tokens, and return the rows' lanes.
 
-        Copies the keys, values and states of rows that get a new lane. If there are too few lanes or slots, it
-        allocates larger tensors, moves all rows, and calls ``forget``.
+        A lane is one index of the cache's batch axis; result b is the lane of ``rows[b]``. Copies the keys, values and
+        states of rows that get a new lane. If there are too few lanes or slots, it allocates larger tensors, moves all
+        rows, and calls ``forget``. The caller holds the model's lock.
         """
         self.placing = True
         try:
@@ -219,6 +220,8 @@ class StaticCache:
         ahead: number of uncommitted tokens of each row before those of the pass.
         pending: pending[b][r] is the number of accepted tokens of row b that the state of recurrent layer r does not
             include yet; (): there are none.
+
+        Lanes without a row count as empty. With only ``count``, so do all lanes, as for the recording of a function.
         """
         filled, starts = [0] * count, [self.slots - SPARE] * count  # of a lane without a row
         waiting = [[0] * count for _ in self.recurrent]
@@ -273,6 +276,8 @@ class Lanes:
     def register(self, layer: int, positions: Tensor, tree: Tensor | None = None) -> LanesMask:
         """Return the attention mask of the next T tokens of each lane, which run through the layers from ``layer`` on.
 
+        It also adds the positions to ``drafted``.
+
         positions: positions of the tokens, int64 [L, T].
         tree: which of the U tokens that the function has run, the new ones included, each new token attends to, bool
             [T, U] or [L, T, U]; None: a chain, so all earlier ones and itself.
@@ -286,9 +291,10 @@ class Lanes:
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Store keys ``k`` and values ``v`` [L, H, T, d] of the next T tokens; return all of them, [L, H, slots, d].
 
-        Slots that are not filled have old entries or zeros, which the caller must mask.
+        Slots that are not filled have old entries or zeros, which the caller must mask. The results are views of the
+        static cache.
 
-        multiple: the number of slots must be a multiple of it.
+        multiple: the number of slots must be a multiple of it, which is checked (assertion).
         """
         heads, t, size = k.shape[1:]
         both = self.all_keys(layer, self.static.slots, heads, (size, v.shape[3]), multiple)
@@ -322,7 +328,7 @@ class Lanes:
         enter the state. The inputs of the T tokens are stored: they enter the state later, if the tokens are accepted.
 
         x: inputs of the layer, [L, T, D].
-        tree: which uncommitted tokens each token sees, bool [L, T, U].
+        tree: which of the U uncommitted tokens, those of this call last, each new token sees, bool [L, T, U].
         advance: runs the layer's mixer (``Layer.advance``) on inputs and states, and returns outputs and new states.
         """
         static, index, (count, t, _), run = (
@@ -353,20 +359,27 @@ class Lanes:
         return out[:, first:]
 
     def keep(self, counts: Tensor) -> None:
-        """Commit the first ``counts`` [L] tokens that this captured function has run in each lane, in all layers."""
+        """Commit the first tokens that this captured function has run in each lane, in all layers.
+
+        The others are dropped: the next tokens take their slots.
+
+        counts: number of tokens to commit in each lane, int64 [L].
+        """
         self.committed, self.starts = self.committed + counts, self.starts + counts
         self.lengths = [0] * len(self.lengths)
 
 
 class LanesMask(Mask):
-    """The attention mask of a pass inside a captured function: which slots of its lane each token sees.
+    """The attention mask of a pass inside a captured function: which slots of its lane each token attends to.
 
-    A lane is one row's (sequence's) part of a static cache; it has one slot for each token.
+    A lane is one row's (sequence's) part of a static cache; it has one slot for each token. L is the number of lanes. A
+    token attends to all committed tokens of its lane, and to those uncommitted ones that ``tree`` marks. Its methods
+    are those of ``Mask``, with B = L rows and S = ``lanes.static.slots`` keys.
 
-    lanes: the lanes, which hold the number of committed tokens, all of which are visible.
-    query: positions of the T tokens of each lane, int64 [L, T].
-    drafted: positions of the U uncommitted tokens, int64 [L, U].
-    tree: which of the uncommitted tokens each token sees, bool [L, T, U].
+    lanes: the lanes of the function; their tensor ``committed`` says how many tokens of each are committed.
+    query: positions of the T tokens of each lane that run in the pass, int64 [L, T].
+    drafted: positions of the U uncommitted tokens of each lane, int64 [L, U].
+    tree: which of the uncommitted tokens each token attends to, bool [L, T, U]; as an attribute, ``ancestors``.
     """
 
     def __init__(self, lanes: Lanes, query: Tensor, drafted: Tensor, tree: Tensor) -> None:
