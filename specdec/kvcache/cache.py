@@ -197,7 +197,7 @@ class KVCache:
 
     @property
     def data(self) -> list[Tensor]:
-        """Return the buffers of keys and values of all rows, row after row: [2, N', H, slots, d] each."""
+        """Return the buffers of all rows, row after row, [2 (keys, values), N' layers, H, slots, d] each."""
         return [row.buffers[name] for row in self.entries for name in self.names]
 
     @property
@@ -369,7 +369,7 @@ class KVCache:
         return made[0], made[1]
 
     def uncommitted(self, layer: int) -> int:
-        """Return the number of uncommitted tokens of each row that ``layer`` has run."""
+        """Return the number of tokens of each row that ``layer`` has run since the last ``commit``."""
         return self.lengths[layer] - self.committed
 
     def _place_of(self, layer: int) -> tuple[str, int]:
@@ -381,6 +381,8 @@ class KVCache:
 
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
         """Enlarge the buffer ``name`` of a row so that it has at least ``end`` slots (tokens), and count them as held.
+
+        A new buffer replaces ``row.buffers[name]`` if that is missing or too small; the stored tokens are copied.
 
         heads: number of key heads. head_dim: size of a head. dtype: dtype of keys and values before 8-bit quantisation.
         """
@@ -463,6 +465,7 @@ class KVCache:
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit the accepted tokens of each row, and drop its other uncommitted tokens, in all layers.
 
+        Uncommitted tokens are those that have run since the last ``commit``, such as drafts. Committed ones stay.
         The keys and values of accepted tokens move so that they follow the committed ones without holes. All layers
         must have run all uncommitted tokens.
 
@@ -506,11 +509,19 @@ class KVCache:
     # -- rows come and go ---------------------------------------------------------------------------------------------
 
     def join(self, other: KVCache) -> None:
-        """Add the rows of the cache ``other`` after those of this cache. No token may be uncommitted in either."""
+        """Add the rows of the cache ``other`` after those of this cache. Uncommitted tokens of both are dropped.
+
+        The row objects are not copied, so only one of the two caches may append to them afterwards.
+
+        other: a cache with the same settings, such as one that the same target made.
+        """
         self._place(self.entries + other.entries)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only the rows with the indices ``rows``, in that order. No token may be uncommitted."""
+        """Keep only the rows with the indices ``rows``, in that order. Uncommitted tokens are dropped.
+
+        The memory of the other rows is freed unless another cache holds them.
+        """
         self._place([self.entries[b] for b in rows])
 
     def _place(self, entries: list[RowEntries]) -> None:
@@ -552,8 +563,9 @@ class KVCache:
     def checkpoint(self, row: int) -> None:
         """Store a checkpoint after the committed tokens of row ``row``, up to which other texts can reuse them.
 
-        With recurrent layers, it is a copy of their states. With sliding-window layers, the keys and values of a window
-        before it are kept; of such checkpoints, a row keeps three. Does nothing for a model without such layers.
+        With recurrent layers, it is a copy of their states, made at the next ``commit`` for which they are known. With
+        sliding-window layers, the keys and values of a window before it are kept; of such checkpoints, a row keeps
+        three. Does nothing for a model without such layers.
         """
         own = self.entries[row]
         if own.states is not None:

@@ -105,7 +105,7 @@ class PrefixDisk:
         self.thread.start()
 
     def _scan(self) -> None:
-        """Read the names and sizes of the folder's files, and delete the least recently used ones above the size limit.
+        """Read the folder's files into ``sizes`` and ``held``, and delete the least recently used ones above the limit.
 
         Also deletes unfinished files of a process that was killed.
         """
@@ -172,7 +172,7 @@ class PrefixDisk:
         return cache
 
     def _load_windows(self, cache: KVCache, names: list[str]) -> list[int]:
-        """Read into ``cache`` the sliding-window layers' keys and values that a token after ``names`` will see.
+        """Read into ``cache`` the sliding-window layers' keys and values that a token after these chunks will see.
 
         If such a part cannot be read, chunks are removed from the end of ``names`` until a text can go on after them.
         Returns the indices of the chunks whose part was read, in ascending order; [] if there are no sliding-window

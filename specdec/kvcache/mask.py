@@ -27,7 +27,8 @@ class Mask:
     causal: whether the queries are the last T of the S keys, in order, and each attends to the keys up to itself.
     ancestors: which uncommitted (drafted) tokens each query attends to, bool [T, U] or [B, T, U]; None: a chain, so all
         earlier ones and itself.
-    memo: tensors that runtimes derive from the mask, because one mask serves many layers.
+    memo: cache of tensors that are derived from the mask, because one mask serves many layers; each user of it chooses
+        keys of its own.
     """
 
     causal = False

@@ -209,6 +209,8 @@ class LayerStates(RowStates):
     def ran(self, layers: Sequence[int]) -> None:
         """Note that a captured pass (CUDA graph) has run ``layers``, so that no token is pending in them.
 
+        Sets their ``pending`` to 0 and drops their ``ahead``.
+
         layers: numbers of the layers among the recurrent layers, from 0.
         """
         for layer in layers:

@@ -78,7 +78,7 @@ def resumable(count: int, window: int, dropped: Sequence[Range]) -> int:
 
 
 def thinned(checkpoints: Iterable[int]) -> frozenset[int]:
-    """Return at most ``MAX_CHECKPOINTS`` of the checkpoints: the last one, and others at growing distances before it.
+    """Return at most three of the checkpoints: the last one, and others at growing distances before it.
 
     checkpoints: numbers of first tokens of a row (sequence) that other texts can reuse.
     """

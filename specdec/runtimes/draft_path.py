@@ -103,7 +103,7 @@ class TreeLimits:
     rates: Sequence[float] = ()
 
     def rate(self, level: int) -> float:
-        """Return the probability that a level has the right token, if the path before it is accepted.
+        """Return the probability that a level has the token that the target accepts, if the path before is accepted.
 
         level: index of the level from 0 on. Levels beyond ``rates`` have the last rate; without rates, the result is 1.
         """
@@ -172,8 +172,8 @@ class LevelNodes(NamedTuple):
     def packed(self) -> Tensor:
         """Return all fields but ``depths`` as one tensor, int64 [B, C (3 + S)], so that one read gets them all.
 
-        For each sequence it has the C scores, tokens and parents, and then the C raw probabilities of each of S
-        sources. Floating-point values are there as integers with the same 32 bits.
+        For each sequence it has the C scores, tokens and parents, and then the C raw probabilities of each of S sources
+        (predictors of tokens). Floating-point values are there as integers with the same 32 bits.
         """
         scores, raw = (part.contiguous().view(torch.int32).long() for part in (self.scores, self.raw.flatten(1)))
         return torch.cat((scores, self.tokens, self.parents, raw), 1)
@@ -189,12 +189,10 @@ class LevelNodes(NamedTuple):
 
     @staticmethod
     def unpacked(row: Sequence[int], count: int) -> Nodes:
-        """Convert one sequence's part of ``packed`` to lists of scores, tokens, parents and raw probabilities.
+        """Convert one sequence's part of ``packed`` to lists (scores, tokens, parents, raw), as ``lists`` returns them.
 
         row: the integers of the sequence, [C (3 + S)].
         count: C, the number of candidates. Those with score -inf are left out, and parents are renumbered.
-
-        The raw probabilities are a list for each source.
         """
         whole = np.array(row, np.int32)
         scores, _, _, *raw = whole.view(np.float32).reshape(-1, count).tolist()
@@ -253,7 +251,7 @@ class DeviceTree(NamedTuple):
 
 
 def calibrated(p: Tensor, tables: Tensor | None) -> Tensor:
-    """Map raw probabilities to calibrated ones: the share of such candidates that were accepted so far.
+    """Map raw probabilities, as a drafter's softmax gives them, to the share of such tokens that were accepted so far.
 
     p: raw probabilities of B sequences, [B, ...].
     tables: for each sequence, the calibrated probability at the log-odds -4, -3, .. 6, [B, 11], between which the

@@ -127,8 +127,8 @@ class Target(ABC):
     def beside(self, model: AnyModel) -> Target:
         """Return a second model as a target in the same runtime, without a second copy of what both share.
 
-        model: a model of the same family, such as a draft model, whose embedding and output head have the weights of
-            this target's.
+        model: a model, such as a layer that predicts further tokens (MTP), whose embedding and output head are those of
+            this target's model: the same modules, or modules over the same weights.
         Raises SpecDecError if the runtime does not support it.
         """
         return type(self)(model)
@@ -345,7 +345,7 @@ class Pass:
 
 
 class TokenCosts(NamedTuple):
-    """Estimated times of one token in a pass, each divided by the time of reading all weights once.
+    """Estimated times of one token in a pass, each divided by the time of reading all weights from memory once.
 
     multiply: time of multiplying the token by all weights.
     read: time of reading the keys and values of one cached token; 0: unknown.
@@ -377,9 +377,11 @@ class WholeMemory(GivenLinear):
 class RowMemory:
     """Memory for the weight rows of an output head that grows; ``GrowingLinear`` layers of different lengths share it.
 
+    A layer of n outputs has the first n rows as its weight.
+
     values: the rows, [capacity, in_features].
     used: number of rows that are set. Set rows never change, and all others are 0.
-    packed: the rows in a runtime's own format; None: not made yet.
+    packed: the rows in a runtime's own format (``native.linear.GrowingTiles``), which the runtime sets; None: not made.
     whole: a linear layer with all ``capacity`` rows as outputs, also those that are set later.
     """
 
@@ -422,7 +424,10 @@ class GrowingLinear(GivenLinear):
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Remove all outputs of this layer. ``GrowingLinear(this layer, ..)`` then begins in the same memory."""
+        """Remove all outputs of this layer, and set its memory to zeros, which ends all layers that share the memory.
+
+        ``GrowingLinear(this layer, ..)`` then begins in the same memory, whose address stays.
+        """
         self.memory.values.zero_()
         self.memory.used, self.memory.packed = 0, None
         bias = None if self.bias is None else self.bias[:0]

@@ -44,7 +44,10 @@ class Kernels(Protocol):
     windows: list[int | None]
 
     def head(self, head: nn.Linear | None) -> Packed:
-        """Return an output head in the kernels' format. head: the module of the head; None: the model's own."""
+        """Return an output head in the kernels' format, packed at its first use.
+
+        head: the module of the head; None: the model's own.
+        """
 
     def draft_call(self, lo: int, hi: int, adapters: Adapters) -> tuple[Model, Call]:
         """Return the kernels' arguments to run layers [lo, hi) with ``adapters`` on one token of each sequence.
@@ -71,9 +74,9 @@ class Kernels(Protocol):
 class TreeDrafter:
     """Drafts along a path by the native kernels: a tree for one sequence, chains with siblings for several.
 
-    Made for one path and size, and then called for each draft, by one thread at a time; a call returns the candidates
-    of each sequence. A level is all draft nodes of one depth. A candidate is a node that may be scored. The arrays are
-    C arrays that ``struct`` points to.
+    Made for one path and size, and then called for each draft, by one thread at a time: ``drafter(target, cache, roots,
+    limits)`` returns what ``Target.draft_rows`` returns, as lists. A level is all draft nodes of one depth. A candidate
+    is a node that may be scored. The arrays are C arrays that ``struct`` points to.
 
     target: the native runtime. path: the projections, layers and output heads that draft.
     levels: maximum number of levels. width: number of children of a node. rows: number of sequences, R.

@@ -67,8 +67,8 @@ class Forecast:
     def likely(self, x: Tensor) -> list[tuple[int, list[int]]]:
         """Return for each later layer a pair (layer number, numbers of the experts that it will probably use).
 
-        An expert is listed if the probability that any of the T tokens uses it is at least ``LIKELY``; the likeliest
-        comes first.
+        An expert is listed if the probability that any of the T tokens uses it is at least ``LIKELY`` (0.4); the
+        likeliest comes first.
 
         x: the residuals of T tokens at this layer's router, each divided by its RMS, [T, D].
         """
@@ -94,7 +94,7 @@ class Forecast:
             self.count += len(x)
 
     def work(self) -> bool:
-        """Add the stored training rows to the sums if there are at least ``ROWS``, and fit the matrix if it is due.
+        """Add the stored training rows to the sums if there are at least 64, and fit the matrix if a fit is due.
 
         A fit replaces ``weight`` and ``bias``. Fits are due at ``FIRST`` (256) training rows and at each doubling. At
         ``LAST`` (8192) rows, learning ends.
@@ -129,7 +129,7 @@ class Forecasts:
     """
 
     def __init__(self, routers: dict[int, Tensor], top_k: int) -> None:
-        """Make a forecast of the next ``AHEAD`` layers with experts for each layer with experts but the last.
+        """Make a forecast of the next two layers with experts for each layer with experts but the last.
 
         routers: router weights [E, D] by layer number, ascending, with the factors of the norm before them multiplied
             in.
@@ -152,7 +152,7 @@ class Forecasts:
         logits: the router's logits, [T, E].
 
         Returns pairs (later layer, numbers of the experts that it will probably use); [] for a pass of more than
-        ``FORECAST_TOKENS`` tokens, and at the last layer with experts.
+        ``FORECAST_TOKENS`` (16) tokens, and at the last layer with experts.
         """
         trail: deque[tuple[Forecast, Tensor, list[Tensor]]] = self.local.__dict__.setdefault("trail", deque())
         unit = rms_unit(x)

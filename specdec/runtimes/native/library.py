@@ -54,7 +54,8 @@ class LinearPart(ctypes.Structure):
 
     A tile has the weights of 16 outputs and 32 inputs.
 
-    kind: number of the format, ``BF16`` to ``MX``. end: number of output tiles of this part and of those before it.
+    kind: number of the weight format: 0 to 7 for BF16, Q8, Q4, Q5, K4, K5, K6 and MX.
+    end: number of output tiles (rows / 16) of this part and of those before it.
     tiles: address of the tiles.
     """
 

@@ -53,7 +53,7 @@ class Damaged(Exception):
 class Entry(NamedTuple):
     """The place of an entry in a file of packed weights.
 
-    kind: format of its tiles, such as ``library.BF16``, or ``OTHER`` for other data.
+    kind: number of the format of its tiles, such as ``library.BF16``, or ``OTHER`` (-1) for other data.
     offset: offset in the file, in bytes.
     size: size in bytes.
     """
@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
 
 class PackedFile:
-    """A file of packed weights, which are a model's weights in the format that the compiled kernels read.
+    """A file of packed weights, which are a model's weights in tiles, the format that the compiled kernels read.
 
     ``open`` reads the file, or begins to write it if it is missing or cannot be used. ``find`` then returns entries of
     a file that was read, and ``add``, ``write`` and ``finish`` write a new one. ``close`` follows in both cases.

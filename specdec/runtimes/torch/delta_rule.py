@@ -18,6 +18,8 @@ CONVOLUTION, STATE = ("conv", 0), ("recurrent", 0)
 class DeltaRule:
     """Runs the gated delta rule of one recurrent layer, without the linear layers before and after it.
 
+    H is the number of value heads, dk the size of a key head, and dv that of a value head.
+
     own: the model's module of the layer, from which sizes, convolution filters and decay rates are read.
     kinds: shape (without the batch axis) and dtype of each state of a row (sequence), by the keys ("conv", 0) for the
         last inputs of the convolution and ("recurrent", 0) for the matrix states [H, dk, dv].
@@ -39,6 +41,8 @@ class DeltaRule:
         self, x: Tensor, states: States, paths: Tensor | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, States]:
         """Run T tokens; return the input of the layer's output projection, [B, T, H dv], and the new states.
+
+        H is the number of value heads, and dv their size.
 
         x: outputs of the layer's input projections, concatenated, [B, T, ...].
         states: the layer's states before the tokens, by the keys of ``kinds``, each [B, ...]; a missing one counts as
@@ -114,7 +118,8 @@ def _run(
     """Run the gated delta rule; return the outputs [B, T, H, dv] and the state after the tokens, [B, H, dk, dv].
 
     Tokens run in chunks. Within a chunk, the change of the state by a token depends on the changes by earlier tokens,
-    so the changes of all tokens solve one triangular system.
+    so the changes of all tokens solve one triangular system. H is the number of value heads (keys are repeated for
+    them), dk the size of a key head, and dv that of a value head.
 
     q, k: queries and keys, [B, T, H, dk].
     v: values, [B, T, H, dv].

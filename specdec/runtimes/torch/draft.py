@@ -279,9 +279,8 @@ class _OtherSource:
 
     A source is a predictor of tokens; a level is all nodes of one depth. ``grow`` calls ``meet``, ``take`` and
     ``follow`` for each level, and ``joined`` at the end. The other source's G nodes per row come before the heads'
-    candidates. A token that both propose at the same point of
-    the tree is one node: the other source's. Indices: b row, w token of the present draft level, k candidate after it,
-    g node of the other source.
+    candidates. A token that both propose at the same point of the tree is one node: the other source's. Indices: b row,
+    w token of the present draft level, k candidate after it, g node of the other source.
 
     given: the other source's trees, padded to G nodes with parents of -1.
     tables: calibration tables [B, 3, 11]; number 1 is for the other source's nodes that the heads also propose, number

@@ -67,7 +67,10 @@ class CapturedTarget(TorchTarget):
 
     @functools.cached_property
     def static(self) -> StaticCache:
-        """The tensors at fixed addresses that hold the keys, values and recurrent states of captured passes."""
+        """The cache at fixed addresses that holds keys, values and recurrent states of captured passes (CUDA graphs).
+
+        It is made at first use, and has memory only after rows are placed in it.
+        """
         mixers = [layer.mixer for layer in self.network.layers]
         recurrent = [mixer for mixer in mixers if isinstance(mixer, DeltaRule)]
         kinds = recurrent[0].kinds if recurrent else {}
@@ -88,8 +91,8 @@ class CapturedTarget(TorchTarget):
         keys: number of key heads of a layer, and size of a head; the largest ones if layers differ. Values have the
             same shape.
         recurrent: indices of the recurrent layers.
-        kinds: shape (without the batch axis) and dtype of a recurrent layer's states, by key; None: there are no
-            states.
+        kinds: (shape without the batch axis, dtype) of each state of a recurrent layer, by key such as ("conv", 0)
+            (``DeltaRule.kinds``); None: there are no states.
         """
         how = self.dtype, self.device, self.lock, self._forget
         return StaticCache(layers, keys, *how, recurrent, kinds, self.hidden_size, self.num_layers)

@@ -146,9 +146,10 @@ class UnitMap:
 
     @classmethod
     def making(cls, weight: Tensor, bias: Tensor) -> Generator[None, None, UnitMap]:
-        """Return the layer of ``weight`` and ``bias`` as a generator's result, packing the weight in short steps.
+        """Make the layer of ``weight`` and ``bias`` in short steps: a generator whose return value is the layer.
 
-        The generator yields after every few milliseconds, so that other work can run in between.
+        It yields after every 20 ms or so of work, so that other work can run in between. Without native kernels for the
+        weight, it does not yield.
         """
         return cls(weight, bias, (yield from linear.packing(weight, bias)) if linear.serves(weight) else None)
 

@@ -55,7 +55,7 @@ class Layer:
     embedded: the term that the layer computes of an embedding of its own per token, and adds to its output; None: none.
     scalar: factor of the layer's output, [1]; None: there is none.
     low: by name of a linear layer, the low-rank (LoRA) terms of its concatenated outputs in order, each as (number of
-        outputs, factors).
+        outputs, (down [r, in], up [outputs, r]) or None for zeros).
     base: the same layer without low-rank terms; None: this layer has none.
     """
 
@@ -99,8 +99,8 @@ class Layer:
         states: the layer's recurrent states before the tokens, by key, each [B, ...]; the new states have the same
             keys.
         adapted: whether to apply the layer's low-rank (LoRA) terms.
-        plain: number of first tokens whose inputs are projected without low-rank terms; their outputs are not
-            meaningful.
+        plain: number of first tokens, accepted before, that run again only for the states: their inputs are projected
+            without low-rank terms, and their outputs are not meaningful.
         paths: whether token j is token i or an ancestor of it in a draft tree, bool [B, T, T]; None: a chain.
         kept: the tokens that the new states include, bool [B, T]; None: all.
         """

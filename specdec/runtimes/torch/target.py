@@ -52,6 +52,9 @@ def explain_memory(call: Callable[..., T]) -> Callable[..., T]:
 class TorchTarget(Target):
     """The target model in the PyTorch runtime. Its weights are frozen: gradients reach only inputs and adapters.
 
+    Query, key and value weights become one matrix, and so do gate and up weights; the model's parameters become views
+    of these, and stay usable. GGUF weights are dequantized in the model.
+
     Raises SpecDecError if the model's family is unknown, and if its logits differ from those of the model's own forward
     pass.
 
@@ -129,7 +132,10 @@ class TorchTarget(Target):
         return [made[index] for index in range(lo, hi)]
 
     def _adapt(self, index: int, adapters: Adapters) -> Layer:
-        """Return layer ``index`` as ``adapters`` change it: without removed MLP neurons, with low-rank (LoRA) terms."""
+        """Return layer ``index`` as ``adapters`` change it: without removed MLP neurons, with low-rank (LoRA) terms.
+
+        The weights of an MLP with fewer neurons are copied; all others are shared with the model's layer.
+        """
         base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
         maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
         sizes = {path: module.out_features for pairs in slots.values() for path, module in pairs}
