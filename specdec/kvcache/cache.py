@@ -117,7 +117,8 @@ class KVCache:
     """Stores keys and values of all layers, and recurrent states, for a batch of B rows (sequences).
 
     A slot holds one token's keys and values. A runtime appends them by ``append``, which returns those of all rows in
-    one tensor, or it counts slots as filled by ``claim`` and writes keys and values itself.
+    one tensor, or it counts slots as filled by ``claim`` and writes keys and values itself. New tokens are uncommitted
+    until ``commit`` keeps some of them; ``trim`` and ``roll_back`` drop them.
 
     num_layers: number of the model's layers. batch: B. device: where buffers are.
     int8: whether keys and values are stored in 8 bits (``quantize_rows``). Only ``claim`` is then available.
@@ -132,8 +133,8 @@ class KVCache:
         ``unlimited`` has those of all other layers, which see all tokens.
     widths: for each buffer, total size of a layer's key heads; (): all buffers are alike.
     least: minimum (number, size) of the key heads of a buffer, for layers that have fewer or smaller ones.
-    entries: the rows.
-    lengths: for each layer, number of filled slots of the row with most committed tokens.
+    entries: the rows (``RowEntries``), in batch order.
+    lengths: for each layer, number of filled slots of the row with most committed tokens, uncommitted ones included.
     draft_positions: positions of the U uncommitted tokens, int64 [B, U].
     """
 
@@ -335,9 +336,9 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
         """Append keys ``k`` and values ``v`` [B, H, T, d] to ``layer``; return all keys and values, [B, H, S, d] each.
 
-        S is the length of the longest row, rounded up to ``multiple``. Slots after a row's last token have old entries
-        or zeros, which the caller must mask. With one row, the results are views of the buffers. The sizes d of keys
-        and of values may differ.
+        The T new tokens of each row follow its tokens so far, and are uncommitted. S is the length of the longest row,
+        rounded up to ``multiple``. Slots after a row's last token have old entries or zeros, which the caller must
+        mask. With one row, the results are views of the buffers. The sizes d of keys and of values may differ.
         """
         name, index = self._place_of(layer)
         ahead, (_, heads, t, size) = self.lengths[layer] - self.committed, k.shape
@@ -445,6 +446,8 @@ class KVCache:
 
     def trim(self, count: int, lo: int = 0, hi: int | None = None) -> None:
         """Drop the last ``count`` uncommitted tokens of each row in layers [lo, hi).
+
+        Uncommitted tokens are those that have run since the last ``commit``.
 
         hi: None: all layers from ``lo`` on. Raises ValueError if fewer tokens are uncommitted in one of these layers.
         """
@@ -665,8 +668,8 @@ class KVCache:
     def read_states(self, row: int, count: int) -> dict[str, Tensor]:
         """Return the recurrent states of row ``row`` after its first ``count`` tokens, as CPU tensors by name.
 
-        A name is the state's key as text, its parts joined by spaces. {} if there is no checkpoint after ``count``
-        tokens.
+        A name is the state's key as text, its parts joined by spaces, such as "0 conv 0". {} if there is no checkpoint
+        after ``count`` tokens.
         """
         states = self.entries[row].states
         found = {} if states is None else states.checkpoints.get(count, {})

@@ -205,7 +205,9 @@ class PrefixDisk:
         return range(max(count - -(-self.window // CHUNK), 0), count)
 
     def _shorten(self, names: list[str]) -> None:
-        """Remove chunks from the end of ``names`` until all that a next token sees through windows is on disk.
+        """Remove chunks from the end of ``names`` until a text can go on after the last one in sliding-window layers.
+
+        These layers need the keys and values of all tokens in the window before the next token, which must be on disk.
 
         names: file names of the consecutive chunks of a text. All stay if there are no sliding-window layers.
         """
@@ -312,7 +314,8 @@ class PrefixDisk:
     def _write(self, ids: Sequence[int], cache: KVCache, scope: str | None) -> None:
         """Write the chunks of the text ``ids`` that are not on disk, and mark all of its chunks as recently used.
 
-        Stops before a chunk for which earlier chunks of the same text would have to be deleted.
+        It runs in the writing thread. Stops before a chunk for which earlier chunks of the same text would have to be
+        deleted. Raises OSError if writing fails.
 
         cache: cache of one row with the text. scope: name of the owner of the text; None: the default owner.
         """

@@ -43,7 +43,8 @@ def refuse_unsupported(model: AnyModel) -> None:
 def refuse_tangled(model: AnyModel) -> None:
     """Raise SpecDecError if a layer of ``model`` reads anything but the output of the layer before it.
 
-    Such layers read the token embeddings again, or the keys and values of another layer. The model's config tells.
+    Such layers read the token embeddings again, or the keys and values of another layer. This is decided by the
+    model's config.
     """
     kind, text = model.config.model_type, model.config.get_text_config()
     if kind in ("zamba", "zamba2") or getattr(text, "hidden_size_per_layer_input", None):

@@ -218,7 +218,7 @@ class Target(ABC):
         rows: Any,
         lanes: InLanes | None = None,
     ) -> list[Tensor]:
-        """Return the tensors [B, ...] of ``function(whole, rows)``; a runtime may record the function and replay it.
+        """Return the tensors [B, ...] that ``function(whole, rows)`` returns; a runtime may record and replay it.
 
         A recording, such as a CUDA graph, is made for each ``key`` and shapes of the arguments. The runtime may pad the
         rows to a larger B for the call. The next call may overwrite the returned tensors.
@@ -234,7 +234,7 @@ class Target(ABC):
         return list(function(whole, rows))
 
     def static_cache(self, layers: Sequence[int], keys: tuple[int, int]) -> StaticCache | None:
-        """Return an empty KV cache at fixed addresses, for captured functions; None: the runtime captures none.
+        """Return an empty KV cache at fixed addresses, for ``captured`` functions; None: the runtime captures none.
 
         It has no memory yet. Its numbers of rows, and of tokens of a row, grow by doubling as rows are placed in it.
 
@@ -424,7 +424,7 @@ class GrowingLinear(GivenLinear):
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Remove all outputs of this layer, and set its memory to zeros, which ends all layers that share the memory.
+        """Remove all outputs of this layer, and set its memory to zeros, also for other layers that share the memory.
 
         ``GrowingLinear(this layer, ..)`` then begins in the same memory, whose address stays.
         """

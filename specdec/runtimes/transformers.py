@@ -42,10 +42,11 @@ STEPPED_TOKENS = 16  # up to this many tokens, running them one by one is faster
 
 
 class TransformersTarget(Target):
-    """The fallback runtime: runs any decoder-only Hugging Face model by its own ``forward``; checked when made.
+    """The fallback runtime: runs any decoder-only Hugging Face model by its own ``forward``, a range of layers a call.
 
-    Modules of the model are replaced while a call runs, under the model's lock, so threads take turns. Raises
-    SpecDecError with the reason for an unsupported model.
+    Modules of the model are replaced while a call runs, under the model's lock, so threads take turns. The constructor
+    compares logits of such calls with those of a whole forward. Raises SpecDecError with the reason for an unsupported
+    model.
 
     attention: the model's attention implementation, "sdpa" or "eager".
     base: the model without its output head.

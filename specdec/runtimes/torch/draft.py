@@ -310,9 +310,10 @@ class _OtherSource:
     def meet(self, ids: Tensor, raw: Tensor, sure: Tensor, scores: Tensor) -> Tensor:
         """Match the heads' candidates of a draft level with the other source's nodes; return their probabilities.
 
-        Sets ``valid``, ``same`` and ``own`` for the level. The result has the calibrated probabilities [B, W, k] of the
-        candidates by both sources together: the larger of the two where both propose a token. If all probabilities
-        after a token sum to more than 1, all but the largest are scaled down.
+        The heads are the drafter's output heads; the other source is another predictor of tokens, such as n-grams. Sets
+        ``valid``, ``same`` and ``own`` for the level. The result has the calibrated probabilities [B, W, k] of the k
+        candidates after each of W tokens by both sources together: the larger of the two where both propose a token. If
+        all probabilities after a token sum to more than 1, all but the largest are scaled down.
 
         ids: token ids of the candidates, [B, W, k]. raw: their raw probabilities by the heads, [B, W, k] (not read).
         sure: their calibrated probabilities by the heads, [B, W, k].
@@ -334,6 +335,7 @@ class _OtherSource:
     def take(self, joint: Tensor, raw: Tensor) -> Tensor:
         """Remove from the heads' candidates of a draft level those that are nodes of the other source, too.
 
+        The heads are the drafter's output heads; the other source is another predictor of tokens, such as n-grams.
         The present scores of the other source's nodes in this level go to ``here`` and ``scores``, and the heads' raw
         probabilities of nodes that both propose to ``heads``. Call it after ``meet``, for the same candidates.
 
@@ -352,9 +354,10 @@ class _OtherSource:
     def follow(
         self, chosen: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens, parents and node numbers of the next draft level, [B, W] each.
+        """Return the tokens, parents and node numbers of the W tokens of each row that run next, int64 [B, W] each.
 
-        Also records which of these tokens are nodes of the other source.
+        A parent is an index among the tokens that ran before; a node number is 1 + the index in the whole tree. Also
+        records in ``places`` which tokens are nodes of the other source (such as n-grams) and not of the draft heads.
 
         chosen: indices of the chosen tokens among the heads' C candidates of this level, followed by the other source's
             G nodes (C + g), [B, W].
@@ -372,6 +375,8 @@ class _OtherSource:
 
     def joined(self, grown: LevelNodes, waits: bool) -> LevelNodes:
         """Return all candidates of the draft: the other source's nodes first, then the heads' candidates ``grown``.
+
+        The heads are the drafter's output heads; the other source is another predictor of tokens, such as n-grams.
 
         grown: the heads' candidates, with one source in ``raw``.
         waits: whether the CPU reads the candidates, and then itself adds those nodes of the other source that no draft

@@ -184,7 +184,7 @@ class CapturedTarget(TorchTarget):
         return {layer.source for layer in self.network.layers[lo:hi] if layer.source < lo}
 
     def _without_keys(self, cache: KVCache, lo: int, hi: int, drafted: int) -> frozenset[int]:
-        """Return the layers before ``lo`` whose keys layers [lo, hi) read, and which lack some uncommitted tokens.
+        """Return the layers before ``lo`` whose keys layers [lo, hi) read, and which have not run all drafted tokens.
 
         cache: the KV cache of the pass through layers [lo, hi).
         drafted: number of uncommitted tokens of a row after the pass, the tokens of the pass included.

@@ -154,6 +154,7 @@ class Network:
     model: the model, with ``config`` and ``model.layers`` as in transformers.
     windows: attention window of each layer in tokens; None: no limit.
     make: makes one function of a list of linear layers with the same input; it concatenates their outputs.
+    layers: the decoder layers as functions (``Layer``), in order.
     embeds: whether layers add embeddings of their own, so that a forward pass needs its token ids.
     tables: rotary tables by (rotation, number of positions).
     """
@@ -311,7 +312,8 @@ class Network:
     def table(self, rotation: Rotation, count: int) -> Tensor:
         """Return cosines and signed sines of positions 0, 1, .., [positions, 1, rotated size, 2].
 
-        The first half of the sines is negated. A table is never freed or moved, because CUDA graphs read it.
+        The first half of the sines is negated. A table is cached, and never freed or moved, because CUDA graphs read
+        it.
 
         rotation: the kind of rotary embedding. count: number of positions that the table must have at least.
         """

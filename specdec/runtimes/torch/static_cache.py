@@ -37,8 +37,8 @@ class InLanes(NamedTuple):
 
     static: the static cache, whose lanes are indices of its batch axis.
     numbers: what a captured function reads about the lanes, int64 [2 L + 1 + R L] for R recurrent layers: committed
-        tokens of each lane, first uncommitted slot of each lane, number of uncommitted tokens, and pending tokens of
-        each recurrent layer and lane.
+        tokens of each lane, first uncommitted slot of each lane, number of uncommitted tokens, and for each recurrent
+        layer and lane the number of pending tokens (accepted, but not in the layer's state yet).
     rows: the lane of each row, int64 [B]; None: row b has lane b.
     total: L.
     """
@@ -65,7 +65,8 @@ class StaticCache:
     whole: keys and values, [2, N, L, H, slots, d]; None: nothing is allocated.
     every: the numbers of all slots, int64 [slots]. block: the numbers 0 to SPARE - 1, int64 [SPARE].
     states: recurrent states [R, L, ...] by key.
-    inputs: inputs of uncommitted and pending tokens of recurrent layers, [R, L, SPARE, D].
+    inputs: inputs of recurrent layers for uncommitted tokens, and for accepted ones that are not in ``states`` yet, [R,
+        L, SPARE (128), D].
     homes: for each lane, its views of ``states`` by (recurrent layer, *key), and its view of ``inputs``.
     placing: whether ``place`` is running, so that rows that end then release no memory.
     rows: for each lane, a weak reference to the row that had it last; None: none.
@@ -190,7 +191,7 @@ class StaticCache:
         self.rows[lane] = weakref.ref(row, self._ended)
 
     def _ended(self, _row: object) -> None:
-        """Release the memory, if it exceeds ``KEPT`` bytes, when the last row of the cache has ended.
+        """Release the memory, if it exceeds ``KEPT`` bytes (512 MiB), when the last row of the cache has ended.
 
         It does nothing while another thread holds the model's lock and so may use rows. It is the callback of the weak
         references in ``rows``; the argument is not used.
