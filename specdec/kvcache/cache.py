@@ -296,6 +296,8 @@ class KVCache:
         A token attends to all committed tokens of its row, and to the uncommitted ones that its tree marks. Call it
         before the layers run. It stores no keys; without ``counts``, it sets ``draft_positions``.
 
+        layer: index of the first layer that will run. What it has run since the last ``commit`` are the uncommitted
+            tokens before the new ones.
         positions: positions of the tokens, int64 [B, T].
         tree: which uncommitted tokens each new token attends to, bool [T, U] for all rows or [B, T, U], where U counts
             the row's uncommitted tokens, the T new ones included; None: a chain, in which each token attends to all
@@ -381,7 +383,7 @@ class KVCache:
         return self.names[buffer], place
 
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Enlarge the buffer ``name`` of a row so that it has at least ``end`` slots (tokens), and count them as held.
+        """Enlarge the buffer ``name`` of a row so that it has at least ``end`` slots (tokens), and raise ``row.held``.
 
         A new buffer replaces ``row.buffers[name]`` if that is missing or too small; the stored tokens are copied.
 
@@ -557,9 +559,10 @@ class KVCache:
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether another text can reuse a row's tokens only up to its end or a checkpoint, and not up to any token.
+        """Return whether another text can reuse a row's tokens only up to its end or a checkpoint, not up to any token.
 
-        That is so with recurrent and with sliding-window layers.
+        That is so if the model has recurrent layers, whose states exist only after the last token and at checkpoints,
+        or if the cache drops keys and values of sliding-window layers.
         """
         return bool(self.recurrent or self.window)
 

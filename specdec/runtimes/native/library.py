@@ -104,7 +104,7 @@ class Layer(ctypes.Structure):
     norm_q, norm_k: norms of queries and keys. sinks: attention sinks, [heads].
     convolution, decay, decay_bias, norm_mixed: parameters of a recurrent layer (``mixer.parameters``).
     embedded_in, embedded_gate, embedded_out, embedded, norm_embedded, norm_added: the layer's own embedding of each
-        token, which is added to its output (Gemma 3n); linear layers without outputs: there is none.
+        token, which is added to its output (Gemma 4); linear layers without outputs: there is none.
     scale: factor of the layer's output.
     rotary_q, rotary_k: indices of the rotary tables of queries and keys; -1: no rotation. rotated: rotated dimensions.
     place: index of the layer in its buffer of the KV cache, or among the recurrent layers. tiled: whether ``out`` takes

@@ -103,7 +103,7 @@ class PackedModel:
         own_head: module of the model's output head.
         kept: file to read the tiles from, or to add them to; None: there is none.
         rounding: GGUF block format that the layers are quantized to, such as "Q8_0", also in ``model``; None: they
-            stay.
+            stay in their format.
         expert_cache: how many experts stay in memory, as a share (float) or in bytes (int); None: all, or as many as
             fit.
         expert_prefetch: whether experts are read ahead by forecasts.
@@ -205,7 +205,7 @@ class PackedModel:
             setattr(self._layers[index], slot, packed.struct)
 
     def _pack_embedded(self, index: int, layer: Any) -> None:
-        """Pack the parameters by which a layer adds a token embedding of its own to the residual (Gemma 3n).
+        """Pack the parameters by which a layer adds a token embedding of its own to the residual (Gemma 4).
 
         The results go to the fields ``embedded...``, ``norm_embedded`` and ``norm_added`` of the layer's structure.
 

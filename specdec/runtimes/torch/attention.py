@@ -125,8 +125,9 @@ class Attention:
         """Split outputs ``x`` [B, T, ...] of the query-key-value layer into heads; apply norms and rotary positions.
 
         Returns a tuple of four tensors: queries [B, Hkv, T G, d], new keys and new values [B, Hkv, T, d] each, and
-        output gates [B, T, H d] (None: the layer has no gates). Hkv is the number of key heads, G the number of query
-        heads that share one. A layer that reads another layer's keys and values makes none: [B, 0, T, d].
+        output gates [B, T, H d] before the sigmoid (None: the layer has no gates). Hkv is the number of key heads, G
+        the number of query heads that share one, H = Hkv G, and d the size of a head. Query t G + g is of token t. A
+        layer that reads another layer's keys and values makes none: [B, 0, T, d].
 
         tables: (cosines, sines) [B, T, 1, rotated size] at the tokens' positions, once for queries and once for keys;
             None: no rotation.
@@ -155,6 +156,8 @@ class Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None, gate: Tensor | None) -> Tensor:
         """Attend, and return the input of the layer's output projection, [B, T, H d].
 
+        H is the number of query heads, Hkv that of key heads, G = H / Hkv, and S the number of cached tokens.
+
         q: queries [B, Hkv, T G, d], as ``project`` returns them.
         k, v: all cached keys and values with the new ones, [B, Hkv, S, d] each.
         term: float mask [B, 1, T G, S] to add to attention scores; None: every query sees every key.
@@ -170,7 +173,8 @@ class Attention:
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, term: Tensor | None) -> Tensor:
         """Return attention outputs [B, Hkv, T G, d] with a soft cap and sinks, which PyTorch's fused attention lacks.
 
-        A sink is a learned score that takes part in the softmax and belongs to no value.
+        A sink is a learned score that takes part in the softmax and belongs to no value. Hkv is the number of key
+        heads, and G the number of query heads that share one.
 
         q, k, v: queries [B, Hkv, T G, d], keys and values [B, Hkv, S, d].
         term: float mask [B, 1, T G, S] to add to scores; None: no mask.

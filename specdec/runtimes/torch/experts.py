@@ -96,8 +96,8 @@ class Experts:
     def _run(self, number: int | slice | Tensor, x: Tensor) -> Tensor:
         """Return the outputs of one expert, or of several at once, for inputs ``x``.
 
-        number: index of one expert; then ``x`` and the result are [n, D]. A slice or a tensor of indices selects E'
-            experts; then both are [E', n, D], with the inputs of each expert.
+        number: index of one expert; then ``x`` and the result are [n, D] for n tokens. A slice or a tensor of indices
+            selects E' experts; then both are [E', n, D], with the inputs and outputs of each expert.
         """
         own, biases = self.experts, [None, None]
         if isinstance(own, BlockExperts):

@@ -115,7 +115,7 @@ class Layer:
 
 
 class PerLayer(NamedTuple):
-    """The term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 3n).
+    """The term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 4).
 
     Each token has an embedding for each layer, besides the usual one. The term is after(out(act(gate(x)) * e)). The
     embedding e is the sum of a projection of the first layer's input and of a looked-up embedding, divided by the
@@ -180,7 +180,7 @@ class Network:
             self.layers.append(layer)
 
     def _per_layer(self, decoder: Any, own: Any, part: slice, make: Maker) -> PerLayer:
-        """Return the term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 3n).
+        """Return the term that a decoder layer adds to its output from a per-layer embedding of each token (Gemma 4).
 
         decoder: the module with all layers. own: the module of the layer.
         part: the layer's columns among the per-layer embeddings of all layers.
@@ -221,7 +221,7 @@ class Network:
         return x if self.scale is None else x * self.scale
 
     def embed_for_layers(self, ids: Tensor) -> Tensor:
-        """Return the per-layer embeddings (Gemma 3n) of token ids [B, T]: P values for each of N layers, [B, T, N P].
+        """Return the per-layer embeddings (Gemma 4) of token ids [B, T]: P values for each of N layers, [B, T, N P].
 
         Only for models whose ``embeds`` is True.
         """
