@@ -85,7 +85,7 @@ class RowStates(ABC):
     def _take_ahead(self, path: Sequence[int]) -> bool:
         """Use the states in ``ahead`` as ``states`` if they are those after the tokens ``path``; return whether so.
 
-        ``commit`` calls it. If the result is False, the accepted tokens become pending.
+        ``commit`` calls it. If the result is False, the accepted tokens become pending: the next pass runs them again.
 
         path: ascending indices of the accepted tokens among the uncommitted ones.
         """
@@ -128,7 +128,8 @@ class RowStates(ABC):
     def checkpoint(self, count: int) -> None:
         """Request a checkpoint after all ``count`` committed tokens of the row.
 
-        The next ``commit`` at which no token is pending puts it into ``checkpoints``. Nothing is copied before.
+        The next ``commit`` before which all accepted tokens are in ``states`` (none is pending) puts a copy into
+        ``checkpoints``.
         """
         if count not in self.checkpoints:
             self.next_checkpoint = count

@@ -23,8 +23,8 @@ def refuse_unsupported(model: AnyModel) -> None:
     """Raise SpecDecError with the reason if no runtime supports ``model``.
 
     A supported model is a decoder-only causal language model with an output head. Its attention implementation is
-    "sdpa" or "eager", because others take no tree masks. A model type (``config.model_type``) that is not in
-    ``models.families.FAMILIES`` must also pass ``refuse_tangled``.
+    "sdpa" or "eager", because others take no tree masks. If its ``config.model_type`` is not in
+    ``models.families.FAMILIES``, each layer reads only the output of the layer before it (``refuse_tangled``).
     """
     kind = model.config.model_type
     if model.config.is_encoder_decoder:

@@ -153,6 +153,8 @@ class Target(ABC):
     ) -> list[Nodes] | DeviceTree:
         """Draft along ``path`` for each sequence of ``cache``: a tree for one, chains with siblings for several.
 
+        In a chain with siblings, one node of each level gets children, and the other nodes of the level are leaves.
+
         A sequence that is sampled drafts with its noise. The cache is unchanged afterwards: drafted tokens are trimmed.
 
         roots: last token of each sequence, states before it, and what restricts the draft.

@@ -74,6 +74,8 @@ class Kernels(Protocol):
 class TreeDrafter:
     """Drafts along a path by the native kernels: a tree for one sequence, chains with siblings for several.
 
+    In a chain with siblings, one node of each level gets children, and the other nodes of the level are leaves.
+
     Made for one path and size, and then called for each draft, by one thread at a time: ``drafter(target, cache, roots,
     limits)`` returns what ``Target.draft_rows`` returns, as lists. A level is all draft nodes of one depth. A candidate
     is a node that may be scored. The arrays are C arrays that ``struct`` points to.

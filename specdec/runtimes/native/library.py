@@ -218,7 +218,7 @@ class Sampled(ctypes.Structure):
     """The sampling parameters of one sequence, as the kernels read them (``Sampled`` in native.h).
 
     seed, stream: the key of the sequence's noise. place: position of the first token to draft.
-    sharpness: 1 / temperature; 0: decoding is greedy. top_p, min_p, top_k: as in ``draft_path.Sampled``.
+    sharpness: 1 / temperature; 0: decoding is greedy. top_p, min_p, top_k: the usual limits; 1, 0 and 0 are none.
     """
 
     _fields_ = (
