@@ -175,7 +175,7 @@ class LayerStates(RowStates):
     the layer. A row without tokens has no states. A pass puts new tensors in place of the old ones, and
     changes none in place, except those in ``home``.
 
-    home: the tensors in ``states`` that CUDA graphs change in place at fixed addresses, by the same keys; {}: none.
+    home: tensors at fixed addresses for states that CUDA graphs change in place, by the same keys; {}: there are none.
     """
 
     def __init__(self, layers: int) -> None:

@@ -70,8 +70,8 @@ class PackedFile:
     a file that was read, and ``add``, ``write`` and ``finish`` write a new one. ``close`` follows in both cases.
 
     path: the file. part: its path while it is written.
-    key: JSON values that the content depends on, of which "file" and "kernels" are needed; a file with another key is
-        made again.
+    key: JSON values that the content depends on, by name; "file", the state of the model's file, is among them. A file
+        with another key is made again.
     need: bytes that must be free on the disk before it is written.
     entries: the entries by name.
     notes: further JSON values of the index, by name. What is set before ``finish`` is read by later loads.
