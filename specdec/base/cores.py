@@ -43,7 +43,10 @@ def cpus() -> int:
 
 
 def _quotas() -> list[float]:
-    """Return the number of CPUs that each control group of this process with a limit allows (cgroups v1 and v2)."""
+    """Return the numbers of CPUs, maybe fractions, that the control groups of this process allow (cgroups v1 and v2).
+
+    There is a number for each group with a quota, parent groups included; []: no group has one.
+    """
     found = []
     try:
         lines = MEMBERSHIP.read_text("utf-8").splitlines()
