@@ -58,7 +58,7 @@ SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_wi
 class Family:
     """The description of one of transformers' model types: what its layers compute, and what config and GGUF files say.
 
-    A flag that is False means the form of Llama. The key of ``FAMILIES`` is the model type.
+    The key in ``FAMILIES`` is the model type.
 
     norms: module names of four norms of a layer: before attention, after attention, before the MLP, after the MLP; "":
         the layer lacks this norm.

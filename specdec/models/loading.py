@@ -169,10 +169,10 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
-    """Return PyTorch's device of this name, after a trial; "auto": CUDA's first if it can compute, else the CPU.
+    """Return PyTorch's device of this name; "auto": the first CUDA device if it can compute in ``dtype``, else the CPU.
 
-    dtype: the dtype that the device must compute in; "auto": float32. Raises SpecDecError if the device is unknown or
-    missing, or cannot compute in ``dtype``.
+    dtype: the dtype that the device must compute in, which a small product on it tests; "auto": float32.
+    Raises SpecDecError if the device is unknown or missing, or cannot compute in ``dtype``.
     """
     if device == "auto":
         with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU
