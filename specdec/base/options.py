@@ -101,7 +101,8 @@ class SamplingParams:
     top_k: keep this number of the likeliest tokens; 0 is off.
     top_p: keep the likeliest tokens up to this total probability; 1 is off.
     min_p: keep tokens with at least this share of the likeliest token's probability; 0 is off.
-    repetition_penalty: 1 is off; None: the value of the model's generation config.
+    repetition_penalty: as in transformers, for tokens of prompt and answer; above 1 discourages them, 1 is off; None:
+        the value of the model's generation config.
     seed: seed of the random numbers.
     frequency_penalty: subtracted from a token's logit for each time that the token is among the new tokens.
     presence_penalty: subtracted once from the logit of each token that is among the new tokens.

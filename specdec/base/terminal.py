@@ -47,7 +47,10 @@ def as_text(console: Console, text: str, style: str = "") -> Text:
 
 
 def write(text: str) -> None:
-    """Write text of a model or a user to stdout, and flush it."""
+    """Write text of a model or a user to stdout, without a line break, and flush it.
+
+    On a terminal, control characters are escaped (``printable``).
+    """
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -75,7 +78,7 @@ def note(message: str) -> None:
 
 
 def error(message: str) -> None:
-    """Print ``error: <message>`` to stderr as one line."""
+    """Print ``error: <message>`` to stderr as one line. The process goes on."""
     console, line = stderr(), " ".join(message.split())
     console.print(Text.assemble(("error: ", "bold red"), as_text(console, line)), soft_wrap=True)
 
@@ -173,8 +176,8 @@ def guard_streams() -> None:
     """Replace ``sys.stdout`` and ``sys.stderr`` so that errors of stderr are ignored and those of stdout are reported.
 
     A later write to stdout that fails raises SpecDecError, or BrokenPipeError if the reader has closed the pipe. If
-    stdout is closed already, this call raises SpecDecError. The answer goes to stdout, statistics to stderr: they must
-    not cost the answer.
+    stdout is closed already, this call raises SpecDecError. Answers go to stdout and statistics to stderr: statistics
+    that cannot be written must not cost the answer.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

@@ -171,7 +171,8 @@ def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, chan
     """Raise SpecDecError unless the model has a linear layer at ``path`` whose weight has the shape of ``change``.
 
     adapter, model: named in the message. own: all modules of the model by path. path: module path of the changed layer.
-    An output head that shares its weight with the embedding is refused as well.
+    change: the LoRA change for it, whose two matrices must fit each other, too. An output head that shares its weight
+    with the embedding is refused as well.
     """
     what = f"adapter '{adapter.name}' does not fit model '{model.config._name_or_path}'"
     made_for = f"; load the model it was made for{f' ({adapter.base})' if adapter.base else ''}"

@@ -13,8 +13,8 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 class Config:
     """The config of a text model: all fields of its transformers config as attributes, defaults included.
 
-    Reading a field that the config lacks raises AttributeError. Methods and private fields are those of a transformers
-    config, as far as this package uses them.
+    The constructor takes the fields as keyword arguments. Reading a field that the config lacks raises AttributeError.
+    Methods and private fields are those of a transformers config, as far as this package uses them.
     """
 
     is_encoder_decoder = False

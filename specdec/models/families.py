@@ -444,7 +444,7 @@ class Rotation(NamedTuple):
 def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
     """Return for each layer (rotary table of its queries, rotary table of its keys); None: the layer rotates neither.
 
-    config: the text model's config. Layers with equal descriptions of a table share it.
+    config: the text model's config. Equal descriptions stand for equal tables, which layers may share.
     """
     count, rope = int(config.num_hidden_layers), config.rope_parameters
     nested = all(isinstance(value, dict) for value in rope.values())
@@ -490,10 +490,10 @@ def check_fields(config: Any) -> None:
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of each field of a model config that may change the output.
+    """Yield (name, value) of each field of the text model's ``config`` that may change the output.
 
     Private fields and token ids are left out. Fields nested in ``rope_parameters`` and ``per_layer_config`` follow as
-    "PARENT.NAME", except the rotary parameters that transformers computes tables from.
+    "PARENT.NAME", except those from which transformers computes rotary tables (``ROPE``).
     """
     for name, value in config.to_dict().items():
         if not name.startswith("_") and not name.endswith("_token_id"):

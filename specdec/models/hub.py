@@ -33,6 +33,7 @@ def parse_repo_id(text: str) -> tuple[str, str | None] | None:
 def fetch_drafter(text: str) -> Path:
     """Download the drafter ``text``, ORG/NAME with an optional @revision; return its folder in Hugging Face's cache.
 
+    The folder has config.json and model.safetensors. In one process, a drafter is looked up once.
     Raises SpecDecError if the download fails or the repository is no drafter.
     """
     named = parse_repo_id(text)

@@ -41,8 +41,9 @@ def sample_positions(size: int) -> Tensor:
 
 
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """Return up to 512 evenly spaced elements of a parameter, [n], dequantized if it is stored in GGUF blocks.
+    """Return up to 512 evenly spaced elements of a parameter, [n], in its dtype and on its device.
 
+    Elements of a parameter that is stored in GGUF blocks are dequantized to float32.
     If the parameter is mapped from a file, the memory that this read has filled is freed (``memory.release``).
     """
     positions = sample_positions(parameter.shape.numel())
@@ -133,7 +134,7 @@ def content(model: nn.Module) -> str:
 
 
 def samples(model: nn.Module) -> dict[str, Any]:
-    """Return sampled values of some weights, for a drafter's config, as JSON.
+    """Return sampled values of some weights, for a drafter's config, as JSON values.
 
     The result is {name of a weight: {"shape": [...], "values": "0.12 -0.5 ..."}} for up to 4 vectors and 12 matrices;
     the text has up to 32 decimal numbers. ``difference`` compares a model with it.

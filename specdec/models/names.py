@@ -81,7 +81,8 @@ def guess_model(name: str) -> str:
 def gguf_in(folder: Path) -> Path:
     """Return the path of the only GGUF file in ``folder``; of a split file, its first part that exists.
 
-    Raises SpecDecError if the folder has no GGUF file, or several that are not parts of one.
+    Companion files ("mtp-...") do not count. Raises SpecDecError if the folder has no GGUF file, or several that are
+    not parts of one.
     """
     found = dict[str, Path]()
     for path in sorted(path for path in folder.glob("*.gguf") if not is_companion(path.name)):

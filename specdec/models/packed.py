@@ -79,7 +79,10 @@ def packed_bytes(folder: Path) -> int:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read its bytes. Raises OSError for a FIFO or device, because opening one may wait for ever."""
+    """Open the file ``path`` to read its bytes, and return it for a ``with`` block.
+
+    Raises OSError for a missing file, and for a FIFO or device, because opening one may wait for ever.
+    """
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
     return path.open("rb")

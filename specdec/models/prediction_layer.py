@@ -89,10 +89,10 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass(frozen=True)
 class Found:
-    """The place of a multi-token prediction layer: an open file, and the layer's tensors in it, not read yet.
+    """The place of a multi-token prediction layer: a file, and descriptions of the layer's tensors, not read yet.
 
     name: the checkpoint's name, for messages.
-    file: the file that has the layer.
+    file: the header of the file that has the layer.
     names: the naming scheme of the layer's tensors in the file.
     prefix: ``names.prefix`` with the number of this model's layers, with which the full names begin.
     tensors: descriptions of the layer's tensors; the key is the full name without ``prefix``. Copies of the model's
@@ -242,9 +242,10 @@ def _unfit(name: str, why: str) -> SpecDecError:
 
 
 def _config(model: AnyModel) -> dict[str, Any]:
-    """Return the fields of the text config of ``model``, {name: value}, changed to describe a model of one such layer.
+    """Return the config fields, {name: value}, of a model that has a prediction layer as its only layer.
 
-    The layer is as a prediction layer is: with full attention, and with experts if the model has them.
+    They are those of the text config of ``model``, but for one layer, which has full attention, and experts if
+    ``model`` has them.
     """
     fields: dict[str, Any] = model.config.get_text_config().to_dict()
     changes = {key: value for key, value in ONE_LAYER.items() if fields.get(key) is not None}
@@ -252,7 +253,10 @@ def _config(model: AnyModel) -> dict[str, Any]:
 
 
 def _stays(model: AnyModel) -> bool:
-    """Return whether weights that are read for ``model`` stay in GGUF quantization blocks: in bfloat16 on the CPU."""
+    """Return whether weights that are read for ``model`` may stay in GGUF quantization blocks.
+
+    They may if ``model`` is a ``NativeModel`` in bfloat16 on the CPU.
+    """
     return isinstance(model, NativeModel) and model.device.type == "cpu" and model.dtype == torch.bfloat16
 
 

@@ -31,9 +31,8 @@ def read_config(source: Source, trust_remote_code: bool = False) -> Any:
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the model ``source`` by transformers, and return it.
 
-    The result is transformers' tokenizer object.
     trust_remote_code: whether to run Python code of the repository. Raises SpecDecError if there is no usable
-    tokenizer.
+    tokenizer, such as one without vocabulary.
     """
     try:
         with quiet_transformers(f"Loading {source.name}"):
@@ -55,8 +54,9 @@ def load(
 ) -> PreTrainedModel:
     """Load the model ``source``, a folder of safetensors files, by transformers.
 
-    config: its config, read by ``read_config`` of this module. kind: the dtype of the weights; "auto": the config's.
-    device: where the weights go. trust_remote_code: whether to run Python code of the repository.
+    config: its config, read by ``read_config`` of this module; of a multimodal model, only the text model is loaded
+    (``text_part``). kind: the dtype of the weights; "auto": the config's. device: where the weights go.
+    trust_remote_code: whether to run Python code of the repository.
     Raises SpecDecError if the files are broken, weights are missing or have another shape, or memory does not suffice.
     """
     options = _options(source, trust_remote_code) | text_part(config)

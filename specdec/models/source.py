@@ -159,7 +159,7 @@ def public_name(name: str, adapter: str | None = None) -> str:
 def explain_errors(name: str) -> Iterator[None]:
     """Turn any exception in a ``with`` block that loads a model into a SpecDecError of one line.
 
-    name: the model's name in the message.
+    name: the model's name in the message. A SpecDecError passes unchanged; KeyboardInterrupt passes, too.
     """
     try:
         yield

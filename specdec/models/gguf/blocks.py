@@ -153,7 +153,8 @@ class _OfBlocks(nn.Module):
     ``to`` and similar methods change only the dtype of the results; another device raises SpecDecError.
 
     dtype: the dtype to which weights are dequantized, and in which the module computes.
-    unpack: the function that dequantizes rows of a matrix; a runtime may set a faster one with equal results.
+    unpack: the function, called as ``dequantize`` is, that dequantizes rows of a matrix; a runtime may set a faster one
+        with equal results.
     """
 
     dtype: torch.dtype
@@ -194,7 +195,10 @@ class _BlockModule(_OfBlocks):
         return made.train(self.training)
 
     def _without_weight(self) -> nn.Linear | nn.Embedding:
-        """Return an ordinary module of the same shape on the device "meta", whose weight the caller sets."""
+        """Return an ordinary module of the same shape on the device "meta", whose weight the caller sets.
+
+        A subclass implements it.
+        """
         raise NotImplementedError
 
 
@@ -487,7 +491,8 @@ def matrix(module: Any) -> Tensor | Blocks:
 def weight_rows(module: Any, index: Tensor) -> Tensor:
     """Return rows of the weight of a linear layer or an embedding, [n, in].
 
-    index: int [n], the rows' indices. Rows that are stored in GGUF quantization blocks are dequantized.
+    index: int [n], the rows' indices. The result has the module's dtype; rows that are stored in GGUF quantization
+    blocks are dequantized to it.
     """
     if isinstance(module, _BlockModule):
         return module.unpack(module.blocks, index, module.dtype)

@@ -83,7 +83,7 @@ class GGUFFile(TensorFile):
     """The header of a GGUF file, or the joined headers of all part files of a split one.
 
     paths: the part files in order, or the one file.
-    state: sizes, times and inodes of ``paths`` before they were read, by which a change is noticed.
+    state: sizes, times and inodes of ``paths`` (``packed.stamp``) before they were read, by which a change is noticed.
     tensors: descriptions of the tensors by name.
     metadata: key -> a number, a text, an array of texts (``Strings``) or a list of numbers; those of the first part.
     """

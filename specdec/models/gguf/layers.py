@@ -28,9 +28,10 @@ def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
 
     name: the model's name in messages.
     file: the GGUF file, of which the tensors' names and shapes and the rotary divisors are read.
-    values: the config's other fields by name, and the file's raw metadata of layers (``RAW``, ``EXPERTS``). It is
-        changed in place: the raw metadata are removed, and fields that are lists with a value for each layer become one
-        number: ``intermediate_size`` that of the first layer, ``num_key_value_heads`` that of sliding-window layers.
+    values: the config's other fields by name, and raw metadata of the file that are no fields of a config, such as
+        "sliding" (``RAW``, ``EXPERTS``). It is changed in place: the raw metadata are removed, and fields that are
+        lists with a value for each layer become one number: ``intermediate_size`` that of the first layer,
+        ``num_key_value_heads`` that of sliding-window layers.
 
     Raises SpecDecError for impossible metadata, and for mixtures of experts, which are not supported.
     """

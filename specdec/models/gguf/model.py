@@ -156,8 +156,8 @@ def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
     """Replace the entry "rotated" of ``values`` by "partial_rotary_factor" or, if need be, "head_dim", in place.
 
     name: the model's name in messages. kind: transformers' ``model_type``. values: config fields by name and, if the
-    file says it, "rotated": the number of values of a head that rotate. Raises SpecDecError if it is not all of a head
-    and heads of this model type cannot rotate in part.
+    file says it, "rotated": the number of values of a head that rotate. Raises SpecDecError if "rotated" is not the
+    whole size of a head, and heads of this model type cannot rotate in part.
     """
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:

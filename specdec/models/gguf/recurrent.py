@@ -40,9 +40,10 @@ def complete(name: str, values: dict[str, Any]) -> None:
 
 
 def tensors_of(path: str) -> tuple[str, ...]:
-    """Return the paths in_proj_qkv and in_proj_z for the path of a Qwen3-Next module in_proj_qkvz; (): for other paths.
+    """Return the module paths of in_proj_qkv and in_proj_z for the path of a Qwen3-Next module in_proj_qkvz.
 
-    A GGUF file may store the module's weight as two tensors that are named by these paths.
+    A GGUF file may store the weight of in_proj_qkvz as two tensors that are named by these paths. Returns () for the
+    path of any other module.
     """
     whole, joined, _ = path.partition("_qkvz")
     return (f"{whole}_qkv", f"{whole}_z") if joined else ()
