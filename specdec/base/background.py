@@ -35,7 +35,7 @@ class Stop(threading.Event):
 class Work(Generic[T]):
     """A function that runs in a new thread until it returns or is stopped.
 
-    When this object is garbage-collected, the function is told to end, and nobody waits for it.
+    Deleting this object also tells the function to end, and does not wait for that.
     """
 
     def __init__(self, work: Callable[[Stop], T], name: str) -> None:

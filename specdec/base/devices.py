@@ -23,7 +23,7 @@ FILLED = {f"{name}_" for name in ("normal", "uniform", "kaiming_uniform", "zero"
 class _Unfilled(TorchFunctionMode):
     """A mode (``with`` block) in which initializing a tensor on the device "meta" does nothing.
 
-    PyTorch would import SymPy for it, which is slow. Functions on other tensors run as usual.
+    PyTorch would import SymPy for it, which is slow. ``torch.rand`` and ``torch.randn`` return tensors without values.
     """
 
     def __torch_function__(

@@ -93,7 +93,8 @@ def read_json(path: Path) -> Any:
 class StoredTensors:
     """The tensors of an opened safetensors file. A matrix stored in 8 bits, as codes and scales, counts as one tensor.
 
-    The constructor reads names and shapes, and raises SpecDecError if one is impossible. ``read`` reads values.
+    The constructor reads names, dtypes and shapes, and raises SpecDecError for those that no drafter can have. ``read``
+    reads values.
 
     path: the file's path, for messages.
     file: the file, opened by ``safetensors.safe_open``; it must stay open.

@@ -146,7 +146,7 @@ def find(model: AnyModel, source: str | None = None) -> Found | None:
 def announced(model: AnyModel) -> bool:
     """Return whether the files of ``model`` may have a multi-token prediction layer, without reading them.
 
-    False means that they have none; True, that ``find`` has to look.
+    False: the config tells of none, or the files are not known. True: ``find`` has to look.
     """
     text = model.config.get_text_config()
     known = any(getattr(text, field, 0) for field in PREDICTS)

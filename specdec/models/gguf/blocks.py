@@ -530,10 +530,10 @@ def densify(model: nn.Module) -> None:
 
 @contextmanager
 def temporarily_dense(model: nn.Module) -> Iterator[None]:
-    """Replace modules with weights in GGUF blocks by dequantized ones during a ``with`` block, and restore them then.
+    """Replace modules with weights in GGUF blocks by dequantized ones for the time of a ``with`` block.
 
-    For callers that run the model's own ``forward`` many times. ``model`` is changed in place; one without blocks stays
-    as it is. Raises SpecDecError if the dequantized weights need more memory than is free.
+    For callers that run the model's own ``forward`` many times. ``model`` is changed in place, and gets its modules
+    back after the block. Raises SpecDecError if the dequantized weights need more memory than is free.
     """
     modules = model.named_modules(remove_duplicate=False)
     replaced = [(path, module) for path, module in modules if isinstance(module, _OfBlocks)]
