@@ -11,7 +11,7 @@ from typing import Any
 class SpecDecError(Exception):
     """A problem that the user can act on. The command line prints it as one line and exits with code 2.
 
-    outputs: if a generation failed, the ``GenerationOutput`` of each prompt so far, in order; empty for other errors.
+    outputs: if a generation failed, the ``GenerationOutput`` of each answer so far, in order; empty for other errors.
     """
 
     outputs: Sequence[Any] = ()
@@ -34,7 +34,7 @@ class QueueFullError(SpecDecError):
 
 
 class ConstraintError(SpecDecError):
-    """Raised if a constraint on the generated text, such as a JSON schema, is invalid, or no text can satisfy it."""
+    """Raised if a constraint on the generated text, such as a JSON schema, is invalid or cannot be kept."""
 
 
 class PromptTooLongError(SpecDecError):
