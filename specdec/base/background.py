@@ -17,20 +17,26 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """Raised in work that was stopped. A BaseException, so that no ``except Exception`` in the work catches it."""
+    """Raised by ``Stop.check`` in a ``Work`` that was stopped, to end it.
+
+    A BaseException, so that no ``except Exception`` in the function of the work catches it.
+    """
 
 
 class Stop(threading.Event):
-    """An event that tells work to end. The work calls ``check`` between its steps."""
+    """An event that, once set, tells the function of a ``Work`` to end. The function calls ``check`` between steps."""
 
     def check(self) -> None:
-        """Raise Stopped if the event is set."""
+        """Raise Stopped if the event is set; otherwise return at once."""
         if self.is_set():
             raise Stopped
 
 
 class Work(Generic[T]):
-    """A function that runs in a new thread until it returns or is stopped. Deleting this object also stops it."""
+    """A function that runs in a new thread until it returns or is stopped.
+
+    Deleting this object also tells the function to end, and does not wait for that.
+    """
 
     def __init__(self, work: Callable[[Stop], T], name: str) -> None:
         """Start the thread ``name``. work: the function; it gets the ``Stop`` to check between its steps."""
@@ -49,17 +55,23 @@ class Work(Generic[T]):
         return self._thread.is_alive()
 
     def join(self, seconds: float | None = None) -> None:
-        """Wait until the thread ends, at most ``seconds`` (None: no limit). No effect in the work's own thread."""
+        """Wait until the thread ends, at most ``seconds`` (None: no limit). Does not raise the function's exception.
+
+        No effect if it is called in this very thread.
+        """
         if self._thread is not threading.current_thread():
             self._thread.join(seconds)
 
     def result(self) -> T:
-        """Wait for the work; return its result or raise its exception; CancelledError if it was stopped."""
+        """Wait until the function ends; return its result or raise its exception.
+
+        Raises ``concurrent.futures.CancelledError`` if it was stopped.
+        """
         self.join()
         return self._future.result()
 
     def stop(self) -> None:
-        """Tell the work to end, and wait until it has ended."""
+        """Tell the function to end (``Stop``), and wait without limit until its thread has ended."""
         self._stop.set()
         self.join()
 
@@ -81,7 +93,10 @@ _ended = threading.Event()
 
 @atexit.register
 def end() -> None:
-    """Stop all work, also work that starts later, and wait until it has ended. Called at the end of the process."""
+    """Stop every ``Work``, and those that start later, and wait until their threads have ended.
+
+    Called at the end of the process, by ``atexit``.
+    """
     _ended.set()
     with _starting:
         threads = dict(_threads)

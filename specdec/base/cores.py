@@ -34,7 +34,8 @@ def limit_threads() -> None:
 def cpus() -> int:
     """Return how many CPUs this process may use, at least 1.
 
-    The affinity, the quotas of the process's control groups and OMP_THREAD_LIMIT bound the number.
+    It is the smallest of the CPU affinity, the quotas of the process's control groups, rounded up, and
+    OMP_THREAD_LIMIT. The first result is kept.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # PyTorch ignores this limit, and matrix products are wrong if OpenMP gives its libraries fewer threads.
@@ -43,7 +44,10 @@ def cpus() -> int:
 
 
 def _quotas() -> list[float]:
-    """Return the number of CPUs that each control group of this process with a limit allows (cgroups v1 and v2)."""
+    """Return the numbers of CPUs, maybe fractions, that the control groups of this process allow (cgroups v1 and v2).
+
+    There is a number for each group with a quota, parent groups included; []: no group has one.
+    """
     found = []
     try:
         lines = MEMBERSHIP.read_text("utf-8").splitlines()

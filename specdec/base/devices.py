@@ -21,7 +21,10 @@ FILLED = {f"{name}_" for name in ("normal", "uniform", "kaiming_uniform", "zero"
 
 
 class _Unfilled(TorchFunctionMode):
-    """A mode in which initializing a tensor on the device "meta" does nothing: PyTorch would import SymPy for it."""
+    """A mode (``with`` block) in which initializing a tensor on the device "meta" does nothing.
+
+    PyTorch would import SymPy for it, which is slow. ``torch.rand`` and ``torch.randn`` return tensors without values.
+    """
 
     def __torch_function__(
         self,
@@ -59,9 +62,9 @@ def upload(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -
 
 
 def download(*tensors: Tensor) -> list[list[list[Any]]]:
-    """Return each of ``tensors``, [B, n], as nested lists, with one read from the device.
+    """Return for each of ``tensors``, [B, n], its values as B lists of n numbers, with one read from the device.
 
-    The tensors have one dtype, one device and the same B; n may differ.
+    The tensors have one dtype, one device and the same B; their n may differ. Waits for the device.
     """
     if len(tensors) == 1:
         return [tensors[0].tolist()]
@@ -73,9 +76,9 @@ def download(*tensors: Tensor) -> list[list[list[Any]]]:
 
 
 def record_event(device: torch.device | None) -> torch.cuda.Event | None:
-    """Return a CUDA event that marks the end of the work submitted to ``device`` so far.
+    """Return a CUDA event with timing that marks the end of the work submitted to ``device`` so far; does not wait.
 
-    None for no device and for all but CUDA.
+    Returns None if ``device`` is None or is not a CUDA device.
     """
     if device is None or device.type != "cuda":
         return None

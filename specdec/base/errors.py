@@ -11,7 +11,7 @@ from typing import Any
 class SpecDecError(Exception):
     """A problem that the user can act on. The command line prints it as one line and exits with code 2.
 
-    outputs: if a generation failed, the ``GenerationOutput`` of each row so far; empty for other errors.
+    outputs: if a generation failed, the ``GenerationOutput`` of each answer so far, in order; empty for other errors.
     """
 
     outputs: Sequence[Any] = ()
@@ -22,19 +22,19 @@ class SettingError(SpecDecError):
 
 
 class NotFiniteError(SpecDecError):
-    """Raised if the model's own logits are NaN or infinite, so that no runtime can run it."""
+    """Raised if the model's own logits are NaN or infinite, so that trying another runtime would not help."""
 
 
 class MemoryFullError(SpecDecError):
-    """Raised if a device, or the machine, has no memory left; another runtime would need no less."""
+    """Raised if a device, or the machine, has no memory left, and another runtime would need no less memory."""
 
 
 class QueueFullError(SpecDecError):
-    """Raised if an engine refuses a request because its queue is full. A server then answers with an error status."""
+    """Raised if an engine refuses a request because its queue is full. The HTTP server answers with status 429."""
 
 
 class ConstraintError(SpecDecError):
-    """Raised if a constraint is invalid, or a text cannot satisfy it."""
+    """Raised if a constraint on the generated text, such as a JSON schema, is invalid or cannot be kept."""
 
 
 class PromptTooLongError(SpecDecError):
@@ -52,9 +52,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """Return the text that says how to install an extra of this package, for error messages.
+    """Return the text "run pip install ..." that says how to install an extra of this package, for error messages.
 
-    The package is on no index, so the text names the clone and the wheel instead of the package.
+    extra: its name in pyproject.toml. The package is on no index, so the text names the clone and the wheel.
     """
     return f"run pip install -e '.[{extra}]' in the clone of specdec, or pip install 'WHEEL[{extra}]'"
 

@@ -98,7 +98,10 @@ def size_of(*paths: Path) -> int:
 
 
 def shipped_configs(kind: str) -> dict[str, Path]:
-    """Return {name without suffix: path} of the package's YAML files of a kind, "sweeps" or "train"."""
+    """Return {name without ".yaml": path} of the YAML files that the package contains, sorted by name.
+
+    kind: their folder in ``specdec.configs``: "sweeps" or "train".
+    """
     folder = Path(str(importlib.resources.files("specdec.configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -107,7 +110,8 @@ def find_config(kind: str, name: str, what: str) -> Path:
     """Return the path of a YAML file: ``name`` itself if it is a file, else the package's file of this name.
 
     name: a path with its suffix, or the name of a package's file without ".yaml".
-    kind: "sweeps" or "train". what: names the kind of file in the SpecDecError that is raised if there is none.
+    kind: the folder of the package's files, "sweeps" or "train". what: what the file is, such as "sweep", in the
+    message of the SpecDecError that is raised if there is no such file.
     """
     known = shipped_configs(kind)
     if Path(name).is_file():

@@ -21,7 +21,7 @@ DOCUMENT = 4_000_000  # bytes of a YAML file
 
 
 def read_bounded(file: IO[bytes], most: int) -> bytes:
-    """Read ``file`` to its end and return the content. Raises ValueError if it has more than ``most`` bytes."""
+    """Read ``file`` from its position to its end and return the bytes; ValueError if they are more than ``most``."""
     data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"larger than {most / 1e6:.0f} MB")
@@ -35,9 +35,10 @@ def sha256(path: Path) -> str:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line) of a UTF-8 text file, which may be a ``.gz``, without a byte-order mark.
+    r"""Yield (number from 1, line) of a UTF-8 text file, which may be a ``.gz``, without a byte-order mark.
 
-    Raises ValueError if the file cannot be read, is not UTF-8, or has a line of more than ``LINE`` bytes.
+    A line keeps its line break, as "\n". Raises ValueError, while it is iterated, if the file cannot be read, is not
+    UTF-8, or has a line of more than 64 MB (``LINE``).
     """
     number = 0
     try:
@@ -72,7 +73,10 @@ def prompts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def turns(record: dict[str, Any]) -> tuple[str, ...]:
-    """Return the user's turns in a record: its ``turns``, else its ``prompt``; empty if there is no text in them."""
+    """Return the texts of the user's turns in a record of ``prompts``: its "turns" (a list), else its "prompt".
+
+    Returns () if the record has neither, or a turn is blank or no text.
+    """
     found = record.get("turns", record.get("prompt"))
     found = [found] if isinstance(found, str) else found
     if isinstance(found, list) and all(isinstance(turn, str) and turn.strip() for turn in found):
@@ -105,7 +109,8 @@ def parse_yaml(text: str) -> Any:
 def read_text(path: Path, most: int | None = None) -> str:
     """Return the text of a UTF-8 file.
 
-    Raises ValueError if it is not UTF-8 or has more than ``most`` bytes (None: ``DOCUMENT``), and OSError.
+    A byte-order mark is dropped. Raises OSError if it cannot be read, and ValueError if it is not UTF-8 or has more
+    than ``most`` bytes (None: 4 MB).
     """
     with path.open("rb") as file:
         return read_bounded(file, DOCUMENT if most is None else most).decode("utf-8-sig")
@@ -114,7 +119,7 @@ def read_text(path: Path, most: int | None = None) -> str:
 def read_yaml(path: Path, what: str = "") -> Any:
     """Return the value in a YAML file. Raises SpecDecError if it cannot be read.
 
-    what: names the kind of file in the message, with a space at its end.
+    what: what the file is, with a space at its end, such as "sweep ", in the message; "": the message does not say it.
     """
     with errors_as(f"cannot read {what}'{path}'", ValueError):
         return parse_yaml(read_text(path))

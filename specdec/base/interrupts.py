@@ -12,9 +12,12 @@ from threading import current_thread, main_thread
 def interrupting(call: Callable[[], object], every: bool = False, ended: bool = False) -> Iterator[None]:
     """Let Ctrl-C call ``call`` during the ``with`` block, instead of raising KeyboardInterrupt.
 
+    call: runs in the main thread between two of its instructions; the interrupted code then goes on.
     every: True: each Ctrl-C calls it. False: the first one calls it, and the next one does what it did before the
     block.
-    ended: whether SIGTERM, too, calls it. Has no effect outside of the main thread, which alone gets signals.
+    ended: whether SIGTERM, too, calls it.
+    A signal that the process ignores stays ignored. In other threads than the main thread, which alone gets signals,
+    the ``with`` block has no effect.
     """
     numbers = [signal.SIGINT, *([signal.SIGTERM] if ended else [])]
     before = {number: signal.getsignal(number) for number in numbers}

@@ -54,7 +54,7 @@ def resident(field: str, pid: int | str = "self") -> float | None:
 def check_memory(name: str, need: int, other: str = "use a smaller model") -> None:
     """Raise SpecDecError if this machine has less than ``need`` bytes of memory free for the model ``name``.
 
-    other: the advice at the end of the message.
+    No effect if the system does not report its free memory. name: in the message. other: the advice at its end.
     """
     free = available_memory()
     if free is not None and free < need:

@@ -27,10 +27,10 @@ _SWAPPED, _OF_FILE = 1 << 62, 1 << 61  # bits of an entry of /proc/self/pagemap;
 
 
 def release(*tensors: Tensor) -> int:
-    """Drop the pages of ``tensors`` that are mapped from files and unchanged; return the number of dropped bytes.
+    """Free the memory of ``tensors`` that are mapped from files and unchanged; return the number of freed bytes.
 
-    A page is the unit in which the system maps memory, often 4 KiB. The values stay: the system reads them again from
-    the file when they are used.
+    The values stay: the system reads them again from the file when they are used. Only whole pages (units in which the
+    system maps memory, often 4 KiB) are freed. No effect on other tensors, such as those on a GPU.
     """
     freed = 0
     for tensor in tensors:
@@ -45,7 +45,11 @@ def release(*tensors: Tensor) -> int:
 
 
 def discard(tensor: Tensor) -> None:
-    """Drop the pages that lie wholly in ``tensor``, a contiguous one in anonymous memory; they read as zeros then."""
+    """Give the memory of ``tensor`` back to the system; its values are lost.
+
+    tensor: contiguous, on the CPU, in anonymous memory (of no file). What lies in whole memory pages then reads as
+    zeros; up to a page at either end stays as it is.
+    """
     size, begin = mmap.PAGESIZE, tensor.data_ptr()
     first, last = -(-begin // size) * size, (begin + tensor.nbytes) // size * size
     if last > first:
@@ -86,9 +90,9 @@ def _unchanged(first: int, count: int) -> bool:
 
 @contextmanager
 def releasing(modules: Iterable[nn.Module], weights: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[None]:
-    """Release (``release``) the weights of each of ``modules`` after each of its forward calls in the ``with`` block.
+    """After each forward call of one of ``modules`` in the ``with`` block, free its weights' memory by ``release``.
 
-    weights: returns the tensors of a module that are released.
+    weights: returns the tensors of a module that are to be freed, such as those mapped from a file.
     """
 
     def after(module: nn.Module, *_: object) -> None:

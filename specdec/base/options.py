@@ -101,7 +101,8 @@ class SamplingParams:
     top_k: keep this number of the likeliest tokens; 0 is off.
     top_p: keep the likeliest tokens up to this total probability; 1 is off.
     min_p: keep tokens with at least this share of the likeliest token's probability; 0 is off.
-    repetition_penalty: 1 is off; None: the value of the model's generation config.
+    repetition_penalty: as in transformers, for tokens of prompt and answer; above 1 discourages them, 1 is off; None:
+        the value of the model's generation config.
     seed: seed of the random numbers.
     frequency_penalty: subtracted from a token's logit for each time that the token is among the new tokens.
     presence_penalty: subtracted once from the logit of each token that is among the new tokens.
@@ -124,7 +125,10 @@ class SamplingParams:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of ``SamplingParams`` as optional keyword arguments. Without a seed, or with None, one is drawn."""
+    """The fields of ``SamplingParams`` as optional keyword arguments of a function, with the same meaning and defaults.
+
+    Only the seed differs: if it is missing or None, a random one is drawn.
+    """
 
     temperature: Temperature
     top_k: TopK
@@ -138,15 +142,19 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def description(option: Any) -> str:
-    """Return the documentation of an option type of this module, such as ``Temperature``, for help texts."""
+    """Return the documentation of an option, for help texts: the ``description`` of pydantic's ``Field`` in its type.
+
+    option: a type of this module, such as ``Temperature``.
+    """
     return next(each.description for each in reversed(get_args(option)) if getattr(each, "description", None))
 
 
 def check_names(drafter: str, given: Iterable[str], known: Sequence[str] = (), source: str | None = None) -> None:
-    """Check the options of a drafter that was given as NAME or NAME=SOURCE.
+    """Check the options, and the SOURCE, that a user gave to a drafter (as NAME or NAME=SOURCE).
 
-    Raises SpecDecError if ``given`` has a name that is not in ``known``, and if there is a ``source``, which the
-    drafter does not take (None: none was given).
+    drafter: its name in messages. given: names of the options that the user gave. known: names of those that it has.
+    source: the user's SOURCE, such as a folder, for a drafter that takes none; None: there is nothing to refuse.
+    Raises SpecDecError if a name in ``given`` is not in ``known``, and if there is a ``source``.
     """
     for name in given:
         if name not in known:

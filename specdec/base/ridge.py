@@ -26,14 +26,16 @@ T = TypeVar("T")
 
 
 class Sums:
-    """The sums over rows that the ridge regression min_W |[X 1] W - Y|^2 + ridge |W|^2 needs.
+    """The sums of products from which a ridge regression is solved, so that the examples themselves are not kept.
 
-    A row is an example: F inputs x, D outputs y and a weight. W [F + 1, D] has the bias as its last row.
+    The regression predicts D outputs from F inputs: min_W |[X 1] W - Y|^2 + ridge |W|^2. A row is one example: its F
+    inputs are a row of X, its D outputs a row of Y, and it counts with a weight. [X 1] is X with a column of ones. So
+    W is [F + 1, D], and its last row is the bias, which the ridge shrinks, too.
 
-    features: F, the columns of X. outputs: D, the columns of Y.
-    size: F + 1, with the feature that is always 1.
-    panels: the matrix [[X 1] Y].T [X 1] in panels of columns [lo, lo + w), float32 [F + 1 - lo + D, w], each from the
-    diagonal down.
+    features: F. outputs: D.
+    size: F + 1.
+    panels: the sums [X 1].T [X 1] (symmetric; its lower triangle is kept) with Y.T [X 1] below, as column blocks of up
+        to 128 columns. The block that begins at column lo has the rows from lo on: float32 [F + 1 - lo + D, columns].
     """
 
     def __init__(self, features: int, outputs: int) -> None:
@@ -43,26 +45,32 @@ class Sums:
 
     @property
     def rows(self) -> float:
-        """The number of rows added so far, counted with their weights."""
+        """Return the sum of the weights of the rows added so far."""
         last = self.panels[-1]  # the last feature is always 1
         return float(last[last.shape[1] - 1, -1])
 
     def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
-        """Add rows x [n, F] and y [n, D], each counted ``weight`` times (negative: removed)."""
+        """Add n rows at once: inputs x [n, F] and outputs y [n, D].
+
+        weight: number of times that each row counts; negative: the rows are removed.
+        """
         result(self.adding(x, y, weight))
 
     def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
-        """Add rows x [n, F] and y [n, D] in chunks: a generator that yields after each chunk of work.
+        """Add n rows, inputs x [n, F] and outputs y [n, D], in chunks.
+
+        The result is a generator that yields None after each chunk of work (some 20 ms). It must be run to its end:
+        until then, the rows are added in part, and the sums must not be used.
 
         weight: number of times that each row counts; negative: the rows are removed.
         """
         return in_chunks(_added(self.panels, (x, y, weight)))
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:
-        """Return a copy of the sums in which each row counts ``factor`` times, as if all weights were multiplied by it.
+        """Make a copy of the sums in which the weight of each row is multiplied by ``factor``; this object stays.
 
-        It is a generator that yields after each chunk of work; its return value is the copy. This object stays as it
-        is. factor: 0: the copy is empty.
+        The result is a generator that yields None after each chunk of work (some 20 ms) and returns the copy;
+        ``result(sums.scaled(factor))`` runs it at once. factor: 0: the copy has no rows.
         """
         scaled = Sums(self.size - 1, self.outputs)
         pairs = zip(scaled.panels, self.panels, strict=True)
@@ -70,11 +78,13 @@ class Sums:
         return scaled
 
     def solve(self, ridge: float, more: Iterable[Weighted] = ()) -> Generator[None, None, Tensor]:
-        """Solve the regression in chunks: a generator that yields after each and returns W.T [D, F + 1], float32.
+        """Solve the regression in chunks; the solution is W.T [D, F + 1], float32, whose last column is the bias.
 
-        The last column of W.T is the bias. ``result(sums.solve(ridge))`` solves at once.
+        The result is a generator that yields None after each chunk of work (some 20 ms) and returns W.T;
+        ``result(sums.solve(ridge))`` runs it at once. The sums stay as they are, and must not change until it ends.
         ridge: the weight of |W|^2, as a number of rows of average size. more: further rows (x [n, F], y [n, D],
         weight), which are counted in this solution alone.
+        Raises torch.linalg.LinAlgError if there are no rows.
         """
         solution = torch.empty(self.outputs, self.size)
         yield from in_chunks(self._solved(solution, ridge, more))
@@ -82,9 +92,10 @@ class Sums:
         return solution
 
     def _solved(self, solution: Tensor, ridge: float, more: Iterable[Weighted]) -> Iterator[float]:
-        """Solve the system in double precision into ``solution`` [D, F + 1]; yield the multiply-adds of each part.
+        """Solve the regression in double precision, and write W.T into ``solution`` [D, F + 1], which the caller made.
 
-        ridge, more: as in ``solve``.
+        The result is an iterator for ``in_chunks``: each step does a part of the work and yields its cost as a number
+        of multiply-adds. ``solution`` is complete when it ends. ridge, more: as in ``solve``.
         """
         size = sum(float(panel.diagonal().sum()) for panel in self.panels) / self.size / max(self.rows, 1.0)  # of a row
         panels = list[Tensor]()
@@ -118,7 +129,10 @@ class Sums:
             yield ALLOCATED * found.numel()
 
     def fit(self, layer: nn.Linear) -> None:
-        """Set weight and bias of ``layer`` (F inputs, D outputs) to the solution with the ridge ``RIDGE``."""
+        """Solve the regression at once, and copy the solution into weight and bias of ``layer``, in place.
+
+        layer: a linear layer with F inputs, D outputs and a bias. The ridge is that of 50 average rows (``RIDGE``).
+        """
         solution = result(self.solve(RIDGE))
         with torch.no_grad():
             layer.weight.copy_(solution[:, :-1])
@@ -126,9 +140,10 @@ class Sums:
 
 
 def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:
-    """Add the products of ``rows`` (x [n, F], y [n, D], weight) to ``panels`` in place.
+    """Add the products of ``rows`` (x [n, F], y [n, D], weight) to the column blocks ``Sums.panels``, in place.
 
-    Yields the number of multiply-adds of each panel.
+    The result is an iterator for ``in_chunks``: each step adds to one block and yields its cost as a number of
+    multiply-adds. The rows are added completely when it ends.
     """
     x, y, weight = rows
     x, y = x.float(), y.float()
@@ -141,9 +156,9 @@ def _added(panels: list[Tensor], rows: Weighted) -> Iterator[float]:
 
 
 def in_chunks(parts: Iterable[float]) -> Generator[None]:
-    """Run an iterator that does a part of some work per item, and yield after each ``CHUNK_WORK`` multiply-adds.
+    """Run work that is an iterator of small parts; yield None each time about 20 ms of work (``CHUNK_WORK``) are done.
 
-    parts: its items are the multiply-adds of each part.
+    parts: does a part of the work at each step, and yields its cost as a number of multiply-adds.
     """
     done = 0.0
     for part in parts:
@@ -154,7 +169,7 @@ def in_chunks(parts: Iterable[float]) -> Generator[None]:
 
 
 def result(work: Generator[None, None, T]) -> T:
-    """Run a generator of work to its end, without pauses, and return its return value."""
+    """Run a generator to its end, without pauses between its chunks of work, and return its return value."""
     while True:
         try:
             next(work)

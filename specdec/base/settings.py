@@ -52,11 +52,12 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 
 def explain(errors: Sequence[Any], given: Any) -> tuple[Any, Place, str]:
-    """Choose one of pydantic's ``errors`` for the value ``given``, to be reported to the user.
+    """Choose one of pydantic's errors, to be reported to the user; return (error, place, message).
 
-    Returns the error, its place (the keys and indices in ``given`` that lead to the wrong value), and its message, such
-    as "must be a valid string". The first error is chosen. If its place has a union type, it is the first error there
-    that is no mismatch of types, or else the innermost error if only one type of the union has errors there.
+    errors: what ``ValidationError.errors()`` returns, at least one. given: the value that was validated.
+    place: the keys and indices in ``given`` that lead to the wrong value. message: such as "must be a valid string".
+    The first error is chosen. If its place has a union type, it is the first error there that is no mismatch of types,
+    or else the innermost error if only one type of the union has errors there.
     """
     steps = [_steps(given, each["loc"], each["type"]) for each in errors]
     union = next((n for n, step in enumerate(steps[0]) if n != step), len(steps[0]))  # index of a union's type
@@ -79,11 +80,12 @@ def _wording(error: Any) -> str:
 
 
 def _steps(given: Any, location: Place, kind: str, begin: int = 0) -> tuple[int, ...]:
-    """Return which parts of a pydantic error's ``location`` are keys or indices in ``given``, as indices of parts.
+    """Return which parts of a pydantic error's location are keys or indices in a value, as ascending indices of parts.
 
     Other parts name types of a union. If several readings are possible, the one with most keys is returned, preferably
     one that includes the last part.
-    kind: the error's type. begin: index of the first part to use.
+    given: the validated value. location: the error's "loc". kind: the error's "type". begin: index of the first part of
+    ``location`` that belongs to ``given``.
     """
     if begin == len(location):
         return ()
@@ -129,7 +131,10 @@ def validate(name: str, value: Any, kind: Any) -> Any:
 
 @functools.cache
 def keywords(method: Callable[..., Any]) -> list[str]:
-    """Return the names of a method's keyword arguments, also those of a ``TypedDict`` that it unpacks."""
+    """Return the names of the arguments that a method takes by keyword, in order, without ``self`` and ``cls``.
+
+    Those of a ``TypedDict`` that it unpacks (``**options: Unpack[...]``) are included.
+    """
     names = list[str]()
     for p in inspect.signature(method).parameters.values():
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls"):
@@ -145,7 +150,11 @@ def _hints(method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def checked(method: Callable[P, R]) -> Callable[P, R]:
-    """Decorate ``method`` to raise SpecDecError for arguments of a wrong type or value, and for unknown keywords."""
+    """Decorate ``method``, a function or method, so that each call checks the arguments against their annotations.
+
+    A call raises SpecDecError for arguments of a wrong type or value and for unknown keywords, and TypeError for
+    missing arguments. The method gets the arguments as pydantic has validated them.
+    """
     name, signature = method.__qualname__.removesuffix(".__init__"), inspect.signature(method)
     free = any(p.kind is p.VAR_KEYWORD and "Unpack" not in str(p.annotation) for p in signature.parameters.values())
 
@@ -184,18 +193,18 @@ T = TypeVar("T")
 
 
 def checked_class(made: type[T]) -> type[T]:
-    """Decorate a dataclass so that its constructor checks its arguments against their annotated types.
+    """Decorate a dataclass, in place, so that its constructor checks its arguments against their annotated types.
 
-    It then raises SpecDecError for arguments of a wrong type or value, and for unknown keywords.
+    The constructor then raises SpecDecError for arguments of a wrong type or value, and for unknown keywords.
     """
     made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
     return made
 
 
 class Settings(BaseModel):
-    """Base class of immutable settings, whose fields are keyword arguments.
+    """Base class of immutable settings: a pydantic model whose fields are the keyword arguments of its constructor.
 
-    Raises SpecDecError for an unknown name, a wrong type or a value out of range.
+    The constructor raises SpecDecError for an unknown name, a wrong type or a value out of range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

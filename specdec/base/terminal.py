@@ -47,7 +47,10 @@ def as_text(console: Console, text: str, style: str = "") -> Text:
 
 
 def write(text: str) -> None:
-    """Write text of a model or a user to stdout, and flush it."""
+    """Write text of a model or a user to stdout, without a line break, and flush it.
+
+    On a terminal, control characters are escaped (``printable``).
+    """
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -75,13 +78,16 @@ def note(message: str) -> None:
 
 
 def error(message: str) -> None:
-    """Print ``error: <message>`` to stderr as one line."""
+    """Print ``error: <message>`` to stderr as one line. The process goes on."""
     console, line = stderr(), " ".join(message.split())
     console.print(Text.assemble(("error: ", "bold red"), as_text(console, line)), soft_wrap=True)
 
 
 def warn_in_lines(verbose: bool = False) -> None:
-    """Print each ``SpecDecWarning`` as one line on stderr. verbose: let libraries print their warnings, too."""
+    """From now on, print each ``SpecDecWarning`` of this process as one line on stderr, and hide other warnings.
+
+    verbose: let libraries print their warnings, too.
+    """
     warnings.showwarning = _warn
     if not verbose:
         warnings.filterwarnings("ignore")
@@ -99,7 +105,10 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 
 def log_in_lines() -> None:
-    """Print each line of the package's log, from level INFO on, to stderr."""
+    """From now on, print each message of the logger "specdec", from level INFO on, as one line on stderr.
+
+    To be called once: each call adds a handler.
+    """
     log = logging.getLogger("specdec")
     log.setLevel(logging.INFO)
     log.addHandler(_Lines())
@@ -113,7 +122,10 @@ class _Lines(logging.Handler):
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table to stdout, aligned on a terminal and tab-separated in a pipe."""
+    """Print a table to stdout, aligned on a terminal and tab-separated in a pipe.
+
+    header: names of the columns. rows: the cells of each row, as many as the header has.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         for row in (header, *rows):
@@ -133,9 +145,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class Stream:
-    """A wrapper of a standard stream: at the first write error it calls ``failed`` and then discards all text.
+    """A wrapper of a standard stream that calls ``failed`` at the first error of a write or flush.
 
-    stream: what it wraps, and writes to. failed: gets the error, and may raise.
+    From then on, text is discarded. Other attributes are those of the stream.
+    stream: the stream to write to. failed: called once, with the error; what it raises, the write raises.
     """
 
     def __init__(self, stream: IO[str], failed: Callable[[OSError], None]) -> None:
@@ -162,8 +175,9 @@ class Stream:
 def guard_streams() -> None:
     """Replace ``sys.stdout`` and ``sys.stderr`` so that errors of stderr are ignored and those of stdout are reported.
 
-    An error of stdout, also a closed stdout, is a SpecDecError; a closed pipe is a BrokenPipeError. Statistics that
-    cannot be written must not cost the answer; an answer that cannot be written is an error.
+    A later write to stdout that fails raises SpecDecError, or BrokenPipeError if the reader has closed the pipe. If
+    stdout is closed already, this call raises SpecDecError. Answers go to stdout and statistics to stderr: statistics
+    that cannot be written must not cost the answer.
     """
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -200,10 +214,11 @@ class Progress(progress.Progress):
     """A display of running tasks on stderr: bars on a terminal; in a pipe, a line per task every half minute.
 
     A task is a piece of work with a number of units done and in all (``add_task``, ``advance``). A task with a
-    ``unit``, a plural such as "tokens", is shown with its rate and remaining time. While ``Progress`` objects are
-    nested, the innermost one is shown.
+    ``unit``, a plural such as "tokens", is shown with its rate and remaining time. A context manager: it is shown in a
+    ``with`` block. While ``Progress`` objects are nested, the innermost one is shown.
+    columns: rich's columns between the task's name and its rate. more: further arguments of rich's ``Progress``.
     console: where to show it; None: stderr.
-    later: whether to show nothing until ``SILENCE`` seconds after the start of the process.
+    later: whether to show nothing on a terminal in the first second of the process (``SILENCE``).
     """
 
     def __init__(
@@ -281,9 +296,10 @@ OnProgress = Callable[[int, int, int], None]  # steps done, all steps, tokens so
 class Bar(Progress):
     """A progress bar for one task on stderr; a context manager, and a function to call with the progress.
 
-    what: name of the task. unit: text after the counts until a rate is known.
-    The call takes the number of steps done, which may be a fraction, that of all steps, and that of tokens so far
-    (None: no rate is shown), as ``OnProgress``.
+    what: name of the task. unit: text after the counts, such as "MB", until a rate of tokens replaces it.
+    A call ``bar(done, total, tokens)`` shows the progress: the number of steps done, which may be a fraction, the
+    number of all steps, and the number of tokens so far (None: the text after the counts stays). It may be passed as
+    ``OnProgress``.
     """
 
     def __init__(self, what: str, unit: str = "") -> None:
@@ -299,9 +315,10 @@ class Bar(Progress):
 
 
 def pace(task: progress.Task) -> str:
-    """Return the rate and remaining time of a task, such as ``612 tokens/s, 9 min left``.
+    """Return the rate and remaining time of a task as text, such as ``612 tokens/s, 9 min left``.
 
-    "" for a task without a ``unit`` and while the rate is unknown.
+    task: its ``unit`` is what ``add_task(..., unit="tokens")`` was given. "" for a task without a unit, and while the
+    rate is unknown.
     """
     unit, speed, left = task.fields.get("unit"), task.speed, task.time_remaining
     if not unit or not speed or not left:

@@ -49,11 +49,11 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weigh
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The LoRA change of one linear layer: ``scale * up @ down`` [out, in] is added to the layer's weight.
+    """The LoRA change of one linear layer: ``scale * up @ down`` [out, in] is to be added to its ``weight`` [out, in].
 
-    down: LoRA's matrix A, [r, in], where r is the rank.
-    up: LoRA's matrix B, [out, r].
-    scale: factor of the product.
+    down: LoRA's matrix A without the scale, [r, in], in any float dtype on the CPU. r is the rank.
+    up: LoRA's matrix B, likewise, [out, r].
+    scale: factor of the product, computed from LoRA's alpha: alpha / r, or alpha / sqrt(r) with rsLoRA.
     """
 
     down: Tensor
@@ -95,7 +95,7 @@ class Merged:
 
 
 def find(name: str) -> Path:
-    """Return the path of the adapter ``name``, a folder of PEFT or a GGUF file; downloads it if need be.
+    """Return the path of the LoRA adapter ``name``, a folder of PEFT or a GGUF file; downloads it if need be.
 
     name: a path, or ORG/NAME on Hugging Face with an optional @revision and :file.gguf. Raises SpecDecError if there is
     no such adapter.
@@ -117,7 +117,8 @@ def merge(model: Any, adapter: Adapter) -> list[Tensor]:
 
     The result has one tensor [out, in] in the model's dtype for each changed layer, in the order of ``adapter.maps``. A
     weight that is stored in GGUF quantization blocks becomes an ordinary dense weight. The model gets the attribute
-    ``merged_adapter``. Raises SpecDecError if the adapter does not fit the model, or makes weights that are not finite.
+    ``merged_adapter``, a ``Merged``. Raises SpecDecError if the adapter does not fit the model (which then stays as it
+    is), or makes weights that are not finite (some layers may be changed then).
     """
     own = dict(model.named_modules())
     for path, change in adapter.maps.items():
@@ -170,7 +171,8 @@ def _check(adapter: Adapter, model: Any, own: Mapping[str, Any], path: str, chan
     """Raise SpecDecError unless the model has a linear layer at ``path`` whose weight has the shape of ``change``.
 
     adapter, model: named in the message. own: all modules of the model by path. path: module path of the changed layer.
-    An output head that shares its weight with the embedding is refused as well.
+    change: the LoRA change for it, whose two matrices must fit each other, too. An output head that shares its weight
+    with the embedding is refused as well.
     """
     what = f"adapter '{adapter.name}' does not fit model '{model.config._name_or_path}'"
     made_for = f"; load the model it was made for{f' ({adapter.base})' if adapter.base else ''}"
@@ -208,7 +210,8 @@ def fingerprint(maps: Mapping[str, LowRank]) -> str:
 def read(name: str, path: Path, model: Any, file: GGUFFile | None) -> Adapter:
     """Read the adapter in the PEFT folder or GGUF file ``path``.
 
-    name: the adapter's name in messages and in the result. model: the base model, with transformers' module names.
+    name: the adapter's name in messages and in the result. model: the base model, with transformers' module names; it
+    is not changed.
     file: header of the GGUF file that the base model is from; None: the model is not from a GGUF file.
     Raises SpecDecError for an adapter that is broken, empty or of an unsupported kind.
     """
@@ -272,8 +275,8 @@ def _scale(name: str, config: Mapping[str, Any], path: str, rank: int) -> float:
     """Return the factor of the LoRA product of one linear layer: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
 
     name: the adapter's name in messages. config: the content of its adapter_config.json. path: module path of the
-    layer, which selects an alpha in ``alpha_pattern``, or else ``lora_alpha``. rank: the inner size of the layer's two
-    matrices.
+    layer; if a key of the config's ``alpha_pattern`` is an end of it, that alpha counts, else ``lora_alpha``. rank: the
+    inner size of the layer's two matrices.
     Raises SpecDecError for an impossible alpha, rank or pattern.
     """
     alphas, rooted = config.get("alpha_pattern") or {}, config.get("use_rslora") or False

@@ -71,7 +71,8 @@ def cached_models() -> list[CachedModel]:
 def remove(name: str) -> int:
     """Delete the model ``name`` from the cache, and return the number of freed bytes; files of the user stay.
 
-    name: a model's name as ``cached_models`` lists it, or another path that leads to the same file or folder.
+    name: the ``name`` of a model that ``cached_models`` returns, or another path that leads to the same file or folder.
+    While another process prepares a model in the cache, this call waits.
     Raises SpecDecError if the cache has no such model, or a file cannot be deleted.
     """
     known = {model.name: model for model in cached_models()}

@@ -120,7 +120,10 @@ EMBEDDED: dict[str, Embedded] = {
 
 
 def shipped_drafters() -> dict[str, list[str]]:
-    """Return the trained drafters in the package: {name of a drafter: names of the models that it was trained for}."""
+    """Return the trained drafters that the package contains.
+
+    The result is {name of a drafter, such as "m2r2": names of the models that it was trained for, sorted}.
+    """
     root, found = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained", dict[str, list[str]]()
     for path in sorted(root.glob("*/*/config.json")):
         found.setdefault(path.parent.parent.name, []).append(path.parent.name)

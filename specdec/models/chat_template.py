@@ -31,12 +31,14 @@ def render(
 ) -> str:
     """Return the text of a chat, rendered by the Jinja ``template``.
 
-    messages: mappings such as {"role": "user", "content": "..."}.
+    template: the text of the template, which is not trusted.
+    messages: mappings such as {"role": "user", "content": "..."}. They are not changed.
     tools, documents: JSON values for the template; None: there are none.
     add_generation_prompt: whether the text ends with the opening of the assistant's next message.
-    continue_final_message: whether the text ends within the last message, which the answer continues. more: further
-    variables of the template, by name.
-    Raises ValueError for a chat that cannot be rendered so. Errors of the template itself pass through.
+    continue_final_message: whether the text ends within the last message, which the answer continues.
+    more: further variables of the template, by name.
+    Raises ValueError for a chat without messages, and for one whose last message cannot be continued. Errors of the
+    template itself (``jinja2.TemplateError`` and others) pass through.
     """
     if not messages:
         raise ValueError("the chat has no messages")

@@ -13,8 +13,8 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 class Config:
     """The config of a text model: all fields of its transformers config as attributes, defaults included.
 
-    Reading a field that the config lacks raises AttributeError. Objects have the methods and private fields of a
-    transformers config that this package uses.
+    The constructor takes the fields as keyword arguments. Reading a field that the config lacks raises AttributeError.
+    Methods and private fields are those of a transformers config, as far as this package uses them.
     """
 
     is_encoder_decoder = False
@@ -56,7 +56,10 @@ class GenerationSettings:
 
 
 def read_config(folder: Path) -> Config:
-    """Read the model config in ``folder``, a config.json that ``write_config`` of this module wrote."""
+    """Return the model config in ``folder``, read from a config.json that ``write_config`` of this module wrote.
+
+    Raises OSError if the file is missing, and ValueError if it is no JSON.
+    """
     return Config(**json.loads((folder / CONFIG).read_text("utf-8")))
 
 

@@ -41,7 +41,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Identified(Protocol):
-    """A protocol for a loaded model as the base of a drafter: its sizes and the fingerprint of its weights.
+    """A protocol for a loaded model as the base of a drafter, such as a ``Target``: its sizes and its fingerprint.
 
     model: the module, with a ``config`` as transformers has it.
     fingerprint: 32 hex digits, a hash of sampled weights; the same model in another precision has another one.
@@ -60,8 +60,9 @@ class Identified(Protocol):
 def read_config(folder: Path, drafter: str | None = None, base: Identified | None = None) -> dict[str, Any]:
     """Return the content of a drafter folder's ``config.json``, also of one in the format of the library speculators.
 
+    The result has at least "drafter", the drafter's name. If it has "base", that is a mapping (``describe_base``).
     drafter: name of the drafter that the folder must have; None: any drafter.
-    base: the model that the drafter must have been trained for; None: any model.
+    base: the model that the drafter must have been trained for, in any precision; None: any model.
     Raises SpecDecError if the config is missing or broken, or is for another drafter or model.
     """
     if not folder.is_dir():
@@ -92,10 +93,13 @@ def read_json(path: Path) -> Any:
 class StoredTensors:
     """The tensors of an opened safetensors file. A matrix stored in 8 bits, as codes and scales, counts as one tensor.
 
+    The constructor reads names, dtypes and shapes, and raises SpecDecError for those that no drafter can have. ``read``
+    reads values.
+
     path: the file's path, for messages.
-    file: the opened safetensors file.
+    file: the file, opened by ``safetensors.safe_open``; it must stay open.
     header: for each tensor name, a tensor without values (on the device "meta") with its shape and dtype.
-    coded: names of the matrices that are stored in 8 bits.
+    coded: names of the matrices that are stored in 8 bits, which ``read`` dequantizes.
     """
 
     def __init__(self, path: Path, file: Any) -> None:
@@ -178,7 +182,10 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[StoredTensors]:
-    """Open a safetensors file for a ``with`` block. Raises SpecDecError if it is missing, truncated or another kind."""
+    """Open the safetensors file ``path`` of a drafter folder, and close it after the ``with`` block.
+
+    Raises SpecDecError if it is missing, truncated or no safetensors file.
+    """
     if not path.is_file():
         raise SpecDecError(f"'{path.parent}' is no complete drafter folder: {path.name} is missing")
     what = f"'{path}' is truncated or no safetensors file; copy or train it again"
@@ -200,10 +207,11 @@ def load(
 ) -> M:
     """Build a drafter's module and return it with the weights in ``folder``, on the CPU.
 
-    vocab_size: vocabulary size of the target model. make: builds the module, called where tensors take no memory, with
-    the token ids that the drafter can draft, int [V'] (None: all tokens). rename: maps a tensor's name in the file to
-    the name of the module's parameter. Module and file header are compared before tensors are read. Raises
-    SpecDecError, with the name of the tensor, if names, shapes or kinds differ, and for values that are not finite.
+    vocab_size: vocabulary size of the target model. make: returns the module; it is called once, where new tensors are
+    on the device "meta", with the ids of the tokens that the drafter can draft, an int vector (None: all tokens).
+    rename: maps a tensor's name in the file to the name of the module's parameter. Values get the module's dtypes.
+    Module and file header are compared before tensors are read. Raises SpecDecError, with the name of the tensor, if
+    names or shapes differ, if only one of both is floating-point, and for values that are not finite.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         names = {rename(name): name for name in stored.header}
@@ -219,20 +227,22 @@ def load(
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Tensor | None:
-    """Return the ids of the tokens that the drafter in ``folder`` can draft, int [V']; None: all tokens.
+    """Return the ids of the tokens that the drafter in ``folder`` can draft, an int vector; None: all tokens.
 
-    vocab_size: vocabulary size of the target model. Raises SpecDecError if they are no list of its token ids.
+    vocab_size: vocabulary size of the target model. Raises SpecDecError if the stored vector has other numbers than
+    token ids of the target.
     """
     with open_tensors(folder / WEIGHTS) as stored:
         return draft_vocabulary(folder, stored, vocab_size)
 
 
 def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name: str = "draft_vocab") -> Tensor | None:
-    """Return the ids of the tokens that a drafter can draft, int [V'], from an opened safetensors file.
+    """Return the ids of the tokens that a drafter can draft, an int vector, from an opened safetensors file.
 
+    Returns None if the file has no such tensor: the drafter can draft all tokens.
     folder: the drafter's folder, for messages. stored: the opened file. vocab_size: vocabulary size of the target
-    model. name: name of the tensor with the ids. Returns None if the file has no such tensor.
-    Raises SpecDecError if the tensor is no list of token ids of the target.
+    model. name: name of the tensor with the ids.
+    Raises SpecDecError if the tensor is no vector, or has other numbers than token ids of the target.
     """
     if (found := stored.header.get(name)) is None:
         return None
@@ -248,10 +258,11 @@ def draft_vocabulary(folder: Path, stored: StoredTensors, vocab_size: int, name:
 
 
 def check_fit(folder: Path, needed: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise SpecDecError unless a drafter's file has the tensor names, shapes and kinds that its module needs.
+    """Raise SpecDecError unless a drafter's file has the tensor names and shapes that its module needs.
 
+    Tensors of whole numbers and of floats must not be swapped, either; a float may have another precision.
     folder: the drafter's folder, for messages. needed: the tensors of the module by name. found: the tensors of the
-    file by name. Only floating point and integer are told apart as kinds: a float may have another precision.
+    file by name. No values are read, so both may be on the device "meta".
     """
     for name in sorted(needed.keys() | found.keys()):
         kinds = [_kind(part[name]) if name in part else "missing" for part in (needed, found)]
@@ -277,8 +288,9 @@ def check_inner_size(name: str, value: Any, hidden_size: int) -> int:
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], storage: str = "") -> None:
     """Write a drafter folder with ``config`` as config.json and ``tensors`` as model.safetensors, each file atomically.
 
-    tensors: the drafter's tensors by name. storage: how floating-point tensors are stored: the name of a dtype, or
-    "int8" to quantize large matrices to 8 bits and store other tensors in float32; "": unchanged.
+    folder: made if it is missing; older files in it are replaced. tensors: the drafter's tensors by name, on any
+    device. storage: how floating-point tensors are stored: PyTorch's name of a dtype, such as "bfloat16", or "int8" to
+    quantize large matrices to 8 bits and store other tensors in float32; "": unchanged.
     Raises SpecDecError if the folder cannot be written.
     """
     text = json.dumps(config, indent=2) + "\n"
@@ -302,8 +314,9 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], stor
 def describe_base(base: Identified, name: str) -> dict[str, Any]:
     """Return the field ``base`` of a drafter's config: a JSON object that identifies the model ``base``.
 
-    name: the model's name, for messages when the drafter is loaded. The object has the name, the model type, the sizes,
-    the fingerprint of the weights, and "samples" of their values, which identify the model in other precisions.
+    Its keys are "fingerprint", "name", "model_type", "num_layers", "hidden_size", "vocab_size", and "samples": sampled
+    values of the weights, which identify the model in other precisions.
+    name: the model's name, for messages when the drafter is loaded.
     """
     return {
         "fingerprint": base.fingerprint,
@@ -320,7 +333,8 @@ def find(drafter: str, training: str | None, base: Identified, source: str | Non
     """Return the folder of a trained drafter for the model ``base``.
 
     drafter: name of the drafter. training: the command that trains one, such as "specdec train m2r2", for the error
-    message; None: there is none. source: the folder that the user gave; None: the one in this package for ``base``.
+    message; None: there is none. source: the folder that the user gave, which is returned unchecked; None: the one in
+    this package for ``base``.
     Raises SpecDecError if ``source`` is None and the package has no such drafter for ``base``.
     """
     folder = find_shipped(drafter, base) if source is None else Path(source)
@@ -330,7 +344,7 @@ def find(drafter: str, training: str | None, base: Identified, source: str | Non
 
 
 def not_shipped(drafter: str, training: str | None, model: str) -> SpecDecError:
-    """Return the error that says that this package has no trained drafter for a model, and how to get one.
+    """Return (not raise) the error that says that this package has no trained drafter for a model, and how to get one.
 
     drafter: name of the drafter. training: the command that trains one, such as "specdec train m2r2"; None: there is
     none. model: name of the model.
@@ -344,9 +358,10 @@ def not_shipped(drafter: str, training: str | None, model: str) -> SpecDecError:
 
 
 def training_command(training: str, model: str) -> str:
-    """Return the command that trains a drafter for a model.
+    """Return the text of the command that trains a drafter for a model, for messages.
 
-    training: the start of the command, such as "specdec train m2r2". model: the model's name; "": a placeholder.
+    training: the start of the command, such as "specdec train m2r2". model: the model's name; "": unknown, so that the
+    command has a placeholder.
     """
     return f"{training} --model {model or 'MODEL'} --prompts FILE --output DIR"
 
@@ -366,15 +381,17 @@ def find_shipped(drafter: str, base: Identified) -> Path | None:
 def may_be_shipped(drafter: str, config: Any) -> bool:
     """Return whether this package has a trained drafter for some model with the type and sizes in ``config``.
 
-    drafter: name of the drafter. config: a model config; weights are not compared.
+    drafter: name of the drafter. config: the model's config, a ``Config`` or one of transformers. Weights are not
+    compared, so ``find_shipped`` may still find none.
     """
     return any(_of_size(trained, config) for _, trained in _shipped(drafter))
 
 
 def _shipped(drafter: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield (folder, base) of each trained drafter in this package that has the name ``drafter``.
+    """Yield (folder, base) of each trained drafter in this package that has the name ``drafter``, sorted by folder.
 
-    base: the object in its config that identifies the model it was trained for; {} if the config has none.
+    base: the object ``base`` in the drafter's config, which identifies the model that it was trained for; {} if the
+    config has none.
     """
     root = Path(str(importlib.resources.files("specdec.drafters"))) / "pretrained"
     for path in sorted(root.glob(f"{drafter}/*/{CONFIG}")):

@@ -56,24 +56,27 @@ SIZES |= {"vocab_size": 1 << 28, "max_position_embeddings": LONGEST, "sliding_wi
 
 @dataclass(frozen=True)
 class Family:
-    """The description of one model type: what its layers compute, and what its config and its GGUF files call it.
+    """The description of one of transformers' model types: what its layers compute, and what config and GGUF files say.
+
+    The key in ``FAMILIES`` is the model type.
 
     norms: module names of four norms of a layer: before attention, after attention, before the MLP, after the MLP; "":
         the layer lacks this norm.
     round_after_weight: whether a norm rounds to the model's dtype only after the product with its weight.
     around_zero: whether a norm multiplies by 1 + weight instead of weight.
-    norm_over_heads: whether queries and keys have a norm over all heads together.
-    norm_by_head: whether queries and keys have a norm over each head.
+    norm_over_heads: whether queries and keys have an RMS norm over all heads together.
+    norm_by_head: whether queries and keys have an RMS norm over each head.
     norm_values: whether values have a norm over each head, without a weight.
     unscaled: whether attention scores have no scale factor.
-    scales_layers: whether each layer's output is multiplied by a scalar weight of the layer.
+    scales_layers: whether each layer's output, residual included, is multiplied by a scalar weight of the layer.
     qkv_bias: whether the query, key and value projections always have biases.
     attention_bias: whether the config field ``attention_bias`` gives biases to attention's linear layers.
     mlp_bias: whether the config field ``mlp_bias`` gives biases to the MLP's linear layers.
     joined: whether one linear layer computes queries, keys and values, and one the gate and up projections.
-    mixer: name of the recurrence that replaces attention in recurrent layers; "": the family has no recurrent layers.
+    mixer: name of the recurrence that replaces attention in recurrent layers, "gated delta rule"; "": the family has no
+        recurrent layers.
     gated: whether attention's result is multiplied by gates, which the query projection also computes.
-    shared: whether each mixture-of-experts layer has one more expert, with a gate, for all tokens.
+    shared: whether each mixture-of-experts layer has one more expert, with a gate, that all tokens use.
     half_tables: whether transformers' rotary tables have each cosine and sine once instead of twice.
     wide: whether rotary tables stay in float32 instead of the model's dtype.
     partial: whether ``partial_rotary_factor`` may exclude a part of each head from rotation.
@@ -81,9 +84,11 @@ class Family:
         field.
     only: config field -> the only value of it that is supported.
     gguf: name of the architecture in GGUF files; "": GGUF files are not supported.
-    interleaved: whether GGUF files store the rows of queries and keys in interleaved rotary order.
-    tiled_heads: whether GGUF files store the first value head of every key head, then the second one, and so on.
-    keys: GGUF metadata key -> config field, besides those of all families.
+    interleaved: whether GGUF files store the rows of queries and keys in interleaved rotary order (rows that rotate
+        together are neighbours).
+    tiled_heads: whether GGUF files of recurrent layers store the first value head of every key head, then the second
+        one, and so on.
+    keys: GGUF metadata key, without "ARCHITECTURE." -> config field, besides those of all families (``KEYS``).
     """
 
     norms: tuple[str, str, str, str] = BEFORE
@@ -315,9 +320,9 @@ def numbers_of(config: Any) -> Numbers:
 
 
 def head_sizes(config: Any, layer: int) -> tuple[int, int]:
-    """Return (size of a head, number of key-value heads) of the attention layer with the index ``layer``.
+    """Return (number of values in a head, number of key-value heads) of the attention layer with the index ``layer``.
 
-    config: the text model's config, in which single layers may have sizes of their own.
+    config: the text model's config, in which single layers may have sizes of their own. layer: counts from 0.
     """
     own = {int(number): fields for number, fields in (getattr(config, "per_layer_config", None) or {}).items()}
     fields = own.get(layer, {})
@@ -328,10 +333,10 @@ def head_sizes(config: Any, layer: int) -> tuple[int, int]:
 
 
 def key_sources(config: Any) -> list[int]:
-    """Return for each layer the index of the layer whose keys and values its attention reads.
+    """Return for each layer the index of the layer whose keys and values its attention reads, mostly its own.
 
-    config: the text model's config. Most layers read their own. The last ``num_kv_shared_layers`` layers compute none;
-    each of them reads those of the last earlier layer of its type that has them.
+    config: the text model's config. The last ``num_kv_shared_layers`` layers compute no keys and values; each of them
+    reads those of the last earlier layer of its type (sliding-window or full attention) that computes some.
     """
     count = int(config.num_hidden_layers)
     kinds: Any = getattr(config, "layer_types", None)
@@ -340,7 +345,7 @@ def key_sources(config: Any) -> list[int]:
 
 
 def embedded_per_layer(config: Any) -> int:
-    """Return the size of the extra token embedding that each layer of a Gemma 4 model reads; 0: the model has none.
+    """Return the width of the extra token embedding that each layer of a Gemma 4 model reads; 0: the model has none.
 
     config: the text model's config.
     """
@@ -372,9 +377,9 @@ def mixture_of(config: Any) -> Mixture:
 
 
 class Mixer(NamedTuple):
-    """The sizes of a model's recurrent layers, which compute the gated delta rule behind a short convolution.
+    """The sizes of a model's recurrent layers: a short causal convolution over tokens, then the gated delta rule.
 
-    layers: number of recurrent layers; 0: the model has none.
+    layers: number of recurrent layers in the model; 0: it has none.
     key_heads: number of query and key heads.
     value_heads: number of value heads.
     key_dim: size of a query or key head.
@@ -408,10 +413,11 @@ def mixer_of(config: Any) -> Mixer:
 
 
 class Rotation(NamedTuple):
-    """The description of a rotary table, by which the queries or keys of some layers are rotated.
+    """The description of a rotary table (cosines and sines by position), by which queries or keys are rotated.
 
-    layer_type: the layer type whose rotary parameters the table has; "": all layers have the same parameters.
-    beta, span: the table is multiplied by 1 + beta * log(1 + position // span), which scales queries in long texts.
+    layer_type: the config's layer type, such as "full_attention", whose rotary parameters the table has; "": all layers
+        have the same parameters.
+    beta, span: the table is multiplied by 1 + beta * ln(1 + position // span), which scales queries in long texts.
     half_tables: whether transformers' rotary module returns each cosine and sine once instead of twice.
     """
 
@@ -421,10 +427,11 @@ class Rotation(NamedTuple):
     half_tables: bool = False
 
     def tables(self, rotary: Any, count: int, dtype: torch.dtype) -> Tensor:
-        """Return cosines and sines, float32 [count, 2, rotated / 2], for the positions 0 ... count - 1.
+        """Return cosines [:, 0] and sines [:, 1], float32 [count, 2, rotated / 2], for the positions 0 ... count - 1.
 
-        rotary: the model's rotary module, called as in transformers. dtype: the dtype to which the module rounds the
-        table. "rotated" is the number of values of a head that rotate.
+        "rotated" is the number of values of a head that rotate.
+        rotary: the model's rotary module, transformers' or a ``Rotary``. dtype: the dtype to which the module rounds
+        the table before it is converted to float32.
         """
         positions = torch.arange(count)
         with torch.no_grad():
@@ -437,7 +444,7 @@ class Rotation(NamedTuple):
 def rotations(config: Any) -> list[tuple[Rotation, Rotation] | None]:
     """Return for each layer (rotary table of its queries, rotary table of its keys); None: the layer rotates neither.
 
-    config: the text model's config. Layers with equal descriptions of a table share it.
+    config: the text model's config. Equal descriptions stand for equal tables, which layers may share.
     """
     count, rope = int(config.num_hidden_layers), config.rope_parameters
     nested = all(isinstance(value, dict) for value in rope.values())
@@ -464,9 +471,9 @@ def activation(config: Any) -> str:
 
 
 def check_fields(config: Any) -> None:
-    """Raise SpecDecError for a config field that may change the output and that the model's family does not support.
+    """Raise SpecDecError for a config field that may change the model's output and that its family does not support.
 
-    config: the text model's config. Its MLP activation must be a known one, too.
+    config: the text model's config, of a model type in ``FAMILIES``. An unknown MLP activation is refused, too.
     """
     family = FAMILIES[config.model_type]
     for name, value in _fields(config):
@@ -483,10 +490,10 @@ def check_fields(config: Any) -> None:
 
 
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of each field of a model config that may change the output.
+    """Yield (name, value) of each field of the text model's ``config`` that may change the output.
 
     Private fields and token ids are left out. Fields nested in ``rope_parameters`` and ``per_layer_config`` follow as
-    "PARENT.NAME", except the rotary parameters that transformers computes tables from.
+    "PARENT.NAME", except those from which transformers computes rotary tables (``ROPE``).
     """
     for name, value in config.to_dict().items():
         if not name.startswith("_") and not name.endswith("_token_id"):
@@ -499,7 +506,8 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
 def check_sizes(name: str, config: Any) -> None:
     """Raise SpecDecError if a size in the ``config`` of the model called ``name`` is impossible or too large.
 
-    Configs are untrusted, so this runs before anything of such a size is allocated.
+    Configs are untrusted, so this is called before anything of such a size is allocated. ``config`` may be of any model
+    type, and of a multimodal model, of which the text model is checked; sizes that it lacks are not checked.
     """
     text = config.get_text_config()
     fields = text.to_dict()  # of a size that differs by layer, transformers has no attribute

@@ -20,10 +20,11 @@ JOINED, DOWN = ".shared_mlp.input_linear.", ".shared_mlp.output_linear."
 
 
 def as_granite(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config fields of a Granite for those of a dense Granite 4; return other fields unchanged.
+    """Return, for a dense Granite 4, the config fields of the model type "granite" that describe the same model.
 
-    fields: the fields of a config.json. A model of the type "granitemoehybrid" is dense if all its layers have rotary
-    attention and none has experts.
+    For any other model, return a copy of ``fields``. A model of the type "granitemoehybrid" is dense if all its layers
+    have rotary attention and none has experts.
+    fields: the fields of a config.json.
     """
     kinds = set(fields.get("layer_types") or fields.get("layers_block_type") or ("mamba",))
     dense = fields.get("model_type") == "granitemoehybrid" and kinds <= {"attention", "full_attention"}
@@ -37,7 +38,7 @@ def renamed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors of a dense Granite 4 checkpoint by the names that a Granite checkpoint has.
 
     tensors: descriptions of the stored tensors by name. A Granite 4 stores the MLP's gate and up projections as one
-    tensor, which becomes two descriptions of its halves.
+    tensor, which becomes two descriptions of its halves. Descriptions of other checkpoints are returned as they are.
     """
     found = dict[str, TensorInfo]()
     for name, info in tensors.items():

@@ -33,6 +33,7 @@ def parse_repo_id(text: str) -> tuple[str, str | None] | None:
 def fetch_drafter(text: str) -> Path:
     """Download the drafter ``text``, ORG/NAME with an optional @revision; return its folder in Hugging Face's cache.
 
+    The folder has config.json and model.safetensors. In one process, a drafter is looked up once.
     Raises SpecDecError if the download fails or the repository is no drafter.
     """
     named = parse_repo_id(text)
@@ -52,7 +53,9 @@ def snapshot_download(*args: Any, **more: Any) -> str:
 
 
 def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[str], str]:
-    """Return (paths of all files in a repository, its commit); without a network, of the copy in Hugging Face's cache.
+    """Return (paths of all files in a repository, its commit as 40 hex digits).
+
+    Without a network, the files and the commit are those of the copy in Hugging Face's cache.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
     the latest. Raises SpecDecError if the repository or the revision does not exist or cannot be reached.
@@ -72,12 +75,12 @@ def list_files(kind: str, repository: str, revision: str | None) -> tuple[list[s
 
 
 def fetch(kind: str, repository: str, revision: str | None, files: list[str], hint: str = "") -> Path:
-    """Download files of a repository; return their folder in Hugging Face's cache.
+    """Download files of a repository; return the folder with them in Hugging Face's cache, whose name is the commit.
 
     kind: "model", "drafter" or "adapter", for messages. repository: ORG/NAME. revision: branch, tag or commit; None:
-    the latest. files: glob patterns of paths. hint: text at the end of error messages. Without a network, cached files
-    are used; cached files of a commit never need one. Raises SpecDecError if the repository or the revision does not
-    exist or cannot be downloaded.
+    the latest. files: paths in the repository, or glob patterns of paths. It is no error if some do not exist. hint:
+    text at the end of error messages. Without a network, cached files are used; cached files of a commit never need
+    one. Raises SpecDecError if the repository or the revision does not exist or cannot be downloaded.
     """
     from huggingface_hub import errors  # heavy
 

@@ -41,9 +41,10 @@ def sample_positions(size: int) -> Tensor:
 
 
 def sample(parameter: Tensor | Blocks) -> Tensor:
-    """Return up to 512 evenly spaced elements of a parameter, [n], dequantized if it is stored in GGUF blocks.
+    """Return up to 512 evenly spaced elements of a parameter, [n], in its dtype and on its device.
 
-    The parameter's pages of a mapped file, which were read for this, are released.
+    Elements of a parameter that is stored in GGUF blocks are dequantized to float32.
+    If the parameter is mapped from a file, the memory that this read has filled is freed (``memory.release``).
     """
     positions = sample_positions(parameter.shape.numel())
     if isinstance(parameter, Blocks):
@@ -65,7 +66,7 @@ def fingerprint(model: nn.Module, sample: Callable[[Tensor | Blocks], Tensor] = 
     SHA-256 of each parameter's name, shape and up to 512 evenly spaced elements as bf16, in order of the names. Among
     parameters with equal content, such as tied ones, only the first counts. Parameters of one element do not count. The
     fingerprint of a merged LoRA adapter counts, too. Quantized weights give another fingerprint.
-    sample: the function that returns these elements of a parameter; a faster one must have the same result.
+    sample: returns these elements of a parameter, as the function ``sample`` does; for callers that have a faster one.
     """
     digest, seen = hashlib.sha256(), set()
     if (merged := merged_adapter(model)) is not None:
@@ -89,11 +90,12 @@ def merged_adapter(model: nn.Module) -> Any:
 
 
 def numbers(target: Any, *more: object) -> str:
-    """Return 64 hex digits that are equal only for targets whose keys, values and logits are equal bit for bit.
+    """Return 64 hex digits, equal only for loaded models that compute keys, values and logits equal bit for bit.
 
-    SHA-256 of the weights' fingerprint, the text config, the model's buffers (such as rotary frequencies), dtypes and
-    formats of weights, activations and KV cache, and the versions of libraries and kernels.
-    target: a ``runtimes.target.Target``, a loaded model with its runtime. more: further values that are hashed.
+    They are a SHA-256 of the weights' fingerprint (only samples of the weights), the text config, the model's buffers
+    (such as rotary frequencies), dtypes and formats of weights, activations and KV cache, and the versions of libraries
+    and kernels.
+    target: a ``runtimes.target.Target``, a model with its runtime. more: further values that are hashed by their text.
     """
     model = target.model
     config = model.config.get_text_config()
@@ -132,9 +134,10 @@ def content(model: nn.Module) -> str:
 
 
 def samples(model: nn.Module) -> dict[str, Any]:
-    """Return sampled values of some weights, for a drafter's config: {weight: {"shape": [...], "values": "text"}}.
+    """Return sampled values of some weights, for a drafter's config, as JSON values.
 
-    Up to 4 vectors and 12 matrices are sampled. The text has up to 32 decimal numbers, separated by spaces.
+    The result is {name of a weight: {"shape": [...], "values": "0.12 -0.5 ..."}} for up to 4 vectors and 12 matrices;
+    the text has up to 32 decimal numbers. ``difference`` compares a model with it.
     """
     found = dict[str, Any]()
     weights = {name: weight for name, weight in named_weights(model) if weight.shape.numel() > 1}
@@ -146,15 +149,12 @@ def samples(model: nn.Module) -> dict[str, Any]:
 
 
 def samples_of(weights: Mapping[str, Tensor | Blocks]) -> dict[str, Any]:
-    """Return sampled values of ``weights``, which are given by name: {weight: {"shape": [...], "values": "text"}}.
-
-    The text has up to 32 decimal numbers, separated by spaces.
-    """
+    """Return sampled values of ``weights``, vectors and matrices by name, in the form that ``samples`` returns."""
     return {n: {"shape": list(weight.shape), "values": _text(_values(weight))} for n, weight in weights.items()}
 
 
 def difference(given: Any, model: nn.Module, where: str) -> str | None:
-    """Compare a model with another one, of which only sampled weights are known, but for rounding to fewer bits.
+    """Compare a model with another one, of which only sampled weights are known; differences by rounding do not count.
 
     given: sampled values of the other model's weights as ``samples`` returns them, {weight: {"shape": [...],
         "values": "text"}}. They may come from an untrusted file.
@@ -179,8 +179,9 @@ def _difference(
 ) -> str | None:
     """Return how weights differ by more than rounding from samples of another model, as text; None: they do not.
 
-    wanted: {weight: (shape, sampled values)} of the other model. own: weights of this model by name. before: samples of
-    this model's weights before a merge, which replace those of ``own``. where: the file with ``wanted``, for messages.
+    wanted: {weight: (shape, sampled values, float32 [n])} of the other model. own: weights of this model by name.
+    before: samples, in the same form, of this model's weights before a LoRA merge, which replace those of ``own``.
+    where: the file with ``wanted``, for messages.
     Raises SpecDecError if ``wanted`` has another number of values than ``own``.
     """
     beyond, count = 0, 0
@@ -202,7 +203,10 @@ def _difference(
 
 
 def _values(weight: Tensor | Blocks) -> Tensor:
-    """Return the values of a weight at fixed indices, float32: two windows of up to 16 neighbouring values each."""
+    """Return the values of a vector or matrix at fixed indices, float32 [n] on the CPU.
+
+    They are two windows, one behind the other, of up to 16 neighbouring values of a row each.
+    """
     rows, columns = (1, *weight.shape)[-2:]
     width = min(WINDOW, columns)
     starts = [(n * rows // WINDOWS, n * (columns // width) // WINDOWS * width) for n in range(WINDOWS)]
@@ -215,9 +219,9 @@ def _values(weight: Tensor | Blocks) -> Tensor:
 
 
 def _beyond(found: Tensor, given: Tensor) -> int:
-    """Return how many values differ by more than the rounding of both models explains.
+    """Return how many values of a weight differ between two models by more than the rounding of both explains.
 
-    found, given: values of one weight at the same indices in two models, each two windows of neighbouring values.
+    found, given: its values in either model at the same indices, float32 [n], as ``_values`` returns them.
     """
     count = 0
     for pair in zip(found.chunk(WINDOWS), given.chunk(WINDOWS), strict=True):
@@ -228,9 +232,10 @@ def _beyond(found: Tensor, given: Tensor) -> int:
 
 
 def _step(values: Tensor) -> float:
-    """Return the step of the grid on which quantized values lie: all are multiples of it; 0: there is no such grid.
+    """Return the step of the grid on which quantized values lie: their differences are multiples of it.
 
-    values: neighbouring values of one row, which have a scale in common if the weight is quantized.
+    Returns 0 if there is no such grid, or it is too fine to tell.
+    values: neighbouring values of one row, float [n], which have a scale in common if the weight is quantized.
     """
     largest = float(values.abs().max())
     gaps = values.unique().diff()

@@ -44,11 +44,12 @@ def load(
     name_or_path: an embedded model (downloaded at first use), a folder, a ``.gguf`` file, a Hugging Face id, or
         ``ORG/REPO:file.gguf``.
     dtype: float32, bfloat16, float16 or "auto": the checkpoint's, and bfloat16 for a GGUF file.
-    device: PyTorch's name of a device, or "auto": the first CUDA device that can compute, else the CPU. revision:
-    branch, tag or commit of a Hugging Face id; None: the latest.
+    device: PyTorch's name of a device, or "auto": the first CUDA device that can compute, else the CPU.
+    revision: branch, tag or commit of a Hugging Face id; None: the latest.
     trust_remote_code: whether to run Python code of the repository.
-    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id. check:
-    called with the model's config before the weights are read; may raise.
+    adapter: a LoRA adapter to merge into the weights: a folder of PEFT, a ``.gguf`` file or a Hugging Face id; None:
+        none is merged.
+    check: called with the model's config before the weights are downloaded and read; what it raises passes through.
     Weights are read from safetensors or GGUF, never from pickles. In bfloat16 on the CPU, those of a GGUF file stay in
     its quantization blocks. Raises SpecDecError for what is unknown, missing, broken or too large for this machine.
     """
@@ -126,11 +127,12 @@ def _native(
     place: torch.device,
     change: tuple[str, Path] | None,
 ) -> NativeModel | None:
-    """Return the model of ``source`` as a ``NativeModel`` with weights, adapter and generation config.
+    """Return the model of ``source`` as a ``NativeModel`` with weights, merged adapter and generation config.
 
-    entry: the folder in specdec's cache with its config files. found: the config in it. kind: the dtype; "auto":
-    bfloat16. place: the device. change: (name, path) of the LoRA adapter to merge; None: none. Returns None if the
-    safetensors files have other tensors than the model needs, so that transformers must load it.
+    entry: the model's folder in specdec's cache, with its config files. found: the config in that folder. kind: the
+    dtype of the weights; "auto": bfloat16. place: the device. change: (name, path) of the LoRA adapter to merge; None:
+    none. Returns None if the safetensors files have other tensors than the model needs, so that transformers must load
+    it. Raises SpecDecError if files are broken or the device has too little memory.
     """
     dtype = kind if isinstance(kind, torch.dtype) else torch.bfloat16
     with terminal.status(f"Loading {source.name}"), explain_errors(source.name):
@@ -157,7 +159,7 @@ def _native(
 
 
 def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """Return PyTorch's dtype for a name such as "bf16" or "torch.bfloat16"; returns "auto" for "auto".
+    """Return PyTorch's dtype for a dtype or for a name such as "bf16" or "torch.bfloat16"; returns "auto" for "auto".
 
     Raises SpecDecError for an unknown name.
     """
@@ -167,10 +169,10 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def find_device(device: str | torch.device, dtype: str | torch.dtype = "auto") -> torch.device:
-    """Return the device with this name; "auto" is the first CUDA device that can compute in ``dtype``, else the CPU.
+    """Return PyTorch's device of this name; "auto": the first CUDA device if it can compute in ``dtype``, else the CPU.
 
-    dtype: the dtype that the device must compute in; "auto": float32. Raises SpecDecError if the device is unknown or
-    missing, or cannot compute in ``dtype``.
+    dtype: the dtype that the device must compute in, which a small product on it tests; "auto": float32.
+    Raises SpecDecError if the device is unknown or missing, or cannot compute in ``dtype``.
     """
     if device == "auto":
         with contextlib.suppress(SpecDecError):  # this PyTorch does not support the driver or the GPU

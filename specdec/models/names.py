@@ -20,8 +20,8 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def check_model(name: str, revision: str | None = None) -> None:
     """Raise SpecDecError if ``name`` cannot be a model, or is the path of a file or folder that is no model.
 
-    revision: branch, tag or commit, which only a Hugging Face id may have; None: not given. Does not ask Hugging Face
-    whether a repository exists.
+    name: what a user gave for a model: an embedded model, a path, ORG/REPO or ORG/REPO:NAME. revision: branch, tag or
+    commit, which only a Hugging Face id may have; None: not given. Uses no network, so a repository may not exist.
     """
     path = Path(name).expanduser()
     if revision is not None and (name in EMBEDDED or path.exists()):
@@ -71,9 +71,9 @@ def adapter_place(name: str) -> Path | tuple[str, str | None, str | None]:
 
 
 def guess_model(name: str) -> str:
-    """Return text for the end of an error message that suggests an embedded model with a similar name.
+    """Return " (did you mean '...'?)" with the embedded model whose name is most like ``name``, for error messages.
 
-    name: the unknown name that the user gave. "": no name is similar.
+    name: the unknown name that the user gave. Returns "" if no embedded model has a similar name.
     """
     return did_you_mean(name.rpartition("/")[2].lower(), EMBEDDED)
 
@@ -81,7 +81,8 @@ def guess_model(name: str) -> str:
 def gguf_in(folder: Path) -> Path:
     """Return the path of the only GGUF file in ``folder``; of a split file, its first part that exists.
 
-    Raises SpecDecError if the folder has no GGUF file, or several that are not parts of one.
+    Companion files ("mtp-...") do not count. Raises SpecDecError if the folder has no GGUF file, or several that are
+    not parts of one.
     """
     found = dict[str, Path]()
     for path in sorted(path for path in folder.glob("*.gguf") if not is_companion(path.name)):
@@ -117,7 +118,10 @@ def companions(path: Path) -> list[Path]:
 
 
 def whole_name(name: str) -> str:
-    """Return the name of a GGUF file without a part number: "x.gguf" for "x-00001-of-00002.gguf", others unchanged."""
+    """Return the file name ``name`` without the part number of a split GGUF file; other names are returned unchanged.
+
+    For example, it is "x.gguf" for "x-00001-of-00002.gguf".
+    """
     part = PART.fullmatch(name)
     return f"{part[1]}.gguf" if part else name
 
@@ -137,7 +141,7 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def hub_folder(path: Path) -> Path | None:
-    """Return the repository's folder in Hugging Face's cache that contains ``path``; None: ``path`` lies elsewhere."""
+    """Return the folder "models--ORG--NAME" of Hugging Face's cache that contains ``path``; None: it lies elsewhere."""
     return next((each for each in (path, *path.parents) if each.name.startswith("models--")), None)
 
 
@@ -148,7 +152,7 @@ def display_name(path: Path) -> str:
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether the file ``path`` begins with the magic bytes of the GGUF format."""
+    """Return whether the file ``path`` begins with the magic bytes of the GGUF format. Raises OSError."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 

@@ -40,14 +40,15 @@ _making = threading.Lock()
 class NativeModel(nn.Module):
     """A decoder-only model: config and weights, for runtimes that compute with them.
 
-    ``forward``, ``generate`` and ``save_pretrained`` delegate to a model of transformers that shares the weights.
+    The constructor gives the parameters no values (device "meta"); ``weights.fill`` does. ``forward``, ``generate`` and
+    ``save_pretrained`` delegate to a model of transformers that shares the weights.
 
     config, generation_config: the fields of the model's config files.
     model: the ``Decoder``, with embeddings, layers and final norm.
     lm_head: the output head, a linear layer [V, D].
     file: header of the file that the weights are from; None: they are from no file.
-    origin: the file that matrices are mapped from; None: all weights are in memory.
-    merged_adapter: the record of the LoRA adapter that is merged into the weights; None: none is merged.
+    origin: the file that matrices are mapped from, known in bfloat16 on the CPU; None: none, or not known.
+    merged_adapter: the record (``adapter.Merged``) of the LoRA adapter that is merged into the weights; None: none is.
     dtype: dtype of the weights; for weights in GGUF quantization blocks, of the dequantized values.
     """
 
@@ -96,8 +97,9 @@ class NativeModel(nn.Module):
         self.lm_head = head  # type: ignore[assignment]
 
     def transformers(self) -> PreTrainedModel:
-        """Return a model of transformers that shares the present weights of this model; made at the first call.
+        """Return transformers' model with the same weights: the same tensors, not copies.
 
+        It is made at the first call; later calls return the same object, and give it the present weights again.
         Weights in GGUF quantization blocks stay in them; its ``state_dict`` and ``save_pretrained`` dequantize them.
         """
         with _making:
@@ -133,15 +135,15 @@ def as_transformers(model: Any) -> PreTrainedModel:
 class Decoder(nn.Module):
     """A decoder-only model without its output head: embeddings, layers, norm and rotary embedding.
 
-    It has no ``forward``.
+    It has no ``forward``: runtimes read the weights. V is the vocabulary size and D the hidden size.
 
     embed_tokens: the token embedding, [V, D].
     layers: the decoder layers.
     norm: the final norm.
     rotary_emb: cosines and sines by position.
     embed_tokens_per_layer: a second token embedding, of which each layer reads its part; only in Gemma 4 models.
-    per_layer_model_projection, per_layer_projection_norm: projection of the first layer's input, and the norm after it,
-        which are added to that embedding.
+    per_layer_model_projection, per_layer_projection_norm: a linear layer that reads the first layer's input, and the
+        norm of its result, which is added to the second embedding; only in Gemma 4 models.
     """
 
     def __init__(self, config: Config) -> None:
@@ -180,9 +182,10 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """An MLP ``down(act(gate(x)) * up(x))``. config: the model's config. inner: number of neurons.
+    """An MLP ``down(act(gate(x)) * up(x))``, whose input and output have the model's hidden size.
 
-    Gate and up projections are one linear layer or two, as in the model's family.
+    config: the model's config. inner: number of neurons.
+    Gate and up projections are one linear layer ``gate_up_proj`` or two, as in the model's family.
     """
 
     def __init__(self, config: Config, inner: int) -> None:
@@ -226,9 +229,10 @@ class Experts(nn.Module):
 
 
 class Attention(nn.Module):
-    """The weights of one attention layer, without a ``forward``.
+    """The weights of one attention layer, without a ``forward``, named as in transformers (``q_proj`` and so on).
 
-    index: index of the layer. head_dim: size of a head. scaling: factor of the attention scores.
+    config: the model's config. family: its entry in ``FAMILIES``. index: index of the layer.
+    head_dim: number of values in a head. scaling: factor of the attention scores.
     A layer that reads the keys and values of another layer has no ``k_proj`` and ``v_proj``. If only ``v_proj`` is
     missing, ``k_proj`` computes keys and values.
     """
@@ -266,7 +270,9 @@ class Attention(nn.Module):
 class DeltaRule(nn.Module):
     """The weights of a recurrent layer that computes the gated delta rule, as in Qwen3-Next and Qwen3.5.
 
-    It has no ``forward``.
+    Without a ``forward``; the parameters have the names and shapes of transformers' module ``linear_attn``.
+    config: the model's config. family: its entry in ``FAMILIES``.
+    num_k_heads, num_v_heads: number of query and key heads, and of value heads. head_k_dim, head_v_dim: their sizes.
     """
 
     def __init__(self, config: Config, family: Family) -> None:
@@ -334,7 +340,10 @@ def _mixture(config: Config, family: Family) -> nn.Module:
 
 
 def transformers_config(fields: Mapping[str, Any]) -> Any:
-    """Return the config object of transformers with these ``fields``, which include "model_type"."""
+    """Return the transformers config, a ``PretrainedConfig``, with the ``fields`` of a config.json.
+
+    fields: config fields by name, "model_type" included; the config has defaults for those that are missing.
+    """
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
@@ -361,7 +370,11 @@ def _add_blocks(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -
 
 
 def _share(own: NativeModel, made: Any) -> None:
-    """Give transformers' model ``made`` the weights and settings of the model ``own``, without copying weights."""
+    """Give transformers' model ``made`` the weights and settings of the model ``own``, in place, without copies.
+
+    made: transformers' model for the config of ``own``. It gets the same tensors and, for weights in GGUF blocks, the
+    same modules.
+    """
     from transformers import GenerationConfig
 
     made.merged_adapter = own.merged_adapter

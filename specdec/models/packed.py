@@ -20,9 +20,9 @@ WEIGHTS = f"weights{SUFFIX}"
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The GGUF or safetensors file that a model's matrices are mapped from.
+    """The GGUF or safetensors file that a model's matrices are mapped from, so that copies of them can be recognised.
 
-    folder: the model's folder in specdec's cache.
+    folder: the model's folder in specdec's cache, in which packed weights (copies that kernels read) are stored.
     paths: the part files of a split file in order, or the one file.
     stamp: sizes, times and inodes of ``paths``, which differ after any change of the file.
     maps: the bytes of each file in ``paths``, uint8, mapped into memory.
@@ -40,16 +40,17 @@ class Origin:
 
     @property
     def size(self) -> int:
-        """Return the number of bytes of the file and of the converted weights."""
+        """Return the number of bytes of ``maps`` and ``made`` together."""
         return sum(part.nbytes for part in (*self.maps, *self.made))
 
     def __deepcopy__(self, memo: Any) -> Origin:
         return self
 
     def place(self, matrix: Tensor) -> int | None:
-        """Return where a matrix begins, as an offset in bytes through all of ``maps`` and then all of ``made``.
+        """Return where a matrix lies in ``maps`` and ``made``: the offset in bytes of its first element.
 
-        Returns None if the matrix lies elsewhere in memory, or is not contiguous.
+        The offset counts through all of ``maps`` in order, and then all of ``made``. Returns None if the matrix lies
+        elsewhere in memory, or is not contiguous.
         """
         begin = 0
         for part in (*self.maps, *self.made):
@@ -60,22 +61,28 @@ class Origin:
 
 
 def stamp(files: Iterable[Path | int]) -> tuple[int, ...]:
-    """Return four numbers for each file: size, modification time, change time (both in nanoseconds) and inode.
+    """Return four numbers for each file in order, all in one tuple: size, modification and change time (ns), inode.
 
     files: paths or file descriptors. Equal results mean unchanged files, because their owner cannot set the change
-    time.
+    time. Raises OSError for a missing file.
     """
     found = [os.stat(file) for file in files]
     return tuple(n for each in found for n in (each.st_size, each.st_mtime_ns, each.st_ctime_ns, each.st_ino))
 
 
 def packed_bytes(folder: Path) -> int:
-    """Return the number of bytes of the packed weights, copies that kernels read, in a model's cache folder."""
+    """Return the number of bytes of all packed weights (copies of weights in the layout of the kernels) in a folder.
+
+    folder: a model's folder in specdec's cache.
+    """
     return sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read its bytes. Raises OSError for a FIFO or device, because opening one may wait for ever."""
+    """Open the file ``path`` to read its bytes, and return it for a ``with`` block.
+
+    Raises OSError for a missing file, and for a FIFO or device, because opening one may wait for ever.
+    """
     if path.exists() and not path.is_file():
         raise OSError("it is no file")
     return path.open("rb")

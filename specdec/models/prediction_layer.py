@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 class TensorNames(NamedTuple):
     """The names of the tensors of a model family's multi-token prediction layer, and how the family runs the layer.
 
+    The layer's input is projection([norm of the token embedding; norm of the hidden state]), or the other way round;
+    the full name of a tensor is prefix + name + ".weight".
+
     prefix: start of all the names; ``{n}`` stands for the number of the model's layers.
     layer: what follows the prefix in the names of the decoder layer's tensors.
     token_norm: name of the norm of the token embedding.
@@ -86,14 +89,14 @@ FAMILIES = "Qwen3-Next, Qwen3.5, DeepSeek V3, GLM 4.5 and MiMo"
 
 @dataclass(frozen=True)
 class Found:
-    """The place of a multi-token prediction layer: an open file, and the layer's tensors in it, not read yet.
+    """The place of a multi-token prediction layer: a file, and descriptions of the layer's tensors, not read yet.
 
     name: the checkpoint's name, for messages.
-    file: the file that has the layer.
-    names: how the layer's tensors are called in the file.
-    prefix: the start of these names for this model.
-    tensors: descriptions of the tensors by the rest of the name, without copies of the model's embedding and output
-        head.
+    file: the header of the file that has the layer.
+    names: the naming scheme of the layer's tensors in the file.
+    prefix: ``names.prefix`` with the number of this model's layers, with which the full names begin.
+    tensors: descriptions of the layer's tensors; the key is the full name without ``prefix``. Copies of the model's
+        embedding and output head are left out.
     """
 
     name: str
@@ -123,10 +126,11 @@ class PredictionLayer:
 
 
 def find(model: AnyModel, source: str | None = None) -> Found | None:
-    """Find the multi-token prediction layer of ``model``; return its place, or None if the files have none.
+    """Find the multi-token prediction layer of ``model``; return its place for ``read``; None: the files have none.
 
-    source: the checkpoint that has the layer, as a model's name, or the path of a companion file; None: the files of
-    ``model``. Raises SpecDecError if the files are missing or broken.
+    model: the loaded target model. source: the checkpoint that has the layer, as a model's name (downloaded if need
+    be), or the path of a companion GGUF file "mtp-..."; None: the files of ``model`` and companion files beside them.
+    Raises SpecDecError if the files are missing or broken.
     """
     count = model.config.get_text_config().num_hidden_layers
     for name, file in _files(model, source):
@@ -140,17 +144,21 @@ def find(model: AnyModel, source: str | None = None) -> Found | None:
 
 
 def announced(model: AnyModel) -> bool:
-    """Return whether the files of ``model`` may have a multi-token prediction layer, judged without reading them."""
+    """Return whether the files of ``model`` may have a multi-token prediction layer, without reading them.
+
+    False: the config tells of none, or the files are not known. True: ``find`` has to look.
+    """
     text = model.config.get_text_config()
     known = any(getattr(text, field, 0) for field in PREDICTS)
     return (isinstance(model, NativeModel) and model.file is not None) or (known and bool(_own_name(model)))
 
 
 def _files(model: AnyModel, source: str | None) -> Iterator[tuple[str, TensorFile]]:
-    """Yield (name for messages, opened file) of each file that may have the prediction layer, the likeliest first.
+    """Yield (name for messages, header) of each file that may have the prediction layer: the model's, then companions.
 
     model: the target model. source: the checkpoint that has the layer, as a model's name, or the path of a companion
-    file; None: the files of ``model``. Raises SpecDecError if the files are missing or broken.
+    GGUF file; None: the files of ``model`` and companion files beside them. Raises SpecDecError if the files are
+    missing or broken.
     """
     own, name = model.file if isinstance(model, NativeModel) else None, source or _own_name(model)
     if source is not None or own is None:
@@ -199,8 +207,8 @@ def _is_of(beside: GGUFFile, own: GGUFFile) -> bool:
 def read(model: AnyModel, found: Found) -> PredictionLayer:
     """Load a multi-token prediction layer; its weights have the dtype and device of ``model``.
 
-    model: the target model. found: the place of the layer in its files. Weights stay in GGUF quantization blocks if
-    those of the target do. Raises SpecDecError if the layer does not fit the target.
+    model: the target model, which is not changed. found: the result of ``find``. Weights stay in GGUF quantization
+    blocks if those of the target do. Raises SpecDecError if the layer does not fit the target.
     """
     of_gguf, tensors = isinstance(found.file, GGUFFile), dict(found.tensors)
     d, around = model.config.get_text_config().hidden_size, dict[str, TensorInfo]()
@@ -234,9 +242,10 @@ def _unfit(name: str, why: str) -> SpecDecError:
 
 
 def _config(model: AnyModel) -> dict[str, Any]:
-    """Return config fields of a model like ``model`` with one layer, of the kind that prediction layers have.
+    """Return the config fields, {name: value}, of a model that has a prediction layer as its only layer.
 
-    The layer has full attention, and experts if the model has them.
+    They are those of the text config of ``model``, but for one layer, which has full attention, and experts if
+    ``model`` has them.
     """
     fields: dict[str, Any] = model.config.get_text_config().to_dict()
     changes = {key: value for key, value in ONE_LAYER.items() if fields.get(key) is not None}
@@ -244,15 +253,19 @@ def _config(model: AnyModel) -> dict[str, Any]:
 
 
 def _stays(model: AnyModel) -> bool:
-    """Return whether weights that are read for ``model`` stay in GGUF quantization blocks: in bfloat16 on the CPU."""
+    """Return whether weights that are read for ``model`` may stay in GGUF quantization blocks.
+
+    They may if ``model`` is a ``NativeModel`` in bfloat16 on the CPU.
+    """
     return isinstance(model, NativeModel) and model.device.type == "cpu" and model.dtype == torch.bfloat16
 
 
 def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> NativeModel:
     """Load a prediction layer as a ``NativeModel`` of one layer, with the embedding and output head of ``model``.
 
-    model: the target model. found: the place of the layer. inside: name in the decoder layer -> description of the
-    tensor. norm: description of the norm after the layer. Raises SpecDecError if the tensors do not fit.
+    model: the target model. found: the result of ``find``. inside: descriptions of the decoder layer's tensors by name
+    within the layer, such as "self_attn.q_proj.weight" (in GGUF's names, "attn_q.weight"). norm: description of the
+    weight of the norm after the layer. Raises SpecDecError if the tensors do not fit.
     """
     layer = NativeModel(Config(**_config(model) | {"tie_word_embeddings": False}), model.dtype)
     ends: Any = model.get_input_embeddings(), model.get_output_embeddings()
@@ -270,9 +283,9 @@ def _native(model: AnyModel, found: Found, inside: dict[str, TensorInfo], norm: 
 def _of_transformers(model: Any, found: Found, inside: dict[str, TensorInfo], norm: TensorInfo) -> PreTrainedModel:
     """Load a prediction layer as a transformers model of one layer, with the embedding and output head of ``model``.
 
-    model: the target model, one of transformers. found: the place of the layer. inside: name in the decoder layer ->
-    description of the tensor. norm: description of the norm after the layer. Raises SpecDecError if the tensors do not
-    fit.
+    model: the target model, one of transformers. found: the result of ``find``. inside: descriptions of the decoder
+    layer's tensors by name within the layer, such as "self_attn.q_proj.weight". norm: description of the weight of the
+    norm after the layer. Raises SpecDecError if the tensors do not fit.
     """
     make, base = type(model).from_pretrained, model.base_model_prefix
     named = {f"{base}.layers.0.{part}": info for part, info in inside.items()} | {f"{base}.norm.weight": norm}

@@ -40,7 +40,10 @@ PARTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 
 
 def embedded_folder(name: str) -> Path | None:
-    """Return the cache folder of the embedded model ``name``; None: it is not in the cache, or incomplete."""
+    """Return the cache folder of the embedded model ``name``; None: it is missing, incomplete or outdated.
+
+    name: a key of ``EMBEDDED``. Downloads nothing.
+    """
     folder = cache_dir() / "models" / name
     return folder if _defect(folder, _key(name)) is None else None
 
@@ -48,6 +51,7 @@ def embedded_folder(name: str) -> Path | None:
 def prepare_embedded(name: str) -> Path:
     """Return the cache folder of the embedded model ``name``; downloads and prepares the model if need be.
 
+    name: a key of ``EMBEDDED``. The folder has model.gguf, config, generation config, tokenizer and chat template.
     Raises SpecDecError if a download fails, or disk space or memory do not suffice.
     """
     entry, folder, downloads = EMBEDDED[name], cache_dir() / "models" / name, cache_dir() / "downloads"
@@ -84,9 +88,10 @@ def prepare_gguf(name: str, file: GGUFFile) -> Path:
 def prepare_folder(name: str, folder: Path, write: Callable[[Path], None]) -> Path | None:
     """Return the cache folder with config, tokenizer and chat template of a model folder, made if need be.
 
-    name: the model's name in messages. folder: the user's model folder. write: writes these files into a folder that it
-    gets. Returns None if ``write`` raises an error other than OSError, which means that transformers must load the
-    model, or if the cache cannot store the folder, and then prints a note.
+    name: the model's name in messages. folder: the user's model folder. write: called with an empty folder, unless the
+    cache has these files already; it writes them there.
+    Returns None if transformers must load the model, because ``write`` has raised an error other than OSError. Also
+    returns None, and prints a note, if the cache cannot store the folder.
     """
     path, refused = folder.resolve(), list[Exception]()
     files = sorted({file for pattern in PARTS for file in path.glob(pattern)})
@@ -114,7 +119,10 @@ def _folder(path: Path) -> Path:
 
 @contextlib.contextmanager
 def disk_space(need: int) -> Iterator[None]:
-    """Raise SpecDecError if the cache's disk lacks ``need`` free bytes, or fills up during the ``with`` block."""
+    """Raise SpecDecError if the cache's disk lacks ``need`` free bytes, or fills up during the ``with`` block.
+
+    "Fills up" means that the block raises an error that says so. Other errors pass through.
+    """
     root = cache_dir()
     try:
         if shutil.disk_usage(root).free < need:
@@ -138,10 +146,11 @@ def disk_space(need: int) -> Iterator[None]:
 def _made(name: str, folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
     """Return the cache folder ``folder``, made anew by ``make`` unless it is complete and was made from the same files.
 
-    name: the model's name in messages. key: entries of the folder's manifest, which identify the files it is made from.
-    make: fills the empty folder that it gets, which is then renamed to ``folder``. One process at a time holds the
-    cache's lock, which the system releases when a process dies. So work folders that are found belong to dead processes
-    and are deleted, and ``folder`` is complete whenever it exists. Raises SpecDecError if the folder cannot be made.
+    name: the model's name in messages. key: entries of the folder's manifest specdec.json, which identify the files it
+    is made from. make: called with an empty folder, which it fills; this is then renamed to ``folder``. One process at
+    a time holds the cache's lock, for which others wait, and which the system releases when a process dies. So work
+    folders that are found belong to dead processes and are deleted, and ``folder`` is complete whenever it exists.
+    Raises SpecDecError if the folder cannot be made.
     """
     if _defect(folder, key) is None:
         return folder
@@ -215,8 +224,8 @@ def _key(name: str) -> dict[str, Any]:
 def _defect(folder: Path, key: dict[str, Any]) -> str | None:
     """Return what is wrong with a model's cache folder, as text; None: it is complete and up to date.
 
-    key: entries that its manifest must have, which identify the files it is made from. The manifest also has the size
-    of each file.
+    key: entries that its manifest specdec.json must have, which identify the files it is made from. The manifest also
+    has the size of each file, by which a changed one is found.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -247,9 +256,9 @@ def _describe(name: str, file: GGUFFile, folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` during the ``with`` block.
+    """Hold a lock between processes during the ``with`` block.
 
-    While another process holds it, waits without limit and prints a message.
+    path: the lock file, made if need be. While another process holds it, waits without limit and prints a message.
     """
     from filelock import FileLock, Timeout  # imports asyncio, which is slow
 

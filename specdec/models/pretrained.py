@@ -32,7 +32,7 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of the model ``source`` by transformers, and return it.
 
     trust_remote_code: whether to run Python code of the repository. Raises SpecDecError if there is no usable
-    tokenizer.
+    tokenizer, such as one without vocabulary.
     """
     try:
         with quiet_transformers(f"Loading {source.name}"):
@@ -54,8 +54,9 @@ def load(
 ) -> PreTrainedModel:
     """Load the model ``source``, a folder of safetensors files, by transformers.
 
-    config: its config, read by ``read_config`` of this module. kind: the dtype of the weights; "auto": the config's.
-    device: where the weights go. trust_remote_code: whether to run Python code of the repository.
+    config: its config, read by ``read_config`` of this module; of a multimodal model, only the text model is loaded
+    (``text_part``). kind: the dtype of the weights; "auto": the config's. device: where the weights go.
+    trust_remote_code: whether to run Python code of the repository.
     Raises SpecDecError if the files are broken, weights are missing or have another shape, or memory does not suffice.
     """
     options = _options(source, trust_remote_code) | text_part(config)
@@ -83,8 +84,9 @@ def _options(source: Source, trust_remote_code: bool) -> dict[str, Any]:
 def text_part(config: Any) -> dict[str, Any]:
     """Return keyword arguments for transformers' ``from_pretrained``, with which a text model is loaded.
 
-    config: the model's config. Of a multimodal model whose text model is of a known family, only the text model is
-    loaded.
+    They are "config" and, for a multimodal model whose text model is of a known family, "key_mapping": then the config
+    is that of the text model, which alone is loaded, and names of its tensors are mapped to those of a text model.
+    config: the model's config, one of transformers. Its text config may be changed in place (tied embeddings).
     """
     text, models = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
     if text.model_type not in families.FAMILIES or models.get(type(config), None) is models[type(text)]:
@@ -94,11 +96,11 @@ def text_part(config: Any) -> dict[str, Any]:
 
 
 def _check_size(name: str, config: Any, numbers: dict[str, int]) -> int:
-    """Return how many weights transformers joins from several tensors, which need memory of their own.
+    """Return the number of weight values that transformers copies into memory, because it joins several tensors.
 
     These are the weights of experts; others stay mapped from the files. name: the model's name in messages. config: the
-    model's config. numbers: number of values of each tensor in the files. Raises SpecDecError if the config describes
-    over twice as many weights as the files have.
+    model's config. numbers: {tensor name: number of its values} of the files. Raises SpecDecError if the config
+    describes over twice as many values as the files have.
     """
     stored = sum(numbers.values())
     fits = (getattr(config, "num_hidden_layers", None) or 1) <= len(numbers)  # an empty model has a size, too

@@ -13,6 +13,7 @@ from specdec.base import terminal
 def quiet_transformers(status: str = "") -> Iterator[None]:
     """Hide progress bars and warnings of transformers in a ``with`` block. Imports transformers.
 
+    Everything that Python writes to ``sys.stderr`` meanwhile is dropped, by other threads, too.
     status: text that is shown on the terminal meanwhile; "": none.
     """
     from transformers.utils import logging as transformers_logging

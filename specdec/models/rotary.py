@@ -16,7 +16,9 @@ TYPES = "default", "linear", "llama3", "proportional", "yarn"
 
 
 class Rotary:
-    """The rotary embedding of a model, equal to transformers' module bit by bit.
+    """The rotary embedding of a model: a callable that returns cosines and sines, as transformers' module bit by bit.
+
+    config: the text model's config. Scaling types other than ``TYPES`` are refused at the call.
 
     inv_freq: layer type -> inverse frequencies, float32 [rotated / 2]; the key is "" if all layers have the same.
         "rotated" is the number of values of a head that rotate.
@@ -44,6 +46,8 @@ class Rotary:
     def __call__(self, x: Tensor, positions: Tensor, layer_type: str = "") -> tuple[Tensor, Tensor]:
         """Return (cosines, sines) for ``positions`` [B, T], each [B, T, rotated]; [B, T, rotated / 2] if ``halved``.
 
+        "rotated" is the number of values of a head that rotate. Without ``halved``, the second half of the last
+        dimension repeats the first.
         x: a tensor whose dtype the results get, unless ``wide``. layer_type: the layer type whose frequencies are used;
         "": all layers have the same. Raises SpecDecError for a scaling type that is not supported.
         """
@@ -56,15 +60,19 @@ class Rotary:
         return (angles.cos() * scaling).to(kind), (angles.sin() * scaling).to(kind)
 
     def divide(self, factors: Tensor) -> None:
-        """Divide the inverse frequencies by ``factors`` [rotated / 2], for models whose layers all have the same."""
+        """Divide the inverse frequencies by ``factors``, one for each, in place; later calls use the quotients.
+
+        factors: [rotated / 2]. Only for models whose layers all have the same frequencies.
+        """
         self.inv_freq[""] = self.inv_freq[""] / factors.to(self.inv_freq[""].dtype)
 
 
 def _frequencies(config: Any, rope: dict[str, Any], kind: str, head: int) -> tuple[Tensor, float]:
     """Return (inverse frequencies, float32 [rotated / 2]; factor of the cosines and sines).
 
-    config: the text model's config. rope: its rotary parameters, or those of one layer type. kind: the scaling type.
-    head: size of a head.
+    "rotated" is the number of values of a head that rotate. config: the text model's config. rope: its
+    ``rope_parameters``, or those of one layer type. kind: the scaling type, one of ``TYPES``. head: number of values in
+    a head.
     """
     if kind == "proportional":  # all of the head rotates, most of it by 0
         count = int((rope.get("partial_rotary_factor") or 1.0) * head // 2)
@@ -85,7 +93,8 @@ def _frequencies(config: Any, rope: dict[str, Any], kind: str, head: int) -> tup
 def _llama3(rope: dict[str, Any], frequencies: Tensor) -> Tensor:
     """Return rotary frequencies scaled as in Llama 3.1: low ones are divided by a factor, high ones stay.
 
-    rope: rotary parameters with the factor and the limits. frequencies: inverse frequencies, float32 [rotated / 2].
+    rope: the config's ``rope_parameters``, which have the factor and the limits. frequencies: inverse frequencies,
+    float32 [rotated / 2], where "rotated" is the number of values of a head that rotate. The result has this shape.
     """
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     context, waves = rope["original_max_position_embeddings"], 2 * math.pi / frequencies

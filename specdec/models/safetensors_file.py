@@ -20,7 +20,7 @@ TEXT_NAMES = {r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_m
 def read_header(paths: Iterable[Path]) -> TensorFile:
     """Return the descriptions of all tensors in the safetensors files ``paths``, which belong to one model.
 
-    Raises SafetensorError for a broken file.
+    Reads no tensor data. Raises SafetensorError for a broken file, and OSError for a missing one.
     """
     every, tensors = tuple(paths), dict[str, TensorInfo]()
     state = packed.stamp(every)
@@ -40,7 +40,7 @@ def read_header(paths: Iterable[Path]) -> TensorFile:
 def numbers_in(paths: Iterable[Path]) -> dict[str, int]:
     """Return {tensor name: number of its values} for the safetensors files ``paths``.
 
-    For types in which a byte may pack several values, it is the most that is possible: eight values a byte. Raises
+    For types in which a byte may pack several values, the number is an upper bound: eight values for each byte. Raises
     SafetensorError for a broken file.
     """
     infos = read_header(paths).tensors

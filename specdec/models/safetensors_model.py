@@ -61,6 +61,7 @@ def is_supported(folder: Path, dtype: str | torch.dtype, device: torch.device) -
 def write_parts(source: Source, folder: Path) -> None:
     """Write config, generation config, tokenizer and chat template of the model ``source`` into ``folder``.
 
+    Later, ``config.read_config``, ``config.read_generation`` and ``Tokenizer`` read them without transformers.
     Raises SpecDecError for a model or tokenizer that only transformers can load.
     """
     from transformers import GenerationConfig, TokenizersBackend
@@ -105,10 +106,10 @@ def _read_back(tokenizer: Any, text: str) -> Any:
 def build(name: str, file: TensorFile, model: NativeModel) -> list[Tensor] | None:
     """Set the parameters of ``model`` that have no values yet from safetensors files.
 
-    name: the model's name in messages. file: the files' header. Weights of the model's dtype are mapped from the files,
-    and experts stay there in any dtype. Returns the weights that had to be converted, in the order of the parameters,
-    or None if the tensors have other names or shapes than the model.
-    Raises SpecDecError if converted weights need more memory than is free.
+    name: the model's name in messages. file: the files' header. model: filled in place. Weights of the model's dtype
+    are mapped from the files, and experts stay there in any dtype. Returns the weights that had to be converted to the
+    model's dtype, in the order of the parameters. Returns None, and sets nothing, if the tensors have other names or
+    shapes than the model. Raises SpecDecError if converted weights need more memory than is free.
     """
     tensors = {_renamed(key): info for key, info in file.tensors.items()}
     config, found = model.config, dict[str, list[TensorInfo]]()
@@ -130,8 +131,9 @@ def _tensors_of(
 ) -> list[TensorInfo] | None:
     """Return the tensors that make up one parameter of ``model``; None: one is missing, or has another shape or type.
 
-    parameter: the parameter's name. shape: its shape. tensors: the file's tensors by name. It is one tensor; a
-    parameter of experts may also be a matrix for each expert.
+    parameter: the parameter's name. shape: its shape. tensors: the file's tensors by name.
+    The result is one tensor; for a parameter of experts it may be one matrix for each expert: all gate projections,
+    then all up projections.
     """
     path, _, leaf = parameter.rpartition(".")
     module, kinds = model.get_submodule(path), (*PLAIN,)

@@ -24,12 +24,12 @@ ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a model.
+    """The files of a model that a user has named; ``find_source`` makes it.
 
     name: the name by which the user gave the model.
     folder: the folder with config and tokenizer.
-    entry: the folder in specdec's cache with config and tokenizer that specdec reads itself; None: transformers reads
-        those in ``folder``.
+    entry: the folder in specdec's cache with config and tokenizer in the form that this package reads itself; None:
+        transformers has to read those in ``folder``.
     file: the header of the GGUF file with the weights; None: they are in safetensors files.
     remote: whether ``folder`` lies in Hugging Face's cache. Its name is then the commit, and weights may be missing.
     """
@@ -41,13 +41,19 @@ class Source:
     remote: bool = False
 
     def fetch_weights(self) -> None:
-        """Download the safetensors files of a Hugging Face id, unless all exist. No effect on other models."""
+        """Download the safetensors files of a Hugging Face id into ``folder``, unless all exist; nothing for others.
+
+        Raises SpecDecError if they cannot be downloaded.
+        """
         files = self.weight_files() if self.remote else []
         if self.remote and not (files and all(file.is_file() for file in files)):
             hub.fetch("model", self.name, self.folder.name, WEIGHTS)
 
     def weight_files(self) -> list[Path]:
-        """Return the paths of the safetensors files, which may still have to be downloaded; []: the model has none."""
+        """Return the paths of the model's safetensors files; those of a Hugging Face id may not be downloaded yet.
+
+        Returns [] for a GGUF file, and if there are neither weights nor their index in ``folder``.
+        """
         if self.file is not None:
             return []
         if (only := self.folder / ONE_FILE).is_file():
@@ -60,8 +66,10 @@ class Source:
 
 
 def find_source(name: str, revision: str | None = None) -> Source:
-    """Find the files of the model ``name``; of a Hugging Face id, download all files but the weights.
+    """Find the files of the model ``name``; download an embedded model or a GGUF file of a repository if need be.
 
+    Of a Hugging Face id, all files but the weights are downloaded.
+    name: an embedded model, a folder, a ``.gguf`` file, a Hugging Face id ORG/NAME, or ORG/NAME:file.gguf.
     revision: branch, tag or commit of a Hugging Face id; None: the latest.
     Raises SpecDecError if the model is unknown, missing or broken.
     """
@@ -151,7 +159,7 @@ def public_name(name: str, adapter: str | None = None) -> str:
 def explain_errors(name: str) -> Iterator[None]:
     """Turn any exception in a ``with`` block that loads a model into a SpecDecError of one line.
 
-    name: the model's name in the message.
+    name: the model's name in the message. A SpecDecError passes unchanged; KeyboardInterrupt passes, too.
     """
     try:
         yield

@@ -16,11 +16,12 @@ PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F6
 class TensorInfo:
     """The description of a tensor in a GGUF or safetensors file.
 
-    kind: name of the type, such as "BF16", as in safetensors or as in GGUF ("Q4_K").
+    kind: name of the element type, such as "BF16", as safetensors or GGUF call it; in GGUF also a quantization type
+        ("Q4_K").
     shape: sizes in PyTorch's order.
-    offset: position in bytes of the first byte in its file.
+    offset: position of the tensor's first byte, in bytes from the start of its file.
     nbytes: size in bytes.
-    part: index of the file that has the tensor, if it is one of several.
+    part: index in ``TensorFile.paths`` of the file that has the tensor.
     """
 
     kind: str
@@ -35,7 +36,7 @@ class TensorFile:
     """A GGUF or safetensors file with descriptions of its tensors, or all files of a model that is split into several.
 
     paths: the files in order.
-    state: sizes, times and inodes of ``paths`` before they were read, by which a change is noticed.
+    state: sizes, times and inodes of ``paths`` (``packed.stamp``) before they were read, by which a change is noticed.
     tensors: descriptions of the tensors by name.
     """
 
@@ -45,11 +46,14 @@ class TensorFile:
 
     @functools.cached_property
     def maps(self) -> tuple[Tensor, ...]:
-        """Return the bytes of each file in ``paths``, uint8 [size], mapped into memory at the first access."""
+        """Return the bytes of each file in ``paths``, uint8 [size], mapped privately into memory at the first access.
+
+        Bytes are read from the file when they are used. The mappings live as long as a tensor of them does.
+        """
         sizes = [path.stat().st_size for path in self.paths]
         pairs = zip(self.paths, sizes, strict=True)
         return tuple(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) for path, size in pairs)
 
     def data(self, info: TensorInfo) -> Tensor:
-        """Return the bytes of the described tensor, uint8 [nbytes], mapped into memory."""
+        """Return the bytes of the described tensor, uint8 [nbytes]: a view of ``maps``, not a copy."""
         return self.maps[info.part][info.offset : info.offset + info.nbytes]

@@ -26,9 +26,9 @@ NAMED = "unk_token", "bos_token", "eos_token", "sep_token", "pad_token", "cls_to
 def save(backend: Backend, folder: Path) -> None:
     """Write a tokenizer of the library ``tokenizers`` to the tokenizer.json in ``folder``.
 
-    Merges are written as texts "LEFT RIGHT", which ``tokenizers`` reads in half the time that pairs take. They stay
-    pairs if this would change one: a token has a space, or a text begins like the comment that ``tokenizers`` leaves
-    out.
+    The merges of a BPE model are written as texts "LEFT RIGHT", which ``tokenizers`` reads in half the time that pairs
+    take. They are written as pairs if a text would be read otherwise: because a token has a space, or the text begins
+    with "#version", as a comment does.
     """
     content = json.loads(backend.to_str())
     merges = [" ".join(pair) for pair in content["model"].get("merges", ())]
@@ -57,8 +57,11 @@ class Encoding:
 
 
 class Tokenizer:
-    """A tokenizer with the interface of transformers' fast tokenizers. folder: has tokenizer.json and its config.
+    """A tokenizer with the interface of transformers' fast tokenizers.
 
+    A method or an attribute that is missing here is that of transformers' tokenizer, which is loaded for it.
+
+    folder: has tokenizer.json and tokenizer_config.json.
     backend_tokenizer: the tokenizer as an object of the library ``tokenizers``.
     chat_template: the Jinja template as text; None: there is none.
     name_or_path: the folder's path.
@@ -99,8 +102,9 @@ class Tokenizer:
     def __call__(self, text: Any = None, *args: Any, **how: Any) -> Any:
         """Return the token ids of ``text``, a string or a list of strings, as an ``Encoding``.
 
-        how: keyword arguments of transformers' tokenizers, such as ``add_special_tokens``. For arguments that are not
-        supported here, and for other kinds of text, transformers' tokenizer makes the result.
+        args, how: arguments of transformers' tokenizers. ``add_special_tokens`` (True) and ``split_special_tokens``
+        (False) are supported here. With others, and for other kinds of text, the result is that of transformers'
+        tokenizer, a ``BatchEncoding``.
         """
         several = isinstance(text, list | tuple)
         plain = isinstance(text, str) or (several and all(isinstance(each, str) for each in text))
@@ -141,7 +145,7 @@ class Tokenizer:
 
     @functools.cached_property
     def added_tokens_decoder(self) -> dict[int, Any]:
-        """Return {id: added token} for the tokens that are matched before the text is split into words."""
+        """Return {token id: ``tokenizers.AddedToken``} for tokens that are matched before text is split into words."""
         return dict(self.backend_tokenizer.get_added_tokens_decoder())
 
     @property
@@ -152,9 +156,10 @@ class Tokenizer:
     # -- chats --------------------------------------------------------------------------------------------------------
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """Return a chat template as Jinja text. Raises ValueError if there is none.
+        """Return the chat template to use, as Jinja text. Raises ValueError if there is none.
 
-        chat_template: the template to return; None: the tokenizer's own. tools: has no effect.
+        chat_template: the template that a caller gave, which is returned; None: the tokenizer's own. tools: has no
+        effect; transformers' method takes it.
         """
         if chat_template is None and self.chat_template is None:
             raise ValueError("this tokenizer has no chat template")
@@ -171,14 +176,16 @@ class Tokenizer:
         tokenize: bool = True,
         **more: Any,
     ) -> Any:
-        """Return the text of a chat, or with ``tokenize`` its token ids in the form that transformers returns.
+        """Return the text of a chat; with ``tokenize``, what transformers' method of this name returns: its token ids.
 
-        conversation: messages such as {"role": "user", "content": "..."}; or a list of such chats, for several results.
+        conversation: messages such as {"role": "user", "content": "..."}; or a list of such chats, for a list of
+        results.
         tools, documents: values for the template; None: there are none.
         chat_template: a Jinja template to use; None: the tokenizer's own.
         add_generation_prompt: whether the text ends with the opening of the assistant's next message.
         continue_final_message: whether the text ends within the last message, to be continued.
-        more: further variables of the template, by name.
+        more: further variables of the template, by name; with ``tokenize``, further arguments of transformers' method.
+        Raises ValueError if there is no template, or the last message cannot be continued.
         """
         from specdec.models.chat_template import render  # imports jinja2
 

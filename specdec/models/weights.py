@@ -32,14 +32,14 @@ Restore = Callable[[str, Matrix], Matrix]  # name of a parameter, the tensor of 
 def fill(
     name: str, file: TensorFile, model: NativeModel, found: Found, keep: bool, restore: Restore | None = None
 ) -> list[Tensor]:
-    """Set the weights of ``model``; return those that are not mapped from ``file``, in the order of the parameters.
+    """Set the weights of ``model``; return the dense ones that are copies, not mapped, in the order of ``found``.
 
     name: the model's name in messages.
     file: the opened file.
     model: a model without values; some of its modules are replaced.
     found: parameter name -> the tensors in ``file`` that it is made of. Several tensors of a matrix are joined by rows.
-        A parameter of experts is one tensor [E, out, in] for each of gate, up and down (or gate and up in one), or one
-        matrix for each expert.
+        A parameter of experts is one tensor [experts, out, in] for each of gate, up and down (or gate and up in one),
+        or one matrix for each expert.
     keep: whether matrices in GGUF quantization blocks, and experts, stay in the file.
     restore: called with a parameter's name and its stored value; returns the parameter's value. None: stored values are
         used as they are, and transposed experts become ordinary parameters.
@@ -89,10 +89,10 @@ def unfilled(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[TensorInfo]:
-    """Return the descriptions of the tensors that decide together whether a parameter can stay in the file.
+    """Return the descriptions of the tensors that ``stays`` needs to decide whether a parameter can stay in the file.
 
+    For a matrix of experts, they are all matrices of the layer's experts; for others, the parameter's own tensors.
     parameter: its name. module: the module that it belongs to. found: parameter name -> the tensors that it is made of.
-    For a matrix of experts, these are all matrices of the layer's experts; for others, the parameter's own tensors.
     """
     path, _, leaf = parameter.rpartition(".")
     if isinstance(module, Experts) and leaf in EXPERTS:
@@ -103,8 +103,8 @@ def tensors_of(parameter: str, module: nn.Module, found: Found) -> Sequence[Tens
 def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
     """Return whether the weights of ``module``, made of the tensors ``infos``, can stay in the file as they are stored.
 
-    A linear layer or an embedding can, if its tensors are in GGUF quantization blocks of types that can be joined.
-    Experts can also be unquantized. Other modules, such as routers, cannot.
+    A linear layer or an embedding can, if its tensors are in GGUF quantization blocks of one type, or of types that
+    ``blocks.common_kind`` can join. Experts can also be unquantized. Other modules, such as routers of experts, cannot.
     """
     kinds = {info.kind for info in infos}
     if isinstance(module, Experts):
@@ -116,9 +116,9 @@ def stays(module: nn.Module, infos: Sequence[TensorInfo]) -> bool:
 def _needed_memory(model: NativeModel, found: Found, mapped: bool, keep: bool) -> int:
     """Return the bytes of memory that the weights of ``model`` need, besides those that stay in the file.
 
-    found: parameter name -> its tensors in the file. mapped: whether weights that the file has in the model's dtype are
-    mapped from it, and need no memory. keep: whether matrices keep their GGUF blocks, which then need as many bytes as
-    in the file, and experts stay in the file.
+    model: the model, still without values. found: parameter name -> its tensors in the file. mapped: whether weights
+    that the file has in the model's dtype are mapped from it, and need no memory. keep: whether matrices keep their
+    GGUF blocks, which then need as many bytes as in the file, and experts stay in the file.
     """
     need, dtype = 0, model.dtype
     for parameter, values in unfilled(model):
@@ -150,7 +150,7 @@ def _experts(own: Experts, file: TensorFile, infos: Sequence[TensorInfo], dtype:
 def stored(file: TensorFile, info: TensorInfo) -> Matrix:
     """Return the tensor ``info`` of ``file``: in its own dtype, or as a ``Blocks`` if it is stored in GGUF blocks.
 
-    It is mapped from the file, and copied only if its position is not aligned to its dtype.
+    It is a view of the mapped file, or a copy if its position in the file is not aligned to its dtype.
     """
     part = file.data(info)
     if info.kind in PLAIN:
@@ -161,7 +161,8 @@ def stored(file: TensorFile, info: TensorInfo) -> Matrix:
 def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
     """Return matrices joined by rows: in GGUF blocks if one type can represent all of them exactly, else in ``dtype``.
 
-    If there are several, their mapped pages are released, and the result has copies of their values.
+    parts: matrices with equally many columns. One alone is returned as it is. Of several, the result has copies, and
+    the memory of the mapped originals is freed (``memory.release``).
     """
     if len(parts) == 1:
         return parts[0]
@@ -175,7 +176,10 @@ def _joined(parts: list[Matrix], dtype: torch.dtype) -> Matrix:
 
 
 def dense(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    """Return a matrix as a tensor in ``dtype``, dequantized if it is stored in GGUF blocks."""
+    """Return a matrix as a tensor in ``dtype``, dequantized if it is stored in GGUF blocks.
+
+    A tensor that has this dtype already is returned itself.
+    """
     return blocks.dequantize(matrix, None, dtype) if isinstance(matrix, Blocks) else matrix.to(dtype)
 
 

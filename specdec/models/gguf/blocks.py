@@ -35,7 +35,7 @@ BIASES = "gate_up_proj_bias", "down_proj_bias"  # parameters of experts with bia
 
 @dataclass(frozen=True)
 class Blocks:
-    """A weight matrix [out, in] whose values stay in GGUF quantization blocks.
+    """A weight matrix [out, in] whose values stay in GGUF quantization blocks, on the CPU.
 
     A block holds a few consecutive values of a row.
 
@@ -43,7 +43,8 @@ class Blocks:
     kind: the GGUF type, such as "Q4_K"; for experts also an unquantized type such as "BF16".
     inputs: number of columns of the matrix.
     rows: int32 [out], for each row of the matrix the index of its row in ``data``; None: the same rows in order.
-    columns: int64 [in], for each column of ``data`` the index of its column in the matrix; None: the same order.
+    columns: int64 [in], for each stored column (value of a row of ``data``) the index of its column in the matrix;
+        None: the same order.
     """
 
     data: Tensor
@@ -58,11 +59,11 @@ class Blocks:
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
-        """Return the tensors that hold the stored bytes, so that a caller can release their memory or read it ahead."""
+        """Return the uint8 tensors that hold the stored bytes, such as for ``memory.release``."""
         return (self.data,)
 
     def in_order(self, values: Tensor) -> Tensor:
-        """Return ``values`` [..., in] with their columns reordered from the order of ``data`` to that of the matrix."""
+        """Return ``values`` [..., in] with the last dimension reordered, from the order in ``data`` to the matrix's."""
         return values if self.columns is None else values[..., self.columns.argsort()]
 
     def dequantized(self, index: Tensor | None = None) -> Tensor:
@@ -94,7 +95,8 @@ class Blocks:
 def dequantize_rows(data: Tensor, kind: str) -> Tensor:
     """Return the values of stored rows, float32 [n, in].
 
-    data: uint8 [n, bytes of a row], each row a sequence of GGUF quantization blocks. kind: their GGUF type.
+    data: uint8 [n, bytes of a row] on the CPU, each row a sequence of GGUF quantization blocks. kind: their GGUF type,
+    such as "Q4_K". Raises NotImplementedError for a type that the package gguf cannot dequantize.
     """
     return torch.from_numpy(gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind]))
 
@@ -109,13 +111,13 @@ def common_kind(kinds: set[str]) -> str | None:
 
 
 def of_one_kind(matrices: list[Blocks]) -> list[Blocks]:
-    """Return the matrices with equal values and one common GGUF type; []: no type can hold all of them without loss."""
+    """Return the matrices in order, with equal values, in one common GGUF type; []: no type can hold all exactly."""
     kind = common_kind({each.kind for each in matrices})
     return [each if each.kind == kind else _with_fifth_bits(each) for each in matrices] if kind else []
 
 
 def _with_fifth_bits(matrix: Blocks) -> Blocks:
-    """Return a Q4_K matrix as a Q5_K matrix with equal values.
+    """Return a new Q5_K matrix with the values of the Q4_K matrix ``matrix``.
 
     A Q5_K block is a Q4_K block with 32 more bytes behind the scales: the fifth bit of each value, here 0.
     """
@@ -125,7 +127,7 @@ def _with_fifth_bits(matrix: Blocks) -> Blocks:
 
 
 def bits(kind: str) -> int:
-    """Return the number of bits of a quantized value in the GGUF type ``kind``, such as 4 for Q4_K."""
+    """Return the bits of a quantized value in the GGUF type ``kind``, without its share of scales: 4 for "Q4_K"."""
     return int(next(filter(str.isdigit, kind)))
 
 
@@ -151,7 +153,8 @@ class _OfBlocks(nn.Module):
     ``to`` and similar methods change only the dtype of the results; another device raises SpecDecError.
 
     dtype: the dtype to which weights are dequantized, and in which the module computes.
-    unpack: the function that dequantizes rows of a matrix; a runtime may set a faster one with equal results.
+    unpack: the function, called as ``dequantize`` is, that dequantizes rows of a matrix; a runtime may set a faster one
+        with equal results.
     """
 
     dtype: torch.dtype
@@ -168,7 +171,7 @@ class _OfBlocks(nn.Module):
 class _BlockModule(_OfBlocks):
     """Base class of linear layers and embeddings whose only weight matrix stays in GGUF quantization blocks.
 
-    blocks: the weight matrix [out, in].
+    blocks: the weight matrix [out, in]; of an embedding, [V, D].
     """
 
     blocks: Blocks
@@ -181,9 +184,10 @@ class _BlockModule(_OfBlocks):
         return values
 
     def to_transformers(self, weight: nn.Parameter | None = None) -> nn.Linear | nn.Embedding:
-        """Return an ordinary linear layer or embedding in place of this module.
+        """Return a new ordinary linear layer or embedding with the values of this module, which stays as it is.
 
-        weight: its parameter [out, in]; None: a new parameter with the dequantized values.
+        weight: the parameter [out, in] of the new module, shared with another one; None: a new parameter with the
+        dequantized values.
         """
         with without_memory():
             made = self._without_weight()
@@ -191,7 +195,10 @@ class _BlockModule(_OfBlocks):
         return made.train(self.training)
 
     def _without_weight(self) -> nn.Linear | nn.Embedding:
-        """Return an ordinary module of the same shape on the device "meta", whose weight the caller sets."""
+        """Return an ordinary module of the same shape on the device "meta", whose weight the caller sets.
+
+        A subclass implements it.
+        """
         raise NotImplementedError
 
 
@@ -274,7 +281,8 @@ class BlockExperts(_OfBlocks):
 
     D is the hidden size and F the inner size of an expert.
 
-    own: the model's own module of experts, which this one replaces and whose activation it uses; in a list of one.
+    own: the model's ordinary module of experts, which this one replaces and whose activation it uses; in a list of
+        one, so that it is no submodule. The constructor takes the module itself.
     gate_up: for each expert, the rows of its gate and then of its up projection: one matrix [2 F, D] or two [F, D].
     down: for each expert, its down projection [D, F].
     dtype: the dtype in which the module computes.
@@ -308,10 +316,10 @@ class BlockExperts(_OfBlocks):
         return (torch.stack(gate_up.chunk(2), 1).flatten(0, 1).T, down.T) if self.transposed else (gate_up, down)
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Run R tokens ``x`` [R, D] through their experts.
+        """Run T tokens ``x`` [T, D] through their experts; return the weighted sum of each token's results, [T, D].
 
-        top_k_index: int [R, k], the experts of each token. top_k_weights: [R, k], their weights. Returns for each token
-        the weighted sum of its experts' results, [R, D].
+        top_k_index: int [T, k], the indices of the k experts of each token, as its router chose them. top_k_weights:
+        [T, k], their weights.
         """
         out = torch.zeros_like(x)
         for number in top_k_index.unique().tolist():
@@ -324,7 +332,7 @@ class BlockExperts(_OfBlocks):
         return out
 
     def to_transformers(self) -> nn.Module:
-        """Return a copy of the model's own module of experts with the dequantized matrices as parameters."""
+        """Return a copy of the ordinary module of experts (``own``) with the dequantized matrices as parameters."""
         made = copy.deepcopy(self.own[0])
         pairs = zip(*map(self.expert, range(len(self.down))), strict=True)
         for name, values in zip(EXPERTS, pairs, strict=True):
@@ -335,10 +343,11 @@ class BlockExperts(_OfBlocks):
 
 
 def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
-    """Return ([matrices of gate and up], down [D, F]) of one expert, as views of a model's own module of experts.
+    """Return ([matrices of gate and up], down [D, F]) of one expert, as views of the parameters of ``own``.
 
-    own: the module, with all experts in the parameters gate_up_proj and down_proj. number: index of the expert. The
-    list has one matrix [2 F, D], gate before up, or two [F, D]. D is the hidden size and F the inner size of an expert.
+    own: a model's ordinary module of experts, unquantized, with all experts in its parameters gate_up_proj and
+    down_proj. number: index of the expert. The list has one matrix [2 F, D], gate before up, or two [F, D]. D is the
+    hidden size and F the inner size of an expert.
     """
     gate_up, down = own.gate_up_proj[number].detach(), own.down_proj[number].detach()
     return ([gate_up.T[::2], gate_up.T[1::2]], down.T) if own.is_transposed else ([gate_up], down)
@@ -347,10 +356,10 @@ def matrices_of(own: Any, number: int) -> tuple[list[Tensor], Tensor]:
 def expert(experts: Any, number: int) -> tuple[Any, ...]:
     """Return ([matrices of gate and up], down, bias of gate and up, bias of down) of one expert of a mixture.
 
-    experts: a layer's module of experts, in blocks or not. number: index of the expert. The list has one matrix [2 F,
-    D], gate before up, or two [F, D]; down is [D, F]; biases are [2 F] and [D], or None if the experts have none. A
-    matrix that is stored quantized is a ``Blocks``, any other a tensor. D is the hidden size and F the inner size of an
-    expert.
+    experts: a layer's module of experts, a ``BlockExperts`` or an ordinary one. number: index of the expert. The list
+    has one matrix [2 F, D], gate before up, or two [F, D]; down is [D, F]; biases are [2 F], gate before up, and [D],
+    or None if the experts have none. A matrix that is stored quantized is a ``Blocks``, any other a tensor. D is the
+    hidden size and F the inner size of an expert.
     """
     if isinstance(experts, BlockExperts):
         *gate_up, down = (_unblocked(each, experts.dtype) for each in (*experts.gate_up[number], experts.down[number]))
@@ -366,7 +375,8 @@ def expert(experts: Any, number: int) -> tuple[Any, ...]:
 def _unblocked(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
     """Return a matrix of an unquantized type as a tensor in ``dtype``, and a quantized one unchanged.
 
-    The tensor is a view of the mapped file if the file has this dtype, and a copy otherwise.
+    The tensor is a view of the mapped file if the file has this dtype; otherwise it is a copy, and the memory of the
+    mapped original is freed.
     """
     if matrix.kind not in PLAIN:
         return matrix
@@ -381,9 +391,10 @@ def _unblocked(matrix: Blocks, dtype: torch.dtype) -> Tensor | Blocks:
 class ExpertBlocks(Blocks):
     """One parameter of a module of experts, [experts, rows, inputs], whose matrices are in GGUF blocks.
 
-    It has the parameter's shape and gives single elements of it, so that values can be sampled.
+    It has the parameter's shape, and ``at`` returns single elements, so that values can be sampled for a fingerprint.
+    ``dequantized`` and ``in_order`` do not apply to it.
 
-    matrices: the matrices of all experts, in order; an expert may have several, one below the other.
+    matrices: the matrices of all experts, expert by expert; an expert may have several, one below the other.
     data, kind, inputs: those of the first matrix.
     experts: number of experts.
     interleaved: for a transposed parameter [experts, inputs, rows], the number of parts, such as gate and up, whose
@@ -417,7 +428,9 @@ class ExpertBlocks(Blocks):
 
 
 def quantize(values: Tensor, kind: str) -> Blocks:
-    """Quantize the matrix ``values`` [out, in] to blocks of the GGUF type ``kind``: Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0.
+    """Return the matrix ``values`` [out, in], on the CPU, quantized to the GGUF type ``kind``.
+
+    kind: "Q4_0", "Q4_1", "Q5_0", "Q5_1" or "Q8_0".
 
     Raises SpecDecError if the number of inputs is no multiple of 32, the number of values in a block.
     """
@@ -428,10 +441,12 @@ def quantize(values: Tensor, kind: str) -> Blocks:
 
 
 def quantize_experts(experts: Any, kind: str) -> BlockExperts:
-    """Return a layer's experts with all matrices quantized to blocks of the GGUF type ``kind``.
+    """Return a new module with the experts of a layer, all matrices quantized to the GGUF type ``kind``.
 
-    experts: the layer's module of experts with unquantized matrices, whose memory is released. kind: Q4_0, Q4_1, Q5_0,
-    Q5_1 or Q8_0. Raises SpecDecError if a matrix has a number of inputs that is no multiple of 32.
+    The caller puts it in place of ``experts``. The parameters of an ordinary module lose their values (device "meta").
+    experts: the layer's module of experts, a ``BlockExperts`` or an ordinary one, with unquantized matrices. kind:
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1" or "Q8_0". Raises SpecDecError if a matrix has a number of inputs that is no multiple
+    of 32.
     """
     gate_up, down = list[list[Blocks]](), list[Blocks]()
     whole = isinstance(experts, BlockExperts)
@@ -449,7 +464,8 @@ def quantize_experts(experts: Any, kind: str) -> BlockExperts:
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
     """Yield (name, weight) of all parameters of a model, those stored in GGUF quantization blocks included.
 
-    A weight is a tensor or a ``Blocks``. A shared weight comes once under each of its names.
+    The names are those of the model without blocks, in no special order. A weight is a tensor or a ``Blocks``. A shared
+    weight comes once under each of its names.
     """
     yield from model.named_parameters(remove_duplicate=False)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -464,7 +480,10 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | Blocks]]:
 
 
 def matrix(module: Any) -> Tensor | Blocks:
-    """Return the weight [out, in] of a linear layer or embedding: a tensor, or a ``Blocks`` if it is in GGUF blocks."""
+    """Return the weight [out, in] of a linear layer or embedding, not a copy.
+
+    It is a tensor, or a ``Blocks`` if it is stored in GGUF quantization blocks.
+    """
     found: Tensor | Blocks = module.blocks if isinstance(module, _BlockModule) else module.weight.detach()
     return found
 
@@ -472,7 +491,8 @@ def matrix(module: Any) -> Tensor | Blocks:
 def weight_rows(module: Any, index: Tensor) -> Tensor:
     """Return rows of the weight of a linear layer or an embedding, [n, in].
 
-    index: int [n], the rows' indices. Rows that are stored in GGUF quantization blocks are dequantized.
+    index: int [n], the rows' indices. The result has the module's dtype; rows that are stored in GGUF quantization
+    blocks are dequantized to it.
     """
     if isinstance(module, _BlockModule):
         return module.unpack(module.blocks, index, module.dtype)
@@ -483,8 +503,8 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
 def to_transformers(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, ordinary module with equal values) for each module of ``model`` whose weights are in GGUF blocks.
 
-    Modules that share a weight share the new parameter. The model itself is not changed. Raises SpecDecError if the
-    dequantized weights need more memory than is free.
+    path: where the module is in ``model``, for ``set_submodule``. Modules that share a weight share the new parameter.
+    The model itself is not changed. Raises SpecDecError if the dequantized weights need more memory than is free.
     """
     found = {id(weight): weight for _, weight in named_weights(model) if isinstance(weight, Blocks)}
     if need := sum(math.prod(weight.shape) for weight in found.values()) * model.dtype.itemsize:
@@ -510,10 +530,10 @@ def densify(model: nn.Module) -> None:
 
 @contextmanager
 def temporarily_dense(model: nn.Module) -> Iterator[None]:
-    """Dequantize all weights of ``model`` in GGUF blocks during a ``with`` block, and restore the blocks after it.
+    """Replace modules with weights in GGUF blocks by dequantized ones for the time of a ``with`` block.
 
-    For callers that run the model's own ``forward`` many times. No effect on models without blocks. Raises SpecDecError
-    if the dequantized weights need more memory than is free.
+    For callers that run the model's own ``forward`` many times. ``model`` is changed in place, and gets its modules
+    back after the block. Raises SpecDecError if the dequantized weights need more memory than is free.
     """
     modules = model.named_modules(remove_duplicate=False)
     replaced = [(path, module) for path, module in modules if isinstance(module, _OfBlocks)]

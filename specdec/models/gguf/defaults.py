@@ -36,8 +36,8 @@ OWN: dict[str, dict[str, Any]] = {
 def complete(values: Mapping[str, Any]) -> Config | None:
     """Return the config of a model with the fields ``values``, completed by the defaults of its model type.
 
-    values: config fields from a GGUF file, "model_type" included. Returns None if the model type or a field is not
-    known here, so that only transformers can complete the config.
+    values: config fields from a GGUF file, by transformers' names, "model_type" included.
+    Returns None if the model type or a field is not known here, so that only transformers can complete the config.
     """
     kind, given = values["model_type"], {key: value for key, value in values.items() if key != "rope_theta"}
     known = kind in OWN and NEEDED <= values.keys() <= NEEDED | OPTIONAL

@@ -35,13 +35,16 @@ ENDS, NOT_TEXT = "it ends within its header", "a string in it is not UTF-8 text"
 
 
 class _Broken(Exception):
-    """An error in the header of a GGUF file, within this module. Its message says what is wrong."""
+    """Raised within this module for a broken header of a GGUF file; ``_read`` turns it into a SpecDecError.
+
+    Its message says what is wrong.
+    """
 
 
 class Strings(Sequence[str]):
-    """An array of strings in a GGUF header, decoded when it is first read, since vocabularies are large.
+    """An array of strings in a GGUF header: a read-only sequence, decoded when it is first read, as it may be large.
 
-    data: the encoded strings, each as its length (uint64) and its UTF-8 bytes.
+    data: the encoded strings, each as its length (uint64, little-endian) and its UTF-8 bytes.
     count: number of strings.
     name: the model's name in messages.
     Reading any string raises SpecDecError if one of them is not UTF-8 text.
@@ -54,7 +57,7 @@ class Strings(Sequence[str]):
 
     @functools.cached_property
     def texts(self) -> list[str]:
-        """Return all strings, decoded at the first access. Raises SpecDecError if one is not UTF-8 text."""
+        """Return all strings as one list, decoded at the first access. Raises SpecDecError if one is not UTF-8 text."""
         found, at, data, length_at = list[str](), 0, self.data, U64.unpack_from
         try:
             for _ in range(self.size):
@@ -80,7 +83,7 @@ class GGUFFile(TensorFile):
     """The header of a GGUF file, or the joined headers of all part files of a split one.
 
     paths: the part files in order, or the one file.
-    state: sizes, times and inodes of ``paths`` before they were read, by which a change is noticed.
+    state: sizes, times and inodes of ``paths`` (``packed.stamp``) before they were read, by which a change is noticed.
     tensors: descriptions of the tensors by name.
     metadata: key -> a number, a text, an array of texts (``Strings``) or a list of numbers; those of the first part.
     """
@@ -160,9 +163,12 @@ def _error(name: str, why: str) -> SpecDecError:
 
 
 class _HeaderReader:
-    """A reader of the header at the start of a GGUF file. Its methods read the next item and raise ``_Broken``.
+    """A reader of the header at the start of a GGUF file: ``header`` reads all of it, once.
 
-    data: the first bytes of the file, mapped into memory.
+    The other methods read one item at ``at``, return its value and move ``at`` behind it. For a broken file, they raise
+    ``_Broken``.
+
+    data: the first bytes of the file, mapped into memory; they must stay mapped until ``header`` returns.
     size: number of these bytes.
     at: position of the next byte to read.
     elements: number of elements of all arrays that were read so far.
@@ -179,7 +185,7 @@ class _HeaderReader:
     def header(self, file_size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         """Read the whole header after the magic bytes; return (metadata by key, descriptions of the tensors by name).
 
-        file_size: size of the file in bytes, which no tensor may exceed. Raises _Broken.
+        file_size: size of the file in bytes. Raises _Broken, also for a tensor that would end behind the file.
         """
         version = self.number(U32)
         if version not in VERSIONS:
@@ -218,10 +224,10 @@ class _HeaderReader:
         return kind.unpack_from(self.data, at)[0]
 
     def count(self, least: int) -> int:
-        """Read and return the number of items of the list that follows in the header.
+        """Read and return a count (uint64): how many items of some list follow in the header.
 
-        least: smallest number of bytes that an item can take. Raises _Broken if the rest of the file is too small for
-        as many.
+        least: smallest number of bytes that an item can take. Raises _Broken if the rest of ``data`` is too small for
+        so many items.
         """
         count: int = self.number(U64)
         if count * least > self.size - self.at:
@@ -273,9 +279,10 @@ class _HeaderReader:
         return Strings(data[begin:at], count, self.name)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
-        """Read the description of a tensor; return (name, GGUF type, shape in PyTorch's order, offset).
+        """Read the description of a tensor; return (name, name of its GGUF type, shape in PyTorch's order, offset).
 
-        The offset counts in bytes from the end of the header. Raises _Broken.
+        The offset counts in bytes from where the tensor data begin: the end of the header, rounded up to the file's
+        alignment. Raises _Broken.
         """
         name, dimensions = self.string(), self.number(U32)
         if not 1 <= dimensions <= 4:
@@ -289,8 +296,9 @@ class _HeaderReader:
 
 
 def _bytes(name: str, kind: str, shape: tuple[int, ...]) -> int:
-    """Return the size in bytes of a tensor. name: for messages. kind: GGUF type. shape: in PyTorch's order.
+    """Return the size in bytes of a tensor.
 
+    name: its name in messages. kind: the name of its GGUF type, such as "Q4_K". shape: in PyTorch's order.
     Raises _Broken for an impossible shape, such as rows that are not whole quantization blocks.
     """
     elements, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]

@@ -28,9 +28,10 @@ def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
 
     name: the model's name in messages.
     file: the GGUF file, of which the tensors' names and shapes and the rotary divisors are read.
-    values: the config's other fields by name, and the file's raw metadata of layers (``RAW``, ``EXPERTS``). It is
-        changed in place: the raw metadata are removed, and fields that are lists with a value for each layer become one
-        number: ``intermediate_size`` that of the first layer, ``num_key_value_heads`` that of sliding-window layers.
+    values: the config's other fields by name, and raw metadata of the file that are no fields of a config, such as
+        "sliding" (``RAW``, ``EXPERTS``). It is changed in place: the raw metadata are removed, and fields that are
+        lists with a value for each layer become one number: ``intermediate_size`` that of the first layer,
+        ``num_key_value_heads`` that of sliding-window layers.
 
     Raises SpecDecError for impossible metadata, and for mixtures of experts, which are not supported.
     """
@@ -76,11 +77,11 @@ def fields(name: str, file: GGUFFile, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def unused(config: Any) -> set[str]:
-    """Return names of tensors that a GGUF file may have and that no layer reads.
+    """Return names of tensors, such as "blk.20.attn_k.weight", that a GGUF file may have and that no layer reads.
 
-    They are the key and value projections of layers that read the keys and values of other layers.
+    They are the key and value projections of layers that read the keys and values of other layers (Gemma 4).
 
-    config: the transformers config of a Gemma 4 model.
+    config: the model's config; without such layers, the result is empty.
     """
     count, shared = config.num_hidden_layers, getattr(config, "num_kv_shared_layers", None) or 0
     parts = "attn_k", "attn_v", "attn_k_norm"
@@ -88,9 +89,10 @@ def unused(config: Any) -> set[str]:
 
 
 def _each(value: Any, count: Any) -> list[int]:
-    """Return a metadata value as a list with a positive number for each layer; []: it is something else.
+    """Return a metadata value as a list of positive ints below 2^20; []: it is anything else. Both are untrusted.
 
-    value: one number for all layers, or a list with one for each. count: number of layers.
+    value: one int for all layers, which is repeated, or a list of any length, which is returned. count: number of
+    layers.
     """
     found = value if isinstance(value, list) else [value] * (count if type(count) is int and 0 < count < 1 << 14 else 0)
     return found if all(type(each) is int and 0 < each < 1 << 20 for each in found) else []
@@ -99,8 +101,9 @@ def _each(value: Any, count: Any) -> list[int]:
 def _rotating(name: str, file: GGUFFile) -> float:
     """Return the fraction of an attention head that rotates in layers with full attention.
 
-    A tensor of the file has a divisor for each rotary frequency: 1, or a huge number, which stops rotation. The result
-    is the share of ones. Raises SpecDecError if it has other divisors, or the file has no such tensor.
+    The file's tensor "rope_freqs.weight" has a divisor for each rotary frequency: 1, or a huge number, which stops
+    rotation. The result is the share of ones, in (0, 1]. Raises SpecDecError if the tensor has other divisors or is
+    missing.
 
     name: the model's name in messages. file: the GGUF file.
     """

@@ -24,10 +24,11 @@ ENDS = {".lora_a": 0, ".lora_b": 1}  # suffix of a tensor's name -> which of the
 def read(name: str, path: Path, model: Any, file: GGUFFile) -> tuple[dict[str, tuple[Tensor, Tensor, float]], str]:
     """Read a LoRA adapter from a GGUF file; return (changes, name of the base model or "").
 
-    name: the adapter's name in messages. path: the GGUF file. model: the model to adapt. file: the header of the GGUF
-    file that the model is from. The changes are {module path of a linear layer: (A [r, in], B [out, r], scale)}, where
-    scale * B @ A is to be added to the layer's weight. Raises SpecDecError if the adapter is broken, is for another
-    architecture, or changes anything but linear layers.
+    The changes are {module path of a linear layer: (A [r, in], B [out, r], scale)}, A and B in float32, where r is the
+    rank and scale * B @ A is to be added to the layer's weight.
+    name: the adapter's name in messages. path: the adapter's GGUF file. model: the model to adapt, which is not
+    changed. file: the header of the GGUF file that the model is from. Raises SpecDecError if the adapter is broken, is
+    for another architecture, or changes anything but linear layers.
     """
     adapter = read_header(path, name)
     kind = tuple(adapter.metadata.get(key) for key in ("general.type", "adapter.type"))

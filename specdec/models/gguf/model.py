@@ -70,10 +70,11 @@ def _kind(file: GGUFFile) -> str:
 
 
 def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
-    """Write config, generation config, tokenizer and chat template of a GGUF file into ``folder``.
+    """Write config, generation config, tokenizer and chat template of a GGUF file into the existing ``folder``.
 
+    The files are named as on Hugging Face: config.json, generation_config.json, tokenizer.json and so on.
     name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError for a file that is broken
-    or not supported.
+    or not supported, tensors that do not fit the config included.
     """
     kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
     with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
@@ -152,10 +153,11 @@ def config_of(name: str, file: GGUFFile) -> Config:
 
 
 def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
-    """Replace "rotated" in ``values``, the number of values of a head that rotate, by config fields, in place.
+    """Replace the entry "rotated" of ``values`` by "partial_rotary_factor" or, if need be, "head_dim", in place.
 
-    name: the model's name in messages. kind: the model type. values: config fields by name, and "rotated". Raises
-    SpecDecError if heads of this model type cannot rotate in part.
+    name: the model's name in messages. kind: transformers' ``model_type``. values: config fields by name and, if the
+    file says it, "rotated": the number of values of a head that rotate. Raises SpecDecError if "rotated" is not the
+    whole size of a head, and heads of this model type cannot rotate in part.
     """
     family = families.FAMILIES[kind]
     if "rotated" in values and families.HEAD.items() <= family.keys.items() and not family.partial:
@@ -172,11 +174,12 @@ def _rotate_part(name: str, kind: str, values: dict[str, Any]) -> None:
 
 
 def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the config field ``rope_scaling`` for GGUF metadata of scaled rotation.
+    """Return the config field ``rope_scaling``, a dict in transformers' form, for the RoPE scaling of a GGUF file.
 
-    name: the model's name in messages. kind: the scaling type, such as "yarn". scaling: the metadata after
-    "rope.scaling.". values: config fields by name; those that belong into ``rope_scaling`` leave them. Raises
-    SpecDecError for an unknown type or impossible metadata.
+    name: the model's name in messages. kind: the scaling type, "linear" or "yarn". scaling: the file's metadata with
+    keys after "rope.scaling.", such as {"factor": 4.0}. values: config fields by name. If they have
+    "llama_4_scaling_beta", it and "rope_theta" are moved from them, in place, into the result. Raises SpecDecError for
+    another type, a missing factor or impossible metadata.
     """
     found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
     bad = [key for key, value in found.items() if not _positive(value)]
@@ -196,9 +199,10 @@ def _positive(value: Any) -> bool:
 
 
 def _eos_token_ids(file: GGUFFile) -> int | list[int]:
-    """Return the ids of the tokens that end a turn or a text, one id or a list.
+    """Return the ids of the tokens that end a turn or a text: an int if there is one, else a list, which may be empty.
 
-    They are the end tokens that the metadata of ``file`` name, and control tokens that are known to end turns or texts.
+    They are the end tokens that the metadata of ``file`` name, the "eos" token first, and control tokens whose text is
+    known to end turns or texts, such as "<|im_end|>".
     """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     named = [id for key in ("eos", "eot", "eom") if type(id := metadata.get(f"{key}_token_id")) is int]
@@ -214,10 +218,11 @@ def _eos_token_ids(file: GGUFFile) -> int | list[int]:
 
 
 def check_tensors(name: str, file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
-    """Return for each parameter of ``model`` the names of the tensors in a GGUF file that make it up.
+    """Return {name of a parameter of ``model``: names of the tensors in a GGUF file that make it up}, all checked.
 
-    name: the model's name in messages. file: the header of the GGUF file. model: the model, still without values.
-    Raises SpecDecError if tensors are missing, superfluous, or of another shape or an unknown type.
+    name: the model's name in messages. file: the header of the GGUF file. model: the model; only its parameters without
+    values (device "meta") count. Raises SpecDecError if tensors are missing, superfluous, or of another shape or an
+    unknown type.
     """
     found = tensor_names(file, model)
     shapes = {key: info.shape for key, info in file.tensors.items() if info.kind in PLAIN or len(info.shape) > 1}
@@ -270,10 +275,11 @@ def check_types(name: str, infos: Iterable[TensorInfo]) -> None:
 
 
 def tensor_names(file: GGUFFile, model: NativeModel) -> dict[str, tuple[str, ...]]:
-    """Return for each parameter of ``model`` the names of its tensors in a GGUF file, by the conventions of llama.cpp.
+    """Return {name of a parameter of ``model``: names that llama.cpp gives to its tensors in a GGUF file}.
 
-    file: the header of the GGUF file. model: the model, still without values. A parameter of experts, or the input
-    projection of Qwen3-Next, may be several tensors. "" stands for a parameter to which llama.cpp gives no name.
+    A parameter of experts, or the input projection of Qwen3-Next, may be several tensors. The name is "" for a
+    parameter to which llama.cpp gives none. The file may lack the tensors (``check_tensors``).
+    file: the header of the GGUF file. model: the model; only its parameters without values (device "meta") count.
     """
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture)
     names, found = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers), dict[str, tuple[str, ...]]()
@@ -306,9 +312,10 @@ def _layer(tensor: str) -> int:
 def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
     """Set the parameters of ``model`` that have no values yet from the tensors of a GGUF file.
 
-    name: the model's name in messages. file: the header of the GGUF file. keep: whether matrices and experts stay in
-    the file's quantization blocks where kernels can read these; their modules are then replaced. If not, all weights
-    are dequantized. Raises SpecDecError if the tensors do not fit the model, or the weights need more memory than is
+    name: the model's name in messages. file: the header of the GGUF file. model: filled in place. keep: whether
+    matrices and experts stay in the file's quantization blocks where kernels can read these; their modules are then
+    replaced by ``BlockLinear``, ``BlockEmbedding`` and ``BlockExperts``. If not, all weights are dequantized to the
+    model's dtype. Raises SpecDecError if the tensors do not fit the model, or the weights need more memory than is
     free.
     """
     config, names = model.config, check_tensors(name, file, model)
@@ -327,9 +334,11 @@ def build(name: str, file: GGUFFile, model: NativeModel, keep: bool) -> None:
 def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: int = 1) -> Tensor | Blocks:
     """Return a parameter of a GGUF file with the changes of llama.cpp's converter undone.
 
-    config: the model's config. parameter: the parameter's name in the model. stored: its values or blocks in the file.
-    tensors: number of the file's tensors that were joined, row after row, into ``stored``. The converter changes the
-    order of some rows and columns, and adds 1 to the weights of some norms.
+    The converter changes the order of some rows and columns, and adds 1 to the weights of some norms. Blocks are not
+    moved: they get the order as ``rows`` and ``columns``.
+    config: the model's config. parameter: the parameter's full name in the model, such as "model.norm.weight". stored:
+    its values or blocks in the file. tensors: number of the file's tensors that were joined, row after row, into
+    ``stored``; 2 only for the input projection of Qwen3-Next.
     """
     family, (path, _, leaf) = families.FAMILIES[config.model_type], parameter.rpartition(".")
     rows = rows_of(config, path, stored.shape[0]) if family.interleaved else None
@@ -351,8 +360,8 @@ def restored(config: Config, parameter: str, stored: Tensor | Blocks, tensors: i
 def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torch.dtype) -> None:
     """Print how much memory dequantized matrices need, if the file has GGUF types for which there are no kernels.
 
-    name: the model's name in the message. unpacked: for each dequantized weight, the descriptions of its tensors.
-    dtype: the dtype to which they are dequantized.
+    The message is one line on stderr. name: the model's name in it. unpacked: for each dequantized weight, the
+    descriptions of the tensors that it is made of. dtype: the dtype to which they are dequantized.
     """
     kinds, stored, numbers = set[str](), 0, 0
     for infos in unpacked:
@@ -373,9 +382,9 @@ def _say_unpacked(name: str, unpacked: list[tuple[TensorInfo, ...]], dtype: torc
 def rows_of(config: Config, path: str, count: int) -> Tensor | None:
     """Return, for each row of a linear layer's weight in the model, the index of its row in the GGUF file.
 
-    config: the model's config. path: module path of the layer. count: number of rows of its weight. The file
-    interleaves rows of the query and key projections for rotation. The result is int32 [count], or None if the rows of
-    this layer are in the same order.
+    Only for families whose files interleave rows of the query and key projections: rows that rotate together are
+    neighbours there. config: the model's config. path: module path of the layer. count: number of rows of its weight.
+    The result is int32 [count], or None if the layer is another projection, whose rows are in the same order.
     """
     names = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
     if (heads := names.get(path.rpartition(".")[2])) is None:

@@ -40,9 +40,10 @@ def complete(name: str, values: dict[str, Any]) -> None:
 
 
 def tensors_of(path: str) -> tuple[str, ...]:
-    """Return the paths in_proj_qkv and in_proj_z for the path of a Qwen3-Next module in_proj_qkvz; (): for other paths.
+    """Return the module paths of in_proj_qkv and in_proj_z for the path of a Qwen3-Next module in_proj_qkvz.
 
-    A GGUF file may store the module's weight as two tensors that are named by these paths.
+    A GGUF file may store the weight of in_proj_qkvz as two tensors that are named by these paths. Returns () for the
+    path of any other module.
     """
     whole, joined, _ = path.partition("_qkvz")
     return (f"{whole}_qkv", f"{whole}_z") if joined else ()
@@ -72,8 +73,9 @@ def rows_of_two(config: Any) -> Tensor:
 def value_heads(config: Any, size: int) -> Tensor:
     """Return, for each row of the value heads in the model's order, the index of its row in a GGUF file's order.
 
-    config: the config of a model with recurrent layers (gated delta rule). size: number of rows of a value head. The
-    result is int64 [value heads * size].
+    The file has the first value head of every key head, then the second one of every key head, and so on.
+    config: the config of a model with recurrent layers (gated delta rule). size: number of rows of a value head in the
+    matrix. The result is int64 [value heads * size].
     """
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     heads = torch.arange(values).view(values // keys, keys).t().flatten()
@@ -83,8 +85,9 @@ def value_heads(config: Any, size: int) -> Tensor:
 def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
     """Return, for each row of a recurrent layer's parameter in the model, the index of its row in the GGUF file.
 
-    config: the model's config. path: the module's path. leaf: the parameter's name in the module. The result is int64
-    [rows], or None if the rows of this parameter are in the same order.
+    config: the model's config. path: the module's path, such as "model.layers.0.linear_attn.in_proj_qkv". leaf: the
+    parameter's name in the module, such as "weight". The result is int64 [rows], or None if the rows of this parameter
+    are in the same order, or it belongs to no recurrent layer.
     """
     layer, _, name = path.rpartition("linear_attn")
     if not layer or name in (".norm", ".out_proj"):
@@ -99,8 +102,8 @@ def rows_of(config: Any, path: str, leaf: str) -> Tensor | None:
 def columns_of(config: Any, path: str) -> Tensor | None:
     """Return, for each column of a module's matrix in a GGUF file, the index of its column in the model, int64 [in].
 
-    config: the model's config. path: the module's path. Returns None if the columns of this matrix are in the same
-    order.
+    config: the model's config. path: the module's path, such as "model.layers.0.linear_attn.out_proj". Returns None if
+    the columns of this matrix are in the same order.
     """
     if not path.endswith("linear_attn.out_proj"):
         return None
@@ -110,8 +113,9 @@ def columns_of(config: Any, path: str) -> Tensor | None:
 def restored(path: str, leaf: str, values: Tensor) -> Tensor:
     """Return a recurrent layer's parameter of a GGUF file with the changes of llama.cpp's converter undone.
 
-    path: the module's path. leaf: the parameter's name in the module. values: the values in the file. A_log gets its
-    values back, and the weight of conv1d its shape; other parameters are returned as they are.
+    Rows and columns are not reordered here. path: the module's path. leaf: the parameter's name in the module. values:
+    the values in the file. For "A_log" the file has -exp(A_log); the weight of conv1d lacks its middle dimension of
+    size 1. Other parameters are returned as they are.
     """
     if leaf == "A_log":
         return (-values.float()).log()

@@ -41,8 +41,9 @@ END = "<|endoftext|>"  # transformers' byte-level tokenizers always have it, if 
 def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
     """Write the tokenizer of a GGUF file into ``folder``, in the format of transformers.
 
-    name: the model's name in messages. file: the header of the GGUF file. kind: the model type in the config.json that
-    ``folder`` has already. Raises SpecDecError if the file has no usable tokenizer.
+    The files are tokenizer.json, tokenizer_config.json and, if there is a template for chats, chat_template.jinja.
+    name: the model's name in messages. file: the header of the GGUF file. kind: transformers' ``model_type``, as in the
+    config.json that ``folder`` has already. Raises SpecDecError if the file has no usable tokenizer.
     """
     if (built := _read(name, file, kind)) is None:
         with quiet_transformers():
@@ -63,8 +64,9 @@ def write(name: str, file: GGUFFile, kind: str, folder: Path) -> None:
 def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
     """Return the tokenizer of a GGUF file as an object of ``tokenizers``; None: only transformers can convert it.
 
-    name: the model's name in messages. file: the header of the GGUF file. kind: the model type. Raises SpecDecError for
-    broken metadata.
+    It is built here if it is byte-level BPE whose rule for splitting text is known.
+    name: the model's name in messages. file: the header of the GGUF file. kind: transformers' ``model_type``, such as
+    "qwen2". Raises SpecDecError for broken metadata.
     """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
     template = file.metadata.get("tokenizer.chat_template", "")
@@ -80,8 +82,10 @@ def _read(name: str, file: GGUFFile, kind: str) -> Tokenizer | None:
 def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tokenizer:
     """Return the byte-level BPE tokenizer that the metadata of a GGUF file describe.
 
-    file: the header of the GGUF file. metadata: its entries by their names after "tokenizer.ggml.". pre: llama.cpp's
-    name of the rule that splits text into words. kind: the model type.
+    file: the header of the GGUF file. metadata: its entries, with keys after "tokenizer.ggml."; "tokens" and "merges"
+    are ``Strings``. pre: llama.cpp's name of the rule that splits text into words ("tokenizer.ggml.pre"). ``_read``
+    passes only known rules; any other would split as GPT-2 does. kind: transformers' ``model_type``; for "qwen2", text
+    is normalized and split as in Qwen, whatever ``pre`` says. Raises errors of any type for broken metadata.
     """
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
     vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
@@ -115,9 +119,9 @@ def _spelled(token: str) -> str:
 
 
 def _named(file: GGUFFile) -> Iterator[tuple[str, str | None]]:
-    """Yield (name, token) for the special tokens "bos", "eos", "unk" and "pad" of a GGUF file.
+    """Yield (name, text of the token) for the special tokens "bos", "eos", "unk" and "pad", in this order.
 
-    The token is its text, or None if the file has no such token.
+    file: the header of the GGUF file. The text is None if the file has no such token.
     """
     for part, key in TOKENS.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -125,9 +129,10 @@ def _named(file: GGUFFile) -> Iterator[tuple[str, str | None]]:
 
 
 def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
-    """Return a post-processor for ``tokenizer`` that adds special tokens to each encoded text.
+    """Return a post-processor of ``tokenizers`` that adds special tokens to each encoded text.
 
-    first: the token before a text; None: adds no token. last: the token after a text; None: adds no token.
+    tokenizer: the ``tokenizers.Tokenizer`` that has the tokens; the caller sets its ``post_processor``. first: text of
+    the token before a text; None: adds no token. last: text of the token after a text; None: adds no token.
     """
     single, second = (
         " ".join(f"{each}:{n}" for each in (first, text, last) if each is not None)
@@ -140,8 +145,8 @@ def _around(tokenizer: Any, first: str | None, last: str | None) -> Any:
 def converted(name: str, file: GGUFFile) -> Any:
     """Return the tokenizer, with its chat template, that transformers makes of the metadata of a GGUF file.
 
-    name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError if the file has no usable
-    tokenizer.
+    It is a ``TokenizersBackend``. name: the model's name in messages. file: the header of the GGUF file. Raises
+    SpecDecError if the file has no usable tokenizer.
     """
     from transformers import TokenizersBackend
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
@@ -168,7 +173,8 @@ def converted(name: str, file: GGUFFile) -> Any:
 def split_digits(file: GGUFFile, tokenizer: Tokenizer) -> None:
     """Make ``tokenizer`` split off single digits, in place, if the vocabulary in the GGUF file was trained so.
 
-    transformers' converter does not do so. file: the header of the GGUF file.
+    transformers' converter does not do so. file: the header of the GGUF file, whose "tokenizer.ggml.pre" tells. For
+    other vocabularies, ``tokenizer`` stays as it is.
     """
     kind, pre = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind == "gpt2" and pre in DIGITS_APART:
