@@ -21,8 +21,9 @@ log.addHandler(logging.NullHandler())  # a program without a log has the warning
 
 @dataclass(frozen=True)
 class Outage:
-    """Why a drafter is off.
+    """Why a drafter is off, and until when.
 
+    error: what it did wrong, as the end of a sentence about it, such as "failed (ValueError: ...)".
     since: Unix time of its error, in seconds.
     until: time of its restart, in seconds of ``time.monotonic``.
     """
@@ -74,7 +75,7 @@ class DrafterGuard:
             return None
 
     def fail(self, why: str) -> None:
-        """Turn the drafter off until a pause is over. why: the reason, for messages."""
+        """Turn the drafter off until a pause is over, and warn. why: the reason, as in ``Outage.error``."""
         now = time.monotonic()
         lasted = now - self._started >= LONGEST_PAUSE
         self._pause = FIRST_PAUSE if lasted or not self._pause else min(2 * self._pause, LONGEST_PAUSE)
@@ -86,7 +87,12 @@ class DrafterGuard:
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
     def restart(self, begin: Callable[[Drafter], object]) -> bool:
-        """Restart the drafter if its pause is over; return whether that was tried. begin: begins the rows with it."""
+        """Restart the drafter if its pause is over: bind it to the target, and begin the running rows with it.
+
+        Return whether that was tried. If it fails again, the drafter is off for a longer pause.
+
+        begin: function that calls the drafter's ``begin`` for each running row, and stores the results.
+        """
         outage = self.outage
         if outage is None or outage.seconds_left:
             return False

@@ -75,11 +75,14 @@ class Memory:
         self.token_bytes, self.state_bytes = (0, 0) if limit is None else cache_sizes(batch.target)
 
     def used(self) -> int:
-        """Return the bytes of running rows and of cached prefixes."""
+        """Return the bytes of keys, values and recurrent states of running rows and of cached prefixes."""
         return self._running_bytes() + self.prefix_bytes()
 
     def prefix_bytes(self) -> int:
-        """Return the bytes of cached prefixes."""
+        """Return the bytes of keys, values and recurrent states that are cached for prompts that begin alike.
+
+        Those on disk are not counted. 0: no such cache is kept, or it is empty.
+        """
         return 0 if self.prefixes is None else self.prefixes.nbytes
 
     def room(self, tokens: int, new: Sequence[int] = ()) -> float:
@@ -121,13 +124,13 @@ class Memory:
         return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
     def _running_bytes(self) -> int:
-        """Return the bytes of the caches of all running rows, and those that the target keeps ready."""
+        """Return the bytes of the caches of all running rows, and of the target's unused ones (``spare_bytes``)."""
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
         rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
         return rows + self.batch.target.spare_bytes
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
-        """Return the bytes by which buffers and states of all rows would grow.
+        """Return the bytes by which buffers and states of all rows would grow beyond what they hold now, at least 0.
 
         tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
             its KV cache.

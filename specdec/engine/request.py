@@ -44,7 +44,11 @@ class TextSink(Protocol):
     """Interface of an object that receives a request's new tokens, and may end the request, as at a stop string."""
 
     def push(self, token: int) -> str | None:
-        """Receive the next token id; return a finish reason if the text ends with it, else None."""
+        """Receive the next token id; return a finish reason, such as "stop", if the text ends with it, else None.
+
+        Called once for each new token, an end token included, in the thread that runs the engine's steps. An exception
+        ends the request with the reason "error".
+        """
 
 
 @checked_class
@@ -123,7 +127,7 @@ class Request:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of its prompt are missing."""
+        """Whether it wants log-probabilities of its prompt, and some are missing."""
         return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
     def set_status(self, status: Status) -> None:
@@ -133,7 +137,10 @@ class Request:
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
-        """End the request: set its status, ``finish_reason`` and ``error``.
+        """Record that the request has ended: set its status, ``finish_reason`` and ``error``.
+
+        The engine then removes it from the batch or the queue, and sends its last event. Of several calls the last
+        counts.
 
         reason: "eos" (an end token came), "stop" (a stop token), "length" (``max_new_tokens``), "cancelled", "error",
             or what the request's ``text`` has returned for a token.
@@ -177,7 +184,7 @@ class Request:
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
     def _finish_reason(self, token: int) -> str | None:
-        """Return why the request ends with the new token ``token``; None: it goes on."""
+        """Pass the new token id ``token`` to ``text``; return the reason why the request ends with it, or None."""
         reason = None if self.text is None else self.text.push(token)
         if token in self.eos:
             return "eos"
@@ -200,7 +207,7 @@ def check_prompt(prompt: Sequence[int], target: Target) -> None:
 
 
 def failure(error: BaseException) -> SpecDecError:
-    """Return ``error`` as the SpecDecError with which a request ends."""
+    """Return the SpecDecError with which a request ends: ``error`` itself, or one with its class name and message."""
     if isinstance(error, SpecDecError):
         return error
     return SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
@@ -208,7 +215,7 @@ def failure(error: BaseException) -> SpecDecError:
 
 @dataclass
 class Event:
-    """The new token ids of a request since its last event.
+    """The new token ids of a request since its last event, and its end. The reader owns the object.
 
     tokens: the ids, in order; empty if only the end is reported.
     finish_reason: "eos", "stop" (or the reason that ``Request.text`` returns), "length", "cancelled" or "error"; None:
@@ -232,11 +239,12 @@ POLL = 1.0  # seconds after which a reader checks that the engine is still there
 
 
 class Handle:
-    """Iterator over the events of a request, for one reader, with ``for`` in a thread or ``async for``.
+    """Iterates over the events of a request, for one reader, with ``for`` in a thread or ``async for``.
 
-    At most one event waits for a slow reader; new tokens are added to it.
+    It waits for each event, and stops after the one with a finish reason. An error of the request is in that event, and
+    is not raised. At most one event waits for a slow reader; new tokens are added to it.
 
-    check: function that ends the request if its engine has ended.
+    check: function that ends the request if its engine has ended; called about every second while the reader waits.
     """
 
     def __init__(self, request: Request, check: Callable[[Request], None]) -> None:
@@ -256,9 +264,9 @@ class Handle:
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
-        """Add a step's new tokens to the pending event, with the request's finish reason if it has ended.
+        """Add a step's new tokens to the pending event, with the request's finish reason and error if it has ended.
 
-        The reader is not notified yet.
+        The reader is not woken; ``notify`` does that.
 
         tokens: the new token ids.
         depths: for each of them, its depth in the draft; 0: the model chose it itself.

@@ -151,14 +151,18 @@ class Scheduler:
             self._defer(row)
 
     def _defer(self, row: Request, keep: bool = True) -> None:
-        """Move a running row back to the front of the queue. keep: whether to cache its keys and values."""
+        """Move a running row back to the front of the queue. keep: whether to cache its keys and values until then."""
         self.remove([row], keep)
         row.set_status(Status.WAITING)
         self.waiting.appendleft(row)
         self.preemptions += 1
 
     def _defer_background(self) -> None:
-        """Move background requests back to the queue while there are others. What has run of them is cached."""
+        """Move background requests whose prompts run back to the queue while there are others.
+
+        What has run of them is cached. A request is no longer in the background ``PATIENCE`` (5) seconds after it was
+        submitted.
+        """
         waiting = tuple(self.waiting)  # others add to it
         for row in (*waiting, *self.prefilling.rows):
             row.background = row.background and time.perf_counter() - row.submit_time < PATIENCE
@@ -212,7 +216,7 @@ class Scheduler:
         return source, most, shared
 
     def _fork(self, row: Request, count: int) -> None:
-        """Record that other texts branch off the text of ``row`` after ``count`` tokens, where a checkpoint helps.
+        """Add ``count`` to ``row.fork_positions``: other texts branch off there, so the prompt gets a checkpoint there.
 
         With a disk cache, the last end of a chunk before is recorded, too.
         """
@@ -248,7 +252,11 @@ class Scheduler:
                 row.metrics.num_cached_tokens = found
 
     def prefill(self) -> list[Request]:
-        """Run the next chunk of the prompts; rows whose prompts are complete join the batch and are returned."""
+        """Run the next tokens of all prompts in ``prefilling``, at most ``chunk`` together while other rows decode.
+
+        Without decoding rows, it is at most ``chunk`` tokens of each prompt. Rows whose prompts are complete get their
+        first token, join the batch, and are returned.
+        """
         prefilling, cache = self.prefilling, self.prefilling.cache
         if cache is None:
             return []
@@ -281,9 +289,11 @@ class Scheduler:
         return complete
 
     def _count_saved(self, complete: Sequence[Request], count: int, seconds: float) -> None:
-        """Add the time that cached tokens have saved to the metrics of the ``complete`` rows.
+        """Add the estimated time that cached prompt tokens have saved to the metrics of the ``complete`` rows.
 
-        count, seconds: number of tokens and time of the last pass.
+        The estimate is the average time of a prompt token in passes over ``TIMED`` (64) tokens or more so far.
+
+        complete: rows whose prompts are complete. count, seconds: number of tokens and time of the last pass.
         """
         if count >= TIMED:
             self.timed = self.timed[0] + count, self.timed[1] + seconds
@@ -293,7 +303,10 @@ class Scheduler:
                 self.saved_seconds += row.metrics.saved_seconds
 
     def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
-        """Remove rows that have ended or are preempted. keep: whether to cache their keys and values as prefixes."""
+        """Remove rows that have ended or are preempted from the batch and from ``prefilling``.
+
+        keep: whether to cache the keys and values of decoding rows, for later prompts that begin like their texts.
+        """
         batch = self.batch
         if keep and self.memory.prefixes is not None:
             for b, row in enumerate(batch.rows):
@@ -306,6 +319,6 @@ class Scheduler:
         self.memory.make_room(0)
 
     def clear(self) -> None:
-        """Remove all running rows, without caching their texts."""
+        """Remove all running rows and their keys and values, without caching these; their statuses do not change."""
         self.batch.keep([])
         self.prefilling.rows, self.prefilling.cache = [], None
