@@ -168,7 +168,7 @@ class Batch:
         self._update_state()
 
     def keep(self, rows: Sequence[Request]) -> None:
-        """Remove all rows but ``rows``, with their keys and values."""
+        """Remove all rows but ``rows``, with their keys and values; the others keep their order."""
         alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
@@ -180,7 +180,7 @@ class Batch:
         self._update_state()
 
     def _update_state(self) -> None:
-        """Bring ``state`` up to date after rows have come or gone."""
+        """Replace ``state`` by one of the present rows, without prices and draft depths, after rows have changed."""
         rows = self.rows
         self.state = replace(
             self.state,
@@ -257,7 +257,11 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """Return the maximum draft depth of the row of index ``b``: its own limit, and the tokens that may follow."""
+        """Return the maximum draft depth of the row of index ``b`` in ``rows``; 0: it does not draft.
+
+        It is the least of the row's ``num_speculative_tokens``, the free positions of the model's context and, with a
+        lossless verifier, the tokens that it may still get, less the model's own.
+        """
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)
@@ -361,7 +365,7 @@ class Batch:
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         """Show the drafter which tokens each row has accepted (``Drafter.observe``), unless it is off after an error.
 
-        row_states: the drafter's state of each row.
+        row_states: for each row, what ``Drafter.begin`` returned.
         paths: for each row, the indices along T in ``taps`` of its accepted tokens.
         taps: hidden states [B, T, D] by the number of the layer that they are the input of.
         """

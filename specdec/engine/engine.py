@@ -202,9 +202,8 @@ class Engine:
     def steps(self) -> Iterator[Events]:
         """Run steps in the caller's thread until every request has ended.
 
-        Yield, for each step, the pairs of a request and its new token ids, which may be none.
-
-        ``close`` ends the steps, too, if another thread calls it.
+        Yield, for each step, a list of pairs (request, its new token ids), which may be empty. ``close`` ends the
+        steps, too, if another thread calls it.
 
         A step admits, prefills, decodes and delivers. A step that fails ends all requests but those that wait, and its
         error is raised.
@@ -320,12 +319,12 @@ class Engine:
                 self.batch.end(row)
 
     def _all_requests(self) -> list[Request]:
-        """Return all requests that run or wait."""
+        """Return all requests that run or wait, and those whose last event is not sent yet, in a new list."""
         with self._queue:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Drop the references to ``rows``, requests that have got their last event."""
+        """Drop the engine's references to ``rows``, which have got their last event, and their ``drafter_state``."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
@@ -344,7 +343,7 @@ class Engine:
         self._notify()
 
     def _cancel(self, row: Request) -> None:
-        """End the request ``row``, wherever it is, with the finish reason "cancelled"."""
+        """End the request ``row``, which waits or runs, with the reason "cancelled", and send its last event."""
         with self._queue:
             if row.status is Status.WAITING:
                 self.scheduler.waiting.remove(row)
@@ -367,7 +366,10 @@ class Engine:
         return self
 
     def _step_or_wait(self) -> bool:
-        """Run a step, use the time between requests, or wait for one; return False when the engine has ended."""
+        """Run a step, or learn if there is no request, or wait up to ``IDLE`` (0.1) seconds for one.
+
+        The engine's thread calls it again and again, until it returns False: the engine has ended.
+        """
         if not self.busy and not self._closing and (self._learn() or self.target.settle()):
             return True
         with self._queue:

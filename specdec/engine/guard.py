@@ -45,8 +45,10 @@ class DrafterGuard:
     up to ``LONGEST_PAUSE`` seconds, and is short again after as long a time without one. Failures and restarts are
     logged, failures also as DrafterWarning.
 
+    target: the model to which it is bound again when it restarts.
     configured: the drafter, on or off.
-    drafter: the same drafter; None while it is off.
+    drafter: the same drafter; None while it is off. As an argument, it is on, and bound to the target.
+    failures: number of times that it failed so far.
     outage: why it is off; None while it is on.
     """
 

@@ -62,7 +62,8 @@ class Memory:
 
     limit: maximum number of bytes, cached prefixes included; None: no limit.
     batch, prefilling: the rows that decode, and the rows whose prompts are being run.
-    prefixes: cached prefixes, which are dropped where rows need the memory; None: there are none.
+    prefixes: keys and values that are cached for prompts that begin alike, and dropped where rows need the memory;
+        None: none are kept.
     token_bytes: bytes of a token's keys and values; 0 without a limit.
     state_bytes: bytes of a row's recurrent states, or of a checkpoint of them; 0 without a limit.
     """
@@ -110,7 +111,7 @@ class Memory:
         return room >= 0
 
     def expected_slots(self, row: Request, max_rows: int) -> int:
-        """Return the number of slots to allocate in the KV cache of a new row: for its text, new tokens and a draft.
+        """Return for how many tokens to allocate the KV cache of a new row: for its text, new tokens and a draft.
 
         With a limit of memory, it is at most the share of one of ``max_rows`` rows, if that is enough for the text and
         a few steps. It is never more than the model's context.

@@ -131,7 +131,10 @@ class Request:
         return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
     def set_status(self, status: Status) -> None:
-        """Change the status; no other code does. Raises ValueError for a change that ``ALLOWED_CHANGES`` lacks."""
+        """Change the status; no other code does.
+
+        Raises ValueError for a change that ``ALLOWED_CHANGES`` lacks, such as from finished to waiting.
+        """
         if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
         self.status = status
@@ -260,7 +263,10 @@ class Handle:
         return self.request.metrics
 
     def cancel(self) -> None:
-        """Cancel the request after the current step; does nothing if the request has ended."""
+        """Let the request end before the next step, with the reason "cancelled"; no effect if it has ended.
+
+        Returns at once. Any thread may call it.
+        """
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
@@ -278,7 +284,7 @@ class Handle:
             event.finish_reason, event.error = self.request.finish_reason, self.request.error
 
     def notify(self) -> None:
-        """Wake the reader of this handle, who then gets the pending event."""
+        """Wake the reader of this handle, who then gets the pending event. The engine calls it after ``put``."""
         with self._change:
             self._change.notify_all()
             waker = self._waker

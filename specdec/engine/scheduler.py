@@ -25,6 +25,7 @@ CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent s
 class Scheduler:
     """Chooses which waiting requests begin and which prompt tokens run in each step.
 
+    batch: the rows that decode, which rows join when their prompts have run.
     max_rows: maximum number of requests that run at once. kv_memory: maximum bytes of keys and values; None: no limit.
     chunk: maximum number of prompt tokens in a step. prefixes, disk: cached prefixes in memory and on disk; None: none.
     waiting: the queue of requests. prefilling: the requests whose prompts are being run.
@@ -72,7 +73,10 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def preempt(self) -> bool:
-        """Move the youngest rows back to the queue until the others have memory to grow; return whether any moved."""
+        """Move the youngest rows back to the queue until the others have memory for the next step.
+
+        Return whether any moved. Their keys and values are dropped, and computed again later. One row always stays.
+        """
         before = self.preemptions
         while not self.memory.make_room(DRAFTED) and self.running > 1:
             youngest = max(self.rows, key=lambda row: row.submit_time)
@@ -192,8 +196,8 @@ class Scheduler:
         """Find the longest cached prefix of the token ids ``ids``, among texts of ``scope``.
 
         Return a function that makes a KV cache of it (None: there is none), its number of tokens, and the number of
-        tokens that ``ids`` shares with any cached text. The function takes the number of
-        tokens to take over, and the number of slots to allocate.
+        first tokens that ``ids`` shares with any cached text, which may be larger. The function takes the number of
+        tokens to take over, and the number of tokens to allocate memory for.
         """
         if (prefixes := self.memory.prefixes) is None:
             return None, 0, 0
@@ -223,11 +227,13 @@ class Scheduler:
         row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
-        """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens.
+        """Return whether ``row`` waits until the prompt of another request, whose beginning it shares, has run further.
 
-        If so, the place where the two texts branch off is recorded (``_fork``).
+        It does if it shares more first tokens with that prompt than it finds in the cache, by over ``SHARED`` (32). The
+        place where the two texts branch off is then recorded (``_fork``).
 
-        ids: the tokens of ``row`` that may be cached. fresh: requests that begin in this step.
+        ids: the tokens of ``row`` that may be cached. found: number of these that are cached.
+        fresh: requests that begin in this step.
         """
         if self.memory.prefixes is None:
             return False
@@ -242,7 +248,10 @@ class Scheduler:
         return waits
 
     def _count_hits(self, row: Request, found: int) -> None:
-        """Count the prompt tokens of ``row`` as looked up among cached prefixes, and ``found`` of them as found."""
+        """Count the prompt tokens of ``row`` as looked up among cached prefixes, and ``found`` of them as found.
+
+        The counts are in ``prefix_queries`` and ``prefix_hits``, and in the request's metrics.
+        """
         if self.memory.prefixes is not None and not row.deferred:
             self.prefix_queries += len(row.ids)
             self.prefix_hits += found
