@@ -191,7 +191,7 @@ class _Scorer:
     def rows(self) -> Scores:
         """Score only the nodes that each row has, with the rows concatenated without padding, in one pass.
 
-        The target must be ``ragged``, and the draft have no ``states``. ``Scores.nodes`` lists the tokens that were run.
+        The target must be ``ragged``, and the draft have no ``states``. ``Scores.nodes`` lists the tokens that ran.
         """
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
