@@ -87,7 +87,7 @@ class Engine:
     target: the model. drafter: proposes tokens; already bound to the target (``Drafter.bind``).
     verifier: decides which proposed tokens are accepted.
     policy: chooses how deep each step drafts.
-    max_waiting: maximum number of requests in the queue.
+    max_waiting: maximum number of requests in the queue; inf: no limit.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
     prefill_chunk: maximum number of prompt tokens that run between two steps of the running rows.
@@ -95,7 +95,7 @@ class Engine:
         added, and the caller may pass the store to a later engine of the target. None: none are kept.
     disk: stores prefixes for later processes, too; it is closed with the engine. None: nothing is stored.
     learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do.
-    on_close: called when the engine has ended.
+    on_close: called once, when the engine has ended.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ class Engine:
     def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
         """End requests, and send their last events; the caller removes them from the queue or the batch.
 
-        reason: their ``Event.finish_reason``. error: their ``Event.error``; None: none.
+        reason: their ``Event.finish_reason``, such as "error". error: their ``Event.error``; None: none.
         """
         for row in rows:
             row.finish(reason, error)

@@ -91,8 +91,8 @@ class Memory:
 
         A negative result means that there is not enough memory; infinity, that there is no limit.
 
-        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
-            its KV cache.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of tokens
+            that its KV cache has space for.
         """
         return math.inf if self.limit is None else self.limit - self._running_bytes() - self._growth(tokens, new)
 
@@ -101,8 +101,8 @@ class Memory:
 
         Return whether they have enough memory within the limit. False: even without prefixes there is too little.
 
-        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
-            its KV cache.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of tokens
+            that its KV cache has space for.
         """
         room = self.room(tokens, new)
         if (prefixes := self.prefixes) is not None:
@@ -133,8 +133,8 @@ class Memory:
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
         """Return the bytes by which buffers and states of all rows would grow beyond what they hold now, at least 0.
 
-        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
-            its KV cache.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of tokens
+            that its KV cache has space for.
         """
         batch, prefilling, now = self.batch.cache, self.prefilling, 0.0
         then = [batch.new_capacity(slots) for slots in new]

@@ -197,7 +197,10 @@ class Request:
 
 
 def check_prompt(prompt: Sequence[int], target: Target) -> None:
-    """Raise SpecDecError if ``prompt`` is empty, too long, or has ids that are not in the target's vocabulary."""
+    """Raise SpecDecError if the token ids ``prompt`` cannot run on ``target``.
+
+    They must not be empty, leave space for a new token in the model's context, and be in its vocabulary.
+    """
     if not prompt:
         raise SpecDecError("the prompt is empty; give some token ids")
     if len(prompt) >= target.context:

@@ -34,8 +34,9 @@ class Scheduler:
     place of a text so that another text can go on from there.
 
     A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
-    and one every ``CHECKPOINT`` tokens. With windowed layers, whose slots before the last window are dropped, a prompt
-    gets one where another text branches off, and one at its end.
+    and one every ``CHECKPOINT`` (512) tokens or, in a long prompt, a quarter of the tokens so far. With sliding-window
+    layers, whose keys and values before the last window are dropped, a prompt gets one where another text branches off,
+    and one at its end.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ class Scores:
 
     chosen: token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite). Entries of
         nodes that a row does not have mean nothing.
-    p: the target's distributions after each block token, [B, 1 + M, V]; None: the verifier does not read them.
+    p: the probabilities by which the target's sampler draws after each block token, [B, 1 + M, V]; one-hot in greedy
+        rows. None: the verifier does not read them, or all rows are greedy.
     taps: for the drafter: hidden states [B, 1 + M, D] (second index: block index) by the layer that they are the input
         of; N has the output of the last layer, before the final norm, and N + 1 the logits [B, 1 + M, V]. Layers below
         the draft's ``exit_layer``, which are not run, have empty tensors.

@@ -175,8 +175,8 @@ def compile_constraint(
 ) -> CompiledConstraint:
     """Compile ``constraint`` for a model, and return it.
 
-    Raises SpecDecError if the constraint is invalid, longer than ``LONGEST`` characters, or allows no text; if the
-    tokenizer cannot be used or there is no end token; and if llguidance is not installed.
+    Raises SpecDecError if the constraint is invalid, longer than ``LONGEST`` (65536) characters, or allows no text; if
+    the tokenizer cannot be used or there is no end token; and if llguidance is not installed.
 
     tokenizer: the model's tokenizer, a fast one of transformers.
     vocab_size: V, the size of the model's vocabulary. ends: ids of the tokens that end a text.

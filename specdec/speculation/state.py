@@ -34,7 +34,8 @@ class State:
     prices: what drafting a level (the tokens at one depth) and scoring a node (a drafted token) costs, in accepted
         tokens; None: a draft may be as deep as its limit, and is a chain by default.
     exit: index of the last exit (layer at which drafted tokens may leave the model) that tokens may use; None: any.
-    threshold: minimum confidence of proposed tokens, which are then accepted without scoring; None: drafts are scored.
+    threshold: minimum probability, in [0, 1], that the drafter gives its tokens, which are then accepted without
+        scoring; None: drafts are scored.
     row_states: row_states[b] is what ``Drafter.begin`` returned for row b.
     scopes: scopes[b] names the owner of row b's text, which is never drafted for other owners; None is the default
         owner.

@@ -75,12 +75,12 @@ class History:
 
     sources, exits, levels: numbers of sources, of exits, and of levels of the deepest draft.
     memory: maximum decayed number of trials of a counter's bin; the larger, the slower it forgets.
-    by_source: for each source, a counter with a bin for each of the log-odds ``KNOTS``: the candidates with such a raw
-        probability, and those that were right. One between two of the log-odds counts for both.
+    by_source: for each source, a counter with a bin for each of the log-odds ``KNOTS`` (-4 .. 6): the candidates with
+        such a raw probability, and those that were right. One between two of the log-odds counts for both.
     by_position: for each exit, a counter with a bin for each level, numbered from the first at which no other source
         had the right token: the levels, and those whose token was accepted.
     gains: a counter with a bin for each group of batch sizes (``_size``); its mean is the gain of a row's draft in a
-        step: accepted tokens minus its cost in tokens.
+        step: accepted tokens minus its cost in tokens (its seconds times tokens per second).
     """
 
     def __init__(self, sources: int, exits: int, levels: int, memory: float = ROW_MEMORY) -> None:
@@ -174,9 +174,10 @@ def _size(rows: int) -> int:
 
 
 def expected_gain(row: History, common: History, rows: int) -> float:
-    """Return the expected gain of a row's draft, the number of accepted tokens minus its cost in tokens.
+    """Return the expected gain of a row's draft: the number of accepted tokens minus its cost in tokens.
 
-    It is the mean of earlier gains in steps of about as many rows; 1 before there are any.
+    The cost is the draft's seconds times the present speed in tokens per second. The result is the mean of earlier
+    gains in steps of about as many rows; 1 before there are any.
 
     row, common: the histories of this row and of all rows. rows: number of rows (sequences) in the step.
     """

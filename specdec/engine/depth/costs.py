@@ -228,14 +228,16 @@ class CostModel:
     def level(self, exit: int, contexts: Sequence[int]) -> float:
         """Return the expected seconds of drafting one level (the tokens at one more depth) for all rows together.
 
-        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it is drafted.
+        contexts: number of cached tokens of each row.
         """
         return self._part(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
         """Return how many seconds the first level of a draft is expected to take beyond a later one, for all rows.
 
-        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it is drafted.
+        contexts: number of cached tokens of each row.
         """
         return self._part(FIRST, exit, contexts)
 
@@ -249,9 +251,9 @@ class CostModel:
     def _part(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
         """Return the estimated seconds of a part of drafting for all rows together, corrected by its learned error.
 
-        kind: the part: ``LEVEL`` ("level": each level), ``FIRST`` ("first": what the first level takes beyond a later
-            one) or ``DRAFT`` ("draft": what does not depend on levels).
-        exit: index of the exit to which it is drafted; 0 for ``DRAFT``.
+        kind: the part: ``LEVEL`` ("level": each level, the tokens at one depth), ``FIRST`` ("first": what the first
+            level takes beyond a later one) or ``DRAFT`` ("draft": what does not depend on levels).
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it is drafted; 0 for ``DRAFT``.
         contexts: number of cached tokens of each row.
         """
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
@@ -265,8 +267,10 @@ class CostModel:
         For a number of rows that was not measured, the mean is that of the nearest one that was (0.0 if there is none),
         with the variance of an assumption. The object is immutable; ``add_draft`` replaces the stored ones.
 
-        kind: the part: ``LEVEL`` ("level"), ``FIRST`` ("first") or ``DRAFT`` ("draft"), as in ``_part``.
-        exit: index of the exit; 0 for ``DRAFT``. rows: number of rows (sequences) of the step.
+        kind: the part: ``LEVEL`` ("level": each level, the tokens at one depth), ``FIRST`` ("first": what the first
+            level takes beyond a later one) or ``DRAFT`` ("draft": what does not depend on levels).
+        exit: index of the exit (layer at which drafted tokens leave the model); 0 for ``DRAFT``.
+        rows: number of rows (sequences) of the step.
         """
         known = self.others.get((kind, exit), {})
         if rows in known:
@@ -280,8 +284,9 @@ class CostModel:
         The larger a part's share of the expected time, the more its error changes. A time that has a part for the first
         time is ignored, since it includes what is made only once.
 
-        exit: index of the exit to which it was drafted. contexts: number of cached tokens of each row.
-        levels: number of drafted levels; 0: a draft without levels, as by n-grams.
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it was drafted.
+        contexts: number of cached tokens of each row.
+        levels: number of drafted levels (depths); 0: a draft without levels, as by n-grams.
         seconds: time of the whole draft.
         """
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})

@@ -213,7 +213,8 @@ class AutoDepth:
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
         """Choose draft depths, the exit and the prices for the next step; ``observe`` then gets its result.
 
-        Where no gain is expected, nothing is drafted (all depths are 0), except now and then to explore.
+        The exit is the last layer at which drafted tokens may leave the model. Where no gain is expected, nothing is
+        drafted (all depths are 0), except now and then to explore.
 
         The prices are the costs of scoring a node and of drafting a level, in tokens: seconds times the present speed
         in tokens per second. With them drafters take a node or draft a level while it is expected to add more accepted
