@@ -211,15 +211,15 @@ class Grower:
         """Return the tree of the ``nodes`` likeliest paths after the text ``ids``, at most ``limit`` tokens deep.
 
         ids: token ids of the text, of which the last 16 are searched for; the last one is the root of the tree.
-        sources: the texts to search for the last tokens of ``ids``, each with the weight of an occurrence in it; later
-            ones overrule earlier ones. At most one is sorted.
+        sources: at most 4 texts to search for the last tokens of ``ids``, each with the weight of an occurrence in it;
+            later ones overrule earlier ones. At most one is sorted.
         learned: the candidates of another drafter, which are merged in; None: there is no other drafter.
         masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
             none); None: all tokens are allowed.
         noise: the Gumbel noise of the row, and the position of the token after the root; None: greedy decoding.
-        tables: three tables of calibrated probabilities, at the log-odds ``KNOTS``: of n-grams, of n-grams where the
-            other drafter has candidates, and of the other drafter. With ``learned``, these are also the three sources
-            of ``Candidates.raw``. Empty: raw probabilities count.
+        tables: tables of calibrated probabilities, each 11 at the log-odds ``KNOTS`` (-4 .. 6) of raw ones: of n-grams
+            and, with ``learned``, of n-grams where the other drafter has candidates, and of the other drafter.
+            ``Candidates.raw`` has the same sources in this order. Empty: raw probabilities count.
         nodes: maximum number of nodes, at most 64.
         prices: what scoring 0, 1, .. nodes costs, in accepted tokens. Nodes that are not worth it are left out; empty:
             scoring is free.
