@@ -125,7 +125,10 @@ class Memory:
         return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
     def _running_bytes(self) -> int:
-        """Return the bytes of the caches of all running rows, and of the target's unused ones (``spare_bytes``)."""
+        """Return the bytes of the keys, values and recurrent states of all running rows, prefixes not included.
+
+        Memory that the target has allocated for further rows (``Target.spare_bytes``) is added.
+        """
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
         rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
         return rows + self.batch.target.spare_bytes

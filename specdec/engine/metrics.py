@@ -101,7 +101,7 @@ class RequestMetrics:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Average number of tokens per step: 1 (the bonus token) + accepted / steps."""
+        """Average number of tokens per step after the prefill: 1 (the bonus token) + accepted / steps; 1 before any."""
         return 1 + self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
 
     @property
@@ -134,7 +134,7 @@ class RequestMetrics:
 
     @property
     def exit_shares(self) -> dict[int, float]:
-        """The share of new tokens by the number of layers they ran, from shallow to deep; N is the full model."""
+        """{number of layers: share of the new tokens that ran so many}, fewest first; all N layers: the full model."""
         counts = Counter(self.exit_layers)
         counts[self.num_layers] += self.num_new_tokens - len(self.exit_layers)
         return {layers: counts[layers] / max(self.num_new_tokens, 1) for layers in sorted(counts)}

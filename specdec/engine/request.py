@@ -182,7 +182,10 @@ class Request:
         self.sampler.noise.forget(len(self.ids))
 
     def close_phases(self, seconds_by_phase: dict[str, float]) -> None:
-        """Set the metrics' phases to the increase of the engine's ``seconds_by_phase`` since the request began."""
+        """Set ``metrics.phases`` to the increase of the engine's seconds since the request began; called at its end.
+
+        All are 0 if it never began. seconds_by_phase: the engine's seconds so far, by the name of the phase.
+        """
         start = seconds_by_phase if self.phases_at_start is None else self.phases_at_start
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 

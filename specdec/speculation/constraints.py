@@ -99,7 +99,10 @@ def _refuse_constant(name: str) -> None:
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """Constraint that allows only text which the regular expression ``pattern`` matches from beginning to end."""
+    """Constraint that allows only text which the regular expression ``pattern`` matches from beginning to end.
+
+    pattern: in the syntax of the package llguidance.
+    """
 
     pattern: str
     kind = "regular expression"

@@ -82,14 +82,14 @@ class Learner(ABC):
 
     @abstractmethod
     def claim(self) -> None:
-        """Make this process the only one that writes what a drafter learns to the disk.
+        """Make this process the only one that writes the file of learned weights (``save``), until it ends.
 
         Raises SpecDecError if another process is that already, or if the file cannot be written.
         """
 
     @abstractmethod
     def save(self) -> None:
-        """Write the drafter's learned weights to the disk for later processes; no effect without ``claim`` before."""
+        """Write the drafter's learned weights to its file, which later processes load; no effect before ``claim``."""
 
 
 class Drafter(ABC):

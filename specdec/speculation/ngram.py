@@ -214,8 +214,8 @@ class Grower:
         sources: at most 4 texts to search for the last tokens of ``ids``, each with the weight of an occurrence in it;
             later ones overrule earlier ones. At most one is sorted.
         learned: the candidates of another drafter, which are merged in; None: there is no other drafter.
-        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
-            none); None: all tokens are allowed.
+        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V] on the CPU;
+            None: none); None: all tokens are allowed.
         noise: the Gumbel noise of the row, and the position of the token after the root; None: greedy decoding.
         tables: tables of calibrated probabilities, each 11 at the log-odds ``KNOTS`` (-4 .. 6) of raw ones: of n-grams
             and, with ``learned``, of n-grams where the other drafter has candidates, and of the other drafter.
@@ -264,8 +264,8 @@ class Grower:
         It returns the address of V bytes, 1 for each token that may follow the node; NULL: none may. The callback keeps
         this memory alive, and so must live until the C function returns.
 
-        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
-            none).
+        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V] on the CPU;
+            None: none).
         error: receives the first exception of ``masks``, after which no token is allowed; the caller raises it.
         """
         alive = list[Tensor]()

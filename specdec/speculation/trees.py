@@ -72,8 +72,9 @@ class Prices:
     def levels(self, without_levels: Sequence[Candidates] = ()) -> int:
         """Return the number of draft levels with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
-        A level adds a node to each row where the node is expected to add more than it costs, or replaces one. A loss up
-        to ``level_allowance`` counts as a gain, to explore.
+        A level, all tokens at one depth, is drafted in one pass of the drafter. It adds a node to each row where the
+        node is expected to add more than it costs, or replaces one. A loss up to ``level_allowance`` counts as a gain,
+        to explore.
 
         without_levels: for each row the nodes that would be drafted without any level, as by n-grams; (): there are
             none.

@@ -313,7 +313,7 @@ class CostModel:
     # -- other processes ----------------------------------------------------------------------------------------------
 
     def kept(self) -> Costs:
-        """Return the estimates to store for later processes, without ``hits`` and ``trials``."""
+        """Return the estimates to store for later processes: ``passes`` ([] before any is known) and ``others``."""
         each = ((*key, rows, error.mean) for key, known in self.others.items() for rows, error in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
