@@ -97,8 +97,8 @@ class Batch:
     def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
         """Run the next ``counts[b]`` tokens of each prompt, and return the rows whose prompts are then complete.
 
-        Each of these has got a new token (``Request.new_tokens``), which may have ended it. Prompts include the output
-        of preempted rows.
+        Each of these has got its next token (``Request.new_tokens``), which may have ended it, or has ended without
+        one. Prompts include the output of preempted rows.
 
         rows: requests whose prompts are being run. cache: their keys and values so far, in the same order.
         counts: for each row, how many tokens to run after those in the cache.

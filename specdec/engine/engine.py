@@ -94,7 +94,8 @@ class Engine:
     prefixes: the keys and values of earlier texts, with which prompts that begin alike start. Texts of this engine are
         added, and the caller may pass the store to a later engine of the target. None: none are kept.
     disk: stores prefixes for later processes, too; it is closed with the engine. None: nothing is stored.
-    learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do.
+    learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do, and
+        for 1 % of the time while requests run.
     on_close: called once, when the engine has ended.
     """
 

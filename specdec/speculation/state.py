@@ -65,7 +65,7 @@ class State:
     def constrained(self) -> bool:
         """Whether the new tokens of any row are constrained, such as by a JSON schema (``RowSampler.constraint``).
 
-        Drafted tokens that the constraint forbids are never accepted; ``allowed`` and ``masks`` help to avoid them.
+        Drafters should not propose tokens that the constraint forbids: ``allowed`` and ``masks`` say which.
         """
         return any(row.constraint is not None for row in self.sampler.rows)
 

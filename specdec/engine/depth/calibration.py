@@ -39,7 +39,7 @@ class DecayedCounts:
         self.memory = memory
 
     def add(self, number: int, hit: float, weight: float = 1.0) -> None:
-        """Add ``weight`` trials to bin ``number``; the bin's older counts fade if it then has more than ``memory``.
+        """Add ``weight`` trials to bin ``number``, and scale its counts down to ``memory`` trials if there are more.
 
         hit: share of these trials that were hits, in [0, 1]; or any number whose mean is to be estimated, such as a
             gain.
