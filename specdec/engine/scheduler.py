@@ -223,7 +223,7 @@ class Scheduler:
     def _fork(self, row: Request, count: int) -> None:
         """Add ``count`` to ``row.fork_positions``: other texts branch off there, so the prompt gets a checkpoint there.
 
-        With a disk cache, the last end of a chunk before is recorded, too.
+        With prefixes on disk, which are stored in chunks of tokens, the last end of a chunk before is added, too.
         """
         row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
 

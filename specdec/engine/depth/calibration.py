@@ -129,7 +129,8 @@ class Outcome(NamedTuple):
         """Return the outcome of one row's draft.
 
         accepted: number of accepted tokens of the draft. levels: number of its levels (depths).
-        first: number of first levels at which another source already had the right token; they are not counted.
+        first: number of first levels at which another source (such as n-grams) already had the right token; they are
+            not counted.
         found: the candidates that the draft was chosen from, a tree after the root (the text's last token).
         tokens: ids of the tokens that then followed the root in the text; (): no candidates are counted.
         """

@@ -70,7 +70,7 @@ class StepReport:
     drafting, other: seconds of drafting, and of scoring, accepting and committing.
     tokens: ids of each row's new tokens: the accepted ones, and the model's own after them; (): unknown.
     found: the candidates that the draft was chosen from (``Draft.found``); None: the drafter has no probabilities.
-    nodes: number of scored draft nodes of each row; empty: unknown, and cached tokens count as none.
+    nodes: number of scored draft nodes of each row; (): unknown, and attention to cached tokens then counts as free.
     """
 
     rows: Sequence[History]
