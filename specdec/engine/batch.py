@@ -38,12 +38,13 @@ class Batch:
 
     While the drafter is off after a failure, rows are decoded without drafts.
 
-    verifier: decides which drafted tokens are accepted.
+    target: the model. verifier: decides which drafted tokens are accepted.
     policy: chooses the draft depths. guard: calls the drafter, and turns it off after an error.
     rows: the requests. cache: their keys and values, one row for each request in the same order.
     state: the rows as drafters see them. timer: the seconds of each phase of a step.
     chosen: whether the depth policy has chosen the draft depths of this step.
-    drafter_behind: whether the drafter was restarted and gets its first states of the rows in the next step.
+    drafter_behind: whether the drafter was restarted and has seen no hidden states of the rows yet; the next step runs
+        without drafts, and shows it the first ones.
     """
 
     def __init__(self, target: Target, drafter: Drafter, verifier: Verifier, policy: DepthPolicy) -> None:
@@ -70,7 +71,10 @@ class Batch:
         return "none" if not self.guard.configured.traits.drafts else "off" if self.drafter is None else "on"
 
     def recover(self, rows: Sequence[Request]) -> None:
-        """Restart a drafter that has failed if its pause is over. rows: all running rows, of which it knows nothing."""
+        """Restart a drafter that has failed if its pause is over; no effect otherwise. Called before each step.
+
+        rows: all running requests, those whose prompts run included; each gets a new ``drafter_state``.
+        """
 
         def begin(drafter: Drafter) -> None:
             for row in rows:
@@ -81,16 +85,23 @@ class Batch:
             self._update_state()
 
     def begin(self, row: Request) -> None:
-        """Set up a row that begins: its ``drafter_state`` and ``depth_history`` (a preempted row keeps the latter)."""
+        """Set a row's ``drafter_state`` and ``depth_history`` before its prompt runs.
+
+        A preempted row, whose prompt runs again, keeps its ``depth_history``.
+        """
         row.metrics.num_layers = self.target.num_layers
         row.depth_history = row.depth_history or self.policy.begin()
         row.drafter_state = self.guard.call(lambda drafter: drafter.begin())
 
     @torch.inference_mode()
     def prefill(self, rows: Sequence[Request], cache: KVCache, counts: Sequence[int]) -> list[Request]:
-        """Run the next ``counts[b]`` tokens of each prompt; return the rows whose prompts are complete.
+        """Run the next ``counts[b]`` tokens of each prompt, and return the rows whose prompts are then complete.
 
-        Each of the returned rows has got its first new token. cache: the keys and values of ``rows``.
+        Each of these has got its next token (``Request.new_tokens``), which may have ended it, or has ended without
+        one. Prompts include the output of preempted rows.
+
+        rows: requests whose prompts are being run. cache: their keys and values so far, in the same order.
+        counts: for each row, how many tokens to run after those in the cache.
         """
         starts = list(cache.rows)
         parts = [row.ids[n : n + count] for row, n, count in zip(rows, starts, counts, strict=True)]
@@ -111,8 +122,12 @@ class Batch:
         return joined
 
     def _add_prompt_logprobs(self, row: Request, start: int, states: Tensor) -> None:
-        """Add the log-probabilities of tokens of ``row``'s prompt, from the final states [n, D] of the tokens before.
+        """Append log-probabilities of prompt tokens to ``row.prompt_token_logprobs``, if the row wants them.
 
+        Those that are there already are left out.
+
+        states: output of the last layer, before the final norm, for n consecutive prompt tokens, [n, D]. Each gives the
+            log-probability of the token after it.
         start: index in the prompt of the first of these n tokens.
         """
         done = len(row.prompt_token_logprobs)  # some may be there from before a preemption
@@ -122,9 +137,9 @@ class Batch:
             row.prompt_token_logprobs += scored
 
     def _choose_first(self, rows: Sequence[Request], last: Tensor) -> None:
-        """Choose and append the first new token of each of ``rows``.
+        """Choose the token after the prompt of each of ``rows``, and append it to the row with its log-probability.
 
-        last: final states [B, 1, D] of the last token of each of these rows.
+        last: output of the last layer, before the final norm, for the last token of each of these rows, [B, 1, D].
         """
         sampler = Sampler([row.sampler for row in rows])
         if sampler.plain_greedy and all(row.logprobs is None for row in rows):
@@ -141,7 +156,10 @@ class Batch:
         self.timer.mark("detokenise")
 
     def join(self, rows: Sequence[Request], cache: KVCache) -> None:
-        """Add rows whose prompts have run. cache: the keys and values of these rows, which join those of the batch."""
+        """Add rows whose prompts have run, after the present ones.
+
+        cache: the keys and values of these rows, in this order. The batch takes them over.
+        """
         if self.rows:
             self.cache.join(cache)
         else:
@@ -150,7 +168,7 @@ class Batch:
         self._update_state()
 
     def keep(self, rows: Sequence[Request]) -> None:
-        """Remove all rows but ``rows``, with their keys and values."""
+        """Remove all rows but ``rows``, with their keys and values; the others keep their order."""
         alive = [b for b, row in enumerate(self.rows) if row in rows]
         if len(alive) == len(self.rows):
             return
@@ -162,7 +180,7 @@ class Batch:
         self._update_state()
 
     def _update_state(self) -> None:
-        """Bring ``state`` up to date after rows have come or gone."""
+        """Replace ``state`` by one of the present rows, without prices and draft depths, after rows have changed."""
         rows = self.rows
         self.state = replace(
             self.state,
@@ -181,7 +199,9 @@ class Batch:
     def step(self, on_score: Callable[[], object] = lambda: None) -> None:
         """Run one step: draft, score, verify, append the accepted tokens to each row, and commit them to the cache.
 
-        A row may end inside its draft. Tokens after its end are not committed: the cache holds only the row's text.
+        A row may end inside its draft. Tokens after its end are not committed: the cache holds only the row's text. The
+        new tokens are in ``Request.new_tokens``. Rows that have ended stay in the batch until ``keep`` removes them.
+
         on_score: called just before the model scores.
         """
         # Draft
@@ -217,7 +237,9 @@ class Batch:
             row.token_logprobs += token_logprobs(logits[slots[b]], row.new_tokens, row.logprobs or 0)
 
     def _choose_depths(self, forced: Sequence[Sequence[int]]) -> None:
-        """Set the depths, the last exit and the prices of this step in ``state``, and ``chosen``.
+        """Set ``depths``, ``exit`` and ``prices`` of ``state`` for this step, and the attribute ``chosen``.
+
+        The depth policy chooses them, unless all rows that draft have a draft depth of their own.
 
         forced: for each row, the next tokens that its constraint determines; a row that has any gets depth 0.
         """
@@ -235,7 +257,11 @@ class Batch:
         self.timer.mark("overhead")
 
     def _deepest(self, b: int) -> int:
-        """Return the maximum draft depth of the row of index ``b``: its own limit, and the tokens that may follow."""
+        """Return the maximum draft depth of the row of index ``b`` in ``rows``; 0: it does not draft.
+
+        It is the least of the row's ``num_speculative_tokens``, the free positions of the model's context and, with a
+        lossless verifier, the tokens that it may still get, less the model's own.
+        """
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
             depth = min(depth, row.num_speculative_tokens)
@@ -243,9 +269,9 @@ class Batch:
         return max(min(depth, row.remaining - 1) if self.verifier.lossless else depth, 0)
 
     def _forced_tokens(self) -> list[list[int]]:
-        """Return, for each row, the next tokens that its constraint determines, at most ``FORCED``; []: none.
+        """Return, for each row, the next tokens that its constraint leaves no choice of, at most ``FORCED`` (16).
 
-        They replace the drafter's tokens.
+        They are drafted instead of the drafter's tokens. []: there are none, or nothing is drafted in this step.
         """
         if self.drafter is None or self.drafter_behind or not self.drafter.traits.drafts:
             return [[] for _ in self.rows]
@@ -278,7 +304,8 @@ class Batch:
     def _append(self, draft: Draft, accepted: Acceptance) -> list[list[int]]:
         """Append the accepted tokens to each row, up to where the row ends.
 
-        Return the paths to commit: for each row, the block indices whose tokens are in its text, the root (0) first.
+        Return the paths to commit: for each row, the block indices whose tokens are in its text, from the root on (0:
+        the root, i + 1: node i of the draft). The model's own token after the path is in the text, but in no path.
         """
         tokens, depths, paths = draft.lists(), draft.depths(), []
         for b, (row, path, token) in enumerate(zip(self.rows, accepted.paths, accepted.next_tokens, strict=True)):
@@ -287,9 +314,11 @@ class Batch:
         return paths
 
     def _record(self, draft: Draft, accepted: Acceptance, scored: int, forced: Sequence[Sequence[int]]) -> None:
-        """Update each row's metrics and the depth policy; the policy ignores steps with forced tokens.
+        """Update each row's metrics, and report the step to the depth policy if it has chosen the depths.
 
-        accepted: the accepted path of each row. scored: number of tokens that were scored.
+        Steps with forced tokens are not reported.
+
+        accepted: the accepted path of each row. scored: number of tokens that were scored, the roots included.
         forced: for each row, the tokens that its constraint determined; []: none.
         """
         tokens, depths, deepest, counts = draft.lists(), draft.depths(), list[int](), list[int]()
@@ -318,7 +347,10 @@ class Batch:
         self.timer.mark("overhead")
 
     def _sources(self, draft: Draft, b: int, tokens: list[int]) -> list[str]:
-        """Return the name of the candidate source that proposed each of the accepted ``tokens`` of row ``b``."""
+        """Return which source of candidates, such as "ngram", proposed each of the accepted ``tokens`` of row ``b``.
+
+        Without candidates (``Draft.found`` is None), it is the drafter's label. tokens: accepted drafted token ids.
+        """
         if draft.found is None:
             return [self.guard.configured.traits.label] * len(tokens)
         found, names = draft.found.rows[b], self.guard.configured.traits.sources
@@ -327,24 +359,24 @@ class Batch:
     # -- the drafter --------------------------------------------------------------------------------------------------
 
     def _taps(self) -> dict[int, Tensor]:
-        """Return what ``score`` fills: an empty tensor for each layer whose input states the drafter reads."""
+        """Return {layer: empty tensor} for the layers whose input states the drafter reads; a pass sets the values."""
         return dict.fromkeys(self.drafter.traits.taps if self.drafter is not None else (), NOTHING)
 
     def _observe(self, row_states: list[object], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         """Show the drafter which tokens each row has accepted (``Drafter.observe``), unless it is off after an error.
 
-        row_states: the drafter's state of each row.
+        row_states: for each row, what ``Drafter.begin`` returned.
         paths: for each row, the indices along T in ``taps`` of its accepted tokens.
         taps: hidden states [B, T, D] by the number of the layer that they are the input of.
         """
         self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
 
     def learn(self) -> bool:
-        """Let the drafter learn for about 50 ms; return False if there is nothing to learn from."""
+        """Let the drafter train itself for about 50 ms; return False if it has no data, does not learn, or is off."""
         return bool(self.guard.call(lambda drafter: drafter.learner is not None and drafter.learner.work()))
 
     def end(self, row: Request) -> None:
-        """Tell the drafter that a row has ended."""
+        """Tell the drafter that the request ``row`` has ended (``Drafter.end``)."""
         self.guard.call(lambda drafter: drafter.end(row.drafter_state, row.ids, len(row.prompt), row.learn))
 
 

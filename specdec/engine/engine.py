@@ -36,15 +36,19 @@ Events = list[tuple[Request, list[int]]]
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Figures of an engine; totals are over all requests so far.
+    """Figures of an engine at one moment; totals are over all requests so far.
 
-    kv_bytes: bytes of the keys and values in memory.
+    A *prefix* is the beginning of a text whose keys and values are cached for prompts that begin alike.
+
+    kv_bytes: bytes of the keys, values and recurrent states in memory, those of cached prefixes included.
     kv_budget: maximum of ``kv_bytes``; None: no limit.
     prefix_queries, prefix_hits: numbers of prompt tokens looked up among cached prefixes, and found there.
     disk_queries, disk_hits, disk_bytes: the same for prefixes on disk, and bytes of these.
     prefix_bytes: bytes of cached prefixes in memory.
     saved_seconds: estimated time that the found tokens would have taken.
-    preemptions: number of times that a request gave up its keys and values, to compute them again later.
+    preemptions: number of times that a running request moved back to the queue, to go on later.
+    steps: number of steps after the prefill, counted once for each request that took part.
+    drafted, accepted: sums over these: of the depths of drafts, and of the numbers of accepted drafted tokens.
     drafter: "on", "off" (it has failed: nothing is drafted for a while) or "none" (it never drafts).
     outage: why the drafter is off; None: it is not.
     """
@@ -56,9 +60,9 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     preemptions: int
-    steps: int  # rows' steps
-    drafted: int  # tokens
-    accepted: int  # drafted tokens
+    steps: int
+    drafted: int
+    accepted: int
     drafter: str = "none"
     drafter_failures: int = 0  # number of times that the drafter failed
     outage: Outage | None = None
@@ -77,16 +81,22 @@ class EngineStats:
 class Engine:
     """Decodes requests with one target and one drafter, at most ``max_rows`` at once.
 
+    ``submit`` adds requests at any time. Steps run in the engine's own thread after ``start``, or in the caller's by
+    ``steps``. ``close`` ends it, also at the end of a ``with`` block.
+
+    target: the model. drafter: proposes tokens; already bound to the target (``Drafter.bind``).
+    verifier: decides which proposed tokens are accepted.
     policy: chooses how deep each step drafts.
-    max_waiting: maximum number of requests in the queue.
+    max_waiting: maximum number of requests in the queue; inf: no limit.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
     prefill_chunk: maximum number of prompt tokens that run between two steps of the running rows.
     prefixes: the keys and values of earlier texts, with which prompts that begin alike start. Texts of this engine are
         added, and the caller may pass the store to a later engine of the target. None: none are kept.
     disk: stores prefixes for later processes, too; it is closed with the engine. None: nothing is stored.
-    learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do.
-    on_close: called when the engine has ended.
+    learn: whether the engine's thread lets the drafter learn (``Learner.work``) when there is nothing else to do, and
+        for 1 % of the time while requests run.
+    on_close: called once, when the engine has ended.
     """
 
     def __init__(
@@ -128,7 +138,12 @@ class Engine:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Handle:
-        """Queue a request. Raises QueueFullError if too many wait, and SpecDecError if it cannot run."""
+        """Queue a request, and return at once a handle: an iterable of its events, with its new tokens and its end.
+
+        Raises QueueFullError if too many requests wait, and SpecDecError if it cannot run or was submitted before.
+
+        request: its ``max_new_tokens`` is lowered to what the model's context has space for.
+        """
         check_prompt(request.prompt, self.target)
         if max(request.sampler.params.logit_bias or (), default=-1) >= self.target.vocab_size:
             raise SpecDecError(f"logit_bias has token ids outside the model's vocabulary of {self.target.vocab_size}")
@@ -169,7 +184,10 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def _check(self, request: Request) -> None:
-        """End a request whose engine has ended. Raises SpecDecError if the engine has no thread that serves it."""
+        """End the request with an error if the engine has ended; no effect while its thread runs.
+
+        A reader's ``Handle`` calls it while it waits. Raises SpecDecError if the engine never had a thread.
+        """
         work = self._work
         if work is not None and work.running:
             return
@@ -185,9 +203,8 @@ class Engine:
     def steps(self) -> Iterator[Events]:
         """Run steps in the caller's thread until every request has ended.
 
-        Yield, for each step, the pairs of a request and its new token ids, which may be none.
-
-        ``close`` ends the steps, too, if another thread calls it.
+        Yield, for each step, a list of pairs (request, its new token ids), which may be empty. ``close`` ends the
+        steps, too, if another thread calls it.
 
         A step admits, prefills, decodes and delivers. A step that fails ends all requests but those that wait, and its
         error is raised.
@@ -199,7 +216,10 @@ class Engine:
             yield events
 
     def _try_step(self) -> tuple[Events, Exception | None]:
-        """Run a step; return its events, and the error by which it has failed (None: it has not)."""
+        """Run a step; return what ``_step`` returns, and the error by which it has failed (None: it has not).
+
+        After an error, all requests but those that wait have ended with it, and the list is empty.
+        """
         with self._stepping:
             try:
                 return self._step(), None
@@ -208,7 +228,10 @@ class Engine:
                 return [], error
 
     def _step(self) -> Events:
-        """Run one step: admit, prefill, decode, deliver. Return the new tokens of each row that ran."""
+        """Run one step: admit, prefill, decode, deliver. Return (request, its new token ids) for each that got tokens.
+
+        A request that ends without a further token has [].
+        """
         self.timer.restart()
         for row in self._all_requests():
             if row.cancelled:
@@ -239,12 +262,16 @@ class Engine:
         return list(new.items())
 
     def _recover(self) -> None:
-        """Restart a drafter that has failed if its pause is over."""
+        """Restart a drafter that has failed if its pause is over; no effect otherwise."""
         if self.outage is not None:  # ``Drafter.end`` may be called for a preempted request
             self.batch.recover([row for row in self._all_requests() if row.phases_at_start is not None])
 
     def _deliver(self, rows: Sequence[Request]) -> Events:
-        """Give each row's reader its new tokens, remove the rows that have ended, and return all with these tokens."""
+        """Put each row's new tokens into its reader's pending event, and remove the rows that have ended.
+
+        ``_notify`` wakes the readers later. Return (row, its new token ids) for each of ``rows``, those that have just
+        been prefilled or decoded.
+        """
         rows, now = list(rows), time.perf_counter()
         for number, row in enumerate(rows):
             if row.finish_reason == "error" and row.error is None:
@@ -274,25 +301,31 @@ class Engine:
             self._unread.append(row.handle)
 
     def _notify(self) -> None:
-        """Notify readers of new events. While the model scores, their work does not delay the next draft."""
+        """Wake the readers that have new events.
+
+        Called while a device scores, if possible, so that the readers' work does not delay the next draft.
+        """
         handles, self._unread = self._unread, []
         for handle in handles:
             handle.notify()
 
     def _end(self, rows: Sequence[Request]) -> None:
-        """Remove rows that have ended from batch and memory; their keys and values may be cached as prefixes."""
+        """Remove rows that have ended from batch and memory, and tell the drafter of them.
+
+        Their keys and values may stay, as cached prefixes for prompts that begin alike.
+        """
         self.scheduler.remove(rows)
         for row in rows:
             if row.phases_at_start is not None:
                 self.batch.end(row)
 
     def _all_requests(self) -> list[Request]:
-        """Return all requests that run or wait."""
+        """Return all requests that run or wait, and those whose last event is not sent yet, in a new list."""
         with self._queue:
             return list(self.requests)
 
     def _forget(self, rows: Sequence[Request]) -> None:
-        """Drop the references to ``rows``, requests that have got their last event."""
+        """Drop the engine's references to ``rows``, which have got their last event, and their ``drafter_state``."""
         with self._queue:
             for row in rows:
                 self.requests.pop(row, None)
@@ -301,7 +334,7 @@ class Engine:
     def _finish(self, rows: Sequence[Request], reason: str, error: SpecDecError | None = None) -> None:
         """End requests, and send their last events; the caller removes them from the queue or the batch.
 
-        reason: their ``Event.finish_reason``. error: their ``Event.error``; None: none.
+        reason: their ``Event.finish_reason``, such as "error". error: their ``Event.error``; None: none.
         """
         for row in rows:
             row.finish(reason, error)
@@ -311,7 +344,7 @@ class Engine:
         self._notify()
 
     def _cancel(self, row: Request) -> None:
-        """End the request ``row``, wherever it is, with the finish reason "cancelled"."""
+        """End the request ``row``, which waits or runs, with the reason "cancelled", and send its last event."""
         with self._queue:
             if row.status is Status.WAITING:
                 self.scheduler.waiting.remove(row)
@@ -320,7 +353,7 @@ class Engine:
         self._finish([row], "cancelled")
 
     def _fail(self, error: BaseException) -> None:
-        """End all requests but those that wait, after a failed step."""
+        """End all requests but those that wait, after a step that failed with ``error``, and drop cached prefixes."""
         self._finish([row for row in self._all_requests() if row.status is not Status.WAITING], "error", failure(error))
         self.scheduler.clear()
         if self.scheduler.memory.prefixes is not None:
@@ -329,12 +362,15 @@ class Engine:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def start(self) -> Engine:
-        """Run steps in a thread whenever there is something to do, until ``close``."""
+        """Start a thread that runs steps whenever there is something to do, until ``close``; return this engine."""
         self._work = Work(partial(_run, weakref.ref(self)), "specdec engine")
         return self
 
     def _step_or_wait(self) -> bool:
-        """Run a step, use the time between requests, or wait for one; return False when the engine has ended."""
+        """Run a step, or learn if there is no request, or wait up to ``IDLE`` (0.1) seconds for one.
+
+        The engine's thread calls it again and again, until it returns False: the engine has ended.
+        """
         if not self.busy and not self._closing and (self._learn() or self.target.settle()):
             return True
         with self._queue:
@@ -353,13 +389,16 @@ class Engine:
         return True
 
     def _learn(self) -> bool:
-        """Let the drafter learn for about 50 ms; return False if there is nothing to learn from."""
+        """Let the drafter train itself for about 50 ms; return False if it has no data or does not learn."""
         with self._stepping:
             self._recover()
             return self.learns and self.batch.learn()
 
     def close(self, drain: bool = False) -> None:
-        """End the engine. drain: whether to wait until all accepted requests have ended; if not, they are cancelled."""
+        """End the engine, and wait until its present step and its thread have ended; no effect if it was closed.
+
+        drain: whether to serve all accepted requests first; if not, they end with the reason "cancelled".
+        """
         with self._queue:
             self._closing, self._draining = True, drain
             self._queue.notify_all()
@@ -389,7 +428,7 @@ class Engine:
     # -- figures ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Return the engine's current figures."""
+        """Return the engine's current figures. It does not wait for a running step."""
         scheduler = self.scheduler
         return EngineStats(
             running=scheduler.running,
@@ -412,7 +451,7 @@ class Engine:
 
 
 def _run(engine: weakref.ref[Engine], stop: Stop) -> None:
-    """Run steps in the engine's thread, without keeping the engine alive while there is nothing to do.
+    """Run steps until the engine is closed or deleted: the function of its thread, which does not keep it alive.
 
     stop: set when the thread is to end.
     """

@@ -12,17 +12,18 @@ Client = tuple[str | None, str | None]  # ``Request.client``
 
 
 class Fairness:
-    """Chooses the order in which waiting requests of several clients begin.
+    """Chooses the order in which waiting requests of several clients begin. It has no queue and changes no request.
 
-    Preempted requests begin first. Else the highest priority comes first, then the client with the fewest running rows,
-    then the one that has waited longest for a turn. It remembers at most ``CLIENTS`` clients.
+    A client is the pair (scope, sender) of a request, ``Request.client``. Preempted requests begin first. Else the
+    highest priority comes first, then the client with the fewest running requests, then the one whose last request
+    began longest ago. The order of these beginnings is remembered for at most ``CLIENTS`` (1024) clients.
     """
 
     def __init__(self) -> None:
         self._turns = dict[Client, int]()  # the number of each client's last admission, the earliest first
 
     def count_turn(self, client: Client) -> None:
-        """Record that a request of a client has begun, so that other clients are next."""
+        """Record that a request of ``client`` begins now, so that other clients are next."""
         number = next(reversed(self._turns.values()), 0) + 1
         self._turns.pop(client, None)
         self._turns[client] = number
@@ -34,7 +35,8 @@ class Fairness:
 
         Preempted requests come first. Of the highest priority, the client with the fewest rows is next, and of those
         with equally many the one that has waited longest for a turn; within a client, the first that came. Requests in
-        the background begin only if there are no others.
+        the background begin only if there are no others. A scope with ``Request.scope_rows`` running requests gets no
+        more.
         """
         running, scopes = Counter(row.client for row in rows), Counter(row.scope for row in rows)
         idle = all(row.background for row in (*rows, *waiting))
@@ -51,10 +53,13 @@ class Fairness:
         return None if best is None else best[1]
 
     def row_to_defer(self, new: Request, decoding: Sequence[Request], rows: Sequence[Request]) -> Request | None:
-        """Return the row that waits so that ``new`` can begin, with all ``rows`` taken; None: ``new`` waits.
+        """Return the running request that goes back to the queue so that ``new`` can begin; None: ``new`` waits.
 
-        It is the youngest ``decoding`` row of the client with most rows, if ``new`` is of a client with at least two
-        fewer and the row's priority is not higher.
+        It is the youngest in ``decoding`` of the client with most running requests, if ``new`` is of a client with at
+        least two fewer and its priority is not lower.
+
+        new: the waiting request that is next, while there is no free row for it.
+        decoding: running requests whose prompts are complete. rows: all running requests.
         """
         running = Counter(row.client for row in rows)
         most = max(running, key=running.__getitem__)

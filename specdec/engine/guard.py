@@ -21,8 +21,9 @@ log.addHandler(logging.NullHandler())  # a program without a log has the warning
 
 @dataclass(frozen=True)
 class Outage:
-    """Why a drafter is off.
+    """Why a drafter is off, and until when.
 
+    error: what it did wrong, as the end of a sentence about it, such as "failed (ValueError: ...)".
     since: Unix time of its error, in seconds.
     until: time of its restart, in seconds of ``time.monotonic``.
     """
@@ -44,8 +45,10 @@ class DrafterGuard:
     up to ``LONGEST_PAUSE`` seconds, and is short again after as long a time without one. Failures and restarts are
     logged, failures also as DrafterWarning.
 
+    target: the model to which it is bound again when it restarts.
     configured: the drafter, on or off.
-    drafter: the same drafter; None while it is off.
+    drafter: the same drafter; None while it is off. As an argument, it is on, and bound to the target.
+    failures: number of times that it failed so far.
     outage: why it is off; None while it is on.
     """
 
@@ -74,7 +77,7 @@ class DrafterGuard:
             return None
 
     def fail(self, why: str) -> None:
-        """Turn the drafter off until a pause is over. why: the reason, for messages."""
+        """Turn the drafter off until a pause is over, and warn. why: the reason, as in ``Outage.error``."""
         now = time.monotonic()
         lasted = now - self._started >= LONGEST_PAUSE
         self._pause = FIRST_PAUSE if lasted or not self._pause else min(2 * self._pause, LONGEST_PAUSE)
@@ -86,7 +89,12 @@ class DrafterGuard:
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
     def restart(self, begin: Callable[[Drafter], object]) -> bool:
-        """Restart the drafter if its pause is over; return whether that was tried. begin: begins the rows with it."""
+        """Restart the drafter if its pause is over: bind it to the target, and begin the running rows with it.
+
+        Return whether that was tried. If it fails again, the drafter is off for a longer pause.
+
+        begin: function that calls the drafter's ``begin`` for each running row, and stores the results.
+        """
         outage = self.outage
         if outage is None or outage.seconds_left:
             return False

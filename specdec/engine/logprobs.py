@@ -14,19 +14,25 @@ LOGIT_ROWS = 64  # prompt positions whose logits are computed at once
 
 
 class TokenLogprob(NamedTuple):
-    """A token id and its log-probability. top: the likeliest (id, log-probability) at its position, best first."""
+    """A token id and its natural log-probability.
+
+    top: the likeliest (id, log-probability) at its position, best first; it may include the token.
+    """
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name, for JSON."""
+        """Return {"token_id": .., "logprob": .., "top": [(id, log-probability), ..]}, for JSON."""
         return self._asdict()
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of n ``tokens`` under logits [n, V], each with the ``top`` likeliest tokens."""
+    """Return the log-probabilities of n ``tokens``, each with the ``top`` likeliest tokens at its position.
+
+    logits: raw logits [n, V]; row i is the distribution of token i itself.
+    """
     if not tokens:
         return []
     logs = logits.float().log_softmax(-1)
@@ -38,9 +44,10 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 def prompt_logprobs(target: Target, states: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of ``tokens``, each with the ``top`` likeliest tokens at its place.
+    """Return the log-probabilities of ``tokens``, each with the ``top`` likeliest tokens at its position.
 
-    states: final states [n, D]; token i follows the i-th of them. tokens: at most n token ids.
+    states: output of the last layer, before the final norm, [n, D]. Row i is that of the token before token i.
+    tokens: at most n token ids.
     """
     found = list[TokenLogprob]()
     for start in range(0, len(tokens), LOGIT_ROWS):

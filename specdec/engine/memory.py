@@ -62,7 +62,8 @@ class Memory:
 
     limit: maximum number of bytes, cached prefixes included; None: no limit.
     batch, prefilling: the rows that decode, and the rows whose prompts are being run.
-    prefixes: cached prefixes, which are dropped where rows need the memory; None: there are none.
+    prefixes: keys and values that are cached for prompts that begin alike, and dropped where rows need the memory;
+        None: none are kept.
     token_bytes: bytes of a token's keys and values; 0 without a limit.
     state_bytes: bytes of a row's recurrent states, or of a checkpoint of them; 0 without a limit.
     """
@@ -75,11 +76,14 @@ class Memory:
         self.token_bytes, self.state_bytes = (0, 0) if limit is None else cache_sizes(batch.target)
 
     def used(self) -> int:
-        """Return the bytes of running rows and of cached prefixes."""
+        """Return the bytes of keys, values and recurrent states of running rows and of cached prefixes."""
         return self._running_bytes() + self.prefix_bytes()
 
     def prefix_bytes(self) -> int:
-        """Return the bytes of cached prefixes."""
+        """Return the bytes of keys, values and recurrent states that are cached for prompts that begin alike.
+
+        Those on disk are not counted. 0: no such cache is kept, or it is empty.
+        """
         return 0 if self.prefixes is None else self.prefixes.nbytes
 
     def room(self, tokens: int, new: Sequence[int] = ()) -> float:
@@ -87,8 +91,8 @@ class Memory:
 
         A negative result means that there is not enough memory; infinity, that there is no limit.
 
-        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
-            its KV cache.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of tokens
+            that its KV cache has space for.
         """
         return math.inf if self.limit is None else self.limit - self._running_bytes() - self._growth(tokens, new)
 
@@ -97,8 +101,8 @@ class Memory:
 
         Return whether they have enough memory within the limit. False: even without prefixes there is too little.
 
-        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
-            its KV cache.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of tokens
+            that its KV cache has space for.
         """
         room = self.room(tokens, new)
         if (prefixes := self.prefixes) is not None:
@@ -107,7 +111,7 @@ class Memory:
         return room >= 0
 
     def expected_slots(self, row: Request, max_rows: int) -> int:
-        """Return the number of slots to allocate in the KV cache of a new row: for its text, new tokens and a draft.
+        """Return for how many tokens to allocate the KV cache of a new row: for its text, new tokens and a draft.
 
         With a limit of memory, it is at most the share of one of ``max_rows`` rows, if that is enough for the text and
         a few steps. It is never more than the model's context.
@@ -121,16 +125,19 @@ class Memory:
         return min(len(row.ids) + new + DRAFTED, self.batch.target.context)
 
     def _running_bytes(self) -> int:
-        """Return the bytes of the caches of all running rows, and those that the target keeps ready."""
+        """Return the bytes of the keys, values and recurrent states of all running rows, prefixes not included.
+
+        Memory that the target has allocated for further rows (``Target.spare_bytes``) is added.
+        """
         caches = [cache for cache in (self.batch.cache, self.prefilling.cache) if cache is not None]
         rows = sum(cache.nbytes + self.state_bytes * cache.num_states for cache in caches)
         return rows + self.batch.target.spare_bytes
 
     def _growth(self, tokens: int, new: Sequence[int]) -> int:
-        """Return the bytes by which buffers and states of all rows would grow.
+        """Return the bytes by which buffers and states of all rows would grow beyond what they hold now, at least 0.
 
-        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of slots of
-            its KV cache.
+        tokens: number of tokens by which each running row grows. new: for each row that begins, the number of tokens
+            that its KV cache has space for.
         """
         batch, prefilling, now = self.batch.cache, self.prefilling, 0.0
         then = [batch.new_capacity(slots) for slots in new]

@@ -21,14 +21,17 @@ class RequestMetrics:
 
     per_step_drafted, per_step_accepted: draft depth and number of accepted drafted tokens, per step after the prefill.
     phases: seconds by phase: prefill, draft, score, accept, commit, detokenise (text and stop strings) and overhead
-        (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps.
+        (choosing depths, bookkeeping). They sum up to the wall time but for what the caller does between steps. Until
+        the request ends, these are the engine's seconds for all requests.
     num_layers: N, the model's number of layers.
     exit_layers: number of layers run, for each token that was accepted without scoring.
-    experts: figures of reading experts from the disk while decoding, of all rows (``MappedExperts.figures``).
+    experts: figures of reading experts from the disk while decoding, of all rows, by name, such as "hit_rate" and
+        "bytes_per_token" (``MappedExperts.figures``); {}: all experts are in memory.
     queue_seconds: time from the submission until the request began.
     first_token_seconds: time from the submission to the first token; 0.0 before there is one.
     last_token_seconds: time from the submission to the last token so far.
-    accepted_by_source: number of accepted drafted tokens by the name of the source that proposed them.
+    accepted_by_source: number of accepted drafted tokens by what proposed them: "ngram", the name of another drafter,
+        or "constraint".
     draft_saved_seconds: estimated time that drafting has saved; 0 where the depth is fixed.
     drafting_off: why nothing is drafted, if the drafter has failed; else None.
     rows: sum of the numbers of rows of its steps.
@@ -62,7 +65,10 @@ class RequestMetrics:
 
     @property
     def draft_note(self) -> str | None:
-        """The reason, in a few words, why drafting did not make decoding faster; None: it did, or was turned off."""
+        """The reason, a short English phrase, why drafting did not make decoding faster; None: it did.
+
+        None also before the first step after the prefill.
+        """
         steps = self.num_spec_steps
         if self.drafting_off is not None:
             return self.drafting_off
@@ -95,7 +101,7 @@ class RequestMetrics:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Average number of tokens per step: 1 (the bonus token) + accepted / steps."""
+        """Average number of tokens per step after the prefill: 1 (the bonus token) + accepted / steps; 1 before any."""
         return 1 + self.num_accepted_draft_tokens / self.num_spec_steps if self.num_spec_steps else 1.0
 
     @property
@@ -128,7 +134,7 @@ class RequestMetrics:
 
     @property
     def exit_shares(self) -> dict[int, float]:
-        """The share of new tokens by the number of layers they ran, from shallow to deep; N is the full model."""
+        """{number of layers: share of the new tokens that ran so many}, fewest first; all N layers: the full model."""
         counts = Counter(self.exit_layers)
         counts[self.num_layers] += self.num_new_tokens - len(self.exit_layers)
         return {layers: counts[layers] / max(self.num_new_tokens, 1) for layers in sorted(counts)}
@@ -150,12 +156,12 @@ class RequestMetrics:
         self.num_draft_tokens += nodes
 
     def add_sources(self, names: Sequence[str]) -> None:
-        """Count accepted tokens in ``accepted_by_source``. names: for each token, the name of its source."""
+        """Count accepted tokens in ``accepted_by_source``. names: for each token, the name of what proposed it."""
         for name in names:
             self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures by name (fields and properties) as plain numbers, texts, lists and mappings, for JSON."""
+        """Return most fields and properties of this object by name, for JSON. Lists and mappings are not copied."""
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "
@@ -185,13 +191,13 @@ class PhaseTimer:
         self._behind: tuple[str, float, torch.cuda.Event, torch.cuda.Event] | None = None
 
     def restart(self) -> None:
-        """Restart the clock; the time since the last mark belongs to no phase."""
+        """Begin a step: restart the clock and clear ``step``. The time since the last mark belongs to no phase."""
         self._last = time.perf_counter()
         self.step = {}
         self._behind = None
 
     def begin(self) -> None:
-        """Begin to time the present phase on the device, too; ``mark`` ends it."""
+        """Begin to time the present phase on the device, too; the next ``mark`` ends it. No effect without a device."""
         self._begin = record_event(self.device)
 
     def mark(self, phase: str) -> None:
@@ -209,6 +215,6 @@ class PhaseTimer:
         self._book(phase, spent)
 
     def _book(self, phase: str, spent: float) -> None:
-        """Add ``spent`` seconds to ``phase``."""
+        """Add ``spent`` seconds to ``phase``, in ``seconds`` and in ``step``."""
         for seconds in (self.seconds, self.step):
             seconds[phase] = seconds.get(phase, 0.0) + spent

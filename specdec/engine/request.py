@@ -44,7 +44,11 @@ class TextSink(Protocol):
     """Interface of an object that receives a request's new tokens, and may end the request, as at a stop string."""
 
     def push(self, token: int) -> str | None:
-        """Receive the next token id; return a finish reason if the text ends with it, else None."""
+        """Receive the next token id; return a finish reason, such as "stop", if the text ends with it, else None.
+
+        Called once for each new token, an end token included, in the thread that runs the engine's steps. An exception
+        ends the request with the reason "error".
+        """
 
 
 @checked_class
@@ -123,17 +127,23 @@ class Request:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of its prompt are missing."""
+        """Whether it wants log-probabilities of its prompt, and some are missing."""
         return self.prompt_logprobs and len(self.prompt_token_logprobs) < len(self.prompt) - 1
 
     def set_status(self, status: Status) -> None:
-        """Change the status; no other code does. Raises ValueError for a change that ``ALLOWED_CHANGES`` lacks."""
+        """Change the status; no other code does.
+
+        Raises ValueError for a change that ``ALLOWED_CHANGES`` lacks, such as from finished to waiting.
+        """
         if status not in ALLOWED_CHANGES[self.status]:
             raise ValueError(f"a request that is {self.status} cannot become {status}")
         self.status = status
 
     def finish(self, reason: str, error: SpecDecError | None = None) -> None:
-        """End the request: set its status, ``finish_reason`` and ``error``.
+        """Record that the request has ended: set its status, ``finish_reason`` and ``error``.
+
+        The engine then removes it from the batch or the queue, and sends its last event. Of several calls the last
+        counts.
 
         reason: "eos" (an end token came), "stop" (a stop token), "length" (``max_new_tokens``), "cancelled", "error",
             or what the request's ``text`` has returned for a token.
@@ -172,12 +182,15 @@ class Request:
         self.sampler.noise.forget(len(self.ids))
 
     def close_phases(self, seconds_by_phase: dict[str, float]) -> None:
-        """Set the metrics' phases to the increase of the engine's ``seconds_by_phase`` since the request began."""
+        """Set ``metrics.phases`` to the increase of the engine's seconds since the request began; called at its end.
+
+        All are 0 if it never began. seconds_by_phase: the engine's seconds so far, by the name of the phase.
+        """
         start = seconds_by_phase if self.phases_at_start is None else self.phases_at_start
         self.metrics.phases = {phase: seconds - start.get(phase, 0.0) for phase, seconds in seconds_by_phase.items()}
 
     def _finish_reason(self, token: int) -> str | None:
-        """Return why the request ends with the new token ``token``; None: it goes on."""
+        """Pass the new token id ``token`` to ``text``; return the reason why the request ends with it, or None."""
         reason = None if self.text is None else self.text.push(token)
         if token in self.eos:
             return "eos"
@@ -187,7 +200,10 @@ class Request:
 
 
 def check_prompt(prompt: Sequence[int], target: Target) -> None:
-    """Raise SpecDecError if ``prompt`` is empty, too long, or has ids that are not in the target's vocabulary."""
+    """Raise SpecDecError if the token ids ``prompt`` cannot run on ``target``.
+
+    They must not be empty, leave space for a new token in the model's context, and be in its vocabulary.
+    """
     if not prompt:
         raise SpecDecError("the prompt is empty; give some token ids")
     if len(prompt) >= target.context:
@@ -200,7 +216,7 @@ def check_prompt(prompt: Sequence[int], target: Target) -> None:
 
 
 def failure(error: BaseException) -> SpecDecError:
-    """Return ``error`` as the SpecDecError with which a request ends."""
+    """Return the SpecDecError with which a request ends: ``error`` itself, or one with its class name and message."""
     if isinstance(error, SpecDecError):
         return error
     return SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
@@ -208,7 +224,7 @@ def failure(error: BaseException) -> SpecDecError:
 
 @dataclass
 class Event:
-    """The new token ids of a request since its last event.
+    """The new token ids of a request since its last event, and its end. The reader owns the object.
 
     tokens: the ids, in order; empty if only the end is reported.
     finish_reason: "eos", "stop" (or the reason that ``Request.text`` returns), "length", "cancelled" or "error"; None:
@@ -232,11 +248,12 @@ POLL = 1.0  # seconds after which a reader checks that the engine is still there
 
 
 class Handle:
-    """Iterator over the events of a request, for one reader, with ``for`` in a thread or ``async for``.
+    """Iterates over the events of a request, for one reader, with ``for`` in a thread or ``async for``.
 
-    At most one event waits for a slow reader; new tokens are added to it.
+    It waits for each event, and stops after the one with a finish reason. An error of the request is in that event, and
+    is not raised. At most one event waits for a slow reader; new tokens are added to it.
 
-    check: function that ends the request if its engine has ended.
+    check: function that ends the request if its engine has ended; called about every second while the reader waits.
     """
 
     def __init__(self, request: Request, check: Callable[[Request], None]) -> None:
@@ -252,13 +269,16 @@ class Handle:
         return self.request.metrics
 
     def cancel(self) -> None:
-        """Cancel the request after the current step; does nothing if the request has ended."""
+        """Let the request end before the next step, with the reason "cancelled"; no effect if it has ended.
+
+        Returns at once. Any thread may call it.
+        """
         self.request.cancelled = True
 
     def put(self, tokens: list[int], depths: list[int]) -> None:
-        """Add a step's new tokens to the pending event, with the request's finish reason if it has ended.
+        """Add a step's new tokens to the pending event, with the request's finish reason and error if it has ended.
 
-        The reader is not notified yet.
+        The reader is not woken; ``notify`` does that.
 
         tokens: the new token ids.
         depths: for each of them, its depth in the draft; 0: the model chose it itself.
@@ -270,7 +290,7 @@ class Handle:
             event.finish_reason, event.error = self.request.finish_reason, self.request.error
 
     def notify(self) -> None:
-        """Wake the reader of this handle, who then gets the pending event."""
+        """Wake the reader of this handle, who then gets the pending event. The engine calls it after ``put``."""
         with self._change:
             self._change.notify_all()
             waker = self._waker

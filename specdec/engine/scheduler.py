@@ -25,6 +25,7 @@ CHECKPOINT = 512  # minimum prompt tokens between two checkpoints of recurrent s
 class Scheduler:
     """Chooses which waiting requests begin and which prompt tokens run in each step.
 
+    batch: the rows that decode, which rows join when their prompts have run.
     max_rows: maximum number of requests that run at once. kv_memory: maximum bytes of keys and values; None: no limit.
     chunk: maximum number of prompt tokens in a step. prefixes, disk: cached prefixes in memory and on disk; None: none.
     waiting: the queue of requests. prefilling: the requests whose prompts are being run.
@@ -33,8 +34,9 @@ class Scheduler:
     place of a text so that another text can go on from there.
 
     A text with recurrent states can be resumed only at checkpoints. A prompt gets one where another text branches off,
-    and one every ``CHECKPOINT`` tokens. With windowed layers, whose slots before the last window are dropped, a prompt
-    gets one where another text branches off, and one at its end.
+    and one every ``CHECKPOINT`` (512) tokens or, in a long prompt, a quarter of the tokens so far. With sliding-window
+    layers, whose keys and values before the last window are dropped, a prompt gets one where another text branches off,
+    and one at its end.
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class Scheduler:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def preempt(self) -> bool:
-        """Move the youngest rows back to the queue until the others have memory to grow; return whether any moved."""
+        """Move the youngest rows back to the queue until the others have memory for the next step.
+
+        Return whether any moved. Their keys and values are dropped, and computed again later. One row always stays.
+        """
         before = self.preemptions
         while not self.memory.make_room(DRAFTED) and self.running > 1:
             youngest = max(self.rows, key=lambda row: row.submit_time)
@@ -151,14 +156,18 @@ class Scheduler:
             self._defer(row)
 
     def _defer(self, row: Request, keep: bool = True) -> None:
-        """Move a running row back to the front of the queue. keep: whether to cache its keys and values."""
+        """Move a running row back to the front of the queue. keep: whether to cache its keys and values until then."""
         self.remove([row], keep)
         row.set_status(Status.WAITING)
         self.waiting.appendleft(row)
         self.preemptions += 1
 
     def _defer_background(self) -> None:
-        """Move background requests back to the queue while there are others. What has run of them is cached."""
+        """Move background requests whose prompts run back to the queue while there are others.
+
+        What has run of them is cached. A request is no longer in the background ``PATIENCE`` (5) seconds after it was
+        submitted.
+        """
         waiting = tuple(self.waiting)  # others add to it
         for row in (*waiting, *self.prefilling.rows):
             row.background = row.background and time.perf_counter() - row.submit_time < PATIENCE
@@ -188,8 +197,8 @@ class Scheduler:
         """Find the longest cached prefix of the token ids ``ids``, among texts of ``scope``.
 
         Return a function that makes a KV cache of it (None: there is none), its number of tokens, and the number of
-        tokens that ``ids`` shares with any cached text. The function takes the number of
-        tokens to take over, and the number of slots to allocate.
+        first tokens that ``ids`` shares with any cached text, which may be larger. The function takes the number of
+        tokens to take over, and the number of tokens to allocate memory for.
         """
         if (prefixes := self.memory.prefixes) is None:
             return None, 0, 0
@@ -212,18 +221,20 @@ class Scheduler:
         return source, most, shared
 
     def _fork(self, row: Request, count: int) -> None:
-        """Record that other texts branch off the text of ``row`` after ``count`` tokens, where a checkpoint helps.
+        """Add ``count`` to ``row.fork_positions``: other texts branch off there, so the prompt gets a checkpoint there.
 
-        With a disk cache, the last end of a chunk before is recorded, too.
+        With prefixes on disk, which are stored in chunks of tokens, the last end of a chunk before is added, too.
         """
         row.fork_positions |= {count} if self.disk is None else {count, count // self.disk.chunk * self.disk.chunk}
 
     def _should_wait(self, row: Request, ids: Sequence[int], found: int, fresh: list[Request]) -> bool:
-        """Return whether ``row`` waits for a running prompt that it shares more of than the ``found`` cached tokens.
+        """Return whether ``row`` waits until the prompt of another request, whose beginning it shares, has run further.
 
-        If so, the place where the two texts branch off is recorded (``_fork``).
+        It does if it shares more first tokens with that prompt than it finds in the cache, by over ``SHARED`` (32). The
+        place where the two texts branch off is then recorded (``_fork``).
 
-        ids: the tokens of ``row`` that may be cached. fresh: requests that begin in this step.
+        ids: the tokens of ``row`` that may be cached. found: number of these that are cached.
+        fresh: requests that begin in this step.
         """
         if self.memory.prefixes is None:
             return False
@@ -238,7 +249,10 @@ class Scheduler:
         return waits
 
     def _count_hits(self, row: Request, found: int) -> None:
-        """Count the prompt tokens of ``row`` as looked up among cached prefixes, and ``found`` of them as found."""
+        """Count the prompt tokens of ``row`` as looked up among cached prefixes, and ``found`` of them as found.
+
+        The counts are in ``prefix_queries`` and ``prefix_hits``, and in the request's metrics.
+        """
         if self.memory.prefixes is not None and not row.deferred:
             self.prefix_queries += len(row.ids)
             self.prefix_hits += found
@@ -248,7 +262,11 @@ class Scheduler:
                 row.metrics.num_cached_tokens = found
 
     def prefill(self) -> list[Request]:
-        """Run the next chunk of the prompts; rows whose prompts are complete join the batch and are returned."""
+        """Run the next tokens of all prompts in ``prefilling``, at most ``chunk`` together while other rows decode.
+
+        Without decoding rows, it is at most ``chunk`` tokens of each prompt. Rows whose prompts are complete get their
+        first token, join the batch, and are returned.
+        """
         prefilling, cache = self.prefilling, self.prefilling.cache
         if cache is None:
             return []
@@ -281,9 +299,11 @@ class Scheduler:
         return complete
 
     def _count_saved(self, complete: Sequence[Request], count: int, seconds: float) -> None:
-        """Add the time that cached tokens have saved to the metrics of the ``complete`` rows.
+        """Add the estimated time that cached prompt tokens have saved to the metrics of the ``complete`` rows.
 
-        count, seconds: number of tokens and time of the last pass.
+        The estimate is the average time of a prompt token in passes over ``TIMED`` (64) tokens or more so far.
+
+        complete: rows whose prompts are complete. count, seconds: number of tokens and time of the last pass.
         """
         if count >= TIMED:
             self.timed = self.timed[0] + count, self.timed[1] + seconds
@@ -293,7 +313,10 @@ class Scheduler:
                 self.saved_seconds += row.metrics.saved_seconds
 
     def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
-        """Remove rows that have ended or are preempted. keep: whether to cache their keys and values as prefixes."""
+        """Remove rows that have ended or are preempted from the batch and from ``prefilling``.
+
+        keep: whether to cache the keys and values of decoding rows, for later prompts that begin like their texts.
+        """
         batch = self.batch
         if keep and self.memory.prefixes is not None:
             for b, row in enumerate(batch.rows):
@@ -306,6 +329,6 @@ class Scheduler:
         self.memory.make_room(0)
 
     def clear(self) -> None:
-        """Remove all running rows, without caching their texts."""
+        """Remove all running rows and their keys and values, without caching these; their statuses do not change."""
         self.batch.keep([])
         self.prefilling.rows, self.prefilling.cache = [], None

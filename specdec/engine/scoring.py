@@ -28,8 +28,11 @@ class Scores:
 
     chosen: token that the target chooses after each block token, [B][1 + M] (-1: its logits are not finite). Entries of
         nodes that a row does not have mean nothing.
-    p: the target's distributions after each block token, [B, 1 + M, V]; None: the verifier does not read them.
-    taps: states [B, 1 + M, D] by block index, by the layer that they are the input of, for the drafter.
+    p: the probabilities by which the target's sampler draws after each block token, [B, 1 + M, V]; one-hot in greedy
+        rows. None: the verifier does not read them, or all rows are greedy.
+    taps: for the drafter: hidden states [B, 1 + M, D] (second index: block index) by the layer that they are the input
+        of; N has the output of the last layer, before the final norm, and N + 1 the logits [B, 1 + M, V]. Layers below
+        the draft's ``exit_layer``, which are not run, have empty tensors.
     count: number of tokens that were run, of all rows.
     nodes: the block indices of each row that were run, in the order of the run; None: all were, by block index.
     logits: by the index of a row in the batch, raw logits [n, V] after each of its n tokens that were run, before any
@@ -64,9 +67,12 @@ def score(
 ) -> Scores:
     """Run each row's root and drafted tokens through the target in one pass, and choose a token after each of them.
 
-    The keys and values of these tokens stay in ``state.cache``, uncommitted.
+    The keys and values of these tokens stay in ``state.cache``, uncommitted. Tokens that cannot be scored raise no
+    error: ``Scores.fault`` says why, and ``draft`` has no tokens afterwards.
 
-    taps: its keys are the layers whose input states are wanted; the values are replaced by these states.
+    state: the rows, with their KV cache and sampler. draft: the drafted tokens.
+    taps: its keys are the layers whose input states are wanted; the values are replaced by these states (as in
+        ``Scores.taps``).
     verifier: says whether distributions are needed, and which drafted tokens it accepts.
     logit_rows: batch indices of the rows whose raw logits are returned, too (``Scores.logits``).
     """
@@ -166,7 +172,9 @@ class _Scorer:
         return None if p is None else p.gather(1, index.expand(-1, -1, p.shape[2]))
 
     def _resume(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the block's states [B, 1 + M, D] at the draft's exit layer; tokens that lack them run up to it.
+        """Return the hidden states [B, 1 + M, D] of all block tokens at the input of the draft's ``exit_layer``.
+
+        Those that ``draft.states`` lacks are computed by the layers below it.
 
         tokens, positions: the block's tokens and their positions, int64 [B, 1 + M] each.
         """
@@ -182,7 +190,10 @@ class _Scorer:
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def rows(self) -> Scores:
-        """Score only the nodes that each row has, with the rows concatenated without padding."""
+        """Score only the nodes that each row has, with the rows concatenated without padding, in one pass.
+
+        The target must be ``ragged``, and the draft have no ``states``. ``Scores.nodes`` lists the tokens that ran.
+        """
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
         # Run
@@ -230,9 +241,12 @@ class _Scorer:
         return Scores(chosen, torch.cat(p) if p else None, taps, sum(counts), nodes, row_logits)
 
     def _read_out(self, x: Tensor, counts: Sequence[int], rows: Sequence[int]) -> Sequence[Tensor]:
-        """Return logits [1, n, V] for each of ``rows``, from final states ``x`` [1, T, D] of all rows, concatenated.
+        """Return, for each of ``rows``, the raw logits after its n tokens, [1, n, V]; all in one pass of the head.
 
-        counts: number of tokens of each row in ``x``. rows: batch indices, rising; (): nothing is computed.
+        x: output of the last layer, before the final norm, for the tokens of all rows one row after the other,
+            [1, T, D].
+        counts: for each row of the batch, its number n of tokens in ``x``.
+        rows: batch indices of the rows to read, rising; (): nothing is computed.
         """
         if not rows:
             return ()
@@ -241,7 +255,10 @@ class _Scorer:
         return self.state.target.readout(some).split([counts[b] for b in rows], 1)
 
     def _make_masks(self) -> None:
-        """Compute the constraints' masks after drafted tokens while the device scores; they are cached."""
+        """Compute the constraints' masks after drafted tokens while the device scores.
+
+        ``ConstraintState.mask`` caches them. No effect if only the device has the drafted tokens.
+        """
         for b, row in enumerate(self.state.sampler.rows):
             if row.constraint is not None and self.draft.listed is not None:
                 for path in ([], *self.draft.paths(b)):
@@ -332,8 +349,9 @@ def _likeliest(logits: Tensor) -> Tensor:
 def _best_allowed(
     row: RowSampler, text: Sequence[int], logits: Tensor, best: int, others: _Likeliest | None = None
 ) -> int:
-    """Return the best token in ``logits`` [1, 1, V] that the row's constraint allows after ``text``; -1: there is none.
+    """Return the token with the largest logit that the row's constraint allows after ``text``; -1: there is none.
 
+    logits: raw logits after ``text``, [1, 1, V].
     text: ids of the prompt and the tokens after it, up to the position.
     best: the argmax of ``logits``; -1: they are not finite. others: the likeliest tokens; None: they are not known.
     """

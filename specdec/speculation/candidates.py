@@ -15,7 +15,7 @@ class Candidates(NamedTuple):
     The root is the last token of the text. It is no node of the tree; its children are at level (depth) 1. All lists
     have one entry for each node.
 
-    scores: logarithm of the calibrated probability that the path from the root to the node is accepted.
+    scores: natural logarithm of the calibrated probability that all tokens from the root to the node are accepted.
     tokens: the token ids.
     parents: the parent of each node; 0: the root, i + 1: node i.
     raw: raw[s][i] is the probability, not calibrated, that source s (such as n-grams) gives node i after its parent; 0:
@@ -29,7 +29,10 @@ class Candidates(NamedTuple):
 
     @classmethod
     def none(cls, sources: int = 1) -> Candidates:
-        """Return a tree without nodes. sources: number of sources of probabilities, which is the length of ``raw``."""
+        """Return a tree without nodes.
+
+        sources: number of sources that give tokens probabilities (such as n-grams), which is the length of ``raw``.
+        """
         return cls([], [], [], [[] for _ in range(sources)])
 
     @classmethod
@@ -53,7 +56,7 @@ class Candidates(NamedTuple):
         return depths[1:]
 
     def within(self, most: int) -> Candidates:
-        """Return the tree of the nodes whose depth is at most ``most``; 0: an empty tree."""
+        """Return the tree of the nodes whose depth is at most ``most``; 0: an empty tree. It may be this object."""
         depths = self.depths()
         deep = max(depths, default=0) > most
         return self.only([node for node, depth in enumerate(depths) if depth <= most]) if deep else self
@@ -72,12 +75,12 @@ class Candidates(NamedTuple):
         return found
 
     def source(self, node: int) -> int:
-        """Return the index of the source in ``raw`` that gives node ``node`` the largest raw probability."""
+        """Return the index in ``raw`` of the source that gives node ``node`` (0: the first) the largest probability."""
         raw = [each[node] for each in self.raw]
         return raw.index(max(raw))
 
     def by_level(self) -> list[float]:
-        """Return, for depths 1, 2, .., the expected number of accepted tokens at that depth.
+        """Return, for depths 1, 2, .. up to the deepest node, the expected number of accepted tokens at that depth.
 
         It is the sum of the probabilities that the paths to the nodes at the depth are accepted.
         """
@@ -97,7 +100,10 @@ class Candidates(NamedTuple):
         return self.only(sorted(sorted(range(len(self.tokens)), key=lambda i: (-self.scores[i], i))[:count]))
 
     def only(self, indices: Sequence[int]) -> Candidates:
-        """Return the tree of the nodes ``indices``, sorted indices that include the parent of each of these nodes."""
+        """Return a new tree of the nodes ``indices`` alone, renumbered in this order.
+
+        indices: indices of nodes, rising, with each node's parent.
+        """
         index = {0: 0} | {node + 1: new for new, node in enumerate(indices, start=1)}
         scores, tokens = [self.scores[node] for node in indices], [self.tokens[node] for node in indices]
         raw = [[own[node] for node in indices] for own in self.raw]
@@ -109,10 +115,10 @@ class CandidateSet:
     """The candidates of all rows (sequences) of a batch that a draft was chosen from.
 
     rows: the candidates of each row.
-    levels: number of draft levels, each one forward pass of the drafter; 0: the candidates needed no such pass, as with
-        n-grams.
-    without_levels: for each row the nodes that would have been drafted without any such pass; None: there is no such
-        draft.
+    levels: number of draft levels (depths of the tree), each one forward pass of the drafter; 0: the candidates needed
+        no such pass, as with n-grams.
+    without_levels: for each row the nodes that would have been drafted without any such pass, as by the n-grams of
+        ngram+X; None: there is no such draft.
     """
 
     rows: Sequence[Candidates]

@@ -55,7 +55,7 @@ class Constraint:
         return source
 
     def grammar(self, matcher: Any) -> str:
-        """Return the constraint as a grammar string of the package llguidance.
+        """Return the constraint as a grammar string that llguidance's ``LLMatcher`` takes.
 
         Raises ValueError if the constraint's source is invalid. matcher: llguidance's class ``LLMatcher``.
         """
@@ -99,7 +99,10 @@ def _refuse_constant(name: str) -> None:
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """Constraint that allows only text which the regular expression ``pattern`` matches from beginning to end."""
+    """Constraint that allows only text which the regular expression ``pattern`` matches from beginning to end.
+
+    pattern: in the syntax of the package llguidance.
+    """
 
     pattern: str
     kind = "regular expression"
@@ -131,7 +134,7 @@ class Choice(Constraint):
 
 
 def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tensor:
-    """Return logits ``scores`` [..., V'] with -inf for tokens that are not allowed.
+    """Return a copy of the logits ``scores`` [..., V'] with -inf for tokens that are not allowed.
 
     allowed: whether a token is allowed, bool [V]; None: no token is.
     vocab: the token ids of ``scores``, int64 [V']; None: the index of a logit is its token id.
@@ -145,7 +148,9 @@ def masked(scores: Tensor, allowed: Tensor | None, vocab: Tensor | None) -> Tens
 class CompiledConstraint:
     """A constraint that is compiled for one model; ``state`` makes the logits processor of one row (sequence).
 
-    matcher: llguidance's matcher at the beginning of the text.
+    Several rows may use one object.
+
+    matcher: an ``LLMatcher`` of the package llguidance at the beginning of the text. Each row gets a copy.
     vocab_size: V, the size of the model's vocabulary.
     ends: ids of the end tokens.
     block: ids of the tokens that begin and end a reasoning block; None: the model does not reason.
@@ -173,8 +178,8 @@ def compile_constraint(
 ) -> CompiledConstraint:
     """Compile ``constraint`` for a model, and return it.
 
-    Raises SpecDecError if the constraint is invalid, longer than ``LONGEST`` characters, or allows no text; if the
-    tokenizer cannot be used or there is no end token; and if llguidance is not installed.
+    Raises SpecDecError if the constraint is invalid, longer than ``LONGEST`` (65536) characters, or allows no text; if
+    the tokenizer cannot be used or there is no end token; and if llguidance is not installed.
 
     tokenizer: the model's tokenizer, a fast one of transformers.
     vocab_size: V, the size of the model's vocabulary. ends: ids of the tokens that end a text.
@@ -211,7 +216,7 @@ def compile_constraint(
 
 
 def _invalid(constraint: Constraint, why: str) -> SpecDecError:
-    """Return the error that says why ``constraint`` cannot be used. why: llguidance's message."""
+    """Return the ConstraintError that says why ``constraint`` cannot be used. why: llguidance's message."""
     return ConstraintError(f"the {constraint.kind} cannot be used: {_sentence(why)}")
 
 
@@ -229,10 +234,11 @@ def _sentence(why: str) -> str:
 
 
 def _token_table(tokenizer: Any, vocab_size: int, ends: frozenset[int]) -> Any:
-    """Return llguidance's form of the tokenizer. Takes about a second, then is cached with the tokenizer.
+    """Return the tokenizer as llguidance's ``LLTokenizer``. Takes about a second, then is cached with the tokenizer.
 
     Raises SpecDecError if the tokenizer is not a fast one, if llguidance refuses it, or if there is no end token.
 
+    tokenizer: the model's tokenizer, of transformers.
     vocab_size: V, the size of the model's vocabulary. ends: ids of the end tokens.
     """
     from llguidance import LLTokenizer
@@ -271,7 +277,7 @@ class ConstraintState:
 
     compiled: the constraint, compiled for the model.
     prompt: the token ids of the row's prompt. start: their number.
-    inside: whether the prompt ends in a reasoning block, which is not constrained.
+    inside: whether the prompt ends in a reasoning block (<think> .. </think>), which is not constrained.
     may_reason: whether the answer may begin with a reasoning block.
     matcher, consumed: llguidance's matcher, and the generated tokens that it has consumed.
     masks: cached results of ``mask``, by the generated tokens.
@@ -310,9 +316,12 @@ class ConstraintState:
         return masked(scores, self.mask(ids[self.start :]), vocab)
 
     def mask(self, new: Sequence[int]) -> Tensor | None:
-        """Return which tokens may follow the generated tokens ``new``, bool [V].
+        """Return which tokens may follow the generated tokens ``new``, bool [V] on the CPU.
 
-        None if no token may, or if ``new`` itself breaks the constraint. new: the row's tokens after its prompt.
+        It is cached, so the caller must not change it. None if no token may follow, or if ``new`` itself breaks the
+        constraint.
+
+        new: the row's tokens after its prompt; drafted ones may be at the end.
         """
         key = tuple(new)
         if key not in self.masks:
@@ -324,7 +333,7 @@ class ConstraintState:
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
         """Return the tokens that must follow ``ids`` (prompt and output), because the constraint allows no others.
 
-        limit: maximum number of tokens to return.
+        [] if it allows a choice, or no token. limit: maximum number of tokens to return.
         """
         found = list(ids[self.start :])
         most = len(found) + limit
@@ -336,7 +345,7 @@ class ConstraintState:
         return found[len(ids) - self.start : most]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
-        """Return how many of ``tokens``, counted from the first, may follow ``ids`` (prompt and output)."""
+        """Return how many of ``tokens``, from the first on, the constraint allows after ``ids`` (prompt and output)."""
         before = len(ids) - self.start
         return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
 
@@ -413,7 +422,9 @@ class ConstraintState:
     def _guarded(self, query: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
         """Return ``query(new)``. If llguidance's matcher fails in it, reset the matcher and return ``otherwise``.
 
-        The reason is then in ``error_text``. query: function of generated tokens that uses the matcher.
+        The reason is then in ``error_text``. Exceptions of ``query`` are caught.
+
+        query: function of generated tokens that uses the matcher. new: the row's tokens after its prompt.
         """
         try:
             answer, why = query(new), self.matcher.get_error()

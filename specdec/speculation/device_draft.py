@@ -14,13 +14,15 @@ from specdec.speculation.trees import MOST_NODES
 
 
 def choice_of(state: State, levels: int, nodes: int | None, width: int) -> DeviceChoice | None:
-    """Return the rule by which the device selects the nodes of draft trees, so that the CPU need not wait for it.
+    """Return the rule by which a GPU selects the nodes of draft trees, so that the CPU need not wait for it.
 
-    None: the CPU selects the nodes, because the device is not asynchronous, or because sampling or a constraint needs
-        the drafted tokens on the CPU.
+    None: the CPU has to select the nodes, because the device is not asynchronous, or because sampling, a constraint or
+        ``state.threshold`` needs the drafted tokens on the CPU.
 
-    state: the rows (sequences) of the batch. levels: number of draft levels, each one pass of the drafter.
-    nodes: number of nodes per row; None: as many as are worth their price in ``state.prices``.
+    state: the rows (sequences) of the batch.
+    levels: number of draft levels (depths of the tree), each one pass of the drafter.
+    nodes: maximum number of nodes per row; None: as many as add more expected accepted tokens than their scoring costs
+        by ``state.prices`` or, without prices, one for each level.
     width: maximum number of children of a node; 1: drafts are chains.
     """
     if not is_asynchronous(state.cache.device) or state.sampler.needs_prefixes or state.threshold is not None:
@@ -46,9 +48,11 @@ def choice_of(state: State, levels: int, nodes: int | None, width: int) -> Devic
 class DeviceDraft(Draft):
     """A draft whose tokens and tree are on the device; the CPU knows them only after ``receive``.
 
+    Until then ``found`` is None, and ``parents`` are unknown unless it is a chain. ``lists`` waits for the device.
+
     held: the selected nodes on the device; as an attribute, None once the CPU has read them.
-    state: the rows (sequences) for which it was drafted.
-    levels: number of draft levels, each one pass of the drafter.
+    state: the rows (sequences) for which it was drafted, with their maximum depths.
+    levels: number of draft levels (depths of the tree), each one pass of the drafter.
     chain: whether the tree is known to be a chain.
     without_levels: for each row the nodes that would have been drafted without any such pass; None: there is no such
         draft.

@@ -54,7 +54,7 @@ class Draft:
 
     @property
     def tokens(self) -> Tensor:
-        """The token ids of the nodes, int64 [B, M]; -1: the row does not have the node."""
+        """The token ids of the nodes, int64 [B, M] on ``device``; -1: the row does not have the node."""
         if self._tokens is None:
             assert self.listed is not None
             self._tokens = upload(self.listed, self.device).view(len(self.listed), len(self.parents))
@@ -69,7 +69,10 @@ class Draft:
         return self._depths
 
     def lists(self) -> list[list[int]]:
-        """Return the token ids as lists [B][M], which waits for the device if only that has them; -1: no such node."""
+        """Return the token ids as lists [B][M], which the caller must not change; -1: the row does not have the node.
+
+        Waits for the device if only that has them.
+        """
         if self.listed is None:
             self.listed = self.tokens.tolist()
         return self.listed
@@ -131,12 +134,14 @@ class Draft:
         return cut
 
     def with_chains(self, chains: Sequence[Sequence[int]]) -> Draft:
-        """Return this draft with the nodes of some rows replaced by chains of tokens.
+        """Return a new draft in which chains of tokens replace the nodes of some rows; this draft is unchanged.
 
-        The chains are new nodes after the existing ones; these keep their indices and states, and have no token in the
-        replaced rows.
+        The new draft has further nodes after the M existing ones, as many as the longest chain: the first is a child of
+        the root, each other one a child of the one before. In a replaced row the M nodes have token -1, in other rows
+        the further ones. The two drafts share ``states``, ``layers`` and ``found``.
 
-        chains: for each row, token ids that follow its root; []: the row keeps its nodes.
+        chains: for each row, token ids that follow its root, in order; []: the row keeps its nodes. At least one row
+            must have a chain.
         """
         count, deepest = len(self.parents), max(map(len, chains))
         tokens = [

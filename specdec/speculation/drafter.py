@@ -32,18 +32,20 @@ class Traits:
     An *exit* is a layer of the model at which drafted tokens may leave it; exits are numbered from 0, and most drafters
     have one. A *level* is all tokens that are drafted at one depth of the tree, in one pass of the drafter.
 
-    sources: the name of each source of its candidates, such as ("ngram", "m2r2"); probabilities are calibrated for each
-        source. A drafter by itself has one source, its name.
+    sources: the names of those that propose its candidate tokens, such as ("ngram", "m2r2"); probabilities are
+        calibrated for each. A drafter by itself is its only source.
     drafts: whether it ever proposes a token.
-    taps: the layers whose input states ``Drafter.observe`` receives. N (the number of layers) stands for the final
-        state, N + 1 for the logits of a step, [B, 1 + M, V] (an empty tensor for a prompt).
+    taps: the layers whose input states ``Drafter.observe`` receives. N (the number of layers) stands for the output of
+        the last layer, before the final norm, N + 1 for the logits of a step, [B, 1 + M, V] (an empty tensor for a
+        prompt).
     whole_prompts: whether ``observe`` receives the states of all prompt tokens; False: of the last token of each part
         of a prompt only.
-    has_probabilities: whether it knows probabilities of its tokens, and chooses its nodes by the prices in
+    has_probabilities: whether it knows probabilities of its tokens, and chooses its nodes by the costs in
         ``State.prices``.
     level_shares: for each exit, the bytes that drafting one level reads, as a part of the bytes that a pass of the
         model reads; 0: it has no levels. A drafter with more than one exit obeys ``State.exit``.
-    leaves_early: whether its tokens leave the model early, with a confidence (``State.threshold``).
+    leaves_early: whether its tokens leave the model at an early layer with a confidence, so that a verifier may accept
+        them without scoring (``State.threshold``).
     cost_key: text that distinguishes drafters of the same name which need different times to draft.
     """
 
@@ -65,8 +67,8 @@ class Traits:
 class Learner(ABC):
     """Base class of the part of a drafter that trains it, while the engine runs, on rows (sequences) that ended.
 
-    The drafter, in its attribute ``learner``, passes it texts; the engine calls ``work`` when it is idle. A subclass
-    implements all methods.
+    A drafter that has one in its attribute ``learner`` gives it the data itself, by methods of the subclass; the engine
+    calls ``work`` between its steps. A subclass implements all methods.
     """
 
     @property
@@ -80,14 +82,14 @@ class Learner(ABC):
 
     @abstractmethod
     def claim(self) -> None:
-        """Make this process the only one that writes what a drafter learns to the disk.
+        """Make this process the only one that writes the file of learned weights (``save``), until it ends.
 
         Raises SpecDecError if another process is that already, or if the file cannot be written.
         """
 
     @abstractmethod
     def save(self) -> None:
-        """Write the drafter's learned weights to the disk for later processes; no effect without ``claim`` before."""
+        """Write the drafter's learned weights to its file, which later processes load; no effect before ``claim``."""
 
 
 class Drafter(ABC):
@@ -99,7 +101,9 @@ class Drafter(ABC):
     name: name in the registry, such as "m2r2". summary: one line for the command ``specdec drafters``.
     training: the command that trains one, such as "specdec train m2r2"; None: there is none.
     needs_training: whether it drafts only with trained parameters.
-    traits: what the engine must know; by default that there is one source. ``bind`` sets what depends on the model.
+    traits: what the engine must know of the drafter. By default, ``Traits((name,))``: it proposes tokens without
+        probabilities, and all count as of one source (who proposes a token), named like the drafter. ``bind`` replaces
+        the object if it depends on the model.
     learner: the object that trains it while the process runs; None: it does not learn.
     """
 
@@ -120,18 +124,19 @@ class Drafter(ABC):
 
         state: the rows of the batch, with their token ids, KV cache and maximum depths.
         limit: maximum depth of the draft, at least 1: the largest of ``state.depths``. The engine removes a row's nodes
-            that are deeper than the row's own entry there.
+            that are deeper than the row's own entry there. A deeper draft is an error, after which the drafter is off.
         """
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """Make a drafter for ``target``. By default it has no source, and its options are those of the constructor.
+        """Make a drafter for ``target`` and return it; the caller binds it.
 
-        Raises SpecDecError for an option that the drafter does not have.
+        The default is for drafters without parameters: it passes ``kwargs`` to the constructor. Raises SpecDecError for
+        an option that the drafter does not have, and for a source if it takes none.
 
         target: the model for which it will draft.
-        source: a folder or a hub name from which its parameters are loaded; None: no source. kwargs: the drafter's
-            options.
+        source: a folder or a hub name from which its parameters are loaded; None: no source was given.
+        kwargs: the drafter's options by name.
         """
         options.check_names(cls.name, kwargs, keywords(cls), source)
         return cls(**kwargs)
@@ -139,13 +144,14 @@ class Drafter(ABC):
     def bind(self, target: Target) -> None:  # noqa: B027 (optional)
         """Attach the drafter to a model, and forget all rows. Raises SpecDecError if the two do not fit.
 
-        Called before the first step, and again when the drafter starts anew after a failure.
+        Called before the first step, and again when the drafter starts anew after a failure. Does nothing by default.
         """
 
     def begin(self) -> Any:
         """Return an object with what the drafter stores for a new row (sequence), whose prompt has not run yet.
 
-        The engine keeps it, and passes it to the other methods. None, the default: the drafter stores nothing.
+        The engine keeps it until the row ends, and passes it to the other methods, which may change it. None, the
+        default: the drafter stores nothing.
         """
         return None
 
@@ -158,8 +164,8 @@ class Drafter(ABC):
     ) -> list[Candidates] | DeviceTree | None:
         """Return each row's tree of candidate tokens after its root, with probabilities; at most ``limit`` deep.
 
-        With a ``choice``, it may return the selected trees on the device. None, the default: this drafter has no
-        candidates in this step, and the draft of ``propose`` is used.
+        Joined drafters (ngram+X) call it. With a ``choice``, it may return the selected trees on the device. None, the
+        default: this drafter has no candidates in this step, and the draft of ``propose`` is used.
 
         state: the rows of the batch. limit: maximum depth of a node.
         given: for each row, the candidates by n-grams; a drafter may draft further tokens after them, too. None: there
@@ -171,8 +177,8 @@ class Drafter(ABC):
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:  # noqa: B027
         """Receive hidden states of tokens that the model has run, and which of these tokens were accepted.
 
-        The tokens are blocks of T per row: the root and the draft's nodes (block index 0 is the root), or a part of a
-        prompt.
+        Called after each step, and after each part of a prompt that has run. The tokens are blocks of T per row: the
+        root and the draft's nodes (block index 0 is the root, i + 1 is node i), or a part of a prompt.
 
         row_states: what ``begin`` returned for each row.
         paths: for each row, the block indices of the accepted tokens; [] for a row that was not run. A part of a prompt
@@ -184,7 +190,7 @@ class Drafter(ABC):
     def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
         """Forget a row's last draft, because the model will score it only in part or not at all.
 
-        row_state: what ``begin`` returned for the row.
+        Called between ``propose`` and the pass that scores the draft. row_state: what ``begin`` returned for the row.
         """
 
     def end(self, row_state: Any, ids: list[int], start: int, learn: bool = True) -> None:  # noqa: B027 (optional)

@@ -21,7 +21,7 @@ FIRST, NEVER_SECOND = "ngram", ("none", "ngram")  # of joined drafters
 
 
 class Part(NamedTuple):
-    """One drafter of a text such as "ngram+m2r2", by name and source.
+    """One drafter of a text such as "ngram+m2r2", by its name and where its parameters are.
 
     name: name in the registry; "": the name is in the config.json of ``source``.
     source: a folder or a hub repository to load from; None: nothing to load, or what the package ships for the model.
@@ -34,7 +34,8 @@ class Part(NamedTuple):
     def parse(cls, text: str) -> Part:
         """Parse the text that names one drafter: its name, a drafter folder, or a hub repository ORG/NAME[@revision].
 
-        Downloads nothing. Raises SpecDecError for an unknown name, and for a folder without a drafter.
+        The name of a folder's or repository's drafter stays "" until ``resolved``. Downloads nothing. Raises
+        SpecDecError for an unknown name, and for a folder that is missing or has no config.json.
         """
         if text in registry.names("drafters") or not ("/" in text or Path(text).is_dir()):
             registry.check_name("drafters", text)
@@ -47,9 +48,10 @@ class Part(NamedTuple):
         return cls("", text)
 
     def resolved(self) -> Part:
-        """Return this named drafter with its name filled in; downloads a hub repository to read its config.json.
+        """Return a part with the name from the config.json of ``source``, and ``source`` as a local folder.
 
-        Raises SpecDecError if the folder or repository has no drafter.
+        Downloads a hub repository. A part that has a name is returned as it is. Raises SpecDecError if the folder or
+        repository has no drafter.
         """
         if self.name:
             return self
@@ -74,7 +76,8 @@ class DrafterSpec:
     def parse(cls, text: str) -> DrafterSpec:
         """Parse ``text``: "auto", NAME, NAME=SOURCE, a drafter folder, ORG/NAME[@revision], or ngram+X.
 
-        X is any of these but "auto". Imports and downloads nothing. Raises SpecDecError for other texts.
+        SOURCE is a folder or a hub repository with the drafter's parameters; X is any of these but "auto". Imports and
+        downloads nothing. Raises SpecDecError for other texts.
         """
         if text == "auto":
             return cls()
@@ -91,14 +94,14 @@ class DrafterSpec:
         return cls(tuple(parts))
 
     def resolved(self) -> DrafterSpec:
-        """Return the spec with the names of all drafters filled in from config.json; may download hub repositories.
+        """Return the spec with the name of each drafter, read from config.json where it was given by its source.
 
-        Raises SpecDecError if a source has no drafter.
+        May download hub repositories. Raises SpecDecError if a source has no drafter.
         """
         return DrafterSpec(tuple(part.resolved() for part in self.parts))
 
     def load(self, target: Any, options: Mapping[str, Any]) -> Drafter:
-        """Load the drafter for the model ``target``, and return it.
+        """Load the drafter for the model ``target``, and return it; the caller binds it. May download it from the hub.
 
         Raises SpecDecError for an option that the drafter does not have, and for a drafter that does not fit the model.
 
@@ -124,7 +127,9 @@ class DrafterSpec:
         return joined
 
     def refuse_early(self, model: str, config: Any = None) -> None:
-        """Raise SpecDecError if a drafter needs training and none is shipped for ``model``.
+        """Raise SpecDecError if a drafter needs trained parameters, and none are given or shipped for ``model``.
+
+        So the user need not wait for the model's weights first. Passing is no guarantee that loading works.
 
         model: name of the model.
         config: the model's config; None: not downloaded yet, so only models of the package's own catalogue are checked.
@@ -142,10 +147,10 @@ class DrafterSpec:
 
 
 def _load(part: Part, target: Any, options: Mapping[str, Any]) -> Drafter:
-    """Load one drafter, and return it.
+    """Load one drafter, and return it, not bound yet. Raises SpecDecError for an option that it does not have.
 
-    part: the drafter's name and, if given, its source. target: the model for which it drafts.
-    options: the drafter's options by name. Raises SpecDecError for an option that it does not have.
+    part: the drafter's name, which must not be "", and its source (None: what is shipped, or nothing).
+    target: the model for which it drafts. options: the drafter's options by name.
     """
     found = registry.lookup("drafters", part.name)
     try:

@@ -32,7 +32,10 @@ STATEFUL = "UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWaterma
 
 
 def eos_token_ids(model: NativeModel | PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Return the ids of a model's end tokens, from its ``generation_config`` or else from the tokenizer."""
+    """Return the ids of a model's end tokens, from its ``generation_config`` or else from the tokenizer.
+
+    Empty if neither names one. tokenizer: a tokenizer of transformers; None: there is none.
+    """
     eos: Any = model.generation_config.eos_token_id if model.generation_config else None
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -60,6 +63,8 @@ def logits_processors(
     others: Sequence[Callable[..., Any]] = (),
 ) -> list[Processor]:
     """Return the logits processors of a request: those of the model's ``generation_config``, and the caller's.
+
+    Temperature, top-k, top-p and min-p are not among them.
 
     prompt: the request's token ids. max_new_tokens: maximum number of tokens after them.
     repetition_penalty: replaces the config's penalty; None: the config's is used.

@@ -13,7 +13,10 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def load() -> Any | None:
-    """Load the compiled C library of n-gram search and sampling; None: it is not installed. The result is cached."""
+    """Load the compiled C library of n-gram search and sampling, as a ``ctypes.CDLL`` with typed functions.
+
+    None: it is not installed, or cannot be loaded. The result is cached.
+    """
     try:
         found: Any = ctypes.CDLL(str(LIBRARY))
     except OSError:

@@ -32,15 +32,18 @@ Ints = npt.NDArray[np.int32]
 
 
 class _Prior(ctypes.Structure):
-    """A ``Prior`` (the likeliest successors of each token) as the C code in ngram.c reads it."""
+    """A ``Prior`` (the likeliest successors of each token) as the C struct of that name in ngram.c.
+
+    It points into the arrays of the ``Prior``, which must live as long.
+    """
 
     _fields_ = (("tokens", INT), *((name, POINTER) for name in ("begin", "after", "p")))
 
 
 class _Growth(ctypes.Structure):
-    """The arguments and the results of growing one candidate tree: ``Growth`` in ngram.c, which explains the fields.
+    """The C struct ``Growth`` in ngram.c, which explains the fields: arguments and results of growing one tree.
 
-    ``Grower`` fills and reads it.
+    ``Grower`` fills it, passes it to the C function ``specdec_ngram_grow``, and reads it.
     """
 
     _fields_ = (
@@ -67,7 +70,7 @@ def built() -> bool:
 
 
 def load() -> Any:
-    """Return the compiled n-gram library. Raises SpecDecError if it is not installed."""
+    """Return the compiled n-gram library, a ``ctypes.CDLL``. Raises SpecDecError if it is not installed."""
     if (found := library.load()) is None:
         raise SpecDecError(
             "the n-gram drafter is not built; install specdec where there is a C compiler, or draft with prompt-lookup"
@@ -76,10 +79,11 @@ def load() -> Any:
 
 
 class Texts:
-    """Stores token ids of texts, in which the last tokens (n-grams) of another text are searched.
+    """Stores token ids of texts, in which ``Grower`` searches the last tokens (n-grams) of another text.
 
     most: number of the latest tokens that are kept, rounded up to a power of two.
-    size: number of tokens for which memory is allocated at first.
+    size: number of tokens for which memory is allocated at first, a power of two.
+    pointer: the C object of ngram.c, which is freed with this object.
     """
 
     def __init__(self, most: int, size: int = 1024) -> None:
@@ -93,7 +97,11 @@ class Texts:
         self._add = lib.specdec_texts_add
 
     def add(self, ids: Sequence[int] | Ints) -> None:
-        """Append token ids to the stored texts. -1 ends a text, and the next token begins another one."""
+        """Append token ids to the stored texts, whose oldest tokens are dropped if there are too many.
+
+        ids: token ids, as int32 [n], contiguous, if they are an array. -1 ends a text, and the next token begins
+            another one; without it, the next call goes on with the text.
+        """
         if isinstance(ids, np.ndarray):
             self._add(self.pointer, ids.ctypes.data, len(ids))
         else:
@@ -101,7 +109,7 @@ class Texts:
 
 
 class SortedTexts:
-    """Token ids of texts that never change, 8 bytes per token, in which another text's last tokens are searched.
+    """Token ids of texts that never change, 8 bytes per token, in which ``Grower`` searches a text's last tokens.
 
     A search finds only the longest matches, of two tokens or more.
 
@@ -145,7 +153,7 @@ class Prior:
 
     @classmethod
     def count(cls, ids: Ints, vocab_size: int) -> Prior:
-        """Count which tokens follow each token in texts, and return the ``FOLLOWERS`` most frequent ones as a prior.
+        """Count which tokens follow each token in texts, and return the ``FOLLOWERS`` (8) most frequent as a prior.
 
         A successor that comes after c of the n occurrences of a token gets the probability c / (n + 2).
 
@@ -202,17 +210,19 @@ class Grower:
     ) -> Candidates:
         """Return the tree of the ``nodes`` likeliest paths after the text ``ids``, at most ``limit`` tokens deep.
 
-        sources: the texts to search for the last tokens of ``ids``, each with the weight of an occurrence in it; later
-            ones overrule earlier ones. At most one is sorted.
+        ids: token ids of the text, of which the last 16 are searched for; the last one is the root of the tree.
+        sources: at most 4 texts to search for the last tokens of ``ids``, each with the weight of an occurrence in it;
+            later ones overrule earlier ones. At most one is sorted.
         learned: the candidates of another drafter, which are merged in; None: there is no other drafter.
-        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
-            none); None: all tokens are allowed.
+        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V] on the CPU;
+            None: none); None: all tokens are allowed.
         noise: the Gumbel noise of the row, and the position of the token after the root; None: greedy decoding.
-        tables: three tables of calibrated probabilities, at the log-odds ``KNOTS``: of n-grams, of n-grams where the
-            other drafter has candidates, and of the other drafter. With ``learned``, these are also the three sources
-            of ``Candidates.raw``. Empty: raw probabilities count.
-        prices: the price, in accepted tokens, of scoring 0, 1, .. nodes. Nodes that are not worth it are left out;
-            empty: nodes have no price.
+        tables: tables of calibrated probabilities, each 11 at the log-odds ``KNOTS`` (-4 .. 6) of raw ones: of n-grams
+            and, with ``learned``, of n-grams where the other drafter has candidates, and of the other drafter.
+            ``Candidates.raw`` has the same sources in this order. Empty: raw probabilities count.
+        nodes: maximum number of nodes, at most 64.
+        prices: what scoring 0, 1, .. nodes costs, in accepted tokens. Nodes that are not worth it are left out; empty:
+            scoring is free.
         """
         struct, tail = self.struct, ids[-MATCH_TOKENS:]
         self.text[: len(tail)] = [*tail]
@@ -249,10 +259,13 @@ class Grower:
         return Candidates([math.log(value) for value in values[:count]], tokens[:count], parents[:count], raw)
 
     def _allowed(self, masks: Callable[[Sequence[int]], Tensor | None], error: list[BaseException]) -> Any:
-        """Return ``masks`` as a C callback from a node of the tree to the tokens that may follow it.
+        """Return ``masks`` as a C callback: it takes the index of a node of the tree (0: the root, i + 1: node i).
 
-        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V]; None:
-            none).
+        It returns the address of V bytes, 1 for each token that may follow the node; NULL: none may. The callback keeps
+        this memory alive, and so must live until the C function returns.
+
+        masks: function from the tokens between the root and a node to the tokens that may follow (bool [V] on the CPU;
+            None: none).
         error: receives the first exception of ``masks``, after which no token is allowed; the caller raises it.
         """
         alive = list[Tensor]()

@@ -76,7 +76,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def load_object(place: str) -> Any:
-    """Import the module of ``place``, a string "module:name", and return the module's attribute ``name``."""
+    """Import a module and return one of its attributes. place: both, as "package.module:attribute"."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -99,7 +99,7 @@ def lookup(kind: str, name: str) -> Any:
 
 
 def verifier(rule: str | Verifier, options: Mapping[str, Any] | None = None) -> Verifier:
-    """Return the verifier named ``rule``, made with ``options``. A verifier object is returned as it is.
+    """Return the verifier named ``rule``, such as "exact", made with ``options``. A verifier object is returned itself.
 
     Raises SpecDecError for an unknown name, and for an option that the verifier does not have.
 

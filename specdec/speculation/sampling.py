@@ -47,7 +47,7 @@ class Noise:
         """Return the Gumbel noise for the token at ``position`` of the text, float32 on the CPU.
 
         It is [size] for the whole vocabulary, or [V'] for the token ids ``vocab``. Noise of the whole vocabulary is
-        cached.
+        cached, so the caller must not change it.
 
         size: V, the size of the vocabulary. vocab: token ids, int64 [V']; None: all tokens.
         """
@@ -65,9 +65,11 @@ class Noise:
     def choose(self, lib: Any, scores: Tensor, position: int) -> int:
         """Return the token drawn at ``position``, the argmax of ``scores`` plus this noise; -1: scores not finite.
 
-        Equals ``__call__`` and argmax, but makes noise only for tokens that can win.
+        Equals ``__call__`` and argmax, but makes noise only for tokens that can win, and caches none.
 
-        lib: the compiled library (``library.load()``). scores: processed logits, float32 [V] on the CPU.
+        lib: the compiled library (``library.load()``).
+        scores: processed logits, float32 [V] on the CPU; -inf: the token is not allowed.
+        position: index in the text of the token that is drawn.
         """
         scores = scores.contiguous()
         chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
@@ -147,7 +149,10 @@ class RowSampler:
         return scores
 
     def warp(self, scores: Tensor) -> Tensor:
-        """Apply temperature, top-k, top-p and min-p to logits ``scores``, float32 [B, T, V'], and return the result."""
+        """Apply temperature, top-k, top-p and min-p to logits ``scores``, float32 [B, T, V'], and return the result.
+
+        It has -inf for tokens that are left out. In greedy decoding, where none of them applies, it equals ``scores``.
+        """
         rows = scores.reshape(-1, scores.shape[-1])  # (B * T, V')
         no_ids = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
         for warper in self.warpers:
@@ -187,8 +192,8 @@ class Sampler:
     def sampled(self, ids: Sequence[Sequence[int]]) -> list[Sampled] | None:
         """Return, for each row, how the token after its text is drawn, so that a drafter can draw alike.
 
-        None if all rows decode greedily. The result has the seed, stream, position, temperature and filters of each
-        row.
+        None if all rows decode greedily. Otherwise each ``Sampled`` has the row's seed, stream, position, temperature
+        (0: this row is greedy), top-k, top-p, min-p and noise.
 
         ids: token ids of each row's text, prompt and output. The position of the next token is their number.
         """
@@ -203,7 +208,8 @@ class Sampler:
     def scores(self, logits: Tensor, prefixes: Prefixes, vocab: Tensor | None = None) -> Tensor:
         """Apply each row's logits processors, temperature, top-k, top-p and min-p to the logits of T positions.
 
-        Returns the processed logits, float32 [B, T, V']; forbidden tokens have -inf.
+        Returns the processed logits, float32 [B, T, V']; forbidden tokens have -inf. They may share the memory of
+        ``logits``, which stay unchanged.
 
         logits: the model's or a drafter's logits, [B, T, V'].
         prefixes: function without arguments that returns lists: entry [b][t] has the ids of all tokens of row b before

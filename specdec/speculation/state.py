@@ -31,10 +31,11 @@ class State:
     cache: the model's keys and values of all rows; a row's root is not in it yet.
     sampler: chooses the model's tokens, and gives drafters the noise and the logits processors.
     ids: ids[b] has the token ids of row b, prompt and output; the last one is the root.
-    prices: costs of drafting levels and of scoring nodes; None: a draft may be as deep as its limit, and is a chain by
-        default.
-    exit: number of the last exit (layer at which drafted tokens may leave the model) that tokens may use; None: any.
-    threshold: minimum confidence of proposed tokens, which are then accepted without scoring; None: drafts are scored.
+    prices: what drafting a level (the tokens at one depth) and scoring a node (a drafted token) costs, in accepted
+        tokens; None: a draft may be as deep as its limit, and is a chain by default.
+    exit: index of the last exit (layer at which drafted tokens may leave the model) that tokens may use; None: any.
+    threshold: minimum probability, in [0, 1], that the drafter gives its tokens, which are then accepted without
+        scoring; None: drafts are scored.
     row_states: row_states[b] is what ``Drafter.begin`` returned for row b.
     scopes: scopes[b] names the owner of row b's text, which is never drafted for other owners; None is the default
         owner.
@@ -62,7 +63,10 @@ class State:
 
     @property
     def constrained(self) -> bool:
-        """Whether the text of any row has a constraint, such as a JSON schema."""
+        """Whether the new tokens of any row are constrained, such as by a JSON schema (``RowSampler.constraint``).
+
+        Drafters should not propose tokens that the constraint forbids: ``allowed`` and ``masks`` say which.
+        """
         return any(row.constraint is not None for row in self.sampler.rows)
 
     def allowed(self, row: int, tokens: list[int]) -> list[int]:
@@ -84,12 +88,12 @@ class State:
 
     @property
     def roots(self) -> Tensor:
-        """The root of each row (the last token of its text), int64 [B, 1]."""
+        """The token id of each row's root (the last token of its text), int64 [B, 1], on the cache's device."""
         return upload([[row[-1]] for row in self.ids], self.cache.device)
 
     @property
     def positions(self) -> Tensor:
-        """The position of each row's root (the last token of its text), int64 [B, 1]."""
+        """The position in the text of each row's root (its last token), int64 [B, 1], on the cache's device."""
         return upload([[n] for n in self.cache.rows], self.cache.device)
 
     def block(self, draft: Draft) -> tuple[Tensor, Tensor]:

@@ -79,13 +79,14 @@ def in_one_shape(
 def worth_scoring(rows: Sequence[Candidates], limit: int, nodes: int | None, prices: Prices | None) -> list[Candidates]:
     """Return, for each row, the tree of its likeliest candidates that the model is to score.
 
-    With prices, the candidates of all rows compete, so that some rows may get none.
+    With prices, the candidates of all rows compete, so that some rows may get none. A row's own maximum depth is not
+    considered.
 
     rows: the candidates of each row.
     limit: maximum number of nodes of a row if neither ``nodes`` nor ``prices`` are given.
-    nodes: maximum number of nodes of a row or, with prices, of all rows on average; None: as many as are worth their
-        price.
-    prices: what scoring nodes costs; None: unknown.
+    nodes: maximum number of nodes of a row or, with prices, of all rows on average; None: as many as add more expected
+        accepted tokens than they cost.
+    prices: what scoring nodes costs, in accepted tokens; None: unknown.
     """
     counts = [limit if nodes is None else nodes] * len(rows)
     if prices is not None:
@@ -114,9 +115,10 @@ def draft_best(
 
     rows: the candidates of each row. limit: maximum depth of a draft; also the maximum number of nodes of a row if
         neither ``nodes`` nor ``state.prices`` are given.
-    nodes: maximum number of nodes of a row, on average with prices; None: as many as are worth their price.
-    state: the rows of the batch, with the prices of nodes.
-    levels: number of draft levels, each one pass of the drafter; 0: none was needed.
+    nodes: maximum number of nodes of a row, on average with prices; None: as many as add more expected accepted tokens
+        than they cost.
+    state: the rows of the batch, with ``prices``: what scoring a node costs (None: unknown).
+    levels: number of draft levels (depths of the tree), each one pass of the drafter; 0: none was needed.
     without_levels: for each row the nodes that would be drafted without any such pass; they are the draft if ``levels``
         is 0. None: there is no such draft.
     """

@@ -24,11 +24,12 @@ class Prices:
     A drafter takes a node, or drafts a level, while the node or level is expected to add more accepted tokens than it
     costs. The nodes of several rows (sequences) compete with each other.
 
-    nodes: nodes[n] is the price of scoring n nodes, of all rows together, besides the roots.
-    level: the price of drafting another level for all rows.
+    nodes: nodes[n] is the cost of scoring n nodes, of all rows together, besides the roots.
+    level: the cost of drafting another level for all rows.
     first: what the first level costs beyond ``level``.
     rates: rates[b][l] is the probability that level l (from 0 on) has the right token for row b, where no other source
-        has the token. A row has as many rates as its draft may have levels; a row that does not draft has none.
+        of candidates (such as n-grams) has it. A row has as many rates as its draft may have levels; a row that does
+        not draft has none.
     tables: tables[b][s] has the calibrated probabilities of row b and source s (``Traits.sources``) at the log-odds
         ``KNOTS`` of raw probabilities; zeros in a row that does not draft. Empty: raw probabilities count as they are.
     allowance: expected loss, in tokens, that is accepted when nodes are chosen, as exploration.
@@ -54,9 +55,10 @@ class Prices:
         return replace(self, tables=[[row[number] for number in tables] for row in self.tables])
 
     def limits(self, levels: int, width: int) -> TreeLimits:
-        """Return limits by which a drafter grows a tree on its own, with these prices averaged over rows.
+        """Return limits by which a drafter grows a tree level by level, from these costs and the mean of rows' rates.
 
-        levels: maximum number of levels (depth) of the tree. width: number of nodes of a level that get children.
+        levels: maximum number of levels (depth) of the tree. width: ``TreeLimits.width``, the number of children of a
+            node and, with one row, of nodes of a level that get children.
         """
         drafting = [row for row in self.rates if row]
         each = [
@@ -70,7 +72,9 @@ class Prices:
     def levels(self, without_levels: Sequence[Candidates] = ()) -> int:
         """Return the number of draft levels with the largest expected gain, accepted tokens minus costs; 0: no gain.
 
-        A level adds a node to each row where the node is worth its price, or replaces one.
+        A level, all tokens at one depth, is drafted in one pass of the drafter. It adds a node to each row where the
+        node is expected to add more than it costs, or replaces one. A loss up to ``level_allowance`` counts as a gain,
+        to explore.
 
         without_levels: for each row the nodes that would be drafted without any level, as by n-grams; (): there are
             none.
@@ -81,7 +85,8 @@ class Prices:
     def best_levels(self, without_levels: Sequence[Candidates] = ()) -> tuple[float, int]:
         """Return (gain, count): the largest expected gain of one or more draft levels, and the number of these levels.
 
-        The gain is accepted tokens minus costs, in tokens, and may be negative. (-inf, 0): no row may have levels.
+        A level is all tokens at one depth, drafted in one pass of the drafter. The gain is accepted tokens minus costs,
+        in tokens, and may be negative. (-inf, 0): no row may have levels.
 
         without_levels: for each row the nodes that would be drafted without any level, as by n-grams; (): there are
             none.
@@ -117,6 +122,8 @@ class Prices:
 
     def take(self, probabilities: Sequence[float]) -> int:
         """Return the number of nodes with the largest expected gain, accepted tokens minus costs; 0: no gain.
+
+        A loss up to ``allowance`` counts as a gain, to explore.
 
         probabilities: the calibrated probability that each node's path is accepted, minus what a node of its row costs
             extra (``beyond``), largest first.

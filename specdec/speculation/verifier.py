@@ -32,7 +32,7 @@ class Verifier(ABC):
     name: name in the registry, such as "exact".
     lossless: whether the output is what plain decoding returns.
     needs_probabilities: whether ``verify`` reads the target's distributions ``p`` where tokens are sampled.
-    threshold: minimum confidence of the drafter in a token, for a rule that accepts without scoring
+    threshold: minimum probability, in [0, 1], that the drafter gives a token, for a rule that accepts without scoring
         (``State.threshold``); None: drafts are scored.
     """
 

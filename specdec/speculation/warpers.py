@@ -126,6 +126,8 @@ class MinNewTokens:
 class NoBadWords:
     """Logits processor that forbids the last token of a bad word where the text ends with the word's other tokens.
 
+    It sets the logit of that token to -inf, in place.
+
     words: the token ids of each bad word.
     start: index of the first token of the text that is compared, such as the length of the prompt.
     """

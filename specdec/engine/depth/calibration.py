@@ -39,7 +39,11 @@ class DecayedCounts:
         self.memory = memory
 
     def add(self, number: int, hit: float, weight: float = 1.0) -> None:
-        """Add ``weight`` trials to bin ``number``. hit: share of these trials that were hits, in [0, 1]."""
+        """Add ``weight`` trials to bin ``number``, and scale its counts down to ``memory`` trials if there are more.
+
+        hit: share of these trials that were hits, in [0, 1]; or any number whose mean is to be estimated, such as a
+            gain.
+        """
         fade = min(self.memory / (self.trials[number] + weight), 1.0)
         self.trials[number] = fade * (self.trials[number] + weight)
         self.hits[number] = fade * (self.hits[number] + weight * hit)
@@ -49,7 +53,7 @@ class DecayedCounts:
         return (self.hits[number] + weight * assumed) / (self.trials[number] + weight)
 
     def means(self, assumed: Iterable[float], weight: float) -> list[float]:
-        """Return the share of hits in each bin, each with a prior.
+        """Return the share of hits in each of the first bins, each with a prior: a list as long as ``assumed``.
 
         assumed: the mean of each bin's prior. weight: number of trials that a prior counts as.
         """
@@ -57,21 +61,26 @@ class DecayedCounts:
         return [(hits + weight * mean) / (trials + weight) for mean, hits, trials in each]
 
     def forget(self) -> None:
-        """Scale the counts of each bin down to at most ``COUNT_AFTER_CHANGE`` trials; shares of hits stay."""
+        """Scale each bin's counts down to at most ``COUNT_AFTER_CHANGE`` (20) trials, in place; shares of hits stay."""
         for number, trials in enumerate(self.trials):
             fade = min(COUNT_AFTER_CHANGE / max(trials, COUNT_AFTER_CHANGE), 1.0)
             self.hits[number], self.trials[number] = fade * self.hits[number], fade * trials
 
 
 class History:
-    """The outcomes of the drafts of one row, or of all rows.
+    """The outcomes of the drafts of one row (sequence), or of all rows, by which later acceptance is predicted.
+
+    A *source*, such as n-grams, proposes candidate tokens with probabilities, which are *raw*: not calibrated. An
+    *exit* is a layer of the model at which drafted tokens leave it. A *level* is all tokens of a draft at one depth.
 
     sources, exits, levels: numbers of sources, of exits, and of levels of the deepest draft.
     memory: maximum decayed number of trials of a counter's bin; the larger, the slower it forgets.
-    by_source: for each candidate source, counts of accepted candidates at the knots of its raw probabilities; one
-        between two knots counts for both.
-    by_position: for each exit, counts of the first, second, .. levels that added a token that no other source had.
-    gains: for each group of batch sizes, the gain of a draft: accepted tokens minus its cost in tokens.
+    by_source: for each source, a counter with a bin for each of the log-odds ``KNOTS`` (-4 .. 6): the candidates with
+        such a raw probability, and those that were right. One between two of the log-odds counts for both.
+    by_position: for each exit, a counter with a bin for each level, numbered from the first at which no other source
+        had the right token: the levels, and those whose token was accepted.
+    gains: a counter with a bin for each group of batch sizes (``_size``); its mean is the gain of a row's draft in a
+        step: accepted tokens minus its cost in tokens (its seconds times tokens per second).
     """
 
     def __init__(self, sources: int, exits: int, levels: int, memory: float = ROW_MEMORY) -> None:
@@ -80,15 +89,15 @@ class History:
         self.gains = DecayedCounts(SIZES, memory)
 
     def all_counts(self) -> list[DecayedCounts]:
-        """Return all counters: those of the sources, then those of the exits, then ``gains``."""
+        """Return all counters, not copies: those of the sources, then those of the exits, then ``gains``."""
         return [*self.by_source, *self.by_position, self.gains]
 
     def add(self, outcome: Outcome, exit: int, rows: int, gain: float) -> None:
         """Count the outcome of one row's draft in one step.
 
         outcome: which candidates and levels of the draft were right.
-        exit: index of the exit to which it was drafted. rows: number of rows of the step.
-        gain: number of accepted tokens minus the draft's cost in tokens.
+        exit: index of the exit to which it was drafted. rows: number of rows (sequences) that shared the step.
+        gain: number of accepted tokens minus the draft's cost in tokens (its seconds times tokens per second).
         """
         for source, knot, weight, hit in outcome.candidates:
             self.by_source[source].add(knot, hit, weight)
@@ -101,11 +110,11 @@ class Outcome(NamedTuple):
     """The outcome of one row's draft in one step, for the counters of ``History``.
 
     A knot is the index of an entry of ``KNOTS``, the log-odds at which acceptance is counted. A probability between two
-    knots counts for both, with weights in [0, 1] that sum up to 1.
+    knots counts for both, with weights in [0, 1] that sum up to 1. A level is all tokens of a draft at one depth.
 
-    candidates: a tuple (index of the source, knot, weight of the knot, 1.0 or 0.0) for each candidate after accepted
-        tokens, for each source that gave it a probability, and each knot near that. The last entry is 1.0 if the
-        candidate was the right token, the one that followed in the text.
+    candidates: a tuple (index of the source, knot, weight of the knot, 1.0 or 0.0) for each candidate token whose
+        parent is in the text, for each source (such as n-grams) that gave it a probability, and each knot near that.
+        The last entry is 1.0 if the candidate was the right token, the one that followed in the text.
     levels: (number of the level, 1.0 or 0.0) for each draft level after accepted tokens: 1.0 if its token was accepted.
         Level 0 is the first one at which no other source had the right token.
     """
@@ -119,10 +128,11 @@ class Outcome(NamedTuple):
     ) -> Outcome:
         """Return the outcome of one row's draft.
 
-        accepted: number of accepted tokens of the draft. levels: number of its levels.
-        first: number of first levels at which another source already had the right token; they are not counted.
+        accepted: number of accepted tokens of the draft. levels: number of its levels (depths).
+        first: number of first levels at which another source (such as n-grams) already had the right token; they are
+            not counted.
         found: the candidates that the draft was chosen from, a tree after the root (the text's last token).
-        tokens: ids of the tokens that then followed the root in the text.
+        tokens: ids of the tokens that then followed the root in the text; (): no candidates are counted.
         """
         outcome = cls(
             [], [(level - first, float(level < accepted)) for level in range(first, min(levels, accepted + 1))]
@@ -165,19 +175,22 @@ def _size(rows: int) -> int:
 
 
 def expected_gain(row: History, common: History, rows: int) -> float:
-    """Return the expected gain of a row's draft, the number of accepted tokens minus its cost in tokens.
+    """Return the expected gain of a row's draft: the number of accepted tokens minus its cost in tokens.
 
-    row, common: the histories of this row and of all rows. rows: number of rows in the step.
+    The cost is the draft's seconds times the present speed in tokens per second. The result is the mean of earlier
+    gains in steps of about as many rows; 1 before there are any.
+
+    row, common: the histories of this row and of all rows. rows: number of rows (sequences) in the step.
     """
     size = _size(rows)
     return row.gains.mean(size, common.gains.mean(size, 1.0, PRIOR_COUNT), ROW_PRIOR_COUNT)
 
 
 def table(row: History, common: History, source: int) -> list[float]:
-    """Return the calibration table of one source in one row: calibrated probabilities, a list of 11.
+    """Return the calibration table of one source (such as n-grams) in one row: calibrated probabilities, a list of 11.
 
-    Entry i is the share of accepted candidates among those whose raw probability had the log-odds ``KNOTS[i]``. Few
-    observations of the row are completed by those of all rows.
+    Entry i is the share of accepted candidates among those whose raw probability had the log-odds ``KNOTS[i]``, which
+    are -4 .. 6. Few observations of the row are completed by those of all rows.
 
     row, common: the histories of this row and of all rows. source: index of the source in ``Traits.sources``.
     """
@@ -187,10 +200,11 @@ def table(row: History, common: History, source: int) -> list[float]:
 def rates(row: History, common: History, exit: int) -> list[float]:
     """Return, for each level of a row's draft, the probability that it adds a right token that no other source has.
 
-    Few observations of the row are completed by those of all rows. The list has an entry for each level of the deepest
-    draft, level 0 first.
+    A level is all tokens at one depth. The list has an entry for each level of the deepest draft, the root's children
+    first. Few observations of the row are completed by those of all rows.
 
-    row, common: the histories of this row and of all rows. exit: index of the exit to which levels are drafted.
+    row, common: the histories of this row and of all rows.
+    exit: index of the exit (layer at which drafted tokens leave the model) to which levels are drafted.
     """
     own, others, rate = row.by_position[exit], common.by_position[exit], FIRST
     found: list[float] = []

@@ -55,13 +55,15 @@ LEVEL, FIRST, DRAFT = "level", "first", "draft"  # the parts of drafting
 
 @dataclass(frozen=True, config={"allow_inf_nan": False})
 class Costs:
-    """Estimated costs and acceptance counts, as stored for later processes.
+    """Estimated costs and acceptance counts, as stored for later processes. Empty fields: nothing was measured.
 
-    An error is a factor: measured seconds divided by the formula's seconds.
+    An error is a factor: measured seconds divided by the formula's seconds. Logarithms are natural.
 
     passes: logarithms: of the seconds of a pass over one token, then of the errors of passes over 2, 4, 8, .. tokens.
-    others: logarithms of the errors of drafting, by a text of three words: the part of drafting ("draft", "first" or
-        "level"), the index of the exit, and the number of rows, such as "level 0 1".
+    others: logarithms of the errors of drafting, by a text of three words, such as "level 0 1": the part of drafting,
+        the index of the exit (layer at which drafted tokens leave the model), and the number of rows (sequences). The
+        parts are "draft" (a draft without levels), "first" (what its first level takes beyond a further one) and
+        "level" (each level: the tokens at one depth).
     hits, trials: numbers of accepted and of all drafted tokens in each bin of each counter, in the order of
         ``History.all_counts``; they are not whole, since old counts fade.
     """
@@ -73,7 +75,7 @@ class Costs:
 
 
 class LogError(NamedTuple):
-    """An estimate of the logarithm of measured seconds divided by the formula's seconds.
+    """An estimate of the natural logarithm of measured seconds divided by the formula's seconds.
 
     mean: the estimate. variance: how uncertain it is: the square of its standard deviation.
     """
@@ -85,11 +87,14 @@ class LogError(NamedTuple):
 class CostModel:
     """Estimates the seconds of passes over tokens of several rows, and of drafting, from those that were measured.
 
-    An estimate is a formula's value times a correction, the *error*, which is learned; the module has the formulas.
+    An estimate is a formula's value times a correction, the *error*, which is learned; the module has the formulas. A
+    *level* is all tokens of a draft at one depth, drafted in one pass of the drafter. An *exit* is a layer of the model
+    at which drafted tokens leave it. Logarithms are natural.
 
-    costs: the formula's constants ``multiply``, ``read`` and ``attend``, in readings of all weights.
+    costs: the formula's constants ``multiply``, ``read`` and ``attend``: a token's times, each divided by the time of
+        reading all weights.
     shares: for each exit, cost of drafting one level as a share of a pass.
-    places: for each number of tokens n, (whole part, fraction) of log2(n).
+    places: for each number of tokens n, (whole part, fraction) of log2(n); entry 0 is that of n = 1.
     state: logarithms: of the seconds of a pass over one token (``speed``), then of the errors of passes over 2, 4,
         8, .. tokens, up to the largest pass that was measured.
     covariance: covariance matrix of the uncertainty of ``state``.
@@ -121,13 +126,17 @@ class CostModel:
 
     @property
     def speed(self) -> float:
-        """Logarithm of the seconds of a pass over one token with an empty cache."""
+        """Natural logarithm of the seconds of a pass over one token with an empty cache; 0.0 before one was timed."""
         return self.state[0]
 
     def passing(self, contexts: Sequence[int], most: int) -> list[float]:
-        """Return the seconds of passes over the root of each row and 0, 1, .. ``most`` drafted tokens.
+        """Return the seconds of passes over the root of each row and n = 0, 1, .. drafted tokens, a rising list.
 
-        contexts: number of cached tokens of each row. Drafted tokens are of the row with the fewest (``beyond``).
+        Entry n counts all n drafted tokens as tokens of the row with the fewest cached tokens; ``beyond`` has what
+        those of other rows take more. The list ends at ``most``, or where a pass has ``MOST_TOKENS`` (1024) tokens.
+
+        contexts: number of cached tokens of each row, at least one row. most: maximum number of drafted tokens of all
+            rows together.
         """
         rows, cached, least = len(contexts), sum(contexts), min(contexts)
         multiply, read, attend = self.costs
@@ -144,7 +153,9 @@ class CostModel:
         return [*itertools.accumulate(seconds, max)]  # more tokens take no less
 
     def beyond(self, contexts: Sequence[int]) -> list[float]:
-        """Return, for each row, the seconds of its drafted token beyond one of the row with the fewest cached tokens.
+        """Return, for each row, how many more seconds each of its drafted tokens takes because of its longer text.
+
+        That is, more than a drafted token of the row with the fewest cached tokens, as ``passing`` counts it.
 
         contexts: number of cached tokens of each row.
         """
@@ -156,7 +167,9 @@ class CostModel:
         return [(own - base) / some for own in seconds]
 
     def formula(self, tokens: int, cached: int, attended: int) -> float:
-        """Return the logarithm of a pass's cost by the formula, in passes over one token with an empty cache.
+        """Return the natural logarithm of a pass's cost by the formula alone, without the errors that were learned.
+
+        The unit of the cost is a pass over one token with an empty cache.
 
         tokens: number of tokens of the pass. cached: number of cached tokens of all rows.
         attended: number of pairs of a token of the pass and a cached token of its row.
@@ -198,7 +211,10 @@ class CostModel:
             row[n] += DRIFT**2 / (10 if n else 1)
 
     def _reach(self, number: int) -> None:
-        """Extend the filter's state to error ``number``; new errors begin at the last one, with a larger variance."""
+        """Extend ``state`` and ``covariance`` up to entry ``number``, the error of passes over 2 ** ``number`` tokens.
+
+        New errors begin with the value of the last one, and a larger variance. No effect if the entry is there.
+        """
         while len(self.state) <= number:
             first = len(self.state) == 1  # there is no error at one token
             self.state.append(0.0 if first else self.state[-1])
@@ -210,31 +226,35 @@ class CostModel:
     # -- drafts -------------------------------------------------------------------------------------------------------
 
     def level(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting one level for all rows.
+        """Return the expected seconds of drafting one level (the tokens at one more depth) for all rows together.
 
-        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it is drafted.
+        contexts: number of cached tokens of each row.
         """
         return self._part(LEVEL, exit, contexts)
 
     def first(self, exit: int, contexts: Sequence[int]) -> float:
-        """Return how many seconds a draft's first level takes beyond a later one.
+        """Return how many seconds the first level of a draft is expected to take beyond a later one, for all rows.
 
-        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it is drafted.
+        contexts: number of cached tokens of each row.
         """
         return self._part(FIRST, exit, contexts)
 
     def drafting(self, contexts: Sequence[int]) -> float:
-        """Return the seconds of drafting that do not depend on the number of levels.
+        """Return the expected seconds of a draft for all rows that do not depend on its number of levels.
 
         contexts: number of cached tokens of each row.
         """
         return self._part(DRAFT, 0, contexts)
 
     def _part(self, kind: str, exit: int, contexts: Sequence[int]) -> float:
-        """Return the estimated seconds of a part of drafting.
+        """Return the estimated seconds of a part of drafting for all rows together, corrected by its learned error.
 
-        kind: the part: ``LEVEL``, ``FIRST`` or ``DRAFT``.
-        exit: index of the exit to which it is drafted. contexts: number of cached tokens of each row.
+        kind: the part: ``LEVEL`` ("level": each level, the tokens at one depth), ``FIRST`` ("first": what the first
+            level takes beyond a later one) or ``DRAFT`` ("draft": what does not depend on levels).
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it is drafted; 0 for ``DRAFT``.
+        contexts: number of cached tokens of each row.
         """
         share, overhead = self.shares[exit] if kind == LEVEL else FIXED, OVERHEAD * (kind == FIRST)
         if kind == LEVEL:
@@ -242,11 +262,15 @@ class CostModel:
         return (share * math.exp(self.speed) + overhead) * math.exp(self._error(kind, exit, len(contexts)).mean)
 
     def _error(self, kind: str, exit: int, rows: int) -> LogError:
-        """Return the estimated error of a part of drafting: the logarithm of measured over expected seconds.
+        """Return the estimated error of a part of drafting: mean and variance of log(measured / expected seconds).
 
-        It is the one for the nearest number of rows that has been measured; without any measurement, 0.
+        For a number of rows that was not measured, the mean is that of the nearest one that was (0.0 if there is none),
+        with the variance of an assumption. The object is immutable; ``add_draft`` replaces the stored ones.
 
-        kind: the part: ``LEVEL``, ``FIRST`` or ``DRAFT``. exit: index of the exit. rows: number of rows of the step.
+        kind: the part: ``LEVEL`` ("level": each level, the tokens at one depth), ``FIRST`` ("first": what the first
+            level takes beyond a later one) or ``DRAFT`` ("draft": what does not depend on levels).
+        exit: index of the exit (layer at which drafted tokens leave the model); 0 for ``DRAFT``.
+        rows: number of rows (sequences) of the step.
         """
         known = self.others.get((kind, exit), {})
         if rows in known:
@@ -255,11 +279,15 @@ class CostModel:
         return LogError(0.0 if nearest is None else known[nearest].mean, OTHER_SPREAD**2)
 
     def add_draft(self, exit: int, contexts: Sequence[int], levels: int, seconds: float) -> None:
-        """Update the estimates with the ``seconds`` of drafting ``levels`` levels; large parts change most.
+        """Update the errors of the parts of drafting with the measured ``seconds`` of a draft for all rows.
 
-        The first time of each part is ignored.
+        The larger a part's share of the expected time, the more its error changes. A time that has a part for the first
+        time is ignored, since it includes what is made only once.
 
-        exit: index of the exit to which it was drafted. contexts: number of cached tokens of each row.
+        exit: index of the exit (layer at which drafted tokens leave the model) to which it was drafted.
+        contexts: number of cached tokens of each row.
+        levels: number of drafted levels (depths); 0: a draft without levels, as by n-grams.
+        seconds: time of the whole draft.
         """
         parts = {(DRAFT, 0): 1.0} | ({(FIRST, exit): 1.0, (LEVEL, exit): float(levels)} if levels else {})
         if not self.seen.issuperset(parts):  # what the first one makes is there afterwards
@@ -285,15 +313,16 @@ class CostModel:
     # -- other processes ----------------------------------------------------------------------------------------------
 
     def kept(self) -> Costs:
-        """Return the estimates to store for later processes, without ``hits`` and ``trials``."""
+        """Return the estimates to store for later processes: ``passes`` ([] before any is known) and ``others``."""
         each = ((*key, rows, error.mean) for key, known in self.others.items() for rows, error in known.items())
         others = {f"{kind} {exit} {rows}": round(error, 4) for kind, exit, rows, error in each}
         return Costs([round(error, 4) for error in self.state] if self.known else [], others)
 
     def _restore(self, earlier: Costs) -> None:
-        """Begin with the costs of an earlier process.
+        """Set the estimates to the costs of an earlier process, of which ``passes`` must not be empty.
 
-        Errors count half: what a busy machine made look dear would not be tried, and so not be corrected.
+        The logarithms of errors are halved: what a busy machine made look dear would not be tried, and so not be
+        corrected.
         """
         speed, *errors = earlier.passes[: int(math.log2(MOST_TOKENS)) + 1]
         self._reach(len(errors))
@@ -311,9 +340,11 @@ def _dot(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:
-    """Return the variance to add to an estimate after a time that was much shorter than expected.
+    """Return the variance to add to an estimate after a time that was much shorter than expected; 0.0 after others.
 
     Other work can make a step slow, but nothing makes it fast, so the estimate must be wrong.
-    error: logarithm of measured over expected time. variance, noise: variances of the estimate and of a measurement.
+
+    error: natural logarithm of measured over expected time.
+    variance, noise: variances of the estimated logarithm and of a measured one.
     """
     return max((error / SURE) ** 2 - variance - noise, 0.0) if error < 0 else 0.0

@@ -43,8 +43,10 @@ class DepthChoice(NamedTuple):
     """The policy's choice for one step.
 
     depths: maximum depth of each row's draft; 0: the row does not draft.
-    exit: index of the last exit that drafted tokens may go to; None: any.
-    prices: costs of nodes and levels, in tokens; None: each row drafts to its depth.
+    exit: index of the last exit (layer at which drafted tokens leave the model) that drafted tokens may run to; None:
+        any.
+    prices: what scoring nodes and drafting levels costs, in accepted tokens, by which a drafter with probabilities
+        sizes its trees; None: each row drafts to its depth.
     """
 
     depths: Sequence[int] = ()
@@ -59,16 +61,16 @@ class DepthChoice(NamedTuple):
 
 @dataclass
 class StepReport:
-    """The result of one step, from which the policy learns. Lists have one entry per row.
+    """The result of one step, from which the policy learns. Lists have one entry per row (sequence) of the batch.
 
-    rows: the histories of the rows.
-    drafted: depth of each row's draft.
+    rows: the histories of the rows, as ``begin`` of the policy returned them.
+    drafted: depth of each row's draft; 0: nothing was drafted.
     accepted: number of each row's accepted drafted tokens.
-    scored: number of tokens of the scoring pass.
-    drafting, other: seconds of drafting, and of the rest of the step.
-    tokens: each row's new tokens.
+    scored: number of tokens of the scoring pass, the root of each row included.
+    drafting, other: seconds of drafting, and of scoring, accepting and committing.
+    tokens: ids of each row's new tokens: the accepted ones, and the model's own after them; (): unknown.
     found: the candidates that the draft was chosen from (``Draft.found``); None: the drafter has no probabilities.
-    nodes: number of scored draft nodes of each row; empty: unknown, and cached tokens count as none.
+    nodes: number of scored draft nodes of each row; (): unknown, and attention to cached tokens then counts as free.
     """
 
     rows: Sequence[History]
@@ -83,9 +85,11 @@ class StepReport:
 
 
 class FixedDepth:
-    """Depth policy that always drafts to the same depth, at most ``MAX_FIXED_DEPTH``.
+    """Depth policy that always drafts to the same depth.
 
-    plain_seconds: never known, so always None.
+    depth: maximum number of drafted tokens on a path; 0: nothing is drafted. Above ``MAX_FIXED_DEPTH`` (128) it counts
+        as that.
+    plain_seconds: seconds of a step without drafts, which this policy never knows: always None.
     """
 
     plain_seconds: float | None = None
@@ -98,7 +102,7 @@ class FixedDepth:
         return History(0, 0, 0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
-        """Return the depth for each row, at most its entry in ``caps``. rows, contexts: not used."""
+        """Return the depth for each row, at most its entry in ``caps``, without prices. rows, contexts: not used."""
         return DepthChoice([min(self.depth, cap) for cap in caps])
 
     def follow(self, version: int) -> None:
@@ -114,8 +118,12 @@ class FixedDepth:
 class AutoDepth:
     """Depth policy that drafts as deep as pays, by measured costs and acceptance. All requests of a decoder share one.
 
-    has_probabilities, shares: ``Traits.has_probabilities`` and ``Traits.level_shares``.
-    tables: number of ``Traits.sources``.
+    Each step calls ``choose``, and then ``observe`` with its result. A *level* is all tokens of a draft at one depth.
+    An *exit* is a layer of the model at which drafted tokens leave it; most drafters have one.
+
+    has_probabilities: whether the drafter knows probabilities of its tokens, and sizes its trees by prices.
+    tables: number of the drafter's sources of candidates (``Traits.sources``), each of which is calibrated.
+    shares: for each exit, the cost of drafting a level as a share of a pass of the model (``Traits.level_shares``).
     token: constants of the cost of a token in a pass.
     earlier: costs and counts from an earlier process; None: there are none.
     contexts: number of cached tokens of each row of the batch.
@@ -156,27 +164,31 @@ class AutoDepth:
 
     @classmethod
     def of(cls, drafter: Drafter, token: TokenCosts, earlier: Costs | None = None) -> AutoDepth:
-        """Return a new policy for a drafter.
+        """Return a new policy for a drafter, with no requests yet.
 
-        drafter: a bound drafter; its ``traits`` say whether it gives probabilities, its sources, and the cost of a
-            level at each exit.
+        drafter: a drafter whose ``bind`` has attached it to its model; only its ``traits`` are read.
         token: estimated costs of a token in a pass of the target (``Target.token_costs``), in multiples of the time
-            that reading all weights takes. They are used until real steps have been measured.
-        earlier: costs and acceptance counts that an earlier process has stored; None: there are none.
+            that reading all weights takes. Times of real steps correct what they predict.
+        earlier: costs and acceptance counts that an earlier process has stored, with which the policy begins (they are
+            copied); None: there are none.
         """
         traits = drafter.traits
         return cls(traits.has_probabilities, len(traits.sources), traits.level_shares, token, earlier)
 
     def begin(self) -> History:
-        """Return an empty history for a new request."""
+        """Return an empty history for a new request, which the caller keeps, and gives to ``choose`` and ``observe``.
+
+        The policy holds only a weak reference to it.
+        """
         row = History(*self.size)
         self.rows.add(row)
         return row
 
     def follow(self, version: int) -> None:
-        """Scale down the counts if the drafter's version has changed, since they are of another network.
+        """Scale down the counts of accepted tokens if the drafter's weights have changed since the last call.
 
-        version: ``Learner.version`` of the drafter.
+        Called before ``choose``. version: ``Learner.version`` of the drafter, which changes when training replaces its
+            weights.
         """
         if self.version not in (None, version):
             for row in (self.common, *self.rows):
@@ -187,18 +199,22 @@ class AutoDepth:
 
     @property
     def plain_seconds(self) -> float | None:
-        """Expected seconds of a step without drafts; None: not known yet."""
+        """Expected seconds of a step of the batch for which drafting was last considered, without drafts.
+
+        None: unknown, since no step was timed yet and no earlier process has stored costs.
+        """
         return self.passes[0] if self.model.known else None
 
     @property
     def speedup(self) -> float:
-        """The present speed divided by the expected speed of plain decoding, at least 1."""
+        """The speed of recent steps divided by the expected speed of plain decoding, at least 1."""
         return max(self.tokens / self.spent, 1.0)
 
     def choose(self, rows: Sequence[History], caps: Sequence[int], contexts: Sequence[int] = ()) -> DepthChoice:
-        """Choose draft depths, the exit and the prices for the next step.
+        """Choose draft depths, the exit and the prices for the next step; ``observe`` then gets its result.
 
-        Where no gain is expected, nothing is drafted, except now and then to explore.
+        The exit is the last layer at which drafted tokens may leave the model. Where no gain is expected, nothing is
+        drafted (all depths are 0), except now and then to explore.
 
         The prices are the costs of scoring a node and of drafting a level, in tokens: seconds times the present speed
         in tokens per second. With them drafters take a node or draft a level while it is expected to add more accepted
@@ -227,15 +243,20 @@ class AutoDepth:
     def _explores(self, what: str | int, loss: float) -> bool:
         """Return whether to make choice ``what`` now to explore it, at an expected loss of ``loss`` seconds.
 
-        what: ``PLAIN``, ``DRAFT`` or the index of an exit.
+        It is so once the loss is at most 0.8 % of the time since that choice was last made.
+
+        what: ``PLAIN`` (a step without a draft), ``DRAFT`` (one with a draft), or the index of an exit.
         """
         return EXPLORATION_SHARE * self.since_tried[what] >= loss
 
     def _best(self, rows: Sequence[History], caps: Sequence[int], speed: float) -> DepthChoice:
         """Return draft depths and prices for the exit with the largest expected gain, or for an exit that is explored.
 
+        Prices are what scoring nodes and drafting levels costs: seconds times ``speed``. The depths are those of
+        ``caps``, at most ``max_depth``, if the drafter has probabilities, and else what pays by acceptance rates.
+
         An exit is explored if its expected loss against the best one is small enough (``_explores``). With a single
-        exit there is no choice, and the gain is not computed.
+        exit there is no choice: the gain is not computed, and ``DepthChoice.exit`` is None.
 
         rows: the histories of all rows. caps: maximum draft depth of each row; 0: the row does not draft.
         speed: present speed of all rows together, in tokens per second.
@@ -268,7 +289,10 @@ class AutoDepth:
     def _depths(self, prices: Prices) -> list[int]:
         """Return each row's draft depth for a drafter without probabilities, by the acceptance rates per position.
 
-        prices: the costs, and the acceptance rates of each row; a row without rates gets depth 0.
+        If every depth would be 0, though ``prices.levels()`` is not, each row with rates gets depth 1.
+
+        prices: the costs, and ``rates``: for each row, the probability of each further token to be accepted; a row
+            without rates gets depth 0.
         """
         prices = replace(prices, nodes=prices.nodes[:: max(round(self.width), 1)])
         levels = prices.levels()
@@ -277,7 +301,7 @@ class AutoDepth:
         return depths if any(depths) else [min(levels, len(row), 1) for row in prices.rates]
 
     def observe(self, step: StepReport) -> None:
-        """Update costs and histories from a step that drafted what ``choose`` returned last."""
+        """Update the costs, and the histories ``step.rows``, from a step that drafted what ``choose`` returned last."""
         model, choice, count, found = self.model, self.choice, len(step.rows), step.found
         contexts = self.contexts
         seconds, accepted, nodes = step.drafting + step.other, sum(step.accepted), step.scored - count
@@ -313,7 +337,7 @@ class AutoDepth:
             self.width = 0.8 * self.width + 0.2 * nodes / (rows * levels)
 
     def costs(self) -> Costs:
-        """Return the costs and counts to store for later processes."""
+        """Return the costs and counts so far, for later processes, which give them to ``of`` as ``earlier``."""
         all_counts = self.common.all_counts()
         hits = [[round(hits, 3) for hits in counts.hits] for counts in all_counts]
         trials = [[round(trials, 3) for trials in counts.trials] for counts in all_counts]
