@@ -129,7 +129,10 @@ class _SpelledTokens:
 
     ``hidden`` replaces each by a private character, which a template copies like a letter. ``encode`` puts the text
     back into the rendered chat: text between two special tokens with such a character is tokenised as plain text, and
-    everything else as usual. Takes time linear in the text.
+    everything else as usual. Takes time linear in the text. A private character is a code point without a meaning.
+
+    tokenizer: a transformers tokenizer. messages: everything that is rendered, nested lists and mappings; a private
+    character in it is not used.
     """
 
     def __init__(self, tokenizer: Any, messages: Any) -> None:
@@ -211,7 +214,7 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in ``value``, which consists of nested lists and mappings, such as chat messages."""
+    """Yield all strings in ``value``, nested lists and mappings such as chat messages; keys are strings, too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -236,7 +239,7 @@ def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
 
 
 def _wrong(name: str, what: str) -> SpecDecError:
-    """Return the error for a prompt of a wrong type.
+    """Return (not raise) the error for a prompt of a wrong type.
 
     name: what the message calls the prompt. what: what was given instead, such as "a tensor of float32".
     """

@@ -86,12 +86,12 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """Raised where the client gets an error instead of an answer.
+    """Raised where the client gets an error instead of an answer; ``add_handlers`` makes the response of it.
 
     status: the HTTP status.
     message: one sentence that says what is wrong and what to do.
     param: the name of the wrong parameter in chats of OpenAI; None: the error is not about one.
-    code: the kind of error, for programs; None: it has no name.
+    code: the kind of error, for programs, such as "invalid_value"; None: it has no name.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -145,7 +145,7 @@ def _names(path: str) -> dict[str, str]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make ``app`` answer every exception that an endpoint raises with an ``ApiError``."""
+    """Make ``app`` answer every exception that an endpoint raises with the response of an ``ApiError``."""
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> JSONResponse:

@@ -42,7 +42,8 @@ MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 
 class Service:
     """Turns clients' requests into requests of one engine.
 
-    asked: in all methods, the client's request (``GenerationRequest``). A choice is one text for one prompt.
+    asked: in all methods, the client's request (``GenerationRequest``). A choice is one text for one prompt. Methods
+    may be called in any thread.
     context: maximum number of tokens of a prompt and its answer.
     metrics: the counters that ``/metrics`` shows.
     started: Unix time of the start, in seconds.
@@ -71,8 +72,9 @@ class Service:
     def start(
         self, translate: Callable[[], GenerationRequest], client: Client
     ) -> tuple[GenerationRequest, list[Handle]]:
-        """Check, encode and submit a client's request; return it and a handle for each choice. Raises ApiError.
+        """Check, encode and submit a client's request; return it as ``prepare`` completes it, and a handle per choice.
 
+        The call may take seconds, so it runs in a thread. Raises ApiError if the request is refused; then nothing runs.
         translate: makes the request from the body. client: the sender.
         """
         asked = translate()
@@ -83,7 +85,8 @@ class Service:
     def check_limits(self, asked: GenerationRequest) -> None:
         """Raise ApiError if a count in the request, such as ``n``, exceeds a limit of this server.
 
-        It is called before anything of that size is made.
+        It is called before anything of that size is made. Also refuses unknown models, token ids that the model lacks,
+        and any request after the engine has ended.
         """
         self.check_model(asked.model)
         self.check_engine()
@@ -122,12 +125,15 @@ class Service:
             raise invalid("logprobs", f"{message}; set max_tokens, or ask for fewer")
 
     def _max_new_tokens(self, asked: GenerationRequest) -> int:
-        """Return the smallest limit on new tokens among the client's, the server's and the model's."""
+        """Return the smallest limit on new tokens of a choice among the client's, the server's and the model's."""
         limits = asked.max_new_tokens, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
     def prepare(self, asked: GenerationRequest) -> GenerationRequest:
-        """Return a copy of the request with encoded prompts and a compiled constraint. Raises ApiError."""
+        """Return a copy of a request without a chat, with ``ids``, a compiled ``constraint`` and ``echoes``.
+
+        Raises ApiError for prompts that are too long or unusable, and for an invalid constraint.
+        """
         prompts = [self.encode_text(prompt) for prompt in asked.prompts]
         if asked.echo:
             new = self._max_new_tokens(asked)
@@ -137,7 +143,7 @@ class Service:
         return replace(asked, ids=prompts, constraint=constraint, echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> GenerationRequest:
-        """Return a copy of the request with the chat encoded, a compiled constraint, and a parser for its answers.
+        """Return a copy of a chat's request with ``ids``, a compiled ``constraint``, ``new_parser`` and ``shown``.
 
         chat: the chat of ``asked``. Raises ApiError if the model's template does not support what the chat asks for.
         """
@@ -209,7 +215,10 @@ class Service:
         return self._encode("prompt", prompt, chat=False)
 
     def _encode(self, name: str, prompt: Any, **options: Any) -> list[int]:
-        """Return the token ids of ``prompt``, the parameter ``name``. Raises ApiError if it is unusable or too long."""
+        """Return the token ids of ``prompt``: text, token ids or messages. Raises ApiError if it cannot be used.
+
+        name: the parameter of the request that has it, for errors. options: keyword arguments of ``prompts.encode``.
+        """
         try:
             ids = encode(self.tokenizer, prompt, context=self.context, **options)
         except SpecDecError as error:
@@ -266,7 +275,7 @@ class Service:
         return handles
 
     def drafter_label(self, asked: GenerationRequest) -> str:
-        """Return the name of the drafter of a request, for a header; "none" while the drafter is off."""
+        """Return the name of the drafter, quoted for a header; "none" if the request or the engine drafts nothing."""
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 

@@ -285,7 +285,7 @@ def abilities(tokenizer: Any) -> str:
 
 
 def tool_grammar(tools: Schemas) -> Grammar:
-    """Return a grammar of one call, of any of ``tools``, as a JSON object.
+    """Return a grammar of texts that are one call, of any of ``tools``: {"name": ..., "arguments": ...} in JSON.
 
     The model's own format of calls does not matter (as in vLLM). tools: name -> JSON schema of the arguments.
     """
@@ -298,7 +298,7 @@ def tool_grammar(tools: Schemas) -> Grammar:
 
 
 def python_calls(text: str) -> list[tuple[str, str]] | None:
-    """Return the names and the arguments, as JSON text, of the Python calls in ``text``, a list or one call.
+    """Return (name, arguments as JSON text) of each Python call in ``text``, which is a list of calls or one call.
 
     None: there is anything else in it.
     """
@@ -316,7 +316,10 @@ def python_calls(text: str) -> list[tuple[str, str]] | None:
 
 
 def types(schema: Any) -> set[str]:
-    """Return the JSON types, such as "string", that a JSON schema names at its top, also in ``anyOf`` and ``oneOf``."""
+    """Return the JSON types, such as "string", that a JSON schema allows for its value, also by ``anyOf`` and ``oneOf``.
+
+    The set is empty if the schema names none.
+    """
     if not isinstance(schema, dict):
         return set()
     own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]
