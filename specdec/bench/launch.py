@@ -100,7 +100,10 @@ def _decoders() -> Decoders:
 
 
 def _connect() -> Any:
-    """Connect to the Ray cluster at $RAY_ADDRESS, else to a new local one; return the module ``ray``."""
+    """Connect to the Ray cluster at $RAY_ADDRESS, else to a new local one; return the imported module ``ray``.
+
+    Raises SpecDecError if Ray is not installed, or the cluster cannot be reached or started.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -124,7 +127,7 @@ def _connect() -> Any:
 def _capacity(ray: Any, resources: Resources) -> int:
     """Return how many tasks, each of which needs ``resources``, the cluster can run at once.
 
-    ray: the connected module. Raises SpecDecError if no machine can run one.
+    ray: the module, connected to the cluster. Raises SpecDecError if no machine can run one.
     """
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
     needed = {name: amount for name, amount in needed.items() if amount}

@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
 class Picture:
     """A figure of matplotlib and its texts, for the HTML page.
 
-    subject: what the figure is about, such as a model. alt: text that replaces it where it cannot be seen.
+    subject: what the figure is about, such as a model; may be "". alt: text that replaces it where it cannot be seen.
     """
 
     title: str  # heading of the page's section
@@ -122,7 +122,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
 def _speed(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of each cell and baseline of ``model`` over its first baseline; None: there are no figures.
 
-    records: those of the cells. Each setting in which the cells differ has a column of text beside the bars.
+    records: the results of the model's cells. Each setting in which they differ has a column of text beside the bars.
     """
     baseline = next(iter(records[0]["method"]["speedup"]), "")
     others = {name: figures for record in records for name, figures in record["baselines"].items() if name != baseline}
@@ -176,7 +176,7 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of ``model`` against the draft length, a line for cells that differ in nothing else.
 
-    records: those of the cells of ``model``. None: all cells have the same length.
+    records: the results of the model's cells. None: no line would have two fixed lengths.
     """
     lines = dict[str, dict[Any, Estimate]]()
     names = labels([record["cell"] | {DRAFT_LENGTH: "auto"} for record in records])
@@ -211,7 +211,7 @@ def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
 def _acceptance(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the share of accepted tokens by position in the draft, a line per cell; None: too few drafts.
 
-    model: whose cells the ``records`` are; part of the title.
+    model: name of the model, the subject of the picture. records: the results of its cells.
     """
     names = labels([record["cell"] for record in records])
     found = {name: acceptance(record["method"]) for name, record in zip(names, records, strict=True)}
@@ -237,7 +237,7 @@ def _acceptance(model: str, records: Sequence[Record]) -> Picture | None:
 
 
 def _plot(names: Iterable[str]) -> tuple[Figure, Axes]:
-    """Return a figure, and its axes, with space below for a legend of ``names``."""
+    """Return a new figure and its axes, with space below for a legend of ``names``, which the caller adds."""
     lines = sum(1 + _wrapped(name).count("\n") for name in names)
     figure = Figure(figsize=(WIDTH, 2.2 + 0.17 * lines), layout="constrained")
     ax = figure.subplots()
@@ -259,7 +259,7 @@ def _points(text: str) -> float:
 def _quality(records: Sequence[Record]) -> Picture:
     """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality.
 
-    records: those of cells that have figures of quality, and a speedup over plain decoding.
+    records: results of cells, each with figures of quality and a speedup over plain decoding.
     """
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):

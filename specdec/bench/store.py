@@ -110,7 +110,10 @@ class Store:
         )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line that is not the last line."""
+        """Return {key of a cell: its last record}, {} without a file. An unfinished last line is ignored.
+
+        Raises SpecDecError for another broken line.
+        """
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):
@@ -124,12 +127,12 @@ class Store:
         return records
 
     def waiting(self, plan: Plan) -> list[Cell]:
-        """Return the cells of the plan that have not run, were interrupted, or failed."""
+        """Return the cells of the plan that have not run, were interrupted, or failed, in the plan's order."""
         records = self.records()
         return [cell for cell in plan.cells if not finished(records.get(cell.key()))]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record and sync it to the disk. Call it only within ``opened``."""
+        """Append one record as a line of ``cells.jsonl``, and sync it to the disk. Call it only within ``opened``."""
         with self.path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()

@@ -99,7 +99,7 @@ class Connection(H11Protocol):
     def _expire(self) -> None:
         """Close the connection: the timer ``expiry`` calls it when it has been idle for ``timeout`` seconds.
 
-        If the client has read more of the last answer since the last check, the timer starts again instead.
+        If some of the last answer is unsent, but less than at the last check, the timer starts again instead.
         """
         left = self.transport.get_write_buffer_size()
         if 0 < left < self.unsent:
@@ -184,9 +184,9 @@ class Server(uvicorn.Server):
     async def _make_room(self) -> None:
         """Wait until there is a file descriptor for one more connection, of a client that was just accepted.
 
-        With ``max_connections`` connections, the one that has been idle longest is closed. If none is idle, the method
-        returns all the same, and uvicorn answers the new client's request with 503. Only with ``room`` connections does
-        it wait, until one becomes idle, which is then closed, or is closed.
+        If there are ``max_connections`` already, the one that has been idle longest is closed; if none is idle, the
+        method returns all the same, and uvicorn answers the new client's request with 503. It waits only if there are
+        ``room`` connections and none is idle: until one is closed, or becomes idle and can be closed.
         """
         connections, most = self.server_state.connections, self.settings.max_connections
         if len(connections) >= most and self._close_idle():

@@ -162,9 +162,11 @@ class OutputConfig(Strict):
 class CountBody(Options):
     """The body of ``/v1/messages/count_tokens``, which is also a part of the body of ``/v1/messages``.
 
-    The fields are Anthropic's, without those that have no effect; None: not given. messages: the conversation, in which
-    successive messages of one role have been joined. system: the system message. thinking, output_config: whether and
-    how much to reason, and the format of the text. unused: see ``Strict``.
+    The fields beside those of ``Options`` are Anthropic's; None: not given.
+
+    messages: the conversation, in which successive messages of one role have been joined. system: the system message.
+    thinking, output_config: whether and how much to reason, and the format of the text.
+    unused: values with which members that are not declared are ignored (see ``Strict``).
     """
 
     unused = PROMPT

@@ -155,8 +155,9 @@ class Source:
 class Format:
     """Base class of the formats in which families of models write tool calls within the text of an answer.
 
-    An object has no state of an answer, so all answers share it. Its methods read from ``answer.source``, where ``answer`` is the parser of one answer. They are generators of parts,
-    and of None to wait for more text. A subclass sets ``marks`` and implements ``calls``.
+    Its methods read from ``answer.source``, where ``answer`` is the parser of one answer. They are generators of parts,
+    and of None to wait for more text. A subclass sets ``marks`` and implements ``calls``. An object has no state, so
+    all answers share it.
 
     marks: texts that begin calls.
     special: special tokens that have to stay in the text.

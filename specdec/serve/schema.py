@@ -191,7 +191,10 @@ class StreamOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """A JSON schema, the member ``schema`` (``schema_``), which the text always follows. The other fields are not used."""
+    """A JSON schema that the text follows, whether ``strict`` is given or not.
+
+    schema_: the schema, in the member ``schema``; {} allows any JSON. name, description: not used.
+    """
 
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}

@@ -42,8 +42,7 @@ MAX_LOGPROBS = 4_000_000  # of a request with several choices; each takes about 
 class Service:
     """Turns clients' requests into requests of one engine.
 
-    asked: in all methods, the client's request (``GenerationRequest``). A choice is one text for one prompt. Methods
-    may be called in any thread.
+    asked: in all methods, the client's request (``GenerationRequest``). A choice is one text for one prompt.
     context: maximum number of tokens of a prompt and its answer.
     metrics: the counters that ``/metrics`` shows.
     started: Unix time of the start, in seconds.
@@ -85,8 +84,8 @@ class Service:
     def check_limits(self, asked: GenerationRequest) -> None:
         """Raise ApiError if a count in the request, such as ``n``, exceeds a limit of this server.
 
-        It is called before anything of that size is made. Also refuses unknown models, token ids that the model lacks,
-        and any request after the engine has ended.
+        It is called before anything of that size is made. Also refuses unknown models, ids in ``logit_bias`` that the
+        model lacks, and any request after the engine has ended.
         """
         self.check_model(asked.model)
         self.check_engine()

@@ -316,7 +316,7 @@ def python_calls(text: str) -> list[tuple[str, str]] | None:
 
 
 def types(schema: Any) -> set[str]:
-    """Return the JSON types, such as "string", that a JSON schema allows for its value, also by ``anyOf`` and ``oneOf``.
+    """Return the JSON types, such as "string", that a JSON schema names at its top, or in ``anyOf`` and ``oneOf``.
 
     The set is empty if the schema names none.
     """
