@@ -110,8 +110,8 @@ class SpecGenerate:
 
         transformers passes the arguments. n is the number of new tokens of the longest row; shorter ones are padded.
         generator: draws the seed for sampling; None: torch's global generator.
-        The result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError for
-        unsupported arguments, and if the model's context is too short.
+        The result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError
+        for unsupported arguments, and if the model's context is too short.
         """
         config: Any = generation_config
         decoder = self.decoder(model)
@@ -153,7 +153,7 @@ def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dic
     """Raise SpecDecError for a part of a ``generate`` call that ``SpecGenerate`` does not support, such as beams.
 
     config: the ``GenerationConfig``. processors: the logits processors. model_kwargs: arguments for the model's
-    forward, of which only token ids, attention mask and positions are supported.
+    forward; all but the attention mask and those in ``PREPARED`` must be None.
     """
     mode = config.get_generation_mode()
     if mode.value not in MODES:
