@@ -74,9 +74,9 @@ class SpecDecoder:
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or "ngram+X" with one of these texts as X. NAME=SOURCE loads a drafter from SOURCE, such as
-    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the mtp layer in its files,
-    else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
-    drafter_options: options of the drafter; for joined drafters, a mapping per name.
+    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the multi-token prediction layer
+    (mtp) in its files, else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
+    drafter_options: {name: value} of the drafter's options; for "ngram+X", {"ngram": such a mapping, X: another}.
     runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
     (layers quantised; bfloat16 on a CPU). The quantised model, also ``model`` itself, is then the base: output is that
@@ -91,7 +91,7 @@ class SpecDecoder:
     generated. None is yes.
     prefix_reuse: keep the keys and values of the last texts, in at most a quarter of the free memory, so that a prompt
     that begins like one of them runs only its new tokens. A verifier that accepts drafts without scores keeps none.
-    packed: keep packed weights in the cache folder, where later loads find them; native runtime.
+    packed: keep the weights in the layout of the native runtime's kernels in the cache folder, for faster later loads.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 

@@ -25,7 +25,7 @@ def claim(drafter: Drafter) -> int:
 
 
 def release(claimed: int) -> None:
-    """End an engine's use of a drafter; a second call has no effect. claimed: what ``claim`` returned."""
+    """End an engine's use of a drafter. Call it once. claimed: what ``claim`` returned."""
     _busy.discard(claimed)
 
 

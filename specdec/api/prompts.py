@@ -40,15 +40,18 @@ def encode(
 
     In chat messages, special tokens are text: only the template adds special ones. In plain text they are special.
 
+    tokenizer: a transformers tokenizer; None suffices for token ids.
     prompt: text, token ids (a list or a tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
     chat: wrap text in the tokenizer's chat template; None does so if there is one.
     system: a system message before the prompt.
     name: what error messages call the prompt.
-    context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
+    context: the model's context, in tokens; much longer text is refused before tokenisation, which may take minutes.
+        None: there is no limit. The result may still be longer than the context.
     tools: tools for the chat template, in OpenAI's format; None: there are none.
     template: other arguments of the chat template; None: there are none.
     continue_last: whether the answer continues the last message instead of beginning a new one.
-    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
+    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template; PromptTooLongError for text
+    that cannot fit the context.
     """
     if (ids := _given_ids(prompt, name)) is not None:
         return ids
@@ -73,7 +76,7 @@ def encode(
 def _given_ids(prompt: Any, name: str) -> list[int] | None:
     """Return the ids of a prompt of token ids; None for text and messages. Raises SpecDecError for anything else.
 
-    name: what errors call the prompt.
+    name: what error messages call the prompt.
     """
     if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, which may be long
         return prompt

@@ -174,7 +174,7 @@ class Cell(Settings):
 
     @property
     def is_external(self) -> bool:
-        """Whether another engine decodes."""
+        """Whether ``drafter`` is one of ``EXTERNAL_METHODS``, in which another engine than specdec's decodes."""
         return self.drafter.partition("=")[0] in EXTERNAL_METHODS
 
     def with_settings(self, **changes: Any) -> Cell:

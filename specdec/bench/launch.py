@@ -32,6 +32,7 @@ def run_locally(
 ) -> Generator[Record]:
     """Measure the groups of cells in this process, in order, and yield a record per cell.
 
+    groups: cells that differ only in their methods, in each group (``plan.groups``).
     decoders: keeps the last model loaded until a group needs another one.
     progress: called with the number of cells that are done, which may be a fraction.
     record: called with each finished request; None: not called.
@@ -59,6 +60,9 @@ def split(groups: Groups, count: int) -> list[list[Cell]]:
 
 def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
     """Measure the groups on the Ray cluster at $RAY_ADDRESS, else on a new local one, and yield a record per cell.
+
+    Records come when their group has ended, in any order of the groups. The caller must exhaust or close the generator,
+    which disconnects from the cluster.
 
     A group is a Ray task that needs ``resources``; groups are split until all of the cluster is busy. All machines need
     the package, the models and the prompt files at the same paths. Raises SpecDecError if Ray is not installed or not

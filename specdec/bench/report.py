@@ -54,7 +54,8 @@ STYLE: dict[Any, Any] = {
 class Picture:
     """A figure of matplotlib and its texts, for the HTML page.
 
-    subject: what the figure is about, such as a model; may be "". alt: text that replaces it where it cannot be seen.
+    title: heading of the page's section. subject: what the figure is about, such as a model; may be "".
+    caption: text below the figure. alt: text that replaces the figure where it cannot be seen.
     """
 
     title: str  # heading of the page's section
@@ -82,7 +83,7 @@ class Picture:
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write the HTML page of ``results`` into ``folder`` and return its path."""
+    """Write the HTML page of ``results`` as ``report.html`` into ``folder`` and return its path."""
     page = Environment(loader=PackageLoader("specdec.bench", "."), autoescape=True).get_template(PAGE)
     with matplotlib.rc_context(STYLE):
         text = page.render(results=results, sections=draw_all(results), version=__version__)
@@ -91,7 +92,7 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def write_charts(results: Results, folder: Path) -> list[Path]:
-    """Write each chart of ``results`` as an SVG file into ``folder`` and return their paths."""
+    """Write each chart of ``results`` as the SVG file ``NUMBER-TITLE.svg`` into ``folder``; return the paths."""
     paths = []
     with matplotlib.rc_context(STYLE):
         for number, picture in enumerate(chain(*draw_all(results).values()), start=1):
@@ -104,7 +105,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
     """Return the charts of the cells in ``results`` that did not fail, as {title of a section: pictures}.
 
     For each model these are speed, draft lengths and acceptance; quality of lossy verifiers follows. A chart without
-    data is left out.
+    data is left out. Call it under ``matplotlib.rc_context(STYLE)``.
     """
     pictures = dict[str, list[Picture]]()
     for model in dict.fromkeys(record["cell"]["model"] for record in results.done):
@@ -166,7 +167,10 @@ def _speed(model: str, records: Sequence[Record]) -> Picture | None:
 
 
 def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the axes (``specdec.bench.cell.axes``) in which ``cells`` differ, the drafter and its options first."""
+    """Return the names of the settings and options in which ``cells`` differ, the drafter and its length first.
+
+    "drafter" is always among them. cells: the result of ``specdec.bench.cell.axes`` for each cell.
+    """
     names = dict.fromkeys(name for cell in cells for name in cell)
     shown = [name for name in names if "." in name or len({as_yaml(cell[name]) for cell in cells if name in cell}) > 1]
     first = ("drafter", DRAFT_LENGTH)

@@ -302,6 +302,8 @@ def interval(estimate: Estimate | None, form: str = ".2f") -> str:
 def equality(method: Mapping[str, Any]) -> str:
     """Return how many outputs equal plain decoding as text, such as ``11 of 12 (1 near-tie)``.
 
+    It is ``sampled`` if none could be compared.
+
     method: the figures of a method, as ``figures.summarize`` returns them.
     """
     found = method["equal_to_plain"]
@@ -328,7 +330,7 @@ def as_latex(results: Results) -> str:
 
 
 def write_csv(results: Results, folder: Path) -> list[Path]:
-    """Write each table of ``results`` as a CSV file into ``folder`` and return their paths."""
+    """Write each table of ``results`` as a CSV file, named after its title, into ``folder``; return the paths."""
     paths = []
     for table in results.tables():
         text = io.StringIO()

@@ -71,7 +71,10 @@ class Decoders:
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:
-        """Load and return the method that the cell measures. Raises SpecDecError if it cannot be loaded."""
+        """Return the method that the cell measures, without its baselines. Raises SpecDecError if it cannot be loaded.
+
+        Drafters and their decoders are kept for later cells with the same model.
+        """
         base = self.base(cell)
         if cell.is_external:
             module, _, name = EXTERNAL_METHODS[cell.drafter.partition("=")[0]].method.partition(":")
@@ -114,7 +117,9 @@ class BenchRun:
     cells: differ only in their methods. decoders: the cache of loaded models.
     progress: called after each turn with (finished turns, all turns, new tokens); None: not called.
     record: called with each finished request; None: not called.
-    requests: the finished requests of all methods that have not failed.
+    methods: {name: method} of those that have not failed. requests: their finished requests.
+    passes: {"specdec" or an external method's name: {number of tokens: ms of a forward pass}}.
+    skipped: a text about each prompt that exceeds the context.
     errors: {``key()`` of a method's cell: the exception that ended it}, for loading and for answers.
     """
 
@@ -351,7 +356,7 @@ class BenchRun:
     def _error(self, cell: Cell) -> Exception | None:
         """Return the exception that ended the cell's method or one of its baselines, so that it has no result.
 
-        It is the first in ``errors``, from loading or from an answer. None: none of them has failed so far.
+        It is from ``errors``, of loading or of an answer; the method's own comes first. None: none has failed so far.
         """
         return next((self.errors[key] for method in _methods(cell) if (key := method.key()) in self.errors), None)
 

@@ -47,11 +47,12 @@ class Store:
     def opened(
         self, plan: Plan, command: str, resume: bool = False, prompts: Mapping[str, Any] | None = None
     ) -> Iterator[None]:
-        """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
+        """Create the folder with ``plan`` unless it is there, add ``command`` to it, and lock it in the ``with`` block.
 
         command: the command line, for the report. resume: whether the folder may hold finished cells of this plan.
         prompts: name of each prompt set -> its conversations as JSON values, for the report; None: they are not kept.
-        Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
+        Raises SpecDecError if the folder holds another plan, other files or, without ``resume``, records, and if it
+        cannot be written or another process has locked it.
         """
         self._check(plan, resume)
         try:
@@ -98,7 +99,10 @@ class Store:
             raise SpecDecError(f"'{self.folder}' is not empty and holds no results; give another --output")
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``, the plan as stored. Raises SpecDecError if it is unreadable."""
+        """Return the content of ``sweep.json``, the plan as stored; ``cells`` is {key: ``Cell.as_dict()``}.
+
+        Raises SpecDecError if the file is missing or unreadable.
+        """
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):

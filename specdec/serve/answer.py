@@ -120,7 +120,7 @@ class Answer(ABC):
         return sum(metrics.num_prompt_tokens for metrics in prompts), cached, sum(text.num_read for text in self.texts)
 
     def time_saved(self) -> dict[str, int]:
-        """Return the milliseconds that cached tokens have saved (an estimate), as members of ``usage``."""
+        """Return {"time_saved_ms": milliseconds that cached prompt tokens saved (an estimate)}, a part of ``usage``."""
         return {"time_saved_ms": round(1e3 * sum(handle.metrics.saved_seconds for handle in self.handles))}
 
     def summary(self) -> str:
@@ -169,7 +169,10 @@ class Answer(ABC):
 
 
 def _failure(event: Event) -> ApiError:
-    """Return the error that tells a client about ``event``, which ends a request with an error or a cancellation."""
+    """Return (not raise) the error that a client gets for ``event``, by which a request failed or was cancelled.
+
+    It has the status 503 for a cancellation, 400 for a constraint that cannot be met, and 500 for other errors.
+    """
     if event.finish_reason == "cancelled":
         return ApiError(503, "the server is shutting down; try again later")
     if isinstance(event.error, ConstraintError):

@@ -121,7 +121,8 @@ class ApiError(HTTPException):
     def as_sent(self, path: str) -> ApiError:
         """Return this error with the parameter called as in the client's protocol, in ``param`` and in the message.
 
-        Protocols differ: what is "max_tokens" for one is "max_output_tokens" for another.
+        Protocols differ: what is "max_tokens" for one is "max_output_tokens" for another. If the name is the same, this
+        object is returned.
 
         path: path of the request, such as "/v1/responses", which has one protocol.
         """
@@ -140,7 +141,10 @@ def invalid(param: str, message: str) -> ApiError:
 
 
 def _names(path: str) -> dict[str, str]:
-    """Return {OpenAI's parameter name: name in the protocol of ``path``}; {} if the names are the same."""
+    """Return {OpenAI's parameter name: name in the protocol of ``path``}, without names that are the same.
+
+    The name is "" if the protocol has no such parameter. path: path of the request.
+    """
     return next((names for start, names in NAMES.items() if path.startswith(start)), {})
 
 
@@ -175,7 +179,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError, path: str) -> ApiError:
-    """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter.
+    """Return (not raise) the error for a body that is no JSON object, or in which pydantic found a wrong parameter.
 
     path: path of the request, such as "/v1/responses"; the parameter is called as in its protocol.
     """

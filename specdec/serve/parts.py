@@ -110,7 +110,7 @@ class Source:
             yield None
 
     def upto(self, mark: str) -> Parts[str]:
-        """Take the text up to ``mark``, and return it without the mark; all text if the mark never comes."""
+        """Take the text up to and with ``mark``; return it without the mark, or all text if the mark never comes."""
         while mark not in self.text and not self.last:
             yield None
         before, _, self.text = self.text.partition(mark)

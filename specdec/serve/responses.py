@@ -232,7 +232,10 @@ class ResponsesAnswer(BlockAnswer):
         )
 
     def _status(self, last: bool) -> str:
-        """Return the status of an item that has ended. last: whether it is the last item, which may have been cut."""
+        """Return the status of an output item that has ended: "completed", or "incomplete" if it was cut.
+
+        last: whether it is the last item, the only one that the limit on new tokens may have cut.
+        """
         return "incomplete" if last and self.text.finish_reason == "length" else "completed"
 
     def _item(self, index: int, block: Part, status: str) -> dict[str, Any]:

@@ -180,7 +180,10 @@ class Service:
         return self._encode("messages", chat.messages, **how)
 
     def template(self, chat: ChatPrompt) -> ChatTemplate:
-        """Return the chat template for ``chat``; a tokenizer may have another template for chats with tools."""
+        """Return what the tokenizer's chat template for ``chat`` supports; chats with tools may have another template.
+
+        The result is kept in ``templates``. A tokenizer without a template gives one that supports nothing.
+        """
         text = ""
         if getattr(self.tokenizer, "chat_template", None):
             text = str(self.tokenizer.get_chat_template(tools=chat.tools or None))
@@ -280,6 +283,8 @@ class Service:
 
     def finish(self, handles: Sequence[Handle], client: Client) -> None:
         """End a client's request: cancel its choices that still run, and count all in the metrics.
+
+        Call it once, when the response has ended or the client has gone.
 
         handles: those of its choices, which may have ended. client: the sender.
         """
