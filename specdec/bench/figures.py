@@ -313,7 +313,7 @@ def _estimate(value: float, draws: Any, clusters: int) -> Estimate:
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of one answer under the full model.
+    """The quality of one answer under the full model, which scores every token and uses no lossy verifier.
 
     tokens: number of tokens of the answer.
     agreed: number of tokens that are the full model's most likely token.

@@ -79,6 +79,8 @@ def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
 def load_plan(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
     """Read and check the plan of a YAML file, or of settings as they would stand in a file. Loads no model.
 
+    source: path of the file, or {key: value or list of values}; the keys are the settings of ``Cell`` and name,
+        description, exclude and resources.
     overrides: texts ``KEY=VALUE,VALUE`` that replace settings of ``source``.
     Raises SpecDecError for a mistake, with the name of the file or the override.
     """

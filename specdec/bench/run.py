@@ -251,7 +251,8 @@ class BenchRun:
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
         """Add user turn ``turn`` (from 0) to the texts of the chats that have it, in place.
 
-        Returns the chats whose prompts then fit the context, and these prompts (token ids).
+        Returns the chats whose prompts then fit the context, and these prompts (token ids). The others that have the
+        turn are named in ``skipped``.
         """
         continued, prompts, context = [], [], self.base.target.context
         for conversation, texts in chats:

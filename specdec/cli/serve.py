@@ -215,7 +215,7 @@ def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
 
 
 def _bytes(flag: str, text: str) -> int:
-    """Return the bytes of a size such as "2GiB", which must be at least ``MIN_CACHE``.
+    """Return the number of bytes of a size such as "2GiB", which must be at least 1 MiB (``MIN_CACHE``).
 
     flag: the option whose value ``text`` is, for messages. Raises SpecDecError for other texts.
     """

@@ -215,7 +215,10 @@ class LoadingFlags:
     adapter: Adapter = None
 
     def check(self) -> None:
-        """Raise SpecDecError for names and paths that are wrong, before anything heavy is imported."""
+        """Raise SpecDecError for a wrong model, dtype or adapter, before anything heavy is imported.
+
+        It looks at names and at paths on the disk, and loads nothing.
+        """
         check_model(self.model, getattr(self, "revision", None))
         dtype_name(self.dtype)
         check_adapter(self.adapter)

@@ -248,8 +248,8 @@ def _samplers(
     """Return the sampler that chooses the tokens of each row of a ``generate`` call, in the order of the rows.
 
     prompts: token ids of each row without padding. input_ids: [B, T], with padding. processors: the call's logits
-    processors. sample: whether to sample; if not, decoding is greedy. generator: draws the seed; None: torch's global
-    one.
+    processors; in sampling, those of ``WARPERS`` at the end are removed from the list. sample: whether to sample; if
+    not, decoding is greedy. generator: draws the seed; None: torch's global one.
     """
     seed = 0
     if sample:
@@ -272,6 +272,7 @@ def _samplers(
 class _GenerateCall:
     """The state of one ``generate`` call, which adds one token to every row of the batch at a time.
 
+    input_ids: the prompts [B, T], with padding. config: the call's ``GenerationConfig``.
     sequences: the token ids of all rows so far, [B, T + count].
     criteria: the stopping criteria of the call.
     ends: ids of the tokens that end a row.

@@ -57,7 +57,7 @@ def completion_logprobs(
 def token_text(tokenizer: Any, token_id: int) -> str:
     """Return the token ``token_id`` as a dictionary key.
 
-    It is its text, or ``bytes:`` and its bytes if the token is a part of a character.
+    It is its text, or its bytes, such as ``bytes:\\xe2\\x82``, if the token is a part of a character.
     """
     found = token_bytes(tokenizer, token_id)
     try:

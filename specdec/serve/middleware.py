@@ -27,8 +27,8 @@ UNLOGGED = ("/health", "/metrics")  # paths without a log line
 class AccessLog:
     """Writes a line for each request: method, path, status, seconds, id, and what its endpoint put into ``summary``.
 
-    ``summary`` is a list of texts in ``scope["state"]``. The id is in a header of the answer, too, under its protocol's
-    name. Another header names ignored parameters.
+    ``summary`` is a list of texts in ``scope["state"]``. The id is in a header of the answer, too, ``request-id`` or
+    ``x-request-id``. The header ``x-specdec-ignored`` names ignored parameters.
     app: the ASGI application that answers. write: prints the line.
     """
 

@@ -372,8 +372,10 @@ class ChatBody(GenerationBody):
     top_logprobs: number of the likeliest tokens to return with each log-probability.
     tools: the functions that the model may call.
     tool_choice: whether tools may be called ("auto"), must be ("required") or must not be ("none"), or which one must.
+    parallel_tool_calls: whether an answer may have several calls; None: it may.
     reasoning_effort: amount of reasoning, such as "low", for chat templates that support it.
     continue_final_message: whether the answer continues the last message, which must be the assistant's.
+    add_generation_prompt: not needed; if given, the opposite of ``continue_final_message``.
     """
 
     messages: Messages

@@ -277,7 +277,7 @@ class Service:
         return handles
 
     def drafter_label(self, asked: GenerationRequest) -> str:
-        """Return the name of the drafter, quoted for a header; "none" if the request or the engine drafts nothing."""
+        """Return the drafter's name, percent-encoded for a header; "none" if the request or engine drafts nothing."""
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 
