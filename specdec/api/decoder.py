@@ -312,9 +312,11 @@ class SpecDecoder:
         )
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
+        """Return the logits processors for ``min_new_tokens`` and ``bad_words``; [] if neither is given.
 
         given: the options of the request. start: number of prompt tokens.
+        Raises SpecDecError if ``min_new_tokens`` is above ``max_new_tokens`` or meets a constraint, or if there is no
+        tokenizer for ``bad_words``.
         """
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
@@ -397,10 +399,11 @@ class SpecDecoder:
     def generate(
         self, prompt: SkipValidation[Prompt], *, n: Count | None = None, **given: Unpack[GenerationOptions]
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Generate from one prompt: text, token ids, a tensor, or chat messages.
+        """Generate from one prompt: text, token ids, a tensor, or chat messages. Returns when all text is there.
 
         n: number of answers. None: the result is one output; else it is a list of n outputs.
         given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
+        Raises SpecDecError as ``generate_batch`` does.
         """
         found = self.generate_batch([prompt], n=n, **given)
         return found[0] if n is None else found
@@ -425,6 +428,7 @@ class SpecDecoder:
 
         n: number of answers. None: the result is one output; else it is a list of n outputs.
         given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
+        Raises SpecDecError as ``generate_batch`` does.
         """
         if isinstance(messages, str) or not all(isinstance(each, Mapping) for each in messages):
             raise SpecDecError(
@@ -443,7 +447,8 @@ class SpecDecoder:
         n: number of answers to each prompt, which follow one another in the result. None: one.
         given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
 
-        A SpecDecError during decoding has the outputs until then as ``outputs``.
+        Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context. One that is
+        raised during decoding has the outputs until then as ``outputs``.
         """
         with self.open(prompts, n=n or 1, **given) as generation:
             try:

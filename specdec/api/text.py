@@ -82,7 +82,7 @@ class Detokenizer:
     hidden: ids of tokens that have no text.
     min_new_tokens: number of tokens before which no stop string ends the text.
     text: the decoded text so far, up to the stop string.
-    whole: the same with the special tokens that readers do not get but that stop strings contain.
+    whole: all decoded text, also the special tokens that readers do not get but that stop strings contain.
     window: the last tokens that have text, earlier ones as context and then new ones, which are decoded together.
     stopped: the stop string that has come, or None.
     num_read: number of tokens in the events that ``read`` got.

@@ -101,11 +101,13 @@ def summarize(
     EST is {"value", "low", "high"}, an estimate and its 95 % interval. The keys:
     name, lossless, engine (an external one's version and settings, or None), requests, tokens (numbers of these).
     tokens_per_second: EST. speedup, worst (prompt's speedup): {baseline: EST}, {baseline: number}.
-    prefill_ms, first_token_ms, decode_ms_per_token: EST. latency_ms: {what: {"p50", "p99"}}.
+    prefill_ms, first_token_ms, decode_ms_per_token: EST.
+    latency_ms: {"p50", "p99"} for each of "token", "first_token" and "step".
     mean_acceptance_length, mean_layers_per_token: EST. acceptance_rate: 0 to 1.
     acceptance_per_position, drafts_per_position, acceptance_histogram: lists of numbers.
-    phase_ms_per_step: {phase: ms}. peak_memory_mb. equal_to_plain: numbers of outputs. quality: {measure: EST}.
-    categories: {category: some of these figures}. None stands for what cannot be given.
+    phase_ms_per_step: {phase: ms}. peak_memory_mb.
+    equal_to_plain: {"equal", "near_ties", "faults", "of"}, numbers of outputs. quality: {measure: EST}.
+    categories: {category: the figures of ``_summary``}. None stands for what cannot be given.
 
     mine: the requests that the method has answered. baselines: label -> requests of that baseline for the same prompts.
     method: what decoded; says whether it is lossless, and how its output can be compared.

@@ -23,8 +23,8 @@ CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnecte
 class JsonRequest(Request):
     """A request whose body is JSON of at most ``MAX_BODY`` bytes.
 
-    Reading another one raises ApiError: a larger body, one that takes longer than the setting ``client_timeout``, an
-    empty one, and one that is not JSON.
+    Reading raises ApiError for a larger body, one that takes longer than the setting ``client_timeout``, an empty one,
+    and one that is not JSON, and if the client disconnects.
     """
 
     async def body(self) -> bytes:

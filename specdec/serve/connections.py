@@ -159,9 +159,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Accept connections at ``listener`` for ever, within the limits.
+        """Accept connections at ``listener``, within the limits, until this task is cancelled.
 
-        ``asyncio`` itself has no limit, and logs each failure.
+        ``asyncio``'s own servers have no limit, and log each failure.
         """
         loop = asyncio.get_running_loop()
         while True:
