@@ -41,7 +41,7 @@ class SharedEngine:
             return self.engine
 
     def leave(self) -> None:
-        """Count one user less; the last one closes the engine."""
+        """Count one request less; the last one closes the engine and waits for its thread."""
         with self.lock:
             self.users -= 1
             if not self.users and self.engine is not None:
@@ -72,7 +72,10 @@ class SharedRequest:
         return self
 
     def _enter(self) -> None:
-        """Make and submit the request, and start the engine if this is its first user."""
+        """Make and submit the request, and start the engine if this is its first user. Runs in a thread.
+
+        Raises SpecDecError if the request cannot be made, or the engine refuses it.
+        """
         self._request = self._make()
         engine = self.shared.enter(self._start)
         self._entered = True
@@ -87,7 +90,7 @@ class SharedRequest:
         return self
 
     async def __anext__(self) -> str:
-        """Return the next new text. Raises the SpecDecError that ends the request."""
+        """Return the next new text, never "". Raises StopAsyncIteration after the last, or the error of the request."""
         while True:
             event = await anext(self._events)
             if event.error is not None:
@@ -96,7 +99,7 @@ class SharedRequest:
                 return text
 
     def output(self) -> GenerationOutput:
-        """Return the output so far."""
+        """Return the output so far. Call it when no more text is read, since it flushes incomplete characters."""
         return GenerationOutput.of(self._request)
 
 

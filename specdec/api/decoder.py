@@ -74,9 +74,9 @@ class SpecDecoder:
     same weights. The tokenizer may be None if all prompts are token ids.
     drafter: a name (``specdec drafters``), a drafter folder, a Hugging Face repository (ORG/NAME[@revision]), a Drafter
     object, or "ngram+X" with one of these texts as X. NAME=SOURCE loads a drafter from SOURCE, such as
-    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the mtp layer in its files,
-    else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
-    drafter_options: options of the drafter; for joined drafters, a mapping per name.
+    draft-model=MODEL. "auto" is ngram with the m2r2 shipped for the model, else with the multi-token prediction layer
+    (mtp) in its files, else with an m2r2 that teaches itself; the attribute ``drafter`` is the one in use.
+    drafter_options: {name: value} of the drafter's options; for "ngram+X", {"ngram": such a mapping, X: another}.
     runtime: "auto" (the fastest one that supports the model here), "native", "torch" or "transformers".
     weights: "auto" (as loaded; in fewer bits if these hold equal values), "dense" (as loaded), "int8" or "int4"
     (layers quantised; bfloat16 on a CPU). The quantised model, also ``model`` itself, is then the base: output is that
@@ -91,7 +91,7 @@ class SpecDecoder:
     generated. None is yes.
     prefix_reuse: keep the keys and values of the last texts, in at most a quarter of the free memory, so that a prompt
     that begins like one of them runs only its new tokens. A verifier that accepts drafts without scores keeps none.
-    packed: keep packed weights in the cache folder, where later loads find them; native runtime.
+    packed: keep the weights in the layout of the native runtime's kernels in the cache folder, for faster later loads.
     Raises SpecDecError if the model is unsupported or the drafter does not fit it.
     """
 
@@ -208,12 +208,16 @@ class SpecDecoder:
         return other
 
     def _new_prefixes(self) -> PrefixStore | None:
-        """Return an empty store for cached texts of this decoder; None: it does not reuse prefixes."""
+        """Return an empty store of the keys and values of this decoder's texts; None: it does not reuse prefixes.
+
+        It does not with ``prefix_reuse=False``, or a verifier that accepts drafts without scores.
+        """
         return PrefixStore() if self.prefix_reuse and self.verifier.threshold is None else None
 
     def _drafter(self, drafter: Named, given: dict[str, Any]) -> Drafter:
-        """Load the drafter named ``drafter`` with the options ``given``, or take the object; bind it to the target.
+        """Load the drafter named ``drafter``, or take the object; return it, bound to this decoder's target.
 
+        given: options of the drafter by name, for loading; an object ignores them.
         Raises SpecDecError if it does not fit the target, or has no confidence where the verifier needs one.
         """
         if isinstance(drafter, str | Path):  # of a path, all: a folder may be called "medusa"
@@ -241,14 +245,14 @@ class SpecDecoder:
         shown: Sequence[str] = (),
         **given: Unpack[RequestOptions],
     ) -> Request:
-        """Make a request for an engine, with the penalties and end tokens of the model's ``generation_config``.
+        """Make a request for ``Engine.submit``, with the penalties and end tokens of the model's ``generation_config``.
 
         prompt: text, token ids, a tensor of one sequence, or chat messages.
         stream: number of this answer, from 0, among several to one prompt with one seed, which draw different texts.
         num_speculative_tokens: maximum draft depth; 0: no drafts; None: as deep as pays.
         scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
         sampler: chooses the tokens instead of the sampling options, the processors and the config; None: these do.
-        shown: special tokens that stay in the text.
+        shown: special tokens, as text, that stay in the output text; the others are left out.
         given: the options of ``RequestOptions``, such as ``max_new_tokens`` or ``temperature``.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
@@ -268,7 +272,7 @@ class SpecDecoder:
     ) -> Request:
         """Make a request for a prompt that is encoded already.
 
-        ids: token ids of the prompt. given: the options, of which those for prompts are not used.
+        ids: token ids of the prompt. given: the options; ``apply_chat_template`` and ``system`` are not used.
         The other arguments are those of ``request``, which explains them.
         """
         check_prompt(ids, self.target)
@@ -308,9 +312,11 @@ class SpecDecoder:
         )
 
     def _token_rules(self, given: RequestOptions, start: int) -> list[Processor]:
-        """Return logits processors for ``min_new_tokens`` and ``bad_words``. Raises SpecDecError if these are unusable.
+        """Return the logits processors for ``min_new_tokens`` and ``bad_words``; [] if neither is given.
 
         given: the options of the request. start: number of prompt tokens.
+        Raises SpecDecError if ``min_new_tokens`` is above ``max_new_tokens`` or meets a constraint, or if there is no
+        tokenizer for ``bad_words``.
         """
         found = list[Processor]()
         if least := given.get("min_new_tokens", 0):
@@ -341,6 +347,8 @@ class SpecDecoder:
         **given: Unpack[RequestOptions],
     ) -> Generation:
         """Start a generation, whose text and metrics can be read after each step. ``generate`` and ``stream`` use it.
+
+        Nothing is decoded until the caller iterates over the generation, which has the drafter until it is closed.
 
         prompts: each is text, token ids, a tensor of one sequence, or chat messages.
         num_speculative_tokens: draft length; "auto": the engine chooses it in each step.
@@ -391,10 +399,11 @@ class SpecDecoder:
     def generate(
         self, prompt: SkipValidation[Prompt], *, n: Count | None = None, **given: Unpack[GenerationOptions]
     ) -> GenerationOutput | list[GenerationOutput]:
-        """Generate from one prompt: text, token ids, a tensor, or chat messages.
+        """Generate from one prompt: text, token ids, a tensor, or chat messages. Returns when all text is there.
 
         n: number of answers. None: the result is one output; else it is a list of n outputs.
         given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
+        Raises SpecDecError as ``generate_batch`` does.
         """
         found = self.generate_batch([prompt], n=n, **given)
         return found[0] if n is None else found
@@ -419,6 +428,7 @@ class SpecDecoder:
 
         n: number of answers. None: the result is one output; else it is a list of n outputs.
         given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
+        Raises SpecDecError as ``generate_batch`` does.
         """
         if isinstance(messages, str) or not all(isinstance(each, Mapping) for each in messages):
             raise SpecDecError(
@@ -437,7 +447,8 @@ class SpecDecoder:
         n: number of answers to each prompt, which follow one another in the result. None: one.
         given: the options of ``GenerationOptions``, such as ``max_new_tokens`` or ``temperature``.
 
-        A SpecDecError during decoding has the outputs until then as ``outputs``.
+        Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context. One that is
+        raised during decoding has the outputs until then as ``outputs``.
         """
         with self.open(prompts, n=n or 1, **given) as generation:
             try:
@@ -467,6 +478,7 @@ class SpecDecoder:
     ) -> GenerationOutput:
         """Generate as ``generate`` does, on an event loop. Calls that overlap are decoded together.
 
+        prompt, given: as in ``request``.
         num_speculative_tokens: maximum draft depth; None: as deep as pays. Raises SpecDecError as ``generate`` does.
         """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
@@ -479,6 +491,7 @@ class SpecDecoder:
     ) -> AsyncIterator[str]:
         """Yield text as ``stream`` does, on an event loop: ``async for piece in decoder.astream(prompt)``.
 
+        prompt, given: as in ``request``.
         num_speculative_tokens: maximum draft depth; None: as deep as pays. Raises SpecDecError as ``generate`` does.
         """
         async with self._submit(prompt, num_speculative_tokens, given) as running:
@@ -486,9 +499,12 @@ class SpecDecoder:
                 yield piece
 
     def _submit(self, prompt: Prompt, depth: int | None, given: RequestOptions) -> SharedRequest:
-        """Return a request in the engine that ``agenerate`` and ``astream`` share.
+        """Return an async context manager for one request of ``agenerate`` or ``astream``. Nothing runs before it.
 
-        depth: maximum draft depth; None: as deep as pays. given: the options of the request.
+        Entering it makes the request and submits it to the engine that all such calls of this decoder share; iterating
+        over it yields the text.
+
+        prompt, given: as in ``request``. depth: maximum draft depth; None: as deep as pays.
         """
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
@@ -506,14 +522,18 @@ class SpecDecoder:
         prefix_cache: Path | None = None,
         prefix_cache_size: Count = 10 << 30,
     ) -> Engine:
-        """Start an engine, to which requests can be submitted at any time. It uses the drafter until it is closed.
+        """Return a running engine: its thread decodes the requests that ``Engine.submit`` queues, at any time.
+
+        It runs, and has the drafter, until ``Engine.close`` or the end of a ``with`` block on it. Raises SpecDecError
+        if another engine or generation has the drafter.
 
         max_rows: maximum number of requests that are decoded together.
         max_waiting: maximum number of requests in the queue; one more raises QueueFullError.
         kv_memory: bytes of the KV cache, cached prefixes included; None: half of the free memory.
         prefill_chunk: maximum number of prompt tokens in a step; None: it depends on the device.
         num_speculative_tokens: depth of each draft; "auto": chosen from measured costs and the acceptance so far.
-        prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too.
+        prefix_cache: a folder for the keys and values of texts, so that later processes can begin with them, too;
+        None: they stay in memory.
         prefix_cache_size: maximum size of this folder in bytes.
         """
         disk = None
@@ -538,7 +558,9 @@ class SpecDecoder:
         return engine.start()
 
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
-        """Return an engine without a thread, whose steps the caller runs; it uses the drafter until it is closed.
+        """Return an engine without a thread, whose steps the caller runs with ``Engine.steps``.
+
+        It has the drafter until ``Engine.close``. Raises SpecDecError if another engine or generation has it.
 
         num_speculative_tokens: draft length; "auto": the engine chooses it in each step.
         how: further keyword arguments of ``Engine``, such as ``max_rows``.
@@ -559,6 +581,7 @@ class SpecDecoder:
     ) -> CompiledConstraint:
         """Compile a constraint for requests. Raises SpecDecError if it is invalid or cannot be satisfied.
 
+        constraint: a Json, Regex, Grammar or Choice; a compiled one is returned unchanged.
         ignore_eos: whether the requests continue after end tokens; then a constraint, which ends the text, is refused.
         """
         if isinstance(constraint, CompiledConstraint):
@@ -578,7 +601,10 @@ class SpecDecoder:
             raise SpecDecError(f"{why}; use the verifier 'exact'")
 
     def _policy(self, num_speculative_tokens: Depth) -> DepthPolicy:
-        """Return the policy that chooses draft depths. num_speculative_tokens: a fixed depth, or "auto"."""
+        """Return the policy that chooses the depth of each draft. num_speculative_tokens: a fixed depth, or "auto".
+
+        With "auto" and a lossless verifier, all engines of this decoder share one policy and its measurements.
+        """
         if num_speculative_tokens != "auto":
             return FixedDepth(int(num_speculative_tokens))
         if not self.drafter.traits.drafts:
@@ -592,7 +618,11 @@ class SpecDecoder:
         return self._auto
 
     def _engine_closed(self, policy: DepthPolicy, release: Callable[[], object]) -> None:
-        """Save the costs that an engine's ``policy`` has measured, and call ``release``, which frees the drafter."""
+        """Free the drafter and keep what was measured; the engine calls it when it is closed (``on_close``).
+
+        policy: the engine's; costs that an ``AutoDepth`` has measured go to the cache folder, at most once a minute.
+        release: ends the engine's use of the drafter, which may then learn in a thread of its own.
+        """
         try:
             if isinstance(policy, AutoDepth) and time.monotonic() - self._kept_at >= KEEP_EVERY:
                 cost_cache.store(self.target, self.drafter, policy.costs())
@@ -603,12 +633,13 @@ class SpecDecoder:
             drafter_learning.learn_when_idle(self.drafter)
 
     def learn(self, seconds: float = math.inf) -> bool:
-        """Let the drafter learn from earlier texts now, for at most about ``seconds``, and keep what it has learned.
+        """Let the drafter learn from earlier texts now, for at most about ``seconds``, and save what it has learned.
 
+        The call returns when it is done; a drafter that does not teach itself has nothing to learn from.
         Returns whether it has more to learn from. Raises SpecDecError while a generation or an engine is open.
         """
         return drafter_learning.learn(self.drafter, seconds)
 
     def eos_ids(self) -> frozenset[int]:
-        """Return token ids that end a generation, as in ``model.generate``."""
+        """Return the ids of the end tokens, each of which ends a generation, as in ``model.generate``."""
         return eos_token_ids(self.model, self.tokenizer)

@@ -20,10 +20,10 @@ _learners = weakref.WeakKeyDictionary[Drafter, Work[None]]()  # the work of draf
 
 
 def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
-    """Let a drafter learn now, for at most about ``seconds``, and save what it has learned.
+    """Let a drafter learn now from the texts that it has seen, for at most about ``seconds``, and save the result.
 
-    Ends early if an engine begins to use the drafter. Returns whether there is more to learn from. Raises SpecDecError
-    if an engine uses the drafter already.
+    Ends early if an engine begins to use the drafter. Returns whether there is more to learn from; False for a drafter
+    that does not learn. Raises SpecDecError if an engine uses the drafter already.
     """
     check_free(drafter)
     if (learner := drafter.learner) is None:
@@ -41,7 +41,10 @@ def learn(drafter: Drafter, seconds: float = math.inf) -> bool:
 
 
 def learn_when_idle(drafter: Drafter) -> None:
-    """Start a thread that lets a drafter learn while no engine uses it; it ends when the drafter is deleted."""
+    """Start a thread, one for each drafter, that lets it learn while no engine uses it. Returns at once.
+
+    The thread ends when the drafter is deleted, or the process ends.
+    """
     with _starting:
         if drafter not in _learners:
             _learners[drafter] = Work(functools.partial(_work, weakref.ref(drafter)), "specdec learning")

@@ -13,7 +13,10 @@ _busy: set[int] = set()  # ids of the drafters that engines have
 
 
 def claim(drafter: Drafter) -> int:
-    """Reserve a drafter for an engine; return what ``release`` takes. Raises SpecDecError if another engine has it."""
+    """Reserve a drafter for an engine, and wait until it has stopped learning; return the id that ``release`` takes.
+
+    Raises SpecDecError if another engine has the drafter.
+    """
     with _claiming:
         check_free(drafter)
         _busy.add(id(drafter))
@@ -22,7 +25,7 @@ def claim(drafter: Drafter) -> int:
 
 
 def release(claimed: int) -> None:
-    """End the use of a drafter. claimed: what ``claim`` returned."""
+    """End an engine's use of a drafter. Call it once. claimed: what ``claim`` returned."""
     _busy.discard(claimed)
 
 

@@ -125,7 +125,10 @@ class GenerationOutput:
 
     @classmethod
     def of(cls, request: Request) -> GenerationOutput:
-        """Return what ``request`` has generated so far, as its output."""
+        """Return what ``request`` has generated so far, as its output.
+
+        Call it when no more text is read: the end of the text is flushed, also an incomplete character.
+        """
         text = text_of(request)
         text.finish()
         reason = request.finish_reason if request.error is None else None
@@ -135,7 +138,7 @@ class GenerationOutput:
         return cls(text.text, request.ids[len(request.prompt) :], reason, request.metrics, own, before)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the output as JSON values, by field name."""
+        """Return {field name: JSON value}, without the fields that are None."""
         found = {name: value for name, value in vars(self).items() if value is not None}
         for name in ("logprobs", "prompt_logprobs"):
             if name in found:
@@ -150,7 +153,8 @@ class Generation:
 
     engine: runs the steps, and has the drafter until the generation is closed.
     requests: one for each row.
-    loads: counters of a mixture's experts after the prefill; None before, and for models without experts.
+    loads: counters of reads of a mixture's experts, as they were after the prefill; None before, and for models whose
+        experts are all in memory.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
@@ -184,7 +188,10 @@ class Generation:
         self.close()
 
     def outputs(self) -> list[GenerationOutput]:
-        """Return the output of every row so far."""
+        """Return the output of each row, in their order, so far. Call it when no more steps run, also after ``close``.
+
+        The metrics of a mixture's experts are set here.
+        """
         if self.loads is not None and (experts := self.engine.target.experts) is not None:
             decoded = sum(r.metrics.num_new_tokens - 1 for r in self.requests)  # prefills decode the first tokens
             for request in self.requests:

@@ -25,7 +25,7 @@ class Primed:
     """The result of ``prime``.
 
     tokens: number of new tokens that the drafter learned from.
-    before, after: mean acceptance length on questions that are not learned from, before and after learning.
+    before, after: mean acceptance length (tokens per step) on questions that are not learned from, before and after.
     """
 
     tokens: int
@@ -39,11 +39,14 @@ def prime(
     seconds: float,
     bar: Callable[[float, int, int], object] = lambda *done: None,
 ) -> Primed:
-    """Let the decoder's drafter learn from answers of the model for about ``seconds``.
+    """Let the decoder's drafter learn from answers of the model for about ``seconds``, and save what it has learned.
+
+    Returns how much it has learned from, and what that changed.
 
     prompts: texts that are answered first. When they are used up, the model makes up questions.
     bar: called after each batch of answers with the seconds so far, the seconds of the whole and the tokens so far.
-    Raises SpecDecError if the drafter does not teach itself, or what it learns would not be kept.
+    Raises SpecDecError if the drafter does not teach itself, or if what it learns would not be kept: another process
+    writes the same file, or it cannot be written.
     """
     if (learner := decoder.drafter.learner) is None:
         raise SpecDecError(
@@ -102,7 +105,10 @@ def _generate(
 
 
 def _acceptance_length(decoder: SpecDecoder, prompts: Sequence[list[int]]) -> float:
-    """Return the mean acceptance length of answers to ``prompts`` (token ids), without learning from them."""
+    """Return the mean acceptance length (tokens per step) of answers to ``prompts``, without learning from them.
+
+    prompts: token ids of each. They are answered one after the other.
+    """
     steps = tokens = 0
     for prompt in prompts:
         with decoder.open([prompt], max_new_tokens=HOLDOUT_TOKENS) as generation:

@@ -40,15 +40,18 @@ def encode(
 
     In chat messages, special tokens are text: only the template adds special ones. In plain text they are special.
 
+    tokenizer: a transformers tokenizer; None suffices for token ids.
     prompt: text, token ids (a list or a tensor of one sequence), or chat messages (``[{"role", "content"}, ...]``).
     chat: wrap text in the tokenizer's chat template; None does so if there is one.
     system: a system message before the prompt.
     name: what error messages call the prompt.
-    context: the model's context, in tokens; longer text is refused before tokenisation, which may take minutes.
+    context: the model's context, in tokens; much longer text is refused before tokenisation, which may take minutes.
+        None: there is no limit. The result may still be longer than the context.
     tools: tools for the chat template, in OpenAI's format; None: there are none.
     template: other arguments of the chat template; None: there are none.
     continue_last: whether the answer continues the last message instead of beginning a new one.
-    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template.
+    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template; PromptTooLongError for text
+    that cannot fit the context.
     """
     if (ids := _given_ids(prompt, name)) is not None:
         return ids
@@ -73,7 +76,7 @@ def encode(
 def _given_ids(prompt: Any, name: str) -> list[int] | None:
     """Return the ids of a prompt of token ids; None for text and messages. Raises SpecDecError for anything else.
 
-    name: what errors call the prompt.
+    name: what error messages call the prompt.
     """
     if type(prompt) is list and set(map(type, prompt)) == {int}:  # the usual case, which may be long
         return prompt
@@ -129,7 +132,10 @@ class _SpelledTokens:
 
     ``hidden`` replaces each by a private character, which a template copies like a letter. ``encode`` puts the text
     back into the rendered chat: text between two special tokens with such a character is tokenised as plain text, and
-    everything else as usual. Takes time linear in the text.
+    everything else as usual. Takes time linear in the text. A private character is a code point without a meaning.
+
+    tokenizer: a transformers tokenizer. messages: everything that is rendered, nested lists and mappings; a private
+    character in it is not used.
     """
 
     def __init__(self, tokenizer: Any, messages: Any) -> None:
@@ -211,7 +217,7 @@ def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield all strings in ``value``, which consists of nested lists and mappings, such as chat messages."""
+    """Yield all strings in ``value``, nested lists and mappings such as chat messages; keys are strings, too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
@@ -236,7 +242,7 @@ def _tensor_ids(prompt: Tensor, name: str) -> list[int]:
 
 
 def _wrong(name: str, what: str) -> SpecDecError:
-    """Return the error for a prompt of a wrong type.
+    """Return (not raise) the error for a prompt of a wrong type.
 
     name: what the message calls the prompt. what: what was given instead, such as "a tensor of float32".
     """

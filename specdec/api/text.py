@@ -46,7 +46,10 @@ def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:
-    """Return the special tokens of a tokenizer by id; ``skip_special_tokens`` leaves them out of text."""
+    """Return {id: token} of a tokenizer's special tokens, which ``skip_special_tokens`` leaves out of text.
+
+    A token is an object like ``AddedToken``: ``str`` gives its text, ``lstrip`` and ``rstrip`` which space it takes.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return {int(i): token for i, token in added.items() if token.special and str(token)}
 
@@ -75,9 +78,12 @@ class Detokenizer:
     other methods. With stop strings ``push`` decodes the tokens, otherwise the reader does.
 
     stop: strings that end the text; they may contain special tokens.
-    shown: special tokens that stay in the text.
-    hidden: tokens that have no text.
+    shown: special tokens, as text, that stay in the text.
+    hidden: ids of tokens that have no text.
     min_new_tokens: number of tokens before which no stop string ends the text.
+    text: the decoded text so far, up to the stop string.
+    whole: all decoded text, also the special tokens that readers do not get but that stop strings contain.
+    window: the last tokens that have text, earlier ones as context and then new ones, which are decoded together.
     stopped: the stop string that has come, or None.
     num_read: number of tokens in the events that ``read`` got.
     finish_reason: OpenAI's finish reason after the last event, or None.
@@ -152,14 +158,18 @@ class Detokenizer:
         return self._send(len(self.text))
 
     def finish(self) -> str:
-        """Return the rest of the text, at the end of the output."""
+        """Return the text that no earlier call has returned, at the end: an incomplete character is included."""
         self._add(len(self.ids))
         if self.stopped is None:
             self._decode_window(complete=False)
         return self._send(len(self.text))
 
     def _add(self, count: int) -> None:
-        """Decode tokens up to number ``count`` of the output, and keep their text."""
+        """Move the first ``count`` new tokens, those that were not moved yet, to ``window``, which is decoded as one.
+
+        Hidden and special tokens have no text and are left out, but for special ones that are shown or that are part
+        of a stop string: their text is appended to the output.
+        """
         for token in self.ids[self.num_added : count]:
             if token in self.hidden:
                 continue
@@ -171,10 +181,10 @@ class Detokenizer:
         self.num_added = max(self.num_added, count)
 
     def _decode_window(self, complete: bool = True) -> None:
-        """Decode the window's new tokens, and append their text to the output.
+        """Decode the new tokens of ``window`` after the earlier ones, and append their text to the output.
 
-        complete: whether to wait for further tokens if the last character is not complete; if not, it is appended as
-            it is.
+        complete: whether to wait for further tokens while the last character is incomplete; if not, it is appended as
+            a replacement character.
         """
         if len(self.window) == self.old:
             return
@@ -191,7 +201,10 @@ class Detokenizer:
             self.old = len(self.window)
 
     def _cut(self, text: str) -> None:
-        """Move decoded ``text`` to the output, but for that of the last few tokens, which later tokens may change."""
+        """Append the text of the window's first tokens to the output, and remove these from the window.
+
+        The last few tokens stay, since later ones may change their text. text: the text of the whole window.
+        """
         for end in range(len(self.window) - 4, len(self.window) - 8, -1):  # a character has up to four bytes
             first = self._decode(self.window[:end])
             if first + self._decode(self.window[end:]) == text:
@@ -204,7 +217,10 @@ class Detokenizer:
         return decode_ids(self.tokenizer, ids) if ids and self.tokenizer else ""
 
     def _extend(self, piece: str, seen: bool = True) -> None:
-        """Append ``piece`` to the output, and cut it at a stop string. seen: whether readers get the piece."""
+        """Append ``piece`` to ``whole`` and, if ``seen``, to ``text``; cut ``text`` where a stop string begins.
+
+        seen: whether readers get the piece; if not, it is only searched for stop strings.
+        """
         old = len(self.whole)
         self.whole += piece
         if seen:
@@ -222,7 +238,7 @@ class Detokenizer:
         return place - sum(min(length, place - at) for at, length in self.unseen if at < place)
 
     def _send(self, end: int) -> str:
-        """Return the text up to index ``end`` that was not returned before."""
+        """Return ``text`` up to index ``end``, without what was returned before."""
         piece = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return piece

@@ -81,7 +81,7 @@ class ExternalMethod:
     method: "module:Class" of a ``specdec.bench.methods.Method``, constructed from the decoder and the cell.
     options: names of the options that the method takes.
     drafts: whether the method drafts; if not, it can be a baseline.
-    source: what SOURCE in NAME=SOURCE is, such as FILE; "": the method takes no source.
+    source: what the user gives after = as SOURCE in NAME=SOURCE, such as "FILE"; "": the method needs no source.
     missing: why the method cannot run here; "": it can run.
     """
 
@@ -128,7 +128,8 @@ def check_external(name: str, given: Mapping[str, Any]) -> tuple[str, str]:
 class Cell(Settings):
     """The settings of one measurement, of one method (drafter and verifier with their options) on one prompt set.
 
-    Settings that are not listed here are those of ``SpecDecoder.from_pretrained`` and of ``SamplingParams``.
+    Settings that are not listed here are those of ``SpecDecoder.from_pretrained`` and of ``SamplingParams``. Cells are
+    frozen. The constructor raises SpecDecError for values of wrong types or out of range.
 
     drafter: a drafter as ``specdec generate --drafter`` takes it, or one of ``EXTERNAL_METHODS``.
     num_speculative_tokens: draft length, or "auto".
@@ -138,7 +139,7 @@ class Cell(Settings):
     max_new_tokens: largest number of new tokens per turn.
     batch_size: conversations decoded together.
     repetitions: number of times that everything is decoded.
-    against: names of baselines, interleaved with the method.
+    against: names of baselines, methods that are measured in turns with it: "none" (plain decoding), "hf", ...
     """
 
     model: Text = DEFAULT_MODEL
@@ -173,7 +174,7 @@ class Cell(Settings):
 
     @property
     def is_external(self) -> bool:
-        """Whether another engine decodes."""
+        """Whether ``drafter`` is one of ``EXTERNAL_METHODS``, in which another engine than specdec's decodes."""
         return self.drafter.partition("=")[0] in EXTERNAL_METHODS
 
     def with_settings(self, **changes: Any) -> Cell:
@@ -181,9 +182,10 @@ class Cell(Settings):
         return Cell(**self.as_dict() | changes)
 
     def canonical(self) -> Cell:
-        """Return a copy in which settings without effect have their defaults, so that equal measurements are equal.
+        """Return a copy in which settings without effect have their defaults: equal measurements are then equal cells.
 
-        Plain decoding and external methods ignore the verifier; methods that do not draft ignore the draft length.
+        These settings are the verifier with its options for plain decoding and external methods, and the draft length
+        ("auto") for plain decoding and external methods that do not draft.
         """
         changes: dict[str, Any] = {}
         if self.drafter == "none" or self.is_external:
@@ -203,9 +205,9 @@ class Cell(Settings):
 
 
 def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {axis name: value} of the settings of a cell (``Cell.as_dict()``), options one by one.
+    """Return {axis: value} of the settings of a cell (``Cell.as_dict()``), with an axis of its own for each option.
 
-    An option is called ``drafter.NAME.OPTION`` or ``verifier.NAME.OPTION``.
+    An axis is the name of a setting, or of an option: ``drafter.NAME.OPTION`` or ``verifier.NAME.OPTION``.
     """
     out: dict[str, Any] = {}
     for name, value in cell.items():
@@ -215,12 +217,15 @@ def axes(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_yaml(value: Any) -> str:
-    """Return a JSON value as YAML on one line; None is the empty text."""
+    """Return a JSON value as YAML on one line, for tables: a text as it is, None as "", others as JSON."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def short_name(axis: str) -> str:
-    """Return the name of an axis for display: without ``drafter.NAME.`` or ``verifier.NAME.``, or abbreviated."""
+    """Return the short name of an ``axis`` (of ``axes``): OPTION for an option, "tokens" for max_new_tokens, ...
+
+    A name that has no short form is returned unchanged.
+    """
     name = axis.rpartition(".")[2] if axis.startswith(tuple(f"{group}." for group in GROUPS)) else axis
     return SHORT.get(name, name)
 

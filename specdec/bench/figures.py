@@ -32,7 +32,8 @@ Estimate = dict[str, float | None]  # {"value", "low", "high"}; low and high are
 class BenchRequest:
     """One batch of prompts that one method answered once.
 
-    method: the method's name. repetition, group, turn: which repetition, batch of conversations and turn, from 0.
+    method: the method's name. repetition, group, turn: number of the repetition, of the batch of conversations in the
+    prompt set, and of the turn in the conversations, from 0.
     conversations, prompts (token ids): one per row. reply: the answers and their timing.
     equality: how each row compares with plain decoding: "equal", "near-tie", "fault", "differs" (by a lossy
     verifier), or None (not comparable).
@@ -56,11 +57,16 @@ class BenchRequest:
 
     @property
     def category(self) -> str:
-        """The category of the first conversation."""
+        """The category of the request in the figures: that of its first conversation."""
         return self.conversations[0].category
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the request, its answers and their metrics as JSON values: a line of ``results.jsonl``."""
+        """Return the request, its answers and their metrics as JSON values: a line of ``results.jsonl``.
+
+        Keys: method, repetition, turn, seconds, first_token_seconds, first_tokens (their number), arrivals (seconds),
+        peak_memory_mb, and rows: for each {"id" and "category" of the conversation, "prompt_tokens" (their number),
+        "token_ids" (of the answer), "equality"}, and from specdec's own methods "finish_reason" and "metrics".
+        """
         reply = self.reply
         rows = []
         for b, conversation in enumerate(self.conversations):
@@ -90,7 +96,18 @@ class BenchRequest:
 def summarize(
     name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method
 ) -> dict[str, Any]:
-    """Return the figures of the method ``name`` as JSON values; the docstring of ``specdec.bench.cell`` lists them.
+    """Return the figures of the method ``name`` as JSON values. ``specdec.bench.cell`` describes each.
+
+    EST is {"value", "low", "high"}, an estimate and its 95 % interval. The keys:
+    name, lossless, engine (an external one's version and settings, or None), requests, tokens (numbers of these).
+    tokens_per_second: EST. speedup, worst (prompt's speedup): {baseline: EST}, {baseline: number}.
+    prefill_ms, first_token_ms, decode_ms_per_token: EST.
+    latency_ms: {"p50", "p99"} for each of "token", "first_token" and "step".
+    mean_acceptance_length, mean_layers_per_token: EST. acceptance_rate: 0 to 1.
+    acceptance_per_position, drafts_per_position, acceptance_histogram: lists of numbers.
+    phase_ms_per_step: {phase: ms}. peak_memory_mb.
+    equal_to_plain: {"equal", "near_ties", "faults", "of"}, numbers of outputs. quality: {measure: EST}.
+    categories: {category: the figures of ``_summary``}. None stands for what cannot be given.
 
     mine: the requests that the method has answered. baselines: label -> requests of that baseline for the same prompts.
     method: what decoded; says whether it is lossless, and how its output can be compared.
@@ -141,8 +158,11 @@ def summarize(
 
 
 def _summary(mine: list[BenchRequest], baselines: dict[str, dict[Any, BenchRequest]]) -> dict[str, Any]:
-    """Return the figures that are also given per category. mine: the method's requests.
+    """Return the figures that are also given per category, a part of what ``summarize`` returns.
 
+    The keys are requests, tokens, tokens_per_second, speedup, worst and mean_acceptance_length.
+
+    mine: the method's requests, all or those of a category.
     baselines: label -> {``turn_key`` of a request: that baseline's request}.
     """
     return {
@@ -177,7 +197,7 @@ def _rate(seconds_per_token: float | None) -> float | None:
 
 
 def _ratios(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> list[tuple[float, BenchRequest]]:
-    """Return the speedup of each of the requests ``mine``, with the request, if it and the baseline's have tokens.
+    """Return (speedup, request) for each of the requests ``mine``, if it and the baseline's request have tokens.
 
     The speedup is the baseline's seconds per token over the method's, in whole calls.
     base: the baseline's requests by their ``turn_key`` (repetition, group, turn), which pairs them with those of
@@ -211,9 +231,10 @@ def _worst(mine: list[BenchRequest], base: dict[Any, BenchRequest]) -> float | N
 def _pooled(
     mine: list[BenchRequest], above: Callable[[RequestMetrics], float], below: Callable[[RequestMetrics], float]
 ) -> Estimate | None:
-    """Return sum(``above``) / sum(``below``) over the metrics of all rows; None for methods without metrics.
+    """Return the estimate of sum(``above``) / sum(``below``) over the metrics of all rows; None without metrics.
 
-    mine: the method's requests. above, below: return a number for the metrics of a row.
+    mine: the method's requests; those of external methods have no metrics. above, below: return the numerator and the
+    denominator for the metrics of a row.
     """
     rows = [(m, r.group) for r in mine for m in r.reply.metrics]
     return ratio([above(m) for m, _ in rows], [below(m) for m, _ in rows], [group for _, group in rows])
@@ -248,7 +269,7 @@ def _quality(requests: list[BenchRequest]) -> dict[str, Any] | None:
 def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
     """Return the median of ``values`` with its bootstrap interval; None without values.
 
-    clusters: the cluster of each value; values of one cluster are resampled together.
+    clusters: a number for the cluster (conversations) of each value; values of one cluster are resampled together.
     """
     if not values:
         return None
@@ -264,7 +285,8 @@ def median(values: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
 def ratio(above: Sequence[float], below: Sequence[float], clusters: Sequence[int]) -> Estimate | None:
     """Return the pooled ratio sum(above) / sum(below) with its bootstrap interval; None if sum(below) is 0.
 
-    clusters: the cluster of each pair; pairs of one cluster are resampled together.
+    above, below: numerator and denominator of each observation, such as accepted and drafted tokens.
+    clusters: a number for the cluster (conversations) of each; observations of one cluster are resampled together.
     """
     if not sum(below):
         return None
@@ -293,7 +315,7 @@ def _estimate(value: float, draws: Any, clusters: int) -> Estimate:
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of one answer under the full model.
+    """The quality of one answer under the full model, which scores every token and uses no lossy verifier.
 
     tokens: number of tokens of the answer.
     agreed: number of tokens that are the full model's most likely token.

@@ -32,6 +32,7 @@ def run_locally(
 ) -> Generator[Record]:
     """Measure the groups of cells in this process, in order, and yield a record per cell.
 
+    groups: cells that differ only in their methods, in each group (``plan.groups``).
     decoders: keeps the last model loaded until a group needs another one.
     progress: called with the number of cells that are done, which may be a fraction.
     record: called with each finished request; None: not called.
@@ -59,6 +60,9 @@ def split(groups: Groups, count: int) -> list[list[Cell]]:
 
 def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
     """Measure the groups on the Ray cluster at $RAY_ADDRESS, else on a new local one, and yield a record per cell.
+
+    Records come when their group has ended, in any order of the groups. The caller must exhaust or close the generator,
+    which disconnects from the cluster.
 
     A group is a Ray task that needs ``resources``; groups are split until all of the cluster is busy. All machines need
     the package, the models and the prompt files at the same paths. Raises SpecDecError if Ray is not installed or not
@@ -100,7 +104,10 @@ def _decoders() -> Decoders:
 
 
 def _connect() -> Any:
-    """Connect to the Ray cluster at $RAY_ADDRESS, else to a new local one; return the module ``ray``."""
+    """Connect to the Ray cluster at $RAY_ADDRESS, else to a new local one; return the imported module ``ray``.
+
+    Raises SpecDecError if Ray is not installed, or the cluster cannot be reached or started.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -124,7 +131,7 @@ def _connect() -> Any:
 def _capacity(ray: Any, resources: Resources) -> int:
     """Return how many tasks, each of which needs ``resources``, the cluster can run at once.
 
-    ray: the connected module. Raises SpecDecError if no machine can run one.
+    ray: the module, connected to the cluster. Raises SpecDecError if no machine can run one.
     """
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory_gb * 1e9}
     needed = {name: amount for name, amount in needed.items() if amount}

@@ -37,7 +37,7 @@ class Reply:
 
     tokens: new token ids of each row.
     seconds: duration of the whole call.
-    arrivals: seconds from the start until each delivery of tokens; a step delivers all its tokens at once.
+    arrivals: seconds from the start of the call until each delivery; a step delivers all its tokens at once.
     first_tokens: number of tokens in the first delivery, over all rows.
     metrics, reasons: metrics and finish reason of each row; empty for other engines than specdec.
     peak_memory_mb: peak memory during the call; None where the system does not report it.
@@ -78,8 +78,9 @@ class Method:
     """Base class of the methods that a benchmark compares: an engine with its settings, which answers prompts.
 
     lossless: whether the output follows the model's own distribution.
-    seeded: whether sampled tokens depend on the seed alone, so that they can be compared with plain decoding.
-    same_arithmetic: whether greedy tokens must equal those of plain decoding.
+    seeded: whether equal seeds draw the tokens of plain decoding, so that sampled output can be compared with it.
+    same_arithmetic: whether tokens must equal those of plain decoding but for near-ties; not if an engine has other
+        kernels or weights.
     engine: version and settings of an external engine; None: specdec or transformers.
     pass_seconds: number of tokens (as text) -> seconds of a forward pass of an external engine; empty: not measured.
     """
@@ -167,7 +168,7 @@ class HFMethod(Method):
         return Reply(tokens, seconds, [at - start for at in clock.arrivals], clock.tokens)
 
     def _cut(self, row: list[int]) -> list[int]:
-        """Return the token ids of ``row`` up to its first end-of-sequence token, without the padding after it."""
+        """Return the token ids of ``row`` up to and with its first end token, without the padding after it."""
         end = next((i for i, token in enumerate(row) if token in self.eos), len(row))
         return row[: end + 1]
 
@@ -203,8 +204,8 @@ def refuse_batches(cell: Cell) -> None:
 class PeakMemory:
     """A context manager that measures the peak memory of its ``with`` block.
 
-    mb: MB allocated on the CUDA device ``device``, or resident in this process for other devices (Linux); None where
-    the system does not report it.
+    mb: the peak in MB, set when the block ends: allocated on the CUDA device ``device``, or resident in this process
+    for other devices (Linux). None: the system does not report it.
     """
 
     def __init__(self, device: torch.device) -> None:

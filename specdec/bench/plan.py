@@ -77,8 +77,10 @@ def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def load_plan(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Plan:
-    """Return the plan of a YAML file, or of settings as they would stand in a file.
+    """Read and check the plan of a YAML file, or of settings as they would stand in a file. Loads no model.
 
+    source: path of the file, or {key: value or list of values}; the keys are the settings of ``Cell`` and name,
+        description, exclude and resources.
     overrides: texts ``KEY=VALUE,VALUE`` that replace settings of ``source``.
     Raises SpecDecError for a mistake, with the name of the file or the override.
     """
@@ -118,7 +120,7 @@ def load_plan(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
 
 @contextlib.contextmanager
 def _errors_from(where: str) -> Iterator[None]:
-    """Raise an error of the ``with`` block as a SpecDecError whose text begins with ``where``."""
+    """Raise a SpecDecError or ValueError of the ``with`` block as a SpecDecError whose text begins with ``where``."""
     try:
         yield
     except (SpecDecError, ValueError) as error:
@@ -176,7 +178,7 @@ def _override(given: dict[str, Any], text: str) -> None:
 
 
 def _cells(given: Mapping[str, Any]) -> list[Cell]:
-    """Return a cell for every combination of settings, unchecked by ``exclude``.
+    """Return a cell for every combination of settings, also those that ``exclude`` drops later.
 
     given: setting -> value or list of values; "drafter" and "verifier" -> {name: options}. Raises SpecDecError if there
     is no combination, or too many.
@@ -219,9 +221,9 @@ def _combinations(options: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _method(name: str) -> dict[str, Any]:
-    """Return the settings that the ``name`` of a drafter stands for.
+    """Return the settings of a cell that the ``name`` of a drafter stands for.
 
-    ``NAME@K`` gives ``drafter`` and ``num_speculative_tokens``, ``NAME`` the first alone.
+    ``NAME@K`` gives {"drafter": NAME, "num_speculative_tokens": K}, ``NAME`` the first alone.
     """
     drafter, _, depth = name.rpartition("@")
     return (

@@ -54,7 +54,8 @@ STYLE: dict[Any, Any] = {
 class Picture:
     """A figure of matplotlib and its texts, for the HTML page.
 
-    subject: what the figure is about, such as a model. alt: text that replaces it where it cannot be seen.
+    title: heading of the page's section. subject: what the figure is about, such as a model; may be "".
+    caption: text below the figure. alt: text that replaces the figure where it cannot be seen.
     """
 
     title: str  # heading of the page's section
@@ -82,7 +83,7 @@ class Picture:
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """Write the HTML page of ``results`` into ``folder`` and return its path."""
+    """Write the HTML page of ``results`` as ``report.html`` into ``folder`` and return its path."""
     page = Environment(loader=PackageLoader("specdec.bench", "."), autoescape=True).get_template(PAGE)
     with matplotlib.rc_context(STYLE):
         text = page.render(results=results, sections=draw_all(results), version=__version__)
@@ -91,7 +92,7 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def write_charts(results: Results, folder: Path) -> list[Path]:
-    """Write each chart of ``results`` as an SVG file into ``folder`` and return their paths."""
+    """Write each chart of ``results`` as the SVG file ``NUMBER-TITLE.svg`` into ``folder``; return the paths."""
     paths = []
     with matplotlib.rc_context(STYLE):
         for number, picture in enumerate(chain(*draw_all(results).values()), start=1):
@@ -104,7 +105,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
     """Return the charts of the cells in ``results`` that did not fail, as {title of a section: pictures}.
 
     For each model these are speed, draft lengths and acceptance; quality of lossy verifiers follows. A chart without
-    data is left out.
+    data is left out. Call it under ``matplotlib.rc_context(STYLE)``.
     """
     pictures = dict[str, list[Picture]]()
     for model in dict.fromkeys(record["cell"]["model"] for record in results.done):
@@ -122,7 +123,7 @@ def draw_all(results: Results) -> dict[str, list[Picture]]:
 def _speed(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of each cell and baseline of ``model`` over its first baseline; None: there are no figures.
 
-    records: those of the cells. Each setting in which the cells differ has a column of text beside the bars.
+    records: the results of the model's cells. Each setting in which they differ has a column of text beside the bars.
     """
     baseline = next(iter(records[0]["method"]["speedup"]), "")
     others = {name: figures for record in records for name, figures in record["baselines"].items() if name != baseline}
@@ -166,7 +167,10 @@ def _speed(model: str, records: Sequence[Record]) -> Picture | None:
 
 
 def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the axes (``specdec.bench.cell.axes``) in which ``cells`` differ, the drafter and its options first."""
+    """Return the names of the settings and options in which ``cells`` differ, the drafter and its length first.
+
+    "drafter" is always among them. cells: the result of ``specdec.bench.cell.axes`` for each cell.
+    """
     names = dict.fromkeys(name for cell in cells for name in cell)
     shown = [name for name in names if "." in name or len({as_yaml(cell[name]) for cell in cells if name in cell}) > 1]
     first = ("drafter", DRAFT_LENGTH)
@@ -176,7 +180,7 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the speed of ``model`` against the draft length, a line for cells that differ in nothing else.
 
-    records: those of the cells of ``model``. None: all cells have the same length.
+    records: the results of the model's cells. None: no line would have two fixed lengths.
     """
     lines = dict[str, dict[Any, Estimate]]()
     names = labels([record["cell"] | {DRAFT_LENGTH: "auto"} for record in records])
@@ -211,7 +215,7 @@ def _lengths(model: str, records: Sequence[Record]) -> Picture | None:
 def _acceptance(model: str, records: Sequence[Record]) -> Picture | None:
     """Draw the share of accepted tokens by position in the draft, a line per cell; None: too few drafts.
 
-    model: whose cells the ``records`` are; part of the title.
+    model: name of the model, the subject of the picture. records: the results of its cells.
     """
     names = labels([record["cell"] for record in records])
     found = {name: acceptance(record["method"]) for name, record in zip(names, records, strict=True)}
@@ -237,7 +241,7 @@ def _acceptance(model: str, records: Sequence[Record]) -> Picture | None:
 
 
 def _plot(names: Iterable[str]) -> tuple[Figure, Axes]:
-    """Return a figure, and its axes, with space below for a legend of ``names``."""
+    """Return a new figure and its axes, with space below for a legend of ``names``, which the caller adds."""
     lines = sum(1 + _wrapped(name).count("\n") for name in names)
     figure = Figure(figsize=(WIDTH, 2.2 + 0.17 * lines), layout="constrained")
     ax = figure.subplots()
@@ -259,7 +263,7 @@ def _points(text: str) -> float:
 def _quality(records: Sequence[Record]) -> Picture:
     """Draw quality against speed of lossy verifiers as points, with one panel per measure of quality.
 
-    records: those of cells that have figures of quality, and a speedup over plain decoding.
+    records: results of cells, each with figures of quality and a speedup over plain decoding.
     """
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):

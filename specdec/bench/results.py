@@ -60,7 +60,7 @@ def other_axes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table: its title, its column names and the texts of its rows."""
+    """A table: its title, its column names (``header``), and its rows, each with a text per column."""
 
     title: str
     header: list[str]
@@ -82,7 +82,8 @@ class Results:
     """The results of one benchmark.
 
     name, description: those of the plan. commands: the command lines that measured it.
-    records: one per cell that has run, in the order of the plan. missing: number of cells that have not run.
+    records: one per cell that has run, in the order of the plan; ``done`` and ``failed`` are those without and with an
+    error. missing: number of cells that have not run.
     settings: the plan's settings as YAML.
     prompts: name of each prompt set -> its conversations, {"id", "category", "turns"}.
     """
@@ -126,7 +127,10 @@ class Results:
         return [self.table(), *(table for table in [*tables, self._passes()] if table.rows and len(table.header) > 1)]
 
     def _passes(self) -> ResultTable:
-        """Return the table of the costs of passes over several tokens, for each model, way of loading and engine."""
+        """Return a table of the milliseconds of forward passes over 1, 2, 4, ... tokens, and their ratio to one token.
+
+        It has a row for each model, way of loading and engine.
+        """
         found = dict[tuple[str, ...], dict[str, str]]()
         for record in self.done:
             cell, about = record["cell"], record["environment"]
@@ -273,7 +277,7 @@ def load_results(folder: Path) -> Results:
 
 
 def outcome(record: Record) -> str:
-    """Return the result in ``record`` in a few words: its error, or its speed and its speedup."""
+    """Return the result in ``record`` in a few words: its error, or its tokens per second and its first speedup."""
     if "error" in record:
         return f"failed: {record['error']}"
     method = record["method"]
@@ -297,6 +301,8 @@ def interval(estimate: Estimate | None, form: str = ".2f") -> str:
 
 def equality(method: Mapping[str, Any]) -> str:
     """Return how many outputs equal plain decoding as text, such as ``11 of 12 (1 near-tie)``.
+
+    It is ``sampled`` if none could be compared.
 
     method: the figures of a method, as ``figures.summarize`` returns them.
     """
@@ -324,7 +330,7 @@ def as_latex(results: Results) -> str:
 
 
 def write_csv(results: Results, folder: Path) -> list[Path]:
-    """Write each table of ``results`` as a CSV file into ``folder`` and return their paths."""
+    """Write each table of ``results`` as a CSV file, named after its title, into ``folder``; return the paths."""
     paths = []
     for table in results.tables():
         text = io.StringIO()

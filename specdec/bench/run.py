@@ -41,7 +41,7 @@ Chat = tuple[Conversation, list[str]]  # a conversation, and its texts so far: u
 class Decoders:
     """A cache that the cells of a benchmark share: the last loaded model, its drafters, and prompt sets.
 
-    A base is a decoder of the model without a drafter.
+    A base is a decoder of the model without a drafter. Only one model is in memory at a time.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Decoders:
         self._prompts: dict[str, PromptSet] = {}
 
     def check(self, cell: Cell) -> None:
-        """Raise SpecDecError for a drafter that cannot work with the cell's model, before weights are loaded."""
+        """Raise SpecDecError if a drafter of the cell cannot work with its model. Reads the config, no weights."""
         for method in _methods(cell):
             if not method.is_external and method.drafter != "none":
                 spec = DrafterSpec.parse(method.drafter).resolved()
@@ -71,7 +71,10 @@ class Decoders:
         return self._base[1]
 
     def method(self, cell: Cell) -> Method:
-        """Load and return the method that the cell measures. Raises SpecDecError if it cannot be loaded."""
+        """Return the method that the cell measures, without its baselines. Raises SpecDecError if it cannot be loaded.
+
+        Drafters and their decoders are kept for later cells with the same model.
+        """
         base = self.base(cell)
         if cell.is_external:
             module, _, name = EXTERNAL_METHODS[cell.drafter.partition("=")[0]].method.partition(":")
@@ -85,14 +88,17 @@ class Decoders:
         return OwnMethod(self._loaded[key], cell)
 
     def prompts(self, cell: Cell) -> PromptSet:
-        """Return the whole prompt set of the cell; each conversation has at most ``cell.turns`` turns."""
+        """Return the prompt set of the cell, not limited by ``cell.limit``, with at most ``cell.turns`` turns each."""
         if cell.prompts not in self._prompts:
             self._prompts[cell.prompts] = load_prompts(cell.prompts)
         found = self._prompts[cell.prompts]
         return replace(found, conversations=tuple(replace(c, turns=c.turns[: cell.turns]) for c in found.conversations))
 
     def chats(self, cells: Iterable[Cell]) -> dict[str, Any]:
-        """Return {name of a prompt set: the conversations that the cells take of it, as JSON values}."""
+        """Return {name of a prompt set: the conversations that the cells take of it} as JSON values.
+
+        A conversation is {"id", "category", "turns"}.
+        """
         found = dict[str, dict[str, Any]]()
         for cell in {(cell.prompts, cell.limit, cell.turns): cell for cell in cells}.values():
             for chat in evenly_spaced(self.prompts(cell).conversations, cell.limit):
@@ -111,6 +117,10 @@ class BenchRun:
     cells: differ only in their methods. decoders: the cache of loaded models.
     progress: called after each turn with (finished turns, all turns, new tokens); None: not called.
     record: called with each finished request; None: not called.
+    methods: {name: method} of those that have not failed. requests: their finished requests.
+    passes: {"specdec" or an external method's name: {number of tokens: ms of a forward pass}}.
+    skipped: a text about each prompt that exceeds the context.
+    errors: {``key()`` of a method's cell: the exception that ended it}, for loading and for answers.
     """
 
     def __init__(
@@ -171,7 +181,11 @@ class BenchRun:
         self.methods[name], self.names[cell.key()] = method, name
 
     def execute(self) -> None:
-        """Measure: time forward passes, warm up, and let all methods answer all turns of all conversations."""
+        """Measure: time forward passes, warm up, and let all methods answer all turns of all conversations.
+
+        The results go to ``passes``, ``requests``, ``skipped`` and ``errors``, of which ``results`` makes the records.
+        A method that fails is left out; errors of the plain method and KeyboardInterrupt are raised.
+        """
         if all(map(self._error, self.cells)):  # no method could be loaded
             return
         done = tokens = turns = 0
@@ -212,7 +226,9 @@ class BenchRun:
             self._reply(name, rows, WARM_UP, self.first.seed, "warm-up")
 
     def _reply(self, name: str, prompts: list[list[int]], count: int, seed: int, scope: str) -> Reply | None:
-        """Return the answer of method ``name``; None if it fails, which removes it (the plain method raises).
+        """Return the answer of method ``name``; None if it fails, which removes the method and its requests.
+
+        The error is then in ``errors``; that of the plain method is raised.
 
         prompts: token ids of each row. count: maximum number of new tokens of a row. seed: that of sampling.
         scope: a name; texts that were answered under another name are not used for drafts.
@@ -235,7 +251,8 @@ class BenchRun:
     def _prompts(self, chats: list[Chat], turn: int) -> tuple[list[Chat], list[list[int]]]:
         """Add user turn ``turn`` (from 0) to the texts of the chats that have it, in place.
 
-        Returns the chats whose prompts then fit the context, and these prompts (token ids).
+        Returns the chats whose prompts then fit the context, and these prompts (token ids). The others that have the
+        turn are named in ``skipped``.
         """
         continued, prompts, context = [], [], self.base.target.context
         for conversation, texts in chats:
@@ -254,7 +271,7 @@ class BenchRun:
     def _turn(self, turn_key: tuple[int, int, int], chats: list[Chat], prompts: list[list[int]], number: int) -> int:
         """Let every method answer one turn of a group of chats; return the number of new tokens of all methods.
 
-        The answer of the plain method is added to the chats.
+        The answers are added to ``requests``, and that of the plain method to the texts of the chats, in place.
         turn_key: (repetition, group, turn). prompts: token ids of each chat.
         number: number of earlier turns of the run; it sets the order of the methods and the seed.
         """
@@ -276,7 +293,9 @@ class BenchRun:
         return sum(request.reply.count for request in requests.values())
 
     def _encode(self, texts: list[str]) -> list[int]:
-        """Return the token ids of a prompt: a chat in the tokenizer's template or, without one, texts as paragraphs.
+        """Return the token ids of the prompt that ends with the last of ``texts``, for the model to answer.
+
+        It is the chat in the tokenizer's template or, if that has none, the texts with an empty line between them.
 
         texts: the messages of user and model in turn; the first and the last one are the user's.
         """
@@ -309,7 +328,9 @@ class BenchRun:
                 request.qualities.append(figures.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
     def results(self) -> list[Record]:
-        """Return one record per cell; it is an error record if the cell's method or a baseline failed.
+        """Return one record per cell, in the order of ``cells``, from the requests so far; call it after ``execute``.
+
+        It is an error record if the cell's method or a baseline failed (``failure_record``).
 
         Raises SpecDecError if no request was finished.
         """
@@ -334,7 +355,10 @@ class BenchRun:
         return [self._result(cell, requests, shared) for cell in self.cells]
 
     def _error(self, cell: Cell) -> Exception | None:
-        """Return the error of the cell's method or of a baseline; None if all work."""
+        """Return the exception that ended the cell's method or one of its baselines, so that it has no result.
+
+        It is from ``errors``, of loading or of an answer; the method's own comes first. None: none has failed so far.
+        """
         return next((self.errors[key] for method in _methods(cell) if (key := method.key()) in self.errors), None)
 
     def _result(self, cell: Cell, by_method: dict[str, list[BenchRequest]], shared: Record) -> Record:
@@ -398,7 +422,10 @@ def measure(
 
 
 def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
-    """Return the record of a cell that failed, with the error in one line. seconds: spent until the failure."""
+    """Return the record of a cell that failed: {"key", "cell", "error" (one line of text), "seconds"}.
+
+    seconds: spent until the failure.
+    """
     kind, text = type(error).__name__, one_line(error)
     if out_of_memory(error):
         text = "out of memory"
@@ -408,6 +435,6 @@ def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
 
 
 def _methods(cell: Cell) -> list[Cell]:
-    """Return the cell's own method and its baselines, each as a cell without baselines."""
+    """Return the cell's own method and then its baselines (``against``), each as a cell without baselines."""
     baselines: list[dict[str, Any]] = [{"drafter": name, "drafter_options": {}} for name in cell.against]
     return [cell.with_settings(**changes, against=[]).canonical() for changes in ({}, *baselines)]

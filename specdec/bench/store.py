@@ -47,11 +47,12 @@ class Store:
     def opened(
         self, plan: Plan, command: str, resume: bool = False, prompts: Mapping[str, Any] | None = None
     ) -> Iterator[None]:
-        """Create the folder with ``plan`` unless it is there, and lock it during the ``with`` block.
+        """Create the folder with ``plan`` unless it is there, add ``command`` to it, and lock it in the ``with`` block.
 
         command: the command line, for the report. resume: whether the folder may hold finished cells of this plan.
         prompts: name of each prompt set -> its conversations as JSON values, for the report; None: they are not kept.
-        Raises SpecDecError if the folder holds another plan or other files, and if another process has locked it.
+        Raises SpecDecError if the folder holds another plan, other files or, without ``resume``, records, and if it
+        cannot be written or another process has locked it.
         """
         self._check(plan, resume)
         try:
@@ -98,7 +99,10 @@ class Store:
             raise SpecDecError(f"'{self.folder}' is not empty and holds no results; give another --output")
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``, the plan as stored. Raises SpecDecError if it is unreadable."""
+        """Return the content of ``sweep.json``, the plan as stored; ``cells`` is {key: ``Cell.as_dict()``}.
+
+        Raises SpecDecError if the file is missing or unreadable.
+        """
         try:
             manifest = json.loads(self.manifest.read_text("utf-8"))
             if isinstance(manifest["cells"], dict) and isinstance(manifest["name"], str):
@@ -110,7 +114,10 @@ class Store:
         )
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Return {key of a cell: its last record}. Raises SpecDecError for a broken line that is not the last line."""
+        """Return {key of a cell: its last record}, {} without a file. An unfinished last line is ignored.
+
+        Raises SpecDecError for another broken line.
+        """
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         records = {}
         for number, line in enumerate(lines, start=1):
@@ -124,12 +131,12 @@ class Store:
         return records
 
     def waiting(self, plan: Plan) -> list[Cell]:
-        """Return the cells of the plan that have not run, were interrupted, or failed."""
+        """Return the cells of the plan that have not run, were interrupted, or failed, in the plan's order."""
         records = self.records()
         return [cell for cell in plan.cells if not finished(records.get(cell.key()))]
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record and sync it to the disk. Call it only within ``opened``."""
+        """Append one record as a line of ``cells.jsonl``, and sync it to the disk. Call it only within ``opened``."""
         with self.path.open("ab") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()

@@ -59,7 +59,10 @@ class Commands(TyperGroup):
         return code
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, and write the names of installed plug-ins to ``formatter``, which is printed after it."""
+        """Print the help, and write the names of installed plug-ins to ``formatter``, which click prints after it.
+
+        click calls it for ``--help``. ctx: click's context of the command.
+        """
         super().format_help(ctx, formatter)
         installed = [f"{name} ({kind[:-1]})" for kind in ("drafters", "verifiers") for name in registry.outside(kind)]
         if installed:
@@ -67,7 +70,10 @@ class Commands(TyperGroup):
 
 
 def _explain(error: Exception, debug: bool) -> int:
-    """Print one line about ``error``, or with ``debug`` its traceback; return the exit code."""
+    """Print one line about ``error`` to stderr, after its traceback if it is unexpected and ``debug`` is set.
+
+    Returns the exit code: 2 for bad input and other expected errors, 1 for unexpected ones, 130 for an abort.
+    """
     kind, text = type(error).__name__, str(error)
     if isinstance(error, SpecDecError):
         terminal.error(text)
@@ -119,7 +125,10 @@ COMMANDS = {
 
 
 def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
-    """Return the command line with the commands ``names``. Imports only the modules of these."""
+    """Return the typer application ``specdec`` with the commands ``names``, keys of ``COMMANDS``.
+
+    Imports only the modules of these commands.
+    """
     made = typer.Typer(
         name="specdec",
         cls=Commands,

@@ -148,10 +148,11 @@ def sweep(
 
 
 def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFlags) -> None:
-    """Measure the cells of a file or of plain settings, print the results and end with the exit code.
+    """Measure the cells of a file or of plain settings, print the results, and write them to the output folder.
 
     source: the file, or setting -> value. overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``.
-    running: where and how the cells run. Raises as ``_end`` does.
+    running: where and how the cells run. Raises typer.Exit with exit code 1 if some cells failed, SpecDecError if all
+    did, and typer.Exit with 130 after Ctrl-C.
     """
     with terminal.status("loading"):
         from specdec.bench import launch
@@ -199,7 +200,7 @@ def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFl
 
 
 def _methods(drafters: str, pairs: list[str]) -> dict[str, Any]:
-    """Return the settings ``drafter`` and ``against`` (baselines) for the names of ``--drafters``.
+    """Return {"drafter": names of methods, "against": names of baselines} for the text of ``--drafters``.
 
     Plain decoding is always a method and a baseline. External methods that draft nothing are baselines, unless they
     have options. pairs: options of drafters, as DRAFTER.KEY=VALUE. Raises SpecDecError if no drafter is named.
@@ -224,8 +225,9 @@ def _take(
 ) -> None:
     """Take the records of cells as they arrive: add each to ``records`` and to the store, and print a line for it.
 
+    arriving: yields a record for each cell that has ended; this function reads it to its end.
     plan: all cells, for the lines. bar: shows the lines. before: number of cells that were done earlier.
-    records: key of a cell -> its record. store: the output folder; None: there is none.
+    records: key of a cell -> its record, changed in place. store: the output folder; None: there is none.
     """
     from specdec.bench.results import labels, outcome
 
@@ -240,7 +242,7 @@ def _take(
 
 
 def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: RunFlags, interrupted: bool) -> None:
-    """Print notes, tables and how to continue. Raises typer.Exit or SpecDecError if a cell failed.
+    """Print notes, tables and how to continue. Raises typer.Exit (1) if some cells failed, SpecDecError if all did.
 
     records: key of a cell -> its record, for the cells of ``plan`` that have run. store: the output folder; None: there
     is none. running: the options of the command. interrupted: whether Ctrl-C ended the run; typer.Exit is then raised.

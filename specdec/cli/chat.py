@@ -60,10 +60,12 @@ def chat(
 class ChatSession:
     """A chat in the terminal: its messages, and the commands of the user.
 
+    decoder, engine: the decoder and a running engine of it, which the caller closes.
     params, max_new_tokens: sampling parameters and token limit of each answer.
     system: the system message; None: no message.
     quiet: whether to print no figures and no colors.
     draft: whether answers are decoded with drafts.
+    messages: the conversation so far, {"role", "content"} each, the system message first.
     """
 
     def __init__(
@@ -84,12 +86,18 @@ class ChatSession:
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
-        """Start a new conversation with this system message, or without one."""
+        """Start a new conversation. system: its system message; None: it has none."""
         self.system = system
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
     def run(self, ask: Callable[[], str]) -> None:
-        """Read lines with ``ask`` and answer them until the user ends the chat. Errors are printed."""
+        """Read lines with ``ask`` and answer them until the user enters "/exit" or ends the input (Ctrl-D).
+
+        Ctrl-C stops the answer that is being decoded; at the prompt it drops the line. It does not end the chat. A
+        SpecDecError is printed, and the chat goes on.
+
+        ask: returns the next line; raises EOFError at the end of the input, and KeyboardInterrupt after Ctrl-C.
+        """
         while True:
             try:
                 line = ask().strip()
@@ -144,7 +152,7 @@ class ChatSession:
         say(f"saved in '{path}'")
 
     def answer(self, text: str) -> None:
-        """Answer the user's message ``text`` and print the answer as it is decoded.
+        """Answer the user's message ``text``, print the answer as it is decoded, and add both to ``messages``.
 
         After Ctrl-C the text so far is the answer. Raises SpecDecError if the conversation exceeds the context or
         decoding fails; the message is then dropped.
@@ -185,7 +193,10 @@ class ChatSession:
 
 
 def _asker() -> Callable[[], str]:
-    """Return a function that reads a line from stdin, with editing and history if stdin is a terminal."""
+    """Return a function that reads a line from stdin, with editing and history if stdin and stdout are a terminal.
+
+    It raises EOFError at the end of the input. Raises SpecDecError if prompt_toolkit is needed and not installed.
+    """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return input
     try:
@@ -202,7 +213,10 @@ def _asker() -> Callable[[], str]:
 
 
 def _history() -> Any:
-    """Return the history of earlier input, in a file that only its owner can read; in memory if there is no file."""
+    """Return prompt_toolkit's history of earlier input, in a file of the data folder that only its owner can read.
+
+    If the file cannot be made, the history is in memory and ends with the process.
+    """
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     from specdec.base.files import make_data_folder

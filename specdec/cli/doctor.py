@@ -31,8 +31,9 @@ VARIABLES += ["SPECDEC_CACHE", "SPECDEC_DATA", "SPECDEC_DEBUG", "SPECDEC_NATIVE"
 def collect() -> dict[str, Any]:
     """Return the report of ``specdec doctor`` as JSON values; None or empty where the system reports nothing.
 
-    Keys: versions, commit, system, cpu, kernels, device, threads, cache, data, models, shipped_drafters and variables
-    (of the environment).
+    Keys: versions {package: version}, commit (of git), system, cpu, kernels (the native ones), device, threads, cache
+    and data (the two folders), models {embedded model: whether it is in the cache}, shipped_drafters {drafter: models}
+    and variables (of the environment, without secrets).
     """
     from specdec.base import cores  # these import torch
     from specdec.bench.environment import environment
@@ -75,7 +76,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features(cpuinfo: Path = machine.CPUINFO) -> list[str]:
-    """Return the instruction sets of ``FLAGS`` that Linux reports in ``cpuinfo``."""
+    """Return the instruction sets of ``FLAGS`` that Linux reports in the file ``cpuinfo``; [] without the file."""
     found = machine.features(cpuinfo)
     return [flag for flag in FLAGS if flag in found]
 
@@ -103,7 +104,10 @@ def _device() -> dict[str, str]:
 
 
 def _folder(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
-    """Return a folder's path, the size of each of ``parts`` (names in it) that exists, their sum, and free bytes."""
+    """Return {"folder": its path, "exists", "parts": {name: bytes}, "bytes": their sum, "free_bytes": on its disk}.
+
+    parts: names of files and folders in it, of which "parts" has those that exist.
+    """
     sizes = {name: files.size_of(folder / name) for name in parts if (folder / name).exists()}
     there = folder.exists()
     free = shutil.disk_usage(folder).free if there else 0

@@ -181,7 +181,7 @@ def generate(
 
 
 def _check_text(name: str, text: str) -> None:
-    """Raise SpecDecError if the text of the argument ``name`` was not UTF-8."""
+    """Raise SpecDecError if ``text``, the value of the argument ``name``, has bytes that were not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -189,7 +189,10 @@ def _check_text(name: str, text: str) -> None:
 
 
 def _read(prompt: str | None) -> str:
-    """Return the prompt: the argument, or stdin if it is "-" or None. Raises SpecDecError for an unusable one."""
+    """Return the prompt: the argument, or all of stdin if that is "-" or None (not given).
+
+    Raises SpecDecError for an empty prompt, for text that is not UTF-8, and for no prompt where stdin is a terminal.
+    """
     if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":
@@ -232,7 +235,8 @@ def _decode(
     """Generate once after the prompt ``ids`` and pass the text to ``write`` as it arrives. Ctrl-C ends the generation.
 
     decoder: generates. settings: arguments of ``SpecDecoder.open``. silent: whether to show no progress.
-    Returns the output and the error that ended it (None: no error). Raises the error if nothing was generated.
+    Returns the output, also of an interrupted generation, and the error that ended it (None: no error). Raises the
+    error if nothing was generated.
     """
     generation = decoder.open([ids], **settings)
     sent = 0

@@ -160,7 +160,10 @@ def export(
 
 
 def _begin_from(target: Target, base: str) -> None:
-    """Copy what was learned for the model ``base`` as a start for ``target``. Raises SpecDecError if not possible."""
+    """Copy the file of what was learned for the model named ``base`` as a start for ``target``, another model.
+
+    Raises SpecDecError if ``target`` has learned already, nothing was learned for ``base``, or its shape is another.
+    """
     from specdec.drafters.m2r2 import learned
     from specdec.drafters.m2r2.fits import learned_path
 
@@ -175,7 +178,10 @@ def _begin_from(target: Target, base: str) -> None:
 
 
 def _learned_for(model: str) -> list[tuple[Path, Progress]]:
-    """Return (file, progress) of what was learned for the model of this name. Raises SpecDecError if nothing was."""
+    """Return (file, progress) of each file that holds what was learned for the model named ``model``.
+
+    Raises SpecDecError if there is none.
+    """
     from specdec.drafters.m2r2 import learned
 
     names = model, learned.whole_name(model)

@@ -139,7 +139,7 @@ def serve(
     engines = ExitStack()
 
     def load() -> tuple[Any, str]:
-        """Load the model; return the application, and a line that says where it is served."""
+        """Load the model and start its engine; return the application, and a line that says where it is served."""
         with terminal.status(f"preparing {model}"):
             from specdec.api.decoder import SpecDecoder
 
@@ -172,7 +172,10 @@ def _not_installed(error: ModuleNotFoundError) -> SpecDecError:
 
 
 def _listed(flag: str, text: str) -> list[str]:
-    """Return the texts of a JSON list; other ``text`` is the only entry. Raises SpecDecError, which names ``flag``."""
+    """Return the texts in ``text``, the value of the option ``flag``: a JSON list of texts, or one text.
+
+    Raises SpecDecError for a text that begins with "[" and is no such list.
+    """
     if not text.startswith("["):
         return [text]
     try:
@@ -185,9 +188,13 @@ def _listed(flag: str, text: str) -> list[str]:
 
 
 def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
-    """Return the drafter and the draft length that vLLM's ``--speculative-config`` names. Raises SpecDecError.
+    """Return (drafter, draft length) that vLLM's ``--speculative-config`` names, as texts for this program's options.
 
-    drafter, depth: the values of this program's own options, which apply where the config says nothing.
+    config: a JSON object with the members "method" (a drafter's name), "model" (where it is loaded from) and
+        "num_speculative_tokens"; others are named in a note and have no effect. The drafter is "METHOD" or
+        "METHOD=MODEL" (without a method "draft-model=MODEL"), the length the number or "auto".
+    drafter, depth: the values of ``--drafter`` and ``--num-speculative-tokens``, which must both be "auto".
+    Raises SpecDecError if they are not, or for a config of another form.
     """
     if drafter != "auto" or depth != "auto":
         what = "takes the place of --drafter and --num-speculative-tokens"
@@ -208,7 +215,7 @@ def _speculative(config: str, drafter: str, depth: str) -> tuple[str, str]:
 
 
 def _bytes(flag: str, text: str) -> int:
-    """Return the bytes of a size such as "2GiB", which must be at least ``MIN_CACHE``.
+    """Return the number of bytes of a size such as "2GiB", which must be at least 1 MiB (``MIN_CACHE``).
 
     flag: the option whose value ``text`` is, for messages. Raises SpecDecError for other texts.
     """

@@ -215,7 +215,10 @@ class LoadingFlags:
     adapter: Adapter = None
 
     def check(self) -> None:
-        """Raise SpecDecError for names and paths that are wrong, before anything heavy is imported."""
+        """Raise SpecDecError for a wrong model, dtype or adapter, before anything heavy is imported.
+
+        It looks at names and at paths on the disk, and loads nothing.
+        """
         check_model(self.model, getattr(self, "revision", None))
         dtype_name(self.dtype)
         check_adapter(self.adapter)
@@ -272,7 +275,10 @@ class DecoderFlags(LoadingFlags, DrafterFlags):
     keep_ngrams: KeepNgrams = False
 
     def check(self) -> None:
-        """Check the model and the drafter. Raises SpecDecError."""
+        """Raise SpecDecError for a model, an adapter, a drafter or an ``ngram_corpus`` that cannot be used.
+
+        It looks at names and at paths on the disk, before anything heavy is imported.
+        """
         super().check()
         DrafterFlags.check(self)
         if self.ngram_corpus is not None and not os.path.exists(self.ngram_corpus):
@@ -365,10 +371,12 @@ def _is_argument(parameter: inspect.Parameter) -> bool:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a function for typer with the options of ``command``, for use as a decorator.
+    """Return a function for typer that takes the options of ``command`` one by one and calls it; used as a decorator.
 
     Each parameter whose default is a dataclass (such as ``LoadingFlags``) is replaced by options, one per field. A
     command with an option ``model`` and without positional arguments also takes the model as an argument.
+
+    command: the function of a command, whose parameters are annotated for typer.
     """
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {n: p.default for n, p in signature.parameters.items() if is_dataclass(p.default)}
@@ -424,10 +432,10 @@ def command_line(*more: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON. Raises ValueError for NaN."""
+    """Print a value as one line of JSON to stdout. Raises ValueError for NaN."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON to the file ``path``, atomically."""
+    """Write a value as indented JSON to the file ``path``, atomically; a file that is there is replaced."""
     files.write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

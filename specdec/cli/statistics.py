@@ -178,9 +178,9 @@ def _compared(comparison: dict[str, Any]) -> Facts:
 
 
 def experts(what: str, figures: dict[str, float]) -> Facts:
-    """Return the lines to print about experts in slow memory, as (label, value).
+    """Return the lines to print about experts that are read from the disk, as (label, value).
 
-    what: describes the cache of experts. figures: the metrics of the request; empty: there are none.
+    what: text that describes their cache. figures: ``RequestMetrics.experts``; empty: only the cache is described.
     """
     facts = [("experts", what)]
     if figures:
@@ -231,9 +231,10 @@ def _formats(decoder: SpecDecoder) -> str:
 
 
 def runtime(decoder: SpecDecoder) -> dict[str, str]:
-    """Return the runtime, dtype, device, the formats of weights, activations and KV cache, and the adapter, if any.
+    """Return the runtime, dtype, device, the formats of weights, activations and KV cache, and the adapter, as texts.
 
-    The keys are "runtime", "dtype", "device", "storage", "activations", "kv_cache" and "adapter", in this order.
+    The keys are "runtime", "dtype", "device", "storage" (of weights), "activations", "kv_cache" and, if an adapter is
+    merged into the model, "adapter", in this order.
     """
     target = decoder.target
     dtype, device = str(target.dtype).removeprefix("torch."), str(target.device)

@@ -95,10 +95,10 @@ def run(
 
 @contextmanager
 def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[None]:
-    """After Ctrl-C or SIGTERM in the ``with`` block, print what is saved and how to go on, and end the command.
+    """After Ctrl-C or SIGTERM in the ``with`` block, print what is saved and how to go on, and raise typer.Exit.
 
     output: the run's folder. resume: whether the command line says --resume already. console: where it prints; quiet in
-    all processes but the first. Raises typer.Exit.
+    all processes but the first. The exit code is 130.
     """
     try:
         with interrupting(_raise, ended=True):

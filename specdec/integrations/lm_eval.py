@@ -147,6 +147,8 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
 def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
     """Translate the generation options of an lm-eval task into keyword arguments of ``SpecDecoder.generate_batch``.
 
+    The result has ``max_new_tokens``, ``stop`` and the sampling options; without "do_sample", decoding is greedy unless
+    the task sets a temperature.
     given: the task's options, such as "until" and "temperature". most: number of new tokens if the task sets no limit.
     """
     until = given.get("until") or []

@@ -108,9 +108,10 @@ class SpecGenerate:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode as ``model.generate`` does: return the rows of ``input_ids`` [B, T] with n new tokens, [B, T + n].
 
-        transformers passes the arguments. generator: draws the seed for sampling; None: torch's global generator. The
-        result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError for
-        unsupported arguments, and if the model's context is too short.
+        transformers passes the arguments. n is the number of new tokens of the longest row; shorter ones are padded.
+        generator: draws the seed for sampling; None: torch's global generator.
+        The result is a ``GenerateDecoderOnlyOutput`` if the config has ``return_dict_in_generate``. Raises SpecDecError
+        for unsupported arguments, and if the model's context is too short.
         """
         config: Any = generation_config
         decoder = self.decoder(model)
@@ -149,9 +150,10 @@ class SpecGenerate:
 
 
 def _check(config: Any, processors: Sequence[LogitsProcessor], model_kwargs: dict[str, Any]) -> None:
-    """Raise SpecDecError for a part of a ``generate`` call that ``SpecGenerate`` does not support.
+    """Raise SpecDecError for a part of a ``generate`` call that ``SpecGenerate`` does not support, such as beams.
 
-    config: the generation config. processors: the logits processors. model_kwargs: arguments for the model's forward.
+    config: the ``GenerationConfig``. processors: the logits processors. model_kwargs: arguments for the model's
+    forward; all but the attention mask and those in ``PREPARED`` must be None.
     """
     mode = config.get_generation_mode()
     if mode.value not in MODES:
@@ -215,7 +217,7 @@ class _RowProcessors(LogitsProcessor):
 
     processors: the call's logits processors, in order.
     row: index of the row in the batch.
-    before: the padding before the tokens of this row, [1, p].
+    before: the p padding tokens before the tokens of this row, [1, p].
     batch: number of rows in the batch.
     """
 
@@ -226,7 +228,7 @@ class _RowProcessors(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the processed logits [1, V] of the logits ``scores`` [1, V].
 
-        input_ids: the tokens of the row before the position of these logits, [1, n], without padding.
+        input_ids: the n tokens of the row before the position of these logits, [1, n], without padding.
         """
         device = self.before.device
         ids = torch.cat((self.before, input_ids.to(device)), 1).expand(self.batch, -1)
@@ -243,11 +245,11 @@ def _samplers(
     sample: bool,
     generator: torch.Generator | None,
 ) -> list[RowSampler]:
-    """Return for each row of a ``generate`` call the sampler that chooses its tokens.
+    """Return the sampler that chooses the tokens of each row of a ``generate`` call, in the order of the rows.
 
     prompts: token ids of each row without padding. input_ids: [B, T], with padding. processors: the call's logits
-    processors. sample: whether to sample; if not, decoding is greedy. generator: draws the seed; None: torch's global
-    one.
+    processors; in sampling, those of ``WARPERS`` at the end are removed from the list. sample: whether to sample; if
+    not, decoding is greedy. generator: draws the seed; None: torch's global one.
     """
     seed = 0
     if sample:
@@ -270,6 +272,7 @@ def _samplers(
 class _GenerateCall:
     """The state of one ``generate`` call, which adds one token to every row of the batch at a time.
 
+    input_ids: the prompts [B, T], with padding. config: the call's ``GenerationConfig``.
     sequences: the token ids of all rows so far, [B, T + count].
     criteria: the stopping criteria of the call.
     ends: ids of the tokens that end a row.
@@ -290,6 +293,8 @@ class _GenerateCall:
 
     def run(self, engine: Engine, requests: Sequence[Request], streamer: Any) -> None:
         """Decode ``requests``, one for each row of the batch, in ``engine`` until every row has ended.
+
+        The tokens are added to ``sequences``. The engine must have no thread, and the caller closes it.
 
         streamer: gets the prompts and then the tokens of each new position; None: no streamer. Raises the error of a
         request that fails.

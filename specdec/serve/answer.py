@@ -47,11 +47,11 @@ class Answer(ABC):
 
     @abstractmethod
     async def json(self) -> bytes:
-        """Return the whole answer as JSON, once all choices have finished. Raises ApiError."""
+        """Read all choices to their ends, and return the whole answer as JSON. Raises ApiError if the engine fails."""
 
     @abstractmethod
     def events(self) -> AsyncIterator[bytes]:
-        """Return the answer as a stream of server-sent events, of which the last one may be an error."""
+        """Yield the bytes of the server-sent events of a streamed answer. An ApiError becomes the last event."""
 
     async def _pieces(self, number: int = 0, per_token: bool = False) -> AsyncIterator[Piece]:
         """Yield the text of choice ``number``, in pieces. The last piece has a finish reason.
@@ -111,16 +111,16 @@ class Answer(ABC):
             pass
 
     def counts(self) -> tuple[int, int, int]:
-        """Return the numbers of prompt tokens, of cached ones among them, and of new tokens, over all choices.
+        """Return (prompt tokens, cached ones among them, new tokens), the numbers over all choices so far.
 
-        A prompt counts once for all its choices.
+        A prompt counts once for all its choices. New tokens count when they are read.
         """
         prompts = [handle.metrics for handle in self.handles[self.asked.n - 1 :: self.asked.n]]
         cached = sum(metrics.num_cached_tokens for metrics in prompts)
         return sum(metrics.num_prompt_tokens for metrics in prompts), cached, sum(text.num_read for text in self.texts)
 
     def time_saved(self) -> dict[str, int]:
-        """Return the milliseconds that cached tokens have saved (an estimate), as members of ``usage``."""
+        """Return {"time_saved_ms": milliseconds that cached prompt tokens saved (an estimate)}, a part of ``usage``."""
         return {"time_saved_ms": round(1e3 * sum(handle.metrics.saved_seconds for handle in self.handles))}
 
     def summary(self) -> str:
@@ -135,6 +135,8 @@ class Answer(ABC):
     def metrics(self) -> dict[str, Any]:
         """Return {"metrics": figures} of the request for the response; {} if the client has not asked for them.
 
+        The figures are times in milliseconds, ``tokens_per_second``, and ``speculative_decoding``: the fields of
+        ``RequestMetrics`` about drafts. None stands for what one token alone cannot give.
         For several choices the only figure is {"speculative_decoding": None} (as in vLLM).
         """
         if not self.asked.include_metrics:
@@ -167,7 +169,10 @@ class Answer(ABC):
 
 
 def _failure(event: Event) -> ApiError:
-    """Return the error that tells a client about ``event``, which ends a request with an error or a cancellation."""
+    """Return (not raise) the error that a client gets for ``event``, by which a request failed or was cancelled.
+
+    It has the status 503 for a cancellation, 400 for a constraint that cannot be met, and 500 for other errors.
+    """
     if event.finish_reason == "cancelled":
         return ApiError(503, "the server is shutting down; try again later")
     if isinstance(event.error, ConstraintError):
@@ -180,7 +185,7 @@ class BlockAnswer(Answer):
 
     A block is a ``Part`` with all text of its kind up to the next block. The protocols name its states: it begins
     empty, grows by deltas and ends. A subclass returns the events for each, as JSON objects whose ``type`` is the
-    event's name.
+    event's name; ``events`` of this class calls its methods in the stream's order, ``json`` only ``result``.
     text: the text of the choice so far.
     blocks: the blocks so far, the last of which may still grow.
     """
@@ -235,15 +240,18 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """Return the whole answer as a JSON object."""
+        """Return the whole answer, made of ``blocks``, as a JSON object of the protocol.
+
+        It is called after the last text was read; the caller adds the member ``metrics``.
+        """
 
     @abstractmethod
     def begin(self) -> Events:
-        """Return the protocol's events that come before the first block, such as "message_start"."""
+        """Return the protocol's events that come before any text, such as "message_start"."""
 
     @abstractmethod
     def begin_block(self, block: Part) -> Events:
-        """Return the events for the start of ``block``, which is still empty."""
+        """Return the events for the start of ``block``, the last of ``blocks``, which has no text yet."""
 
     @abstractmethod
     def delta(self, block: Part, text: str) -> Events:
@@ -254,7 +262,10 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def end_block(self, block: Part, last: bool = False) -> Events:
-        """Return the events for the end of ``block``. last: whether it is the last one, which may have been cut."""
+        """Return the events for the end of ``block``, the last of ``blocks`` so far.
+
+        last: whether no block follows; the limit on new tokens may have cut it.
+        """
 
     @abstractmethod
     def end(self) -> Events:
@@ -265,4 +276,4 @@ class BlockAnswer(Answer):
 
     @abstractmethod
     def failure(self, error: ApiError) -> dict[str, Any]:
-        """Return the event that reports ``error``, as a JSON object."""
+        """Return the event that reports ``error`` and ends the stream, as a JSON object with its ``type``."""

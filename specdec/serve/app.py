@@ -47,7 +47,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(
     decoder: SpecDecoder, engine: Engine, settings: ServerSettings, write: Callable[[str], None] = say
 ) -> FastAPI:
-    """Return the application that serves ``decoder`` through ``engine``.
+    """Return the application that serves ``decoder`` through ``engine``, which must run and which it does not close.
 
     settings: name, keys and limits. write: prints the log line of a request.
     """
@@ -74,9 +74,10 @@ def make_app(
 
 def _add_generation(app: FastAPI, service: Service, write: Callable[[str], None]) -> None:
     async def answered(request: Request, translate: Callable[[], GenerationRequest], make: MakeAnswer) -> HTTPResponse:
-        """Run a request until it ends or the client disconnects. translate: parses its body.
+        """Return the response to a request: a stream of events, or JSON once the request has ended.
 
-        make: makes the answer from the parsed request, the engine's handles and the metrics.
+        If the client disconnects, the request is cancelled. translate: makes the ``GenerationRequest`` from the body.
+        make: makes the answer from it, the engine's handles and the server's metrics.
         """
         client: Client = request.state.client
         asked, handles = await run_sync(service.start, translate, client)

@@ -21,7 +21,11 @@ CLIENT_CLOSED_REQUEST = 499  # status in the log when the client has disconnecte
 
 
 class JsonRequest(Request):
-    """A request whose body is JSON of at most ``MAX_BODY`` bytes; a longer or slower one is refused with ApiError."""
+    """A request whose body is JSON of at most ``MAX_BODY`` bytes.
+
+    Reading raises ApiError for a larger body, one that takes longer than the setting ``client_timeout``, an empty one,
+    and one that is not JSON, and if the client disconnects.
+    """
 
     async def body(self) -> bytes:
         body, seconds = bytearray(), self.app.state.settings.client_timeout

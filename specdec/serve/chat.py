@@ -25,6 +25,8 @@ from specdec.serve.request import GenerationRequest
 class OpenAIAnswer(Answer):
     """An answer in the format of ``/v1/chat/completions``, or of ``/v1/completions`` if the request has no chat.
 
+    chat: whether the format is that of chats.
+    head, chunk_head: members that all answers have, whole or as chunks of a stream: id, object, created, model, ...
     scored: for each choice, the number of tokens whose log-probabilities have been sent.
     offsets: for each choice, the number of characters in these tokens.
     """
@@ -49,7 +51,7 @@ class OpenAIAnswer(Answer):
         return to_json(self.head)[:-1] + b',"choices":[' + b",".join(choices) + b"]," + rest[1:]
 
     def _written(self, number: int) -> bytes:
-        """Return choice ``number`` of a complete response as JSON."""
+        """Return the entry of ``choices`` for choice ``number``, whose text has been read to its end, as JSON."""
         text = self.texts[number].text
         if self.chat:
             parts = self.parsers[number].push(text, last=True)
@@ -83,7 +85,7 @@ class OpenAIAnswer(Answer):
         yield DONE
 
     def usage(self) -> dict[str, Any]:
-        """Return the member ``usage`` of the response: numbers of prompt, new, all and cached tokens."""
+        """Return the value of the response's member ``usage``: numbers of prompt, new, all and cached tokens."""
         before, cached, new = self.counts()
         return {
             "prompt_tokens": before,
@@ -97,7 +99,10 @@ class OpenAIAnswer(Answer):
         return self.asked.echoes[number // self.asked.n] if self.asked.echo else ""
 
     def _contents(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return, for each chunk to send, the members with the new text ``piece`` of choice ``number``."""
+        """Return for each chunk to send its {"delta": ...}, or {"text": ...} without a chat.
+
+        number: number of the choice. piece: its new text, which may be several parts, or only the start of one.
+        """
         if not self.chat:
             return [{"text": piece.text}] if piece.text else []
         parser = self.parsers[number]
@@ -114,7 +119,10 @@ class OpenAIAnswer(Answer):
         return {"index": number, **content, "logprobs": self._logprobs(number), "finish_reason": finish}
 
     def _logprobs(self, number: int) -> dict[str, Any] | None:
-        """Return the log-probabilities of new tokens of choice ``number``, an echoed prompt first; None: not wanted."""
+        """Return the member ``logprobs`` of choice ``number``, for its tokens read since the last call.
+
+        An echoed prompt comes first. None: the client wants none, or there is no new token.
+        """
         text, request, start = self.texts[number], self.handles[number].request, self.scored[number]
         end = self.scored[number] = text.num_read
         if self.asked.num_logprobs is None or (start == end and (start or text.finish_reason is None)):
@@ -130,7 +138,7 @@ class OpenAIAnswer(Answer):
 
 
 def _delta(part: Part, calls: Sequence[str]) -> dict[str, Any]:
-    """Return ``part``, a piece of an answer, as the member ``delta`` of a chunk.
+    """Return ``part``, a piece of an answer, as the value of the member ``delta`` of a chunk.
 
     calls: ids of all calls so far, in order; the place of the call's id in it is its ``index``.
     """
@@ -145,7 +153,10 @@ def _call(part: Part) -> dict[str, Any]:
 
 
 def message(parts: Iterable[Part]) -> dict[str, Any]:
-    """Return the members ``content``, ``reasoning_content`` and ``tool_calls`` of the message that ``parts`` make."""
+    """Return {member: value} of the assistant's message that ``parts``, those of a whole answer, make.
+
+    ``content`` is text, or None if there are only calls; ``reasoning_content`` and ``tool_calls`` may be missing.
+    """
     blocks = merged(parts)
     text, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
     calls = [_call(block) for block in blocks if block.kind == "call"]

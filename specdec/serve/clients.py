@@ -68,7 +68,7 @@ class Client:
     """The sender of a request.
 
     key: the key that the sender has given; None: the server has no keys.
-    sender: network address, if the server has no keys; rows are then shared fairly among addresses.
+    sender: network address, if the server has no keys; the engine's rows are then shared fairly among addresses.
     """
 
     key: Key | None = None
@@ -76,16 +76,17 @@ class Client:
 
     @property
     def scope(self) -> str | None:
-        """The scope of the client's requests, a hash of the key; None without keys.
+        """The name of the client as a tenant of the engine (``Request.scope``): SHA-256 of the key, in hexadecimal.
 
-        Requests of different scopes (``Request.scope``) share no cached prefix.
+        Cached prefixes are shared only between requests of one scope. None, the default tenant: the server has no keys.
         """
         return None if self.key is None else hashlib.sha256(self.key.key.encode()).hexdigest()
 
 
 def find_client(keys: Sequence[Key], given: str, address: str | None = None) -> Client | None:
-    """Return the client with the key ``given``; None: it is no known key. Takes the same time for all keys.
+    """Return the client with the key ``given``; None: it is none of ``keys``. Takes the same time for all of them.
 
+    given: the text that came with the request; "": none. Without any ``keys``, it is ignored and everybody passes.
     address: the sender's address, which identifies the client if the server has no keys.
     """
     if not keys:

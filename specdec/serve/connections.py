@@ -26,7 +26,10 @@ RETRY = 1.0  # seconds until a client is accepted again after the system has ref
 
 
 def raise_descriptors(wanted: int) -> int | None:
-    """Raise the process's limit of file descriptors to ``wanted`` if possible; return the limit (None: unlimited)."""
+    """Raise the process's limit of file descriptors to ``wanted``, or as far as the system allows; return the limit.
+
+    None: there is no limit. A limit above ``wanted`` stays.
+    """
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -46,8 +49,8 @@ class Connection(H11Protocol):
     """An HTTP connection, which is closed when no request arrives for ``timeout`` seconds.
 
     The connection is idle while it has no request. config, server: those of uvicorn.
+    timeout: seconds. changed: called when the connection becomes idle, and when it is closed.
     expiry: timer that closes the connection unless the head of a request arrives; None: a request is being answered.
-    changed: called when the connection becomes idle, and when it is closed.
     unsent: number of bytes of the last answer that had not been sent at the last check.
     """
 
@@ -80,7 +83,7 @@ class Connection(H11Protocol):
         self.changed()
 
     def close(self) -> None:
-        """Close the connection at once."""
+        """Close the connection at once; what was not sent yet is lost."""
         self._end_idle()
         self.transport.abort()
 
@@ -94,7 +97,10 @@ class Connection(H11Protocol):
             self.expiry = None
 
     def _expire(self) -> None:
-        """Close the connection, unless the client still reads the last answer."""
+        """Close the connection: the timer ``expiry`` calls it when it has been idle for ``timeout`` seconds.
+
+        If some of the last answer is unsent, but less than at the last check, the timer starts again instead.
+        """
         left = self.transport.get_write_buffer_size()
         if 0 < left < self.unsent:
             self.unsent = left
@@ -107,6 +113,8 @@ class Server(uvicorn.Server):
     """An HTTP server of ``app`` with the limits in ``settings``.
 
     room: number of connections that file descriptors allow; None: any number.
+    accepting: the tasks that accept connections, one for each listening socket.
+    changed: set when a connection becomes idle or is closed.
     """
 
     room: int | None = None
@@ -128,7 +136,10 @@ class Server(uvicorn.Server):
         self.settings, self.accepting = settings, list[asyncio.Task[None]]()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen at ``sockets``, which are bound already."""
+        """Begin to listen at ``sockets``, which are bound already, and start the tasks that accept connections there.
+
+        uvicorn calls it. It raises the limit of file descriptors, and sets ``room``.
+        """
         most = self.settings.max_connections
         if (found := raise_descriptors(most + DESCRIPTORS)) is not None:
             self.room = found - min(DESCRIPTORS, found // 2)
@@ -148,9 +159,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept(self, listener: socket.socket) -> None:
-        """Accept connections at ``listener`` for ever, within the limits.
+        """Accept connections at ``listener``, within the limits, until this task is cancelled.
 
-        ``asyncio`` itself has no limit, and logs each failure.
+        ``asyncio``'s own servers have no limit, and log each failure.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -171,9 +182,11 @@ class Server(uvicorn.Server):
                 )
 
     async def _make_room(self) -> None:
-        """Make room for another connection: close an idle one, or wait until there is one or one is closed.
+        """Wait until there is a file descriptor for one more connection, of a client that was just accepted.
 
-        If there are descriptors, a client beyond ``max_connections`` does not wait: its request gets 503.
+        If there are ``max_connections`` already, the one that has been idle longest is closed; if none is idle, the
+        method returns all the same, and uvicorn answers the new client's request with 503. It waits only if there are
+        ``room`` connections and none is idle: until one is closed, or becomes idle and can be closed.
         """
         connections, most = self.server_state.connections, self.settings.max_connections
         if len(connections) >= most and self._close_idle():

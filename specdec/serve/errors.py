@@ -86,12 +86,12 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """Raised where the client gets an error instead of an answer.
+    """Raised where the client gets an error instead of an answer; ``add_handlers`` makes the response of it.
 
     status: the HTTP status.
     message: one sentence that says what is wrong and what to do.
     param: the name of the wrong parameter in chats of OpenAI; None: the error is not about one.
-    code: the kind of error, for programs; None: it has no name.
+    code: the kind of error, for programs, such as "invalid_value"; None: it has no name.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -121,7 +121,8 @@ class ApiError(HTTPException):
     def as_sent(self, path: str) -> ApiError:
         """Return this error with the parameter called as in the client's protocol, in ``param`` and in the message.
 
-        Protocols differ: what is "max_tokens" for one is "max_output_tokens" for another.
+        Protocols differ: what is "max_tokens" for one is "max_output_tokens" for another. If the name is the same, this
+        object is returned.
 
         path: path of the request, such as "/v1/responses", which has one protocol.
         """
@@ -140,12 +141,15 @@ def invalid(param: str, message: str) -> ApiError:
 
 
 def _names(path: str) -> dict[str, str]:
-    """Return {OpenAI's parameter name: name in the protocol of ``path``}; {} if the names are the same."""
+    """Return {OpenAI's parameter name: name in the protocol of ``path``}, without names that are the same.
+
+    The name is "" if the protocol has no such parameter. path: path of the request.
+    """
     return next((names for start, names in NAMES.items() if path.startswith(start)), {})
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make ``app`` answer every exception that an endpoint raises with an ``ApiError``."""
+    """Make ``app`` answer every exception that an endpoint raises with the response of an ``ApiError``."""
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -175,7 +179,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError, path: str) -> ApiError:
-    """Return the error for a body that is no JSON object, or in which pydantic has found a wrong parameter.
+    """Return (not raise) the error for a body that is no JSON object, or in which pydantic found a wrong parameter.
 
     path: path of the request, such as "/v1/responses"; the parameter is called as in its protocol.
     """

@@ -52,9 +52,9 @@ class EventStream(StreamingResponse):
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of ``work``; if the client disconnects first, cancel it and return None.
+    """Return the result of ``work``, or raise its error; if the client disconnects first, cancel it and return None.
 
-    receive: returns the next ASGI message of the client.
+    receive: the ASGI function that returns the client's next message; its messages are dropped.
     """
 
     async def watch() -> None:

@@ -34,7 +34,7 @@ def _entry(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
 def completion_logprobs(
     tokenizer: Any, scored: Sequence[TokenLogprob], first: int | None = None, offset: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """Return the member ``logprobs`` of a choice of ``/v1/completions``, and the offset of the text after the tokens.
+    """Return the member ``logprobs`` of a choice of ``/v1/completions``, and the offset for the next call.
 
     scored: the tokens with their log-probabilities. tokenizer: gives the tokens' texts.
     first: id of the first token of a prompt, which has no log-probability; None: the prompt is not included.
@@ -57,7 +57,7 @@ def completion_logprobs(
 def token_text(tokenizer: Any, token_id: int) -> str:
     """Return the token ``token_id`` as a dictionary key.
 
-    It is its text, or ``bytes:`` and its bytes if the token is a part of a character.
+    It is its text, or its bytes, such as ``bytes:\\xe2\\x82``, if the token is a part of a character.
     """
     found = token_bytes(tokenizer, token_id)
     try:
@@ -68,7 +68,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 @functools.lru_cache(1 << 16)  # an answer has thousands of tokens, few of them different
 def token_bytes(tokenizer: Any, token_id: int) -> bytes:
-    """Return the bytes of the token ``token_id``, which may be a part of a UTF-8 character."""
+    """Return the bytes of the token ``token_id``, which may be a part of a UTF-8 character; b"" for an unknown id."""
     piece = tokenizer.convert_ids_to_tokens(token_id)
     if piece is None:  # the output head is wider than the vocabulary
         return b""

@@ -160,7 +160,14 @@ class OutputConfig(Strict):
 
 
 class CountBody(Options):
-    """The body of ``/v1/messages/count_tokens``, which is also a part of the body of ``/v1/messages``."""
+    """The body of ``/v1/messages/count_tokens``, which is also a part of the body of ``/v1/messages``.
+
+    The fields beside those of ``Options`` are Anthropic's; None: not given.
+
+    messages: the conversation, in which successive messages of one role have been joined. system: the system message.
+    thinking, output_config: whether and how much to reason, and the format of the text.
+    unused: values with which members that are not declared are ignored (see ``Strict``).
+    """
 
     unused = PROMPT
     model: str
@@ -173,7 +180,7 @@ class CountBody(Options):
 
     @model_validator(mode="after")
     def _join_turns(self) -> CountBody:
-        """Join successive messages of the same role into one, as Anthropic does."""
+        """Join successive messages of the same role in ``messages`` into one, as Anthropic does. pydantic calls it."""
         joined = list[Turn]()
         for role, group in itertools.groupby(self.messages, key=lambda turn: turn.role):
             turns = list(group)

@@ -18,7 +18,7 @@ E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120
 
 
 class Metrics:
-    """The Prometheus counters and histograms of one server.
+    """The Prometheus counters and histograms of one server, in ``registry``, which ``/metrics`` prints.
 
     model: the model's name, a label of all figures. stats: returns the engine's current figures.
     """
@@ -66,15 +66,15 @@ class Metrics:
         self.registry.register(_EngineCollector(label, stats))
 
     def record_tokens(self, tokens: int, seconds: float, first: bool) -> None:
-        """Count new tokens of a request. first: whether they are its first ones.
+        """Count new tokens of a choice. tokens: their number. first: whether they are its first ones.
 
-        seconds: time since the request's last tokens, or since its start if these are the first.
+        seconds: time since the choice's last tokens, or since its submission if these are the first.
         """
         self.generation_tokens.inc(tokens)
         (self.ttft if first else self.itl).observe(seconds)
 
     def record_finished(self, metrics: RequestMetrics, reason: str, seconds: float) -> None:
-        """Count a finished request. metrics: the engine's figures of it. seconds: time since its start.
+        """Count a finished choice. metrics: the engine's figures of it. seconds: time since its submission.
 
         reason: OpenAI's finish reason, or "abort".
         """

@@ -27,7 +27,8 @@ UNLOGGED = ("/health", "/metrics")  # paths without a log line
 class AccessLog:
     """Writes a line for each request: method, path, status, seconds, id, and what its endpoint put into ``summary``.
 
-    The id is in a header of the answer, too, under its protocol's name. Another header names ignored parameters.
+    ``summary`` is a list of texts in ``scope["state"]``. The id is in a header of the answer, too, ``request-id`` or
+    ``x-request-id``. The header ``x-specdec-ignored`` names ignored parameters.
     app: the ASGI application that answers. write: prints the line.
     """
 
@@ -67,7 +68,8 @@ class AccessLog:
 class AllowedHosts:
     """Refuses Host headers other than ``settings.allowed_hosts``, localhost, this machine's name and IP addresses.
 
-    Otherwise a web page could make its own name point to this server and use it (DNS rebinding).
+    Otherwise a web page could make its own name point to this server and use it (DNS rebinding). The status is 421.
+    app: the ASGI application that answers. settings: those of the server; the name "*" in them allows all.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -91,7 +93,11 @@ class AllowedHosts:
 
 
 class ApiKey:
-    """Refuses requests without a known key. Puts the ``Client`` into ``scope["state"]``, and its name into the log."""
+    """Refuses requests without a known key. Puts the ``Client`` into ``scope["state"]``, and its name into the log.
+
+    app: the ASGI application that answers. keys: the known keys; empty: all requests pass. The page at ``/`` and
+    ``/health`` need no key.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
         self.app, self.keys = app, keys

@@ -110,7 +110,7 @@ class Source:
             yield None
 
     def upto(self, mark: str) -> Parts[str]:
-        """Take the text up to ``mark``, and return it without the mark; all text if the mark never comes."""
+        """Take the text up to and with ``mark``; return it without the mark, or all text if the mark never comes."""
         while mark not in self.text and not self.last:
             yield None
         before, _, self.text = self.text.partition(mark)
@@ -156,7 +156,8 @@ class Format:
     """Base class of the formats in which families of models write tool calls within the text of an answer.
 
     Its methods read from ``answer.source``, where ``answer`` is the parser of one answer. They are generators of parts,
-    and of None to wait for more text. A subclass sets ``marks`` and implements ``calls``.
+    and of None to wait for more text. A subclass sets ``marks`` and implements ``calls``. An object has no state, so
+    all answers share it.
 
     marks: texts that begin calls.
     special: special tokens that have to stay in the text.
@@ -241,7 +242,7 @@ class AnswerParser:
         yield from self.form.read(self)
 
     def text(self) -> Parts[None]:
-        """Parse text with calls in it, up to the end of the answer."""
+        """Parse text with calls in it, up to the end of the answer; yield its parts, or None to wait for more text."""
         source = self.source
         marks = (*self.form.marks, FENCE) if self.tools else ()
         if self.tools:
@@ -253,7 +254,10 @@ class AnswerParser:
                 yield from self.form.calls(self, mark)
 
     def _bare(self) -> Parts[None]:
-        """Parse an answer that consists of calls without marks: plain JSON, in backticks, or in doubled braces."""
+        """Take an answer that consists of calls without marks: plain JSON, in backticks, or in doubled braces.
+
+        Yield the calls; None while the text that has arrived may still become such an answer. Take nothing of others.
+        """
         source = self.source
         while not source.last and self._may_be_bare(source.text.lstrip()):
             yield None
@@ -321,7 +325,8 @@ class AnswerParser:
     def begin_call(self, name: str, written: str) -> Parts[Make | None]:
         """Begin a call of the tool ``name``; return the function that makes its parts from pieces of its arguments.
 
-        Return None if there is no such tool; then ``written``, the call's text so far, is yielded as text.
+        Like "return" in ``Source``, this is the value of ``yield from``. Return None if there is no such tool; then
+        ``written``, the call's text so far, is yielded as text.
         """
         if name in self.tools:
             return partial(Part, "call", name=name, id=new_id())
@@ -348,8 +353,9 @@ class AnswerParser:
 class _JsonCall:
     """Parser of a call that is a JSON object with a name and arguments, as its text arrives.
 
-    tools: the tools that may be called.
-    named: the name, if it came before the object, which then holds only the arguments; else "".
+    tools: the tools that may be called. id: the id of the call, which all its parts have.
+    named: the name, if it came before the object, which then holds only the arguments; else "". The attribute says
+        whether there is one.
     raw: the text so far.
     read: number of characters of ``raw`` that have been parsed.
     depth: number of brackets that are open at ``read``.

@@ -20,7 +20,10 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 class Options(ServerSettings):
-    """The options of Ray's ``serve run`` (KEY=VALUE), as in ``specdec serve``; ``cpus``, ``gpus``: per replica."""
+    """The options of Ray's ``serve run`` (KEY=VALUE), each as the option of that name of ``specdec serve``.
+
+    replicas: number of replicas, each with a model of its own. cpus, gpus: what Ray reserves for each replica.
+    """
 
     model: str = DEFAULT_MODEL
     drafter: str = "auto"
@@ -46,7 +49,11 @@ class Options(ServerSettings):
 
 @serve.ingress()
 class Replica:
-    """A Ray Serve replica: a decoder with its engine and its HTTP application. options: those of the deployment."""
+    """A Ray Serve replica: a decoder with its engine and its HTTP application. The constructor loads the model.
+
+    options: those of the deployment. Ray calls ``__serve_build_asgi_app__`` for the application; deleting the replica
+    closes the engine.
+    """
 
     def __init__(self, options: Options) -> None:
         from specdec.api.decoder import SpecDecoder

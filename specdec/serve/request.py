@@ -14,9 +14,9 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 
 
 def thought(text: str) -> dict[str, Any]:
-    """Return the reasoning ``text`` as {name: text}, for a message of a chat template.
+    """Return the reasoning ``text`` as members of a message for a chat template.
 
-    There are two names; the second is that of gpt-oss.
+    It is there twice, as ``reasoning_content`` and, for gpt-oss, as ``thinking``.
     """
     return dict.fromkeys(("reasoning_content", "thinking"), text)
 
@@ -31,7 +31,10 @@ def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return a call of the tool ``name`` as chat templates expect it in a message, with its arguments as an object."""
+    """Return a call of the tool ``name``, an entry of a message's ``tool_calls``, as chat templates expect it.
+
+    id: the id of the call, which its result repeats. arguments: the parsed JSON object.
+    """
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -39,11 +42,12 @@ def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 class ChatPrompt:
     """A chat to be answered. Raises ApiError if its parts contradict each other.
 
-    messages, functions: messages and functions (tools) as chat templates expect them.
+    messages: the messages as chat templates expect them, {"role", "content", ...} each.
+    functions: the tools as chat templates expect them, {"name", "description", "parameters"} each.
     choice: whether functions may be called ("auto"), must be ("required") or must not be ("none").
     named: name of the function that must be called; None: no particular one.
     parallel: whether there may be several calls.
-    template: the client's arguments for the chat template.
+    template: the client's arguments for the chat template, by name.
     effort: amount of reasoning, such as "low"; None: the template's default.
     continue_last: whether the answer continues the last message.
     """
@@ -72,7 +76,7 @@ class ChatPrompt:
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        """The tools that may be called, as chat templates expect them."""
+        """The tools that may be called, {"type": "function", "function": ...} each; [] for the choice "none"."""
         return [] if self.choice == "none" else [{"type": "function", "function": each} for each in self.functions]
 
     @property
@@ -104,17 +108,20 @@ class ChatPrompt:
 class GenerationRequest:
     """A client's request, whatever its protocol. Raises ApiError if its parts contradict each other.
 
+    model: name of the model that the client asks for.
     chat, prompts: either a chat or prompts, which are texts or token ids.
     options: the sampling and stopping options that the client has given, as ``SpecDecoder.request`` takes them.
-    max_new_tokens: maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
+    max_new_tokens: one of them, the maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
+    constraint: what the text must follow; None: nothing. The service compiles it.
+    stream: whether the answer is sent as server-sent events.
     n: number of answers (choices) to each prompt.
     echo: whether the prompt comes before the answer.
     include_usage, include_draft_depth: whether a stream has numbers of tokens, and each token's depth in the draft.
     include_metrics, per_step_metrics: whether the answer has figures of the request, and of each step.
-    ids: token ids of each prompt, which the service adds, like the following fields.
+    ids: token ids of each prompt. This and the following fields are set by ``Service.prepare`` or ``prepare_chat``.
     echoes: the texts of the prompts, if they come before the answers.
-    new_parser: function that makes the parser of an answer.
-    shown: special tokens that stay in the text.
+    new_parser: function that makes the parser of one choice's text.
+    shown: special tokens, as text, that stay in the answer's text.
     """
 
     model: str

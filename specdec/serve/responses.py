@@ -73,7 +73,10 @@ Input = str | Annotated[list[Item], Field(max_length=MAX_MESSAGES, fail_fast=Tru
 
 
 def messages_of(items: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return input items as messages for a chat template; successive reasoning, text and calls become one message."""
+    """Return the entries of a request's ``input`` (``Item``) as messages for a chat template, in their order.
+
+    Successive reasoning, text and calls of the assistant become one message.
+    """
     found = list[dict[str, Any]]()
     for item in items:
         last = found[-1] if found and found[-1]["role"] == "assistant" else {}
@@ -179,8 +182,8 @@ class ResponsesAnswer(BlockAnswer):
 
     body: the request's body; the answer repeats some of its members.
     created: Unix time of the request, in seconds.
-    key: text that is part of all ids in the answer.
-    number: number of events so far.
+    key: random text that is part of all ids in the answer.
+    number: number of events so far, the next one's ``sequence_number``.
     """
 
     def __init__(
@@ -193,9 +196,9 @@ class ResponsesAnswer(BlockAnswer):
         self.number = 0
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        """Return the response object with the given ``status``, such as "completed", and with no output yet.
+        """Return the protocol's response object with this ``status``, such as "completed", and an empty ``output``.
 
-        more: members that replace those or are added.
+        more: members that replace those of the result, or are added.
         """
         found: dict[str, Any] = {"id": f"resp_{self.key}", "object": "response", "created_at": self.created}
         found |= {"status": status, "error": None, "incomplete_details": None, "model": self.asked.model, "output": []}
@@ -229,7 +232,10 @@ class ResponsesAnswer(BlockAnswer):
         )
 
     def _status(self, last: bool) -> str:
-        """Return the status of an item that has ended. last: whether it is the last item, which may have been cut."""
+        """Return the status of an output item that has ended: "completed", or "incomplete" if it was cut.
+
+        last: whether it is the last item, the only one that the limit on new tokens may have cut.
+        """
         return "incomplete" if last and self.text.finish_reason == "length" else "completed"
 
     def _item(self, index: int, block: Part, status: str) -> dict[str, Any]:
@@ -279,7 +285,7 @@ class ResponsesAnswer(BlockAnswer):
         return super()._written(event)
 
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
-        """Return an event of type ``kind`` about the last item, which has the item's id and its index.
+        """Return the event of type ``kind`` about the last block, with the id and the index of its output item.
 
         more: further members of the event.
         """
@@ -294,7 +300,7 @@ NAMES = {"text": "output_text", "reasoning": "reasoning_text", "call": "function
 
 
 def _part(block: Part) -> dict[str, Any]:
-    """Return the content part with the text of a block, which is a message or reasoning."""
+    """Return the content part of an output item, with all text so far of ``block``, which is text or reasoning."""
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}
     return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

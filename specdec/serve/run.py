@@ -55,7 +55,7 @@ def address(listener: socket.socket) -> str:
 
 
 def serve(make: Callable[[], tuple[ASGIApp, str]], settings: ServerSettings, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish the running requests and return.
+    """Serve until SIGTERM or Ctrl-C, then finish the running requests and return. Call it in the main thread.
 
     A second signal, or one while the model loads, ends the process.
     make: loads the model, in a thread, and returns the application and a line for the log. Until it returns, requests
@@ -93,7 +93,7 @@ class Starting:
 class _Server(connections.Server):
     """A server that loads its model after it has begun to listen.
 
-    starting: the application.
+    starting: the application that is served, which answers with status 503 until the model is loaded.
     make: loads the model, in a thread, and returns the application and a line for the log.
     error: exception that ``make`` has raised; None: it has raised none.
     """

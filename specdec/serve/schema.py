@@ -191,7 +191,10 @@ class StreamOptions(Strict):
 
 
 class JsonSchema(Strict):
-    """A JSON schema that the text follows, whether ``strict`` is given or not."""
+    """A JSON schema that the text follows, whether ``strict`` is given or not.
+
+    schema_: the schema, in the member ``schema``; {} allows any JSON. name, description: not used.
+    """
 
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
@@ -200,7 +203,10 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """The format of the text: any text, any JSON object, or JSON that follows a schema."""
+    """The format of the text: any text, any JSON object, or JSON that follows a schema.
+
+    json_schema: the schema, which the type "json_schema" needs and the others refuse.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -235,6 +241,8 @@ class GenerationBody(Options):
         with it.
     n: number of answers to each prompt.
     stop: texts that end the answer.
+    stream_options: what a stream has besides the text; only with ``stream``.
+    response_format: constraint on the text.
     per_step_metrics: whether to add metrics of each step to the response.
     """
 
@@ -310,7 +318,10 @@ class Message(Strict):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """Return the message as chat templates expect it."""
+        """Return the message as chat templates expect it: role ("system" for "developer"), content as text, ...
+
+        The name, reasoning, and tool calls or the id of one are there only if the client has given them.
+        """
         role = "system" if self.role == "developer" else self.role
         found: dict[str, Any] = {"role": role, "content": joined(self.content)}
         found |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key))}
@@ -333,7 +344,7 @@ class Function(Strict):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """Return the function as chat templates expect it."""
+        """The function as chat templates expect it: name, and description and parameters if they are given."""
         return self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
 
 
@@ -359,9 +370,12 @@ class ChatBody(GenerationBody):
     max_completion_tokens: another name of ``max_tokens``, which it overrides.
     logprobs: whether to return log-probabilities.
     top_logprobs: number of the likeliest tokens to return with each log-probability.
+    tools: the functions that the model may call.
     tool_choice: whether tools may be called ("auto"), must be ("required") or must not be ("none"), or which one must.
+    parallel_tool_calls: whether an answer may have several calls; None: it may.
     reasoning_effort: amount of reasoning, such as "low", for chat templates that support it.
     continue_final_message: whether the answer continues the last message, which must be the assistant's.
+    add_generation_prompt: not needed; if given, the opposite of ``continue_final_message``.
     """
 
     messages: Messages

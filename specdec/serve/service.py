@@ -71,8 +71,9 @@ class Service:
     def start(
         self, translate: Callable[[], GenerationRequest], client: Client
     ) -> tuple[GenerationRequest, list[Handle]]:
-        """Check, encode and submit a client's request; return it and a handle for each choice. Raises ApiError.
+        """Check, encode and submit a client's request; return it as ``prepare`` completes it, and a handle per choice.
 
+        The call may take seconds, so it runs in a thread. Raises ApiError if the request is refused; then nothing runs.
         translate: makes the request from the body. client: the sender.
         """
         asked = translate()
@@ -83,7 +84,8 @@ class Service:
     def check_limits(self, asked: GenerationRequest) -> None:
         """Raise ApiError if a count in the request, such as ``n``, exceeds a limit of this server.
 
-        It is called before anything of that size is made.
+        It is called before anything of that size is made. Also refuses unknown models, ids in ``logit_bias`` that the
+        model lacks, and any request after the engine has ended.
         """
         self.check_model(asked.model)
         self.check_engine()
@@ -122,12 +124,15 @@ class Service:
             raise invalid("logprobs", f"{message}; set max_tokens, or ask for fewer")
 
     def _max_new_tokens(self, asked: GenerationRequest) -> int:
-        """Return the smallest limit on new tokens among the client's, the server's and the model's."""
+        """Return the smallest limit on new tokens of a choice among the client's, the server's and the model's."""
         limits = asked.max_new_tokens, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
     def prepare(self, asked: GenerationRequest) -> GenerationRequest:
-        """Return a copy of the request with encoded prompts and a compiled constraint. Raises ApiError."""
+        """Return a copy of a request without a chat, with ``ids``, a compiled ``constraint`` and ``echoes``.
+
+        Raises ApiError for prompts that are too long or unusable, and for an invalid constraint.
+        """
         prompts = [self.encode_text(prompt) for prompt in asked.prompts]
         if asked.echo:
             new = self._max_new_tokens(asked)
@@ -137,7 +142,7 @@ class Service:
         return replace(asked, ids=prompts, constraint=constraint, echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> GenerationRequest:
-        """Return a copy of the request with the chat encoded, a compiled constraint, and a parser for its answers.
+        """Return a copy of a chat's request with ``ids``, a compiled ``constraint``, ``new_parser`` and ``shown``.
 
         chat: the chat of ``asked``. Raises ApiError if the model's template does not support what the chat asks for.
         """
@@ -175,7 +180,10 @@ class Service:
         return self._encode("messages", chat.messages, **how)
 
     def template(self, chat: ChatPrompt) -> ChatTemplate:
-        """Return the chat template for ``chat``; a tokenizer may have another template for chats with tools."""
+        """Return what the tokenizer's chat template for ``chat`` supports; chats with tools may have another template.
+
+        The result is kept in ``templates``. A tokenizer without a template gives one that supports nothing.
+        """
         text = ""
         if getattr(self.tokenizer, "chat_template", None):
             text = str(self.tokenizer.get_chat_template(tools=chat.tools or None))
@@ -209,7 +217,10 @@ class Service:
         return self._encode("prompt", prompt, chat=False)
 
     def _encode(self, name: str, prompt: Any, **options: Any) -> list[int]:
-        """Return the token ids of ``prompt``, the parameter ``name``. Raises ApiError if it is unusable or too long."""
+        """Return the token ids of ``prompt``: text, token ids or messages. Raises ApiError if it cannot be used.
+
+        name: the parameter of the request that has it, for errors. options: keyword arguments of ``prompts.encode``.
+        """
         try:
             ids = encode(self.tokenizer, prompt, context=self.context, **options)
         except SpecDecError as error:
@@ -266,12 +277,14 @@ class Service:
         return handles
 
     def drafter_label(self, asked: GenerationRequest) -> str:
-        """Return the name of the drafter of a request, for a header; "none" while the drafter is off."""
+        """Return the drafter's name, percent-encoded for a header; "none" if the request or engine drafts nothing."""
         on = asked.options.get("num_speculative_tokens") != 0 and self.engine.drafting == "on"
         return quote(self.decoder.drafter.traits.label if on else "none", safe="+=-. /")
 
     def finish(self, handles: Sequence[Handle], client: Client) -> None:
         """End a client's request: cancel its choices that still run, and count all in the metrics.
+
+        Call it once, when the response has ended or the client has gone.
 
         handles: those of its choices, which may have ended. client: the sender.
         """

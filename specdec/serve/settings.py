@@ -17,13 +17,16 @@ def _split(given: Any) -> Any:
 class ServerSettings(BaseModel):
     """The server's name, its keys, and its limits for clients.
 
+    name: the model's name for clients; a request that names another model gets status 404.
     api_key: a key without a name and limits; None: there is none.
     keys: keys with names and limits. Without any key, everybody is served.
     log_requests: whether to write prompts and answers into the log.
     cors: origins that CORS allows.
     allowed_hosts: Host headers besides localhost, this machine's name and IP addresses; "*" allows all.
     max_tokens: maximum number of new tokens of a choice; None: as many as the model's context holds.
-    client_timeout: seconds that a client has to send the body of a request, and to read what is streamed to it.
+    max_connections: maximum number of connections; requests of further ones get status 503.
+    client_timeout: seconds that a connection may be idle, and that a client has to send the body of a request, and to
+        read each event of a stream.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

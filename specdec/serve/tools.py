@@ -63,7 +63,10 @@ class Mistral(JsonCalls):
 
 
 class Llama(JsonCalls):
-    """The format of Llama 3, in which an answer that is a JSON object is a call. Forced calls of all models use it."""
+    """The format of Llama 3, in which an answer that is a JSON object is a call. Forced calls of all models use it.
+
+    The mark ``<|python_tag|>`` may stand before the object.
+    """
 
     marks = special = ("<|python_tag|>",)
 
@@ -77,7 +80,7 @@ class Llama(JsonCalls):
 
 
 class MistralNamed(Format):
-    """The format since Mistral Small 3.1, in which the tool's name comes before the JSON object of arguments."""
+    """The format since Mistral Small 3.1: ``[TOOL_CALLS]NAME[ARGS]`` and the JSON object of the arguments."""
 
     marks, separator = ("[TOOL_CALLS]",), "[ARGS]"
     special = "[TOOL_CALLS]", "[ARGS]"
@@ -96,7 +99,11 @@ class MistralNamed(Format):
 
 
 class QwenXml(Format):
-    """The format of Qwen3-Coder: an XML element for each argument, with plain text for strings, and JSON for others."""
+    """The format of Qwen3-Coder: ``<function=NAME>`` with ``<parameter=KEY>VALUE</parameter>`` for each argument.
+
+    A value is plain text unless the tool's schema has only other types there: then it is JSON. ``<tool_call>`` may
+    enclose the call.
+    """
 
     marks = "<tool_call>", "<function="
     special = "<tool_call>", "</tool_call>"
@@ -136,7 +143,10 @@ class QwenXml(Format):
 
 
 class Lfm(JsonCalls):
-    """The format of LFM2: a list of Python calls with literals as keyword arguments, or of JSON objects."""
+    """The format of LFM2: a list of Python calls with literals as keyword arguments, or of JSON objects.
+
+    The list stands between ``<|tool_call_start|>`` and ``<|tool_call_end|>``.
+    """
 
     marks, end = ("<|tool_call_start|>",), "<|tool_call_end|>"
     special = "<|tool_call_start|>", "<|tool_call_end|>"
@@ -159,7 +169,7 @@ class Lfm(JsonCalls):
 
 
 class Gemma(Format):
-    """The format of Gemma, in which names and keys have no quotes, and strings have special ones.
+    """The format of Gemma, ``call:NAME{KEY:VALUE,...}``, in which keys have no quotes and strings have special ones.
 
     begin, end: marks around a call. quote: mark before and after a string.
     """
@@ -272,7 +282,10 @@ def find_thoughts(template: str) -> tuple[str, str] | None:
 
 
 def abilities(tokenizer: Any) -> str:
-    """Return one line that says what clients can ask of a model: chats, tools, reasoning and structured output."""
+    """Return one line that says what clients can ask of a model, such as "chat: yes, tools: no, ...".
+
+    It names chat, tools, reasoning and structured output.
+    """
     chats = bool(getattr(tokenizer, "chat_template", None))
     template = str(tokenizer.get_chat_template(tools=[{}])) if chats else ""
     found = {
@@ -285,7 +298,7 @@ def abilities(tokenizer: Any) -> str:
 
 
 def tool_grammar(tools: Schemas) -> Grammar:
-    """Return a grammar of one call, of any of ``tools``, as a JSON object.
+    """Return a grammar (Lark's notation) of one call, of any of ``tools``: {"name": ..., "arguments": ...} in JSON.
 
     The model's own format of calls does not matter (as in vLLM). tools: name -> JSON schema of the arguments.
     """
@@ -298,7 +311,7 @@ def tool_grammar(tools: Schemas) -> Grammar:
 
 
 def python_calls(text: str) -> list[tuple[str, str]] | None:
-    """Return the names and the arguments, as JSON text, of the Python calls in ``text``, a list or one call.
+    """Return (name, arguments as JSON text) of each Python call in ``text``, which is a list of calls or one call.
 
     None: there is anything else in it.
     """
@@ -316,7 +329,10 @@ def python_calls(text: str) -> list[tuple[str, str]] | None:
 
 
 def types(schema: Any) -> set[str]:
-    """Return the JSON types, such as "string", that a JSON schema names at its top, also in ``anyOf`` and ``oneOf``."""
+    """Return the JSON types, such as "string", that a JSON schema names at its top, or in ``anyOf`` and ``oneOf``.
+
+    The set is empty if the schema names none.
+    """
     if not isinstance(schema, dict):
         return set()
     own, others = schema.get("type"), [schema.get(key) for key in ("anyOf", "oneOf")]

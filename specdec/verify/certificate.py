@@ -54,7 +54,7 @@ class Check:
     def take(
         self, name: str, prompt: list[int], output: GenerationOutput, right: list[int], target: Target, sampler: Sampler
     ) -> None:
-        """Compare an answer with the reference's answer to the same prompt, and count the result.
+        """Compare an answer with the reference's answer to the same prompt, and count the result in the fields.
 
         name: the prompt's name in ``details``. prompt: token ids. output: the answer, decoded with drafts. right: the
         tokens of the reference. target: the model. sampler: a sampler for one row, which chose the tokens of both.
@@ -123,7 +123,10 @@ class Certificate:
             self.checks["generate"] = Check("model.generate")
 
     def run(self, progress: OnProgress = lambda done, total, tokens: None) -> None:
-        """Run the whole test, batch of prompts by batch.
+        """Run the whole test, batch of prompts by batch. It takes several generations of each prompt.
+
+        The counts go to ``checks`` while it runs, also if it is interrupted; ``result`` and ``as_dict`` sum them up.
+        Differences between answers, faults included, are counted and raise nothing.
 
         progress: called after each batch, greedy and sampled, with (number done, number in all, tokens compared so
         far).
@@ -137,6 +140,8 @@ class Certificate:
 
     def _check(self, name: str, batch: Sequence[tuple[str, list[int]]]) -> None:
         """Answer prompts with each draft length, alone and as a batch, and compare the answers with plain decoding.
+
+        The results are counted in ``checks``.
 
         name: "greedy" or "sampled". batch: (name, token ids) of each prompt.
         """
@@ -167,6 +172,7 @@ class Certificate:
     ) -> None:
         """Compare answers with those of a reference, and count the results in ``checks[part]``.
 
+        part: name of the comparison, "greedy", "sampled", "batch" or "generate".
         All lists have one entry for each prompt. batch: (name, token ids). outputs: answers decoded with drafts.
         rights: tokens of the reference. noise: number of the random stream from which the answer was sampled. how: the
         options of decoding.
@@ -177,14 +183,18 @@ class Certificate:
 
     @property
     def result(self) -> str:
-        """Return "FAILED" (an answer is at fault), "NOT ENOUGH DRAFTS" (too few to prove anything) or "PASSED"."""
+        """The result so far: "FAILED" (an answer is at fault), "NOT ENOUGH DRAFTS" (they prove nothing) or "PASSED"."""
         if any(check.faults for check in self.checks.values()):
             return "FAILED"
         few = any(check.drafted < self.min_drafted for check in self.checks.values())
         return "NOT ENOUGH DRAFTS" if few else "PASSED"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result, the counts of all comparisons and the limits as JSON values, by name."""
+        """Return the results so far as JSON values.
+
+        Keys: result (a text), passed, complete (whether ``run`` has ended), near_tie (largest distance to the best
+        logit that counts as a tie), min_drafted, and checks, a list with the fields of each ``Check``.
+        """
         return {
             "result": self.result,
             "passed": self.result == "PASSED",

@@ -27,8 +27,8 @@ def replay(
     """Run ``target`` once over ``prompt`` and n ``tokens``; return the logits with which it chooses each of the tokens.
 
     The result is float32 [n, V]: entry i is for the position of ``tokens[i]``.
-    sampler: a sampler for one row. Its processors and its noise are applied, so that the largest value is at the token
-    that it chooses. None: the raw logits.
+    sampler: a sampler for one row. Its processors and the noise by which it samples are applied, so that the largest
+    value is at the token that it chooses. None: the raw logits.
     raised: a number that is added to the logit of the last of ``tokens`` before the sampler's processors.
     """
     ids = torch.tensor([prompt + tokens], device=target.device)
@@ -61,7 +61,7 @@ def is_near_tie(
     """Return whether rounding explains the gap between the best logit and the logit of the last of ``tokens``.
 
     target: the model.
-    prompt: the token ids before ``tokens``.
+    prompt: the token ids before ``tokens``. tokens: new token ids up to the one in question.
     gap: the best logit minus that of the token at its position, as ``margins`` returns it: of raw logits in greedy
         decoding, and with a sampler of logits after its processors (temperature and filters, among others) and plus its
         noise. Infinite if top-k, top-p or min-p removed the token; these filters are then applied again with a logit
