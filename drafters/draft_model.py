@@ -44,7 +44,7 @@ class DraftModelDrafter(ChainDrafter):
     tokenizer: the draft model's tokenizer, which must equal the target's; None: not known, and not compared.
     vocab: the token ids that both models have, int64 [V']; None: all.
     cache: the draft model's keys and values of ``rows``, the row states of the last step.
-    fed: the last draft, and how many of its tokens are in the cache uncommitted; None: no token is.
+    fed: the last draft, and how many of each row's drafted tokens are in the cache uncommitted; None: no token is.
     """
 
     name: ClassVar[str] = "draft-model"
@@ -138,7 +138,7 @@ class DraftModelDrafter(ChainDrafter):
 def _difference(ours: Any, theirs: Any) -> str:
     """Return a sentence about the first difference between two tokenizers' vocabularies; "": they are equal.
 
-    ours, theirs: the tokenizers of the model and of the draft model.
+    ours, theirs: the tokenizers of the model and of the draft model, as transformers or we have them.
     """
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):

@@ -38,10 +38,13 @@ from .chain import ChainDrafter, ChainRow, Readout
 
 
 class Pairs(NamedTuple):
-    """The root of each row, whose pair has run, and from which levels are drafted. ``PairDrafter.pairs`` makes it.
+    """The root of each row, the last token of its text, after which levels are drafted. ``PairDrafter.pairs`` makes it.
 
-    tokens, positions: int64 [B, 1] each. last: output of the drafter's layers for the root's pair, [B, 1, D'].
-    sure: whether the greedy token after each node is the one that is accepted, as far as is known.
+    A *pair* is a token and the state of the token before it; those of the roots have run.
+
+    tokens, positions: those of the roots, int64 [B, 1] each.
+    last: output of the drafter's layers for the root's pair, [B, 1, D'], of their own size D' (``PairDrafter.inner``).
+    sure: whether the model will choose its likeliest allowed token after each node, as in greedy decoding.
     """
 
     tokens: Tensor
@@ -51,11 +54,14 @@ class Pairs(NamedTuple):
 
 
 class PairRow(ChainRow):
-    """What a ``PairDrafter`` keeps of one row.
+    """What a ``PairDrafter`` keeps of one row (sequence). A *pair* is a token and the state of the token before it.
 
-    cache: keys and values of the pairs that were run.
-    states: the model's states before the tokens whose pairs have not run yet, in parts [n, L D] of L ``layers``.
-    last: output of the drafter's layers for the pair of the root, [1, 1, D'].
+    cache: the drafter's keys and values of the pairs that were run.
+    states: the model's states of the tokens before those whose pairs have not run yet, the last tokens of the text. A
+        list of parts in order, each [n, L D] for n tokens: the input states of the L ``PairDrafter.layers``,
+        concatenated.
+    last: output of the drafter's layers for the root's pair, [1, 1, D'], of their own size D' (``PairDrafter.inner``);
+        empty before a pair has run.
     """
 
     def __init__(self, cache: KVCache) -> None:

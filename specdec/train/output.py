@@ -135,6 +135,7 @@ def read_checkpoint(output: Path, masters: Mapping[str, nn.Parameter], optimizer
     """Read the checkpoint in ``output``: restore ``masters`` and ``optimizer``, and return the whole saved state.
 
     masters: parameters by name, overwritten in place.
+    Returns the dict that ``write_checkpoint`` was given, with tensors on the CPU.
     Raises SpecDecError for a damaged file and for the file of another run.
     """
     path, kinds = output / CHECKPOINT, (UnpicklingError, EOFError, KeyError, ValueError, TypeError, RuntimeError)
