@@ -96,7 +96,7 @@ class KeptTexts:
 
 
 def forget() -> int:
-    """Delete the files of all scopes (tenants) and tokenizers; return their number. Raises SpecDecError if one stays."""
+    """Delete the files of all tenants and tokenizers; return their number. Raises SpecDecError if one stays."""
     found = [*(files.data_dir() / "ngrams").glob("*.ids")]
     with errors_as(f"cannot delete what is kept in '{files.data_dir() / 'ngrams'}'"):
         for path in found:

@@ -81,10 +81,12 @@ class DSparkDrafter(PublicHeadDrafter):
         return step
 
     def block(self, pairs: Pairs, cache: KVCache | Lanes) -> Tensor:
-        """Return the states [B, S, D'] of the block of S tokens after each row's text, after the head's norm.
+        """Run the head on a block of S tokens for each row; return their states [B, S, D'], after the head's norm.
 
-        pairs: the roots, with which the blocks begin. cache: the KV cache of all rows, as ``catch_up`` returns it. It
-            keeps the block's keys and values, uncommitted.
+        A block is the row's root, the last token of its text, and S - 1 mask tokens for the tokens to come.
+
+        pairs: the roots. cache: the KV cache of all rows, as ``catch_up`` returns it. It keeps the block's keys and
+            values, uncommitted.
         """
         config, roots, target = self.network.config, pairs.positions, self.target
         slots = torch.arange(config.block, device=roots.device)

@@ -44,10 +44,12 @@ class ExitDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """Load the trained modules, if the drafter needs any, and make the drafter with the options ``kwargs``.
+        """Load the trained modules, if the drafter needs any, and make the drafter.
 
-        Raises SpecDecError if no folder is shipped, or ``source`` is of another drafter or model.
-        source: a drafter folder; None: the one shipped for the model.
+        Raises SpecDecError if no folder is shipped, or ``source`` is of another drafter or model, and for unknown
+        options.
+        target: the model to draft for. source: a drafter folder; None: the one shipped for the model.
+        kwargs: the drafter's options: arguments of its constructor other than ``network``.
         """
         if not cls.needs_training:
             return super().load(target, source, **kwargs)
@@ -71,7 +73,8 @@ class ExitDrafter(ChainDrafter):
     def begin_draft(self, state: State) -> Any:
         """Return a new object that runs the tokens of a draft through the model's layers, a ``PartialPass`` by default.
 
-        A subclass may return another one with the methods ``push`` and ``finish`` of ``PartialPass``.
+        ``propose`` calls this once per draft. A subclass may return another object with the methods ``push`` and
+        ``finish`` of ``PartialPass``; its own ``run_to_exit`` then gets this object.
         """
         return PartialPass(state.target, state.cache)
 
@@ -141,7 +144,8 @@ class EarlyExitDrafter(ExitDrafter):
 class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last exit (``State.exit``).
 
-    Each exit has a trained module; all share the model's output head. DEED (arXiv 2311.08623) trains a model together
+    An exit is a layer at which a token may leave the model. Each has a trained module, which estimates the final state;
+    all share the model's output head. DEED (arXiv 2311.08623) trains a model together
     with its exits; here the model stays frozen.
 
     network: the modules of the exits.
@@ -170,7 +174,10 @@ class DeedDrafter(ExitDrafter):
 
 
 class SkipDecodeRow(ChainRow):
-    """What a ``SkipDecodeDrafter`` keeps of one row. prompt: number of prompt tokens; 0: not known yet."""
+    """What a ``SkipDecodeDrafter`` keeps of one row (sequence).
+
+    prompt: number of prompt tokens; 0: not known before the row's first draft.
+    """
 
     prompt = 0
 

@@ -94,7 +94,10 @@ class Fits:
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
-        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists."""
+        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists.
+
+        Sets ``source``, ``read_at`` and ``factor``.
+        """
         self.source = self.store
         self.read_at = self.stamp
         self.factor = 1.0
@@ -106,7 +109,7 @@ class Fits:
         return found
 
     def _new_sums(self) -> list[Sums]:
-        """Return empty sums for the two projections."""
+        """Return empty sums for the two projections, which have 3 D and 2 D inputs and D outputs."""
         return [Sums(parts * self.target.hidden_size, self.target.hidden_size) for parts in (3, 2)]
 
     def _restore(self) -> None:
@@ -151,11 +154,14 @@ class Fits:
         return {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int()} | more
 
     def _panels(self, sums: list[Sums]) -> dict[str, Tensor]:
-        """Return the parts of the sums of both projections by name, "sums.PROJECTION.NUMBER"."""
+        """Return the tensors of the sums of both projections by name, "sums.PROJECTION.NUMBER" (``Sums.panels``).
+
+        sums: those of projections 0 and 1. The tensors are not copied.
+        """
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Warn that the file of what was learned cannot be used, and begin without it.
+        """Warn that the file ``source`` cannot be used, and set ``source``, ``stamp`` and ``read_at`` to the own file.
 
         error: why; for an UnusableError (a damaged file), the file will be overwritten, for others it stays as it is.
         """

@@ -38,7 +38,10 @@ class UnusableError(SpecDecError):
 
 @dataclass
 class Progress:
-    """How much a drafter has learned; stored in the file's metadata.
+    """How much a drafter that teaches itself has learned from texts; stored in the metadata of its file.
+
+    Some texts are a hold-out set, on which fits are compared. A fit is a solution of the regression that sets the
+    parameters of one of the network's two projections.
 
     model: the latest name of the model; the absolute path of a local model.
     path: the draft path as text (``str(M2R2Path)``); a file of another path is not used.
@@ -185,11 +188,11 @@ def read_progress(path: Path) -> Progress | None:
 
 
 def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of the file ``path``.
+    """Yield (name, tensor) for the tensors of the file ``path``, which is open until the last one.
 
-    Raises UnusableError for a tensor that is missing, not finite or of another shape, SpecDecError for a file that
-    cannot be read.
-    like: tensors of the expected shapes, by the names to read; None: all tensors are read.
+    Raises UnusableError for a tensor that is missing, not finite or of another shape, when it is reached; SpecDecError
+    for a file that cannot be read.
+    like: tensors of the expected shapes, by the names to read; None: all tensors are read, of any shape.
     """
     with _reading(path) as file:
         for name in file.keys() if like is None else like:
@@ -236,7 +239,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:
-    """Return the path of each model's file, and its progress (None: the file is unusable)."""
+    """Return (path, progress) for each file, one for each model and draft path; progress None: it is unusable."""
     found = list[tuple[Path, Progress | None]]()
     for path in _files():
         progress = None

@@ -54,7 +54,10 @@ def why_not(target: Target) -> str | None:
 
 
 class Latest(deque[Text]):
-    """A queue of the latest texts that were learned from, with states and training data while these are needed."""
+    """A queue of the latest texts that were learned from, with states and training data while these are needed.
+
+    The oldest text comes first.
+    """
 
     def bound(self) -> None:
         """Remove the oldest data beyond what is used.
@@ -87,9 +90,11 @@ class Latest(deque[Text]):
 class M2R2Learner(Learner):
     """Trains an M2R2 network on the texts of finished requests, for some milliseconds at a time.
 
-    An error ends the learning with a warning, and no request fails.
+    The drafter calls ``add`` for each finished text, the engine calls ``work`` when it is idle. An error ends the
+    learning with a warning, and no request fails.
 
-    The network has two projections: 0 to the segment's input (``Fits.basis`` has the latest), 1 to the final state.
+    The network runs one range of layers, its segment, and has two projections: 0 estimates the segment's input
+    (``Fits.basis`` has the latest), 1 the final state. Both are fitted by ridge regression.
 
     fits: the sums that were learned, and the networks fitted to them.
     replay: runs texts through the model again.
@@ -120,7 +125,10 @@ class M2R2Learner(Learner):
         self.fits.store.take(self.fits.name)
 
     def add(self, ids: Sequence[int], start: int) -> None:
-        """Queue a text to learn from. ids: its token ids, prompt and output. start: number of prompt tokens."""
+        """Queue a text to learn from, and return at once. No effect after an error, or if the output is one token.
+
+        ids: its token ids, prompt and output. start: number of prompt tokens.
+        """
         if self.on and len(ids) > start + 1 >= 2:
             self.queue.append(Text.of(ids, start))
 
@@ -184,7 +192,10 @@ class M2R2Learner(Learner):
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Add a text to the regression's sums, or to the hold-out set; yield where other work may run."""
+        """Run a text, add its training data to the regression's sums, and keep it in ``latest``; yield in between.
+
+        One text of ``HOLDOUT_EVERY`` is marked as held out: its data are left out of the fits that are compared on it.
+        """
         fits, progress = self.fits, self.fits.progress
         text.held = self.read % HOLDOUT_EVERY == 0
         self.read += 1

@@ -107,7 +107,7 @@ class Text:
 class Replay:
     """Runs texts through the model again to make training data, for about ``PIECE`` seconds at a time.
 
-    path: the draft path, which has one segment; [lo, hi) are its layers.
+    path: the draft path, which has one segment (range of layers); lo, hi: its layers are [lo, hi).
     pace: measured seconds per token and layer in the last run, by which the next piece of work is sized.
     """
 

@@ -69,8 +69,9 @@ class MedusaDrafter(Drafter):
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
         """Load trained heads. Raises SpecDecError if they are missing, damaged or made for another model.
 
-        source: a drafter folder, or public heads in a folder or a repository ORG/NAME[@revision]; None: the folder that
-            is shipped for the model.
+        source: a drafter folder, or public heads in a folder or a Hugging Face repository ORG/NAME[@revision]; None:
+            the folder that is shipped for the model.
+        kwargs: the option ``nodes`` of the constructor.
         """
         options.check_names(cls.name, kwargs, ("nodes",))
         folder, nodes = (
@@ -141,8 +142,8 @@ class MedusaDrafter(Drafter):
     ) -> DeviceTree:
         """Build the tree on the device, and return its selected nodes. A head has the same logits after all paths.
 
-        final: final states [B, 1, D] of the tokens before the roots. levels: number of levels, at most one for each
-            head.
+        state: the rows. final: final states [B, 1, D] of the tokens before the roots, before the final norm.
+        levels: number of levels (depths) of the tree, at most one for each head.
         tables: the rows' calibration tables of each source, [B, sources, 11] (``calibrated``); None: no calibration.
         given: candidates of n-grams for each row; None: none. choice: the rule by which nodes are selected.
         """

@@ -215,7 +215,7 @@ class Teacher:
         return self.target.readout(final, self.head)
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Return the loss of a drafter's ``logits`` [B, T, V'] (over the vocabulary of the batch) at each position, [B, T].
+        """Return the loss of a drafter's ``logits`` [B, T, V'] at each position, [B, T]; V' is that of ``begin``.
 
         It is (1 - variation) * KL(base || draft) + variation * (1 - sum(min(base, draft))). The second term, the total
         variation, is the probability that speculative sampling rejects the draft.
