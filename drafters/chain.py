@@ -168,9 +168,12 @@ def _pick(
 def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confidence: float) -> tuple[Tensor, ...]:
     """Return what ``read`` returns for each row at the first exit with certainty >= ``confidence``, else at the last.
 
-    read: takes an exit's index, runs all rows there, and returns tensors [B, ...], the second of them the certainty
-        [B, 1].
-    exits: number of exits.
+    An exit is a layer at which a drafted token may leave the model.
+
+    read: takes an exit's number, from 0 in rising order, runs all rows there, and returns tensors [B, ...], the second
+        of them the certainty [B, 1]. It is called until all rows are certain enough, if the host can tell without
+        waiting for the device.
+    exits: number of exits, at least 1.
     """
     found = read(0)
     for index in range(1, exits):

@@ -76,7 +76,10 @@ def path_for(tokenizer: Any, packed: bytes) -> Path:
 
 
 def described(tokenizer: Any) -> str:
-    """Return a string that two tokenizers share only if they have the same vocabulary and rules."""
+    """Return a string that two tokenizers share only if they have the same vocabulary and rules.
+
+    tokenizer: one of transformers, or a ``specdec.models.tokenizer.Tokenizer``.
+    """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.digest
     backend = getattr(tokenizer, "backend_tokenizer", None)

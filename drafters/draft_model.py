@@ -120,7 +120,8 @@ class DraftModelDrafter(ChainDrafter):
 
         ids: token ids of the text of each of B rows.
 
-        Returns the draft model's final states of the last token of each text, [B, 1, D].
+        Returns the output of the draft model's last layer, before the final norm, for the last token of each text, [B,
+        1, D].
         """
         cache = self.cache
         fed = [[] for _ in ids] if self.fed is None else [row[: self.fed[1]] for row in self.fed[0].lists()]

@@ -81,7 +81,8 @@ class MTPDrafter(PairDrafter):
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
         """Load the layer from the checkpoint ``source``. Raises SpecDecError if there is none, or it does not fit.
 
-        source: a model name, a folder or a companion file; None: the model's own files.
+        source: a model name, a folder or a companion file; None: the model's own files. kwargs: the drafter has no
+            options, so any raises SpecDecError.
         """
         options.check_names(cls.name, kwargs)
         return cls(read_head(target, source))

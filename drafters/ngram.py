@@ -58,7 +58,7 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
 
 
 def _save(kept: dict[str | None, KeptTexts]) -> None:
-    """Write the files of earlier texts that have changed. kept: by scope (None: the default scope), its file."""
+    """Write the files of earlier texts that have changed. kept: the file of each scope (tenant; None: the default)."""
     for each in kept.values():
         each.save()
 

@@ -105,7 +105,10 @@ def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
 
 
 def _stats(place: Path) -> dict[Path, os.stat_result]:
-    """Return ``os.stat`` of the file ``place``, or of all files in the folder ``place``; links are not followed."""
+    """Return ``os.stat`` of the file ``place``, or of all files in the folder ``place`` and below it, by their paths.
+
+    Hidden files and folders, and links in the folder, are left out. Raises OSError if ``place`` does not exist.
+    """
     found = {place: place.stat()}
     if place.is_dir():
         found = {}

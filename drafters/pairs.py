@@ -213,11 +213,12 @@ class PairDrafter(ChainDrafter):
         choice: DeviceChoice,
         given: Sequence[Candidates] | None = None,
     ) -> DeviceTree | None:
-        """Run the pairs of new tokens, draft, and select nodes, all in one captured function.
+        """Run the pairs of new tokens, draft, and select nodes, all in one captured function (CUDA graph).
 
         Return the selected nodes, which are on the device; None: it cannot be captured here, and nothing was drafted.
 
-        levels: maximum number of levels. width: number of children of a node.
+        state: the rows, whose ``PairRow`` are brought up to date.
+        levels: maximum number of levels (depths of the tree). width: number of children of a node.
         choice: the rule by which nodes are selected.
         given: the candidates of n-grams for each row, which the draft extends; None: there are none.
         """

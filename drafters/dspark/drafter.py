@@ -28,7 +28,7 @@ class DSparkDrafter(PublicHeadDrafter):
     """Drafts with a DSpark head, a small network that drafts a block of tokens in one pass.
 
     A block is the text's last token and a mask token for each token to come. The pass gives logits for all of them;
-    the Markov head, a small part of the network, then corrects each level's logits by the token drafted before it.
+    the Markov head, a small part of the network, then corrects the logits of each depth by the token drafted before it.
     Greedy rows draft trees, in which each node's children are likely after the node's token; other rows draft chains.
     """
 

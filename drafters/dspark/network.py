@@ -199,13 +199,13 @@ class BlockHead(PublicHead):
         return states
 
     def follow(self, tokens: Tensor, states: Tensor, memory: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return what the tokens before a slot of the block say of the slot, for W nodes of each row.
+        """Run the Markov and the confidence head on one slot of the block, after W different tokens in each row.
 
-        The result is what to add to the slot's logits, [B, W, V'] (None: nothing), the log-odds [B, W, 1] that its
-        likeliest token is accepted (None: unknown), and the next slot's ``memory``.
+        Returns what to add to the slot's logits after each token, [B, W, V'] (None: nothing); the log-odds [B, W, 1]
+        that its likeliest token is accepted (None: unknown); and the next slot's ``memory``, [B, W, rank].
 
-        tokens: the previous tokens, int64 [B, W].
-        states: the slot's states, [B, 1, D'].
+        tokens: the tokens before the slot, nodes of the draft tree, int64 [B, W].
+        states: the slot's states after the head's norm, [B, 1, D'].
         memory: the Markov head's recurrent state, [B, W, rank]; zeros before the first slot.
         """
         seen, added = states.expand(-1, tokens.shape[1], -1), None
@@ -228,7 +228,7 @@ class BlockHead(PublicHead):
 
 
 def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions to ``x`` [B, H, T, d]. turns: cosines and sines, [B, T, d] each."""
+    """Return ``x`` [B, H, T, d] with rotary positions applied. turns: cosines and sines, [B, T, d] each."""
     cos, sin = (part[:, None] for part in turns)
     return x * cos + rotate_half(x) * sin
 

@@ -123,5 +123,8 @@ class Eagle3(PublicHead):
         return self.feed_forward(0, x + self.map("o", attend(q, k, v).transpose(1, 2).flatten(2)))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits of the next tokens over the draft vocabulary, [B, T, V'], from features [B, T, D']."""
+        """Return logits of the next tokens over the draft vocabulary, [B, T, V'], from features [B, T, D'].
+
+        features: as ``layer`` returns them. ``freeze`` must have been called.
+        """
         return self.map("head", self.norm(features))

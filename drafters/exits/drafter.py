@@ -26,13 +26,14 @@ from .passes import PartialPass, RoutedPass
 class ExitDrafter(ChainDrafter):
     """Base class of drafters whose tokens leave the model before its last layer, at an exit that a subclass chooses.
 
-    An *exit* is a place before a layer where the token's state is read for draft logits; exits are numbered from 0.
-    A subclass implements ``run_to_exit``, and sets ``level_shares`` before ``bind`` of this class.
+    An *exit* is a layer whose input for the token is read for draft logits; exits are numbered from 0. A subclass
+    implements ``run_to_exit``, and sets ``level_shares`` before ``bind`` of this class.
 
     network_class: class of the trained modules, if there are any, which ``load`` reads from a folder.
     network: the trained modules; None: the model's own norm and head compute draft logits.
     vocabulary: the tokens that are drafted, with the output heads for them.
-    level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
+    level_shares: for each exit, the bytes that drafting one token of each row reads, as a share of the bytes that a
+        pass of the whole model reads.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
@@ -82,6 +83,8 @@ class ExitDrafter(ChainDrafter):
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
         """Run the last token of each row's draft to the exit where it leaves the model, and read draft logits there.
 
+        ``propose`` calls this for each row's root, then for each drafted token but the last.
+
         Returns the fields of ``Readout``: draft logits of the next token [B, V'], the probability that the best one is
         right [B, 1] (None: its softmax is used), and the number of layers that the token has run, int64 [B, 1].
 
@@ -120,7 +123,7 @@ class EarlyExitDrafter(ExitDrafter):
     Models that were not trained to exit early rarely agree with their first layers. Raises SpecDecError, when bound, if
     the exit layer is outside the model.
 
-    exit_layer: E, 1 <= E < N; None: a third of the layers, about where models trained for it exit.
+    exit_layer: E, 1 <= E < N for a model of N layers; None: a third of them, about where models trained for it exit.
     """
 
     name: ClassVar[str] = "early-exit"

@@ -41,7 +41,10 @@ class ExitHeads(nn.Module):
         self.draft_vocab: Tensor | None
 
     def forward(self, index: int, h: Tensor) -> Tensor:
-        """Return the estimate of the final state h[N], [B, T, D], from the states ``h`` [B, T, D] at exit ``index``."""
+        """Return the estimate of the final state, [B, T, D], from the hidden state ``h`` [B, T, D] at an exit.
+
+        index: number of the exit, from 0: its index in ``exits``.
+        """
         unit = rms_unit(h)
         out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
         return out

@@ -134,7 +134,10 @@ class M2R2Drafter(ChainDrafter):
             self.learner.add(ids, start)
 
     def _ready(self) -> bool:
-        """Take over the learner's latest network, and return whether there is a network to draft with."""
+        """Set ``network`` to the learner's latest one, and return whether there is a trained network to draft with.
+
+        Without a learner, that is always so. With one, nothing is drafted before its first fit.
+        """
         if self.learner is None:
             return True
         fits = self.learner.fits
@@ -227,8 +230,8 @@ class M2R2Drafter(ChainDrafter):
     def _drafts_by_levels(self, state: State) -> bool:
         """Return whether to draft level by level: a tree for one row, chains with siblings for several rows.
 
-        This needs a draft path without layers that scoring reuses, and no logits processor that reads the tokens
-        before, other than the constraint of a single row.
+        This needs drafts that are verified, a draft path with projections and one exit, without layers that scoring
+        reuses, and no logits processor that reads the tokens before, other than the constraint of a single row.
         """
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None

@@ -32,10 +32,10 @@ VOCABULARY = 8192  # tokens that are drafted
 
 
 def learned_path(target: Target) -> M2R2Path:
-    """Return the draft path of a drafter that teaches itself: one range of layers, which ends before the last twelfth.
+    """Return the draft path of a drafter that teaches itself: one range of layers between two projections.
 
-    The range is a quarter of the layers, or half of them if the output head has more weights than all layers, which
-    then cost little compared with the head.
+    The range is a quarter of the model's layers, or half of them if the output head has more weights than all layers,
+    which then cost little compared with the head. It ends before the last twelfth of the layers.
     """
     n, blocks = target.num_layers, range(target.num_layers)
     own = sum(math.prod(each.shape) for layer in blocks for _, each in named_weights(target.block(layer)))
@@ -44,10 +44,11 @@ def learned_path(target: Target) -> M2R2Path:
 
 
 class Fits:
-    """Sums over the training data of texts (``Rows``), and networks whose two projections are fitted to these sums.
+    """Sums over the training data of texts (``replay.Rows``), and networks with two projections fitted to these sums.
 
-    The first projection makes the input of the draft path's segment, the second one the final state after it. ``Sums``
-    holds what ridge regression needs: sums of products of a projection's inputs and goals.
+    The draft path runs one range of layers, its segment. The first projection, a linear layer, estimates the segment's
+    input, the second one the final state from its output. ``Sums`` holds what ridge regression needs: sums of products
+    of a projection's inputs and the states that it should return. To *fit* is to solve the regression.
 
     path: the draft path (``learned_path``). name: the model's name, or its absolute path if it is local.
     adapter: name of the adapter that is merged into the model; "": there is none.
@@ -189,7 +190,7 @@ class Fits:
         """Set ``sums``: those that earlier processes have written, or empty ones if there are none that can be used.
 
         Becomes the process that writes the file, if it can; else a warning says that nothing is kept. It is a generator
-        that yields after each tensor, so that other work may run.
+        that yields after each tensor, so that other work may run; ``sums`` is set when it has ended.
         """
         warned = self.store.why_not  # by ``_cannot_use``
         if not self.store.claim() and not warned:
@@ -229,9 +230,11 @@ class Fits:
     def basing(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
         """Choose the draft vocabulary, and make a network with a fitted first projection, and a second one of zeros.
 
-        It is a generator that yields where other work may run; its return value is the network.
+        It is a generator that yields where other work may run; its return value is the network. Sets ``vocabulary`` and
+        ``newest``; the caller sets ``basis``.
 
-        more: further training data that count in this fit alone, (inputs [n, 3 D], states [n, D], weight) each.
+        more: further training data that count in this fit alone, (inputs [n, 3 D], the segment's inputs [n, D], weight)
+            each.
         """
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
@@ -249,8 +252,9 @@ class Fits:
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:
-        """Draft with ``network`` from now on; it has the latest vocabulary.
+        """Set ``network`` and ``head``, with which the drafter drafts from its next step on, and update ``progress``.
 
+        network: a network with the latest vocabulary, as ``fitting`` makes it.
         share: share of the hold-out tokens that it drafts correctly, in [0, 1].
         """
         self.network, self.head = network, self.newest

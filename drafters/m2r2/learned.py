@@ -74,7 +74,7 @@ Stamp = tuple[tuple[int, int] | None, ...]
 
 
 def folder() -> Path:
-    """Return the folder in which the files of all models are."""
+    """Return the path of the folder with the learned files of all models; it need not exist."""
     return files.data_dir() / "learned"
 
 
@@ -111,9 +111,9 @@ class Store:
         self.why_not = ""
 
     def claim(self) -> bool:
-        """Become the process that writes the file; return False if another process does, or the file cannot be written.
+        """Become the process that writes the file; return whether this process is it. Does not wait for its writer.
 
-        ``why_not`` is set in the second case.
+        False: another process writes the file, or it cannot be written; then ``why_not`` is set.
         """
         if self.writes or self.why_not:
             return self.writes
@@ -131,7 +131,7 @@ class Store:
         return self.writes
 
     def take(self, model: str) -> None:
-        """Become the process that writes the file. Raises SpecDecError if that fails. model: its name in the error."""
+        """Become the process that writes the file. Raises SpecDecError if that fails, with the name ``model`` in it."""
         if not self.claim():
             other = f"another process learns for '{model}', and only one keeps what it learns"
             raise SpecDecError(self.why_not or f"{other}; end it, or start it with --no-learn, and try again")
@@ -219,8 +219,9 @@ def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, f
 def begin_from(store: Store, other: Path, model: str) -> None:
     """Let the fine-tuned model ``model`` begin with what its base model has learned: copy file ``other`` to ``store``.
 
-    The copied sums count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or ``store``
-    cannot be written.
+    store: the file of the fine-tuned model, which is replaced. other: path of the base model's file, which must exist.
+    model: name of the fine-tuned model. The copied sums count as at most ``PRIOR`` tokens.
+    Raises SpecDecError if ``other`` cannot be used, or ``store`` cannot be written.
     """
     progress = read_progress(other)
     assert progress is not None
@@ -286,12 +287,12 @@ def _files() -> list[Path]:
 
 
 def _lock_of(path: Path) -> FileLock:
-    """Return the lock of the learned file ``path``, which the process has that writes the file."""
+    """Return the lock of the learned file ``path``, not acquired yet; the process that writes the file has it."""
     return FileLock(f"{path}.lock", thread_local=False)
 
 
 def _part(path: Path) -> Path:
-    """Return the temporary name of the file ``path`` while it is written."""
+    """Return the path under which the file ``path`` is written before it is renamed."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -308,7 +309,10 @@ def _reset_mark(path: Path) -> Path:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that one process at a time claims or deletes its files. Raises OSError after ``PATIENCE`` s."""
+    """Hold a folder's lock in the ``with`` block, so that one process at a time claims, replaces or deletes its files.
+
+    Waits for other processes; raises OSError after ``PATIENCE`` seconds.
+    """
     try:
         with FileLock(folder / ".lock", timeout=PATIENCE):
             yield
@@ -320,7 +324,11 @@ def _changing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises UnusableError if it is damaged, SpecDecError if it cannot be read."""
+    """Open a safetensors file for the ``with`` block, as ``safetensors.safe_open`` does.
+
+    Raises UnusableError if the file is damaged, or for any error in the block other than OSError and MemoryError; for
+    these, SpecDecError.
+    """
     try:
         path.open("rb").close()  # what the system says, which safetensors does not tell from damage
         with safe_open(path, framework="pt") as file:

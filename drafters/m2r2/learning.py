@@ -185,7 +185,7 @@ class M2R2Learner(Learner):
         yield
 
     def _keep(self) -> Iterator[None]:
-        """Write the file in a thread, while nothing else is learned."""
+        """Write the file (``Fits.keep``) in a thread; yield until it has ended. Nothing else is learned meanwhile."""
         work = Work(lambda stop: self.fits.keep(), "specdec keeping")
         while work.running:
             work.join(PIECE)
@@ -256,7 +256,11 @@ class M2R2Learner(Learner):
         fits.basis, fits.sums[1], progress.based = basis, sums, progress.tokens
 
     def _fit(self) -> Iterator[None]:
-        """Fit the second projection with several weights of recent texts; use the best fit if it beats the last."""
+        """Fit the second projection with several weights of recent texts; use the best fit if it beats ``baseline``.
+
+        They are compared by the hold-out tokens that they draft correctly. The best one is fitted again with the
+        hold-out set, and drafts from then on (``Fits.serve``). Yields where other work may run.
+        """
         fits, progress = self.fits, self.fits.progress
         progress.fitted = progress.tokens
         if fits.newest is not None:
@@ -274,9 +278,9 @@ class M2R2Learner(Learner):
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """Return the number of hold-out tokens that ``network`` drafts correctly; yield where other work may run.
+        """Count the hold-out tokens that ``network`` drafts correctly: a generator, whose return value is the number.
 
-        head: its output head; None: the model's.
+        It yields where other work may run. head: the output head for ``network.draft_vocab``; None: the model's.
         """
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis

@@ -135,7 +135,10 @@ class M2R2(nn.Module):
     def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
         """Return the 2 or 3 inputs, [B, T, D] each, that projection ``index`` reads for ``x``, before normalization.
 
-        index: segments of the draft path first, then its exits. carry: the deep states of the token before.
+        They are ``x``, ``carry.final`` and, for a segment's projection, ``carry.inputs[index]``.
+
+        index: number of the projection: one for each segment of the draft path, then one for each exit.
+        carry: the deep states of the token before each.
         """
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
@@ -143,9 +146,10 @@ class M2R2(nn.Module):
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Return the normalized input of projection ``index`` for ``x`` [B, T, D]: [B, T, 2 D or 3 D].
 
-        Each input is divided by its root mean square, and all are concatenated.
+        Each of ``projection_inputs`` is divided by its root mean square, and all are concatenated.
 
-        index: segments of the draft path first, then its exits. carry: the deep states of the token before.
+        index: number of the projection: one for each segment of the draft path, then one for each exit.
+        carry: the deep states of the token before each.
         """
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
@@ -167,9 +171,11 @@ class M2R2(nn.Module):
         return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
-        """Return the estimate of the final state h[N], [B, T, D], from ``p`` [B, T, D] at exit number ``exit``.
+        """Return the estimate of the last layer's output h[N], before the final norm, [B, T, D], at an exit.
 
-        Without final projections that is ``p``. carry: the deep states of the token before.
+        exit: number of the exit, from 0, in the order of the path. p: the draft's hidden state there, [B, T, D], which
+            is returned as it is without final projections.
+        carry: the deep states of the token before each.
         """
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
@@ -247,7 +253,10 @@ class M2R2(nn.Module):
 
 
 def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
-    """Return the MLP of layer ``layer``. Raises SpecDecError if it cannot run with only ``neurons`` of its neurons."""
+    """Return the MLP of layer ``layer``. Raises SpecDecError if it cannot run with only ``neurons`` of its neurons.
+
+    ``neurons`` must be a multiple of ``NEURONS``, and no more than the MLP has.
+    """
     mlp = gated_mlp(target.block(layer))
     if mlp is None or not 0 < neurons <= mlp.size or neurons % NEURONS:
         size = "none" if mlp is None else mlp.size

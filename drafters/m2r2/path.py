@@ -60,7 +60,10 @@ class M2R2Path:
 
     @property
     def shared(self) -> list[tuple[int, int]]:
-        """The ranges [lo, hi) between exits of the layers [0, E), which h runs, too; p starts each range from h."""
+        """The ranges of layers [lo, hi) into which the exits below E cut [0, E), in order; [] if E is 0.
+
+        The model's own hidden state h runs these layers, too, and p starts each range from it.
+        """
         stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
         return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
 
@@ -71,7 +74,7 @@ class M2R2Path:
 
     @property
     def stages_to_exit(self) -> list[int]:
-        """For each exit, the last one included, the number of ``stages`` that a token runs to get there."""
+        """For each exit in order, the end of the path as the last one, the number of ``stages`` that lead to it."""
         ends = [hi for _, hi in self.stages]
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 

@@ -66,7 +66,10 @@ class PathPass:
         self.tokens: list[_Token] = []
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add one token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
+        """Add one token of each row and its position, int64 [B, 1] each, at the beginning of the path.
+
+        Its projections will read the ``carry`` of the token that was pushed before.
+        """
         before = self.tokens[-1].carry if self.tokens else self.carry
         x = self.slow.push(token, positions)
         self.tokens.append(_Token(token, positions, x, before, Carry(x, [])))
@@ -79,7 +82,7 @@ class PathPass:
         exit: index of the exit, from 0, in the order of the path.
 
         Returns a pair: the estimate of the token's final state h[N], the output of the model's last layer, [B, 1, D];
-        and the residuals that the exit's router reads, [B, 1, D] each, incomplete if the network has no routers.
+        and the hidden states that the exit's router reads, [B, 1, D] each, incomplete if the network has no routers.
         """
         network, token = self.network, self.tokens[-1]
         self._run(network.path.stages_to_exit[exit])
@@ -116,9 +119,10 @@ class PathPass:
     def finish(self) -> tuple[Tensor | None, int]:
         """End the draft; return states of its tokens from which scoring can resume.
 
-        These are the model's own residuals h of the n tokens, [B, n, D], before the deepest of the layers [0, E) that
-        any token has reached, and the index of that layer. (None, 0): the path has no such layers (E is 0), or there is
-        no token. Keys and values of the later layers, which are the drafter's, are removed from the cache.
+        Returns (states, layer): the model's own hidden states h of the n tokens, [B, n, D], at the input of the deepest
+        layer in 1 .. E that any token has reached, and the index of this layer. (None, 0): the path has no such layers
+        (E is 0), or there is no token. Keys and values of later layers, which are the drafter's, are removed from the
+        cache; those below ``layer`` stay, uncommitted.
         """
         path, cache = self.network.path, self.cache
         for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):

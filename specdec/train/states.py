@@ -90,7 +90,7 @@ def check_layers(target: Target, wanted: StateSelection) -> None:
 
 
 def first_stored(prompt: int) -> int:
-    """Return the first position whose hidden states are stored, after a prompt of ``prompt`` tokens."""
+    """Return the first position in a text whose hidden states are stored: that before the last of ``prompt`` tokens."""
     return max(prompt - 2, 0)
 
 
@@ -112,6 +112,7 @@ def compute_states(
 ) -> list[AnswerStates]:
     """Return the states ``wanted`` of ``target`` on each of ``answers``, in order, computing what ``folder`` lacks.
 
+    folder: where the states are written, shard by shard, and from which they are mapped; made if it is missing.
     progress: shows the number of finished tokens. name: names these states in its bar.
     Raises SpecDecError if the folder holds states of another model or of other answers, for damaged or missing shards,
     and for a full disk.

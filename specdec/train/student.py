@@ -158,11 +158,11 @@ class Teacher:
     Call ``begin`` for each batch first. The vocabulary of a batch is the drafter's own plus further tokens, first those
     that the base model chooses in the batch (when it drafts, a drafter also adds the tokens of its context).
 
-    vocab: the drafter's vocabulary, token ids int [V']; None: the full vocabulary.
+    vocab: the drafter's own vocabulary, token ids, 1-dimensional; None: the full vocabulary.
     sharpen: share of probability that moves to the base model's most likely token, if the vocabulary has it.
     variation: share of the loss that is the total variation; the rest is KL.
-    extra: number of further tokens in the vocabulary of a batch.
-    target: the base model, whose norm and output head make the logits.
+    extra: number of further tokens in the vocabulary of a batch; without effect if ``vocab`` is None.
+    target: the base model, whose final norm and output head make the logits.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Teacher:
     def known(self, batch: TrainingBatch) -> Tensor:
         """Return for each position of ``batch`` whether the drafter could draft the base model's choice, bool [B, T].
 
-        The choice must be in the drafter's vocabulary or in the text up to the position.
+        The choice must be in the drafter's vocabulary or in the text up to the position. Padding is False.
         """
         if self.vocab is None:
             return batch.valid
