@@ -174,8 +174,8 @@ class NgramDrafter(Drafter):
         """Return the candidates after the text of one row. Adds the row's new tokens to its texts first.
 
         state: the batch. row: index of the row in the batch. limit: maximum depth of a candidate; 0: an empty tree.
-        learned: the tree of another drafter, which is merged in, so that the result has three lists of probabilities
-            (``Candidates.raw``), as ``joined.JoinedDrafter`` has sources; None: there is none, and it has one.
+        learned: the tree of another drafter, which is merged in; the result then has probabilities (``Candidates.raw``)
+            of the three sources of a ``JoinedDrafter``. None: there is no other drafter, and one source.
         """
         if not limit:
             return Candidates.none(1 if learned is None else 3)

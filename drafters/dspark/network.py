@@ -37,9 +37,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; queries, keys
 class BlockConfig(HeadConfig):
     """The sizes of a DFlash or DSpark head, a small network that drafts a block of tokens in one pass.
 
-    They come after those of ``HeadConfig``. The Markov head is the part that corrects a token's logits by the token
-    before it; the confidence head is the part that predicts whether the likeliest token is accepted. A slot is a
-    position in the block, from 0; its output gives the logits of one drafted token.
+    The fields are in addition to those of ``HeadConfig``. The Markov head is the part that corrects a token's logits by
+    the token before it; the confidence head is the part that predicts whether the likeliest token is accepted. A slot
+    is a position in the block, from 0; its output gives the logits of one drafted token.
 
     depth: number of decoder layers.
     block: S, number of tokens of a block.
@@ -68,7 +68,7 @@ class BlockConfig(HeadConfig):
         """Check an untrusted config.json, and return the sizes in it. where: its name in errors.
 
         Raises SpecDecError if it describes no head that this code can run, or a head for another model than ``target``.
-        kind: ``DFLASH`` or ``DSPARK``.
+        kind: ``DFLASH`` or ``DSPARK``, the kind of head that the file must describe.
         """
         layer = config.get("transformer_layer_config")
         if config.get("speculators_model_type") != kind or not isinstance(layer, dict):

@@ -148,8 +148,8 @@ class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last exit (``State.exit``).
 
     An exit is a layer at which a token may leave the model. Each has a trained module, which estimates the final state;
-    all share the model's output head. DEED (arXiv 2311.08623) trains a model together
-    with its exits; here the model stays frozen.
+    all share the model's output head. DEED (arXiv 2311.08623) trains a model together with its exits; here the model
+    stays frozen.
 
     network: the modules of the exits.
     exit_confidence: minimum probability of the best token, in [0, 1]; where drafts are not verified, the verifier's

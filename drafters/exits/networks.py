@@ -19,8 +19,8 @@ from specdec.runtimes.torch.linear import rms_unit
 class ExitHeads(nn.Module):
     """A small trained module at each exit, which estimates the final state from the hidden state there.
 
-    The final state h[N] is the last layer's output, before the final norm; the model's own norm and output head read
-    the estimate. It is map(u) + up(silu(down(u))) with u = h / rms(h). Untrained, map is the identity and up is zero.
+    The final state is the last layer's output, before the final norm; the model's own norm and output head read the
+    estimate, which is map(u) + up(silu(down(u))) with u = h / rms(h). Untrained, map is the identity and up is zero.
 
     exits: for each exit, the number of layers that run before it, rising.
     width: number of outputs of each ``down``. target (argument): the model, whose sizes the parameters get.

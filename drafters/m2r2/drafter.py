@@ -46,8 +46,8 @@ class M2R2Drafter(ChainDrafter):
     """Drafts with an M2R2 network: a chain, or a tree that is grown level by level (a level is all nodes at one depth).
 
     An M2R2 network drafts with the model's own layers: each token runs through only a few of them, which low-rank
-    adapters change, and projections estimate what the skipped layers would have computed. A token leaves this path at
-    its end or, if the network has several exits, at one before.
+    adapters change, and projections estimate what the skipped layers would have computed. A token runs along this path
+    to its end or, if there are several exits, leaves it at one before.
 
     A tree is grown for one row if the draft path has one exit and shares no layer with scoring.
 

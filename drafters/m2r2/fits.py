@@ -162,7 +162,7 @@ class Fits:
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Warn that the file ``source`` cannot be used, and set ``source``, ``stamp`` and ``read_at`` to the own file.
+        """Warn that the file ``source`` cannot be used. Sets ``source`` to ``store``, ``stamp`` and ``read_at`` anew.
 
         error: why; for an UnusableError (a damaged file), the file will be overwritten, for others it stays as it is.
         """

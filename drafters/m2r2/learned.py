@@ -79,7 +79,7 @@ def folder() -> Path:
 
 
 def first_use() -> None:
-    """Print what a drafter keeps and in which folder, unless this folder exists already."""
+    """Print to stderr what a drafter that learns keeps and in which folder, unless this folder exists already."""
     if not os.path.exists(folder()):
         say(
             "while the machine is idle, a drafter learns from the texts that the model reads and writes; it keeps sums "
@@ -88,7 +88,7 @@ def first_use() -> None:
 
 
 def whole_name(model: str) -> str:
-    """Return the absolute path of a local ``model``, which is valid in every working directory; other names as is."""
+    """Return the absolute path of ``model`` if that is a file or folder; other names, such as hub ids, unchanged."""
     return str(Path(model).resolve()) if model and os.path.exists(model) else model
 
 
@@ -206,6 +206,8 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 
 def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
     """Return the progress with which a fine-tuned model begins, and the factor by which it multiplies the base's sums.
+
+    The factor is at most 1: the base model's tokens count as ``PRIOR`` tokens if they are more.
 
     base: the progress of the base model.
     model: name of the fine-tuned model; the absolute path of a local model.

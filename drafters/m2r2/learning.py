@@ -192,7 +192,7 @@ class M2R2Learner(Learner):
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Run a text, add its training data to the regression's sums, and keep it in ``latest``; yield in between.
+        """Run a text, add its training data to the sums, and keep it in ``latest``; yield where other work may run.
 
         One text of ``HOLDOUT_EVERY`` is marked as held out: its data are left out of the fits that are compared on it.
         """

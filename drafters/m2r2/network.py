@@ -203,10 +203,11 @@ class M2R2(nn.Module):
 
         This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, where p is the hidden state of the draft.
 
-        target: the model, whose layers run.
+        target: the model, whose layers run. index: number of the segment in ``path.segments``, from 0.
         x: p[lo], which a projection has made, [B, T, D].
         positions, ids: positions and token ids of the tokens, int64 [B, T] each.
-        mask: which entries of ``cache`` each token sees, with the T entries of each layer that are added, uncommitted.
+        mask: which entries of ``cache`` each token sees, including the T that are added.
+        cache: the model's keys and values. Those of the T tokens are added to layers [lo, hi), uncommitted.
         watched: whether to collect the states that a router (``Router``) reads.
 
         Returns a pair: p[hi], [B, T, D]; and the states p[lo], p[lo + 1], .. p[hi], [B, T, D] each, [] unless

@@ -55,7 +55,10 @@ class M2R2Path:
 
     @property
     def narrow_layers(self) -> list[int]:
-        """The indices of the layers whose MLPs run with only ``neurons`` of their neurons while drafting."""
+        """The indices of the layers whose MLPs run with only ``neurons`` neurons while drafting: those of the segments.
+
+        [] if ``neurons`` is 0.
+        """
         return [layer for lo, hi in self.segments for layer in range(lo, hi) if self.neurons]
 
     @property

@@ -36,7 +36,7 @@ class MedusaRow:
     """What a ``MedusaDrafter`` keeps of one row (sequence).
 
     context: tokens of the row's text that the drafter was not trained on, and that it drafts as well.
-    final: final state of the last token before the root, [1, 1, D].
+    final: final state of the token before the root (the last token of the text), before the final norm, [1, 1, D].
     """
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ class MedusaDrafter(Drafter):
     ) -> Candidates:
         """Return the likeliest paths of the row of index ``row`` as candidates, at most ``nodes`` nodes.
 
-        logits: the draft logits of K heads, [K, V'].
+        state: the rows of the batch. logits: the row's draft logits of K heads, [K, V'].
         table: calibration table of probabilities (``calibrated``), [1, 11]; None: they are not calibrated.
         best: what ``_best`` returns for the row.
         """

@@ -44,7 +44,7 @@ class M2R2Settings(TrainSettings):
     segments: later ranges of layers [lo, hi) that a draft runs, each after a projection.
     final_projection: whether a projection to the final state follows.
     neurons: number of neurons of the segments' MLPs that drafts run, the strongest ones; 0: all, or as in ``init``.
-    exits: indices of layers: after so many layers, a token may leave before the end of the path.
+    exits: layer indices, rising: before each, a token may leave ahead of the end of the path.
     layers_of: number of layers of the model that all these layers refer to, for scaling; None: this model.
     rank: rank of the adapters, low-rank changes of the layers.
     adapt: names of the linear layers with adapters, such as "q_proj"; (): all in the segments.

@@ -152,7 +152,10 @@ class TrainingRun:
                 evaluated = time.monotonic()
 
     def _start(self) -> None:
-        """Initialize the weights, from the drafter ``init`` or by closed-form regression, and evaluate them."""
+        """Initialize the masters and the running copy, from the drafter ``init`` or by closed-form regression.
+
+        Evaluates them, and sets the learning rate of each parameter.
+        """
         first = self.processes.is_main_process
         if first:
             (self.output / METRICS).unlink(missing_ok=True)  # left by a run without a checkpoint
@@ -262,8 +265,8 @@ class TrainingRun:
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
         """Move the running copy's gradients to the master weights, the float32 parameters that the optimizer updates.
 
-        They are averaged over all processes, each weighted by its number of valid positions, and then in ``grad`` of
-        the masters; ``grad`` of the running copy is None. All processes must call this together.
+        Gradients are averaged over all processes, each weighted by its number of valid positions. ``grad`` of the
+        masters is set, ``grad`` of the running copy becomes None. All processes must call this together.
         figures: name -> value in this process. count: this process's number of valid positions, a scalar tensor.
         Returns the figures, averaged likewise, and the number of valid positions of all processes together.
         """

@@ -60,7 +60,8 @@ class StateSelection:
 class AnswerStates:
     """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard.
 
-    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d] (H' heads of size d).
+    ids: int32 [L]. prompt: number of prompt tokens.
+    kv: layer -> (keys, values), [L, H', d] each, of H' key heads of size d.
     first: position of the first entry of the following fields, which have n = L - 1 - first entries: entry i is of the
         position first + i.
     hidden: layer -> the layer's input [n, D]; layer N: the last layer's output, before the final norm.
