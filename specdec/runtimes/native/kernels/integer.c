@@ -7,7 +7,8 @@
  *     v = v + (weights' low) times (sum of activations);    result = result + v times (activations' scale)
  * A result depends neither on the tokens beside it nor on the instruction set. */
 
-enum { PREFETCH = 8192, ONE_BY_ONE = 2 }; /* number of bytes ahead that are prefetched; up to so many tokens are rounded one by one */
+enum { PREFETCH = 8192, PREFETCH_NEAR = 2048 }; /* number of bytes ahead that are prefetched into the second cache, and then into the first */
+enum { ONE_BY_ONE = 2 }; /* up to so many tokens are rounded one by one */
 
 static const uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}; /* 12 + twice the number of 4 bits: -6 to 6 */
 
@@ -158,9 +159,13 @@ INLINE void add_tile_to_two(int kind, const Codes *codes, const Scales *s, const
 }
 #endif
 
-/* Prefetch `bytes` of later tiles, into the second cache. */
+/* Prefetch `bytes` of later tiles into the second cache, and as many of nearer ones from there into the first: a load that misses
+ * the first cache would wait until one of the requests to memory ends. */
 INLINE void prefetch_tiles(const uint8_t *at, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T1);
+    for (int i = 0; i < bytes; i += 64) {
+        _mm_prefetch((const char *)at + PREFETCH + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)at + PREFETCH_NEAR + i, _MM_HINT_T0);
+    }
 }
 
 /* to [tokens][16 outputs] = a row of `count` tiles times `tokens` tokens, which lie beside each other in `x`. few: sums of so
