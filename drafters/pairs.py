@@ -274,9 +274,9 @@ class PairDrafter(ChainDrafter):
         return found
 
     def catch_up(self, state: State) -> KVCache:
-        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows.
+        """Run the pairs of all rows' new tokens, up to the roots; return one cache over the rows' own caches.
 
-        Sets ``last`` of each row's ``PairRow``, and empties its ``states``.
+        Sets ``last`` of each row's ``PairRow``, commits the keys and values of these pairs, and empties ``states``.
         """
         rows: list[PairRow] = state.row_states
         cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])

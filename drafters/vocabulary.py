@@ -99,7 +99,10 @@ class DraftVocabulary:
 
     @property
     def heads(self) -> list[nn.Linear | None]:
-        """The output heads whose concatenated logits are over ``tokens``, for one row; None: the model's own head."""
+        """The one or two output heads whose concatenated logits are over ``tokens``; None: the model's own head.
+
+        With several rows, ``forbidden`` says which outputs of the second head a row may not draft.
+        """
         return [self.head, self.added_head] if self.added else [self.head]
 
     def logits(self, final: Tensor) -> Tensor:

@@ -272,8 +272,8 @@ class M2R2Drafter(ChainDrafter):
 class PaperM2R2Drafter(M2R2Drafter):
     """Drafts with the model's first E layers and adapters, as the abstract of the M2R2 paper (arXiv 2502.02040) says.
 
-    No projection leads to later layers. A token's own states (without adapters) run along, so scoring resumes at layer
-    E from them, which are exact.
+    No projection leads to later layers. Each drafted token also runs the E layers without adapters; these states are
+    exact, so scoring resumes from them at layer E.
     """
 
     name: ClassVar[str] = "m2r2-paper"

@@ -146,7 +146,9 @@ class Fits:
         self.head = self.newest = None if self.vocabulary is None else target.reduced_head(self.vocabulary)
 
     def _kept(self, first: Tensor, second: Tensor, basis: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write by name: "fit.0", "fit.1", "basis", "counts" and, if it is reduced, "vocabulary".
+        """Return the tensors to write to the file by name: "fit.0", "fit.1", "basis", "counts" and "vocabulary".
+
+        The last one is missing if all tokens are drafted.
 
         first, second, basis: weight and bias of projections with F inputs, in one matrix [F + 1, D]: those of the
             network that drafts, and the first one of ``basis``.

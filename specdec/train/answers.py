@@ -104,7 +104,7 @@ def _generate(
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
-    """Return {prompt: answer} of an earlier run from the file ``path``; {} if it is missing.
+    """Return {token ids of a prompt: its answer} of an earlier run from the file ``path``; {} if it is missing.
 
     An unfinished last line is cut off the file. Raises SpecDecError if a prompt is not in ``prompts`` (token ids).
     """

@@ -84,7 +84,10 @@ def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
 
 
 def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
-    """Raise SpecDecError if an answer among ``items`` holds a token id of ``vocab_size`` or more."""
+    """Raise SpecDecError if an answer among ``items``, or its prompt, holds a token id of ``vocab_size`` or more.
+
+    Prompts as text are not checked.
+    """
     for number, item in enumerate(items, start=1):
         largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
