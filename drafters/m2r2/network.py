@@ -229,7 +229,9 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run layers [lo, hi) with adapters on the last n tokens of each row's chain; the model's own pass runs them, too.
+        """Run layers [lo, hi) with adapters on the last n tokens of each row's chain.
+
+        The model's own pass runs these layers, too, without adapters, and has run them before.
 
         This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, with p[lo] = h[lo], where h is the hidden state of the
         model's own pass and p that of the draft. p attends to the keys and values of h.
