@@ -16,7 +16,7 @@ from .mtp import read_head
 
 
 def auto(target: Target) -> DrafterSpec:
-    """Return the drafters that serve ``target`` by default.
+    """Return the drafters that serve ``target`` by default, as a specification to load, such as "ngram+m2r2".
 
     N-grams are joined with the shipped ``m2r2``, else with the checkpoint's multi-token prediction layer, else with an
     ``m2r2`` that teaches itself. Warns of a layer that does not fit, and if nothing can be joined.
@@ -33,7 +33,10 @@ def auto(target: Target) -> DrafterSpec:
 
 
 def _has_layer(target: Target) -> bool:
-    """Return whether the model's files have a multi-token prediction layer that fits; it is then read."""
+    """Return whether the model's files have a multi-token prediction layer that fits; warn if they have another one.
+
+    If so, the layer is in memory, where ``mtp.read_head`` finds it again.
+    """
     try:
         if not prediction_layer.announced(target.model) or prediction_layer.find(target.model) is None:
             return False

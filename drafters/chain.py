@@ -65,9 +65,10 @@ class ChainDrafter(Drafter):
         All chains end early when another token is not worth its cost (``Prices.level``), except on devices for which
         the host would have to wait. Where drafts are not verified, a row's chain ends before the first token that is
         less certain than ``state.threshold``. Under a constraint, a chain ends where no token of the vocabulary is
-        allowed, and probabilities are normalized over the allowed tokens.
-        step: runs tokens at positions, int64 [B, 1] each, and returns the logits after them. It is called for the
-            roots, then for each drafted token but the last.
+        allowed, and probabilities are normalized over the allowed tokens. A row whose chain ends before others has
+        token -1 from there on.
+        state: the rows of the batch. step: function of tokens and their positions, int64 [B, 1] each, that runs them
+            and returns the logits after them. It is called for the roots, then for each drafted token but the last.
         vocab: the token ids of the logits, int64 [V']; None: the ids in ``vocabulary``.
         """
         if self.vocabulary is not None:
@@ -167,9 +168,12 @@ def _pick(
 def first_confident(read: Callable[[int], tuple[Tensor, ...]], exits: int, confidence: float) -> tuple[Tensor, ...]:
     """Return what ``read`` returns for each row at the first exit with certainty >= ``confidence``, else at the last.
 
-    read: takes an exit's index, runs all rows there, and returns tensors [B, ...], the second of them the certainty
-        [B, 1].
-    exits: number of exits.
+    An exit is a layer at which a drafted token may leave the model.
+
+    read: takes an exit's number, from 0 in rising order, runs all rows there, and returns tensors [B, ...], the second
+        of them the certainty [B, 1]. It is called until all rows are certain enough, if the host can tell without
+        waiting for the device.
+    exits: number of exits, at least 1.
     """
     found = read(0)
     for index in range(1, exits):

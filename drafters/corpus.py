@@ -31,8 +31,9 @@ def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
     """Return the token ids of the package's texts, int32 [n], at most ``MAX_TOKENS``, with a -1 before each text.
 
     Return a single -1 if the tokenizer fails on the texts (a vocabulary of words may lack an unknown token).
+    tokenizer: that of the model, from transformers or from ``specdec.models.tokenizer``.
     vocab_size: V; ids that are not below it become -1.
-    stop: raises Stopped between two batches of texts when the work is to end; None: it runs to the end.
+    stop: event that ends the work when it is set: Stopped is raised between two batches of texts; None: no such event.
     """
     found = np.array([-1], np.int32)
     packed = importlib.resources.files("specdec.drafters").joinpath(SHIPPED).read_bytes()
@@ -51,9 +52,9 @@ def corpus(tokenizer: Any, vocab_size: int, stop: Stop | None = None) -> Ints:
 
 
 def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None = None) -> Ints:
-    """Return the token ids of ``texts``, at most ``most``, int32 [n], with a -1 before each text.
+    """Return the token ids of ``texts``, at most ``most``, int32 [n], with a -1 before each text and at the end.
 
-    stop: raises Stopped between two batches of texts when the work is to end; None: it runs to the end.
+    stop: event that ends the work when it is set: Stopped is raised between two batches of texts; None: no such event.
     """
     found, count, texts = list[Ints](), 0, iter(texts)
     while count < most and (batch := list(islice(texts, BATCH))):
@@ -66,13 +67,19 @@ def tokenised(texts: Iterable[str], tokenizer: Any, most: int, stop: Stop | None
 
 
 def path_for(tokenizer: Any, packed: bytes) -> Path:
-    """Return the path of the cached file with a tokenizer's token ids of the compressed texts ``packed``."""
+    """Return the path of the cached file with a tokenizer's token ids of the compressed texts ``packed``.
+
+    The file need not exist.
+    """
     name = hashlib.sha256(packed + described(tokenizer).encode()).hexdigest()[:24]
     return files.cache_dir() / "ngram" / f"shipped-{name}.ids"
 
 
 def described(tokenizer: Any) -> str:
-    """Return a string that two tokenizers share only if they have the same vocabulary and rules."""
+    """Return a string that two tokenizers share only if they have the same vocabulary and rules.
+
+    tokenizer: one of transformers, or a ``specdec.models.tokenizer.Tokenizer``.
+    """
     if isinstance(tokenizer, Tokenizer):
         return tokenizer.digest
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -44,7 +44,7 @@ class DraftModelDrafter(ChainDrafter):
     tokenizer: the draft model's tokenizer, which must equal the target's; None: not known, and not compared.
     vocab: the token ids that both models have, int64 [V']; None: all.
     cache: the draft model's keys and values of ``rows``, the row states of the last step.
-    fed: the last draft, and how many of its tokens are in the cache uncommitted; None: no token is.
+    fed: the last draft, and how many of each row's drafted tokens are in the cache uncommitted; None: no token is.
     """
 
     name: ClassVar[str] = "draft-model"
@@ -120,7 +120,8 @@ class DraftModelDrafter(ChainDrafter):
 
         ids: token ids of the text of each of B rows.
 
-        Returns the draft model's final states of the last token of each text, [B, 1, D].
+        Returns the output of the draft model's last layer, before the final norm, for the last token of each text, [B,
+        1, D].
         """
         cache = self.cache
         fed = [[] for _ in ids] if self.fed is None else [row[: self.fed[1]] for row in self.fed[0].lists()]
@@ -138,7 +139,7 @@ class DraftModelDrafter(ChainDrafter):
 def _difference(ours: Any, theirs: Any) -> str:
     """Return a sentence about the first difference between two tokenizers' vocabularies; "": they are equal.
 
-    ours, theirs: the tokenizers of the model and of the draft model.
+    ours, theirs: the tokenizers of the model and of the draft model, as transformers or we have them.
     """
     a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
     for index in sorted(a.keys() | b.keys()):

@@ -98,10 +98,13 @@ class JoinedDrafter(Drafter):
         return draft_best(self.ngram.candidates(state, limit, found), limit, nodes, state, levels, alone)
 
     def _proposed(self, state: State, limit: int) -> list[Candidates]:
-        """Return the tree that ``other.propose`` drafts, as the candidates of each row, with assumed probabilities.
+        """Draft by ``other.propose``, for a drafter without ``candidates`` in this step; return each row's candidates.
 
-        It is not scored as it is: its states are removed from the cache, and ``other`` forgets it. limit: maximum
-        depth.
+        They are nodes of a larger tree later, with other indices, so the draft itself is never scored: the keys and
+        values that it left in ``state.cache`` are removed, and ``other`` forgets it (``Drafter.withdraw``).
+        Each token has the probability ``UNKNOWN`` after the tokens before it, unless the draft has its own candidates.
+
+        state: the rows, with the row states of ``other``. limit: maximum depth.
         """
         draft = self.other.propose(state, limit)
         if draft.states is not None:  # of a tree of other nodes, scoring begins at layer 0

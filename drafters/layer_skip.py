@@ -24,7 +24,7 @@ from .chain import ChainDrafter, Readout
 
 
 def ranges_without(skipped: Collection[int], num_layers: int) -> list[tuple[int, int]]:
-    """Return the ranges [lo, hi) that cover all layers in [0, num_layers) but the ``skipped`` ones."""
+    """Return the ranges [lo, hi) that cover all layers in [0, num_layers) but the ``skipped`` ones, in order."""
     run = set(range(num_layers)).difference(skipped)
     begin, end = ([layer for layer in sorted(run) if layer + side not in run] for side in (-1, 1))
     return [(lo, last + 1) for lo, last in zip(begin, end, strict=True)]

@@ -87,7 +87,10 @@ class LookaheadDrafter(Drafter):
         return draft
 
     def _learn(self, row: _Row, ngram: list[int]) -> None:
-        """Put an n-gram in front of those in the pool of ``row`` that begin alike; at most ``guesses`` stay."""
+        """Put an n-gram, a list of token ids, first in the pool of ``row`` among those that begin with the same token.
+
+        At most ``guesses`` of them stay.
+        """
         guesses, rest = row.pool.setdefault(ngram[0], []), tuple(ngram[1:])
         if rest in guesses:
             guesses.remove(rest)

@@ -32,21 +32,26 @@ _heads: WeakKeyDictionary[Target, MTPHead] = WeakKeyDictionary()  # drafters of 
 @dataclass
 class MTPHead:
     """A prediction layer: norms of a token and of the state before it, a projection of both, a decoder layer, a norm.
+
     A *pair* is a token and the state of the token before it (``drafters.pairs``).
 
     draft_target: the layer as a model of one layer, with its own norm and the model's output head.
+    projection: linear layer from the embedding and the state, concatenated [.., 2 D], to the layer's input [.., D].
+    token_norm, state_norm: norms of the embedding and of the state before the projection.
     final_norm: module that is applied to the model's states before the layer reads them.
     norm: module that is applied to the layer's output before a drafted token's next pass reads it.
+    token_first: whether the embedding comes first in the projection's input.
+    feeds_norm: whether drafted tokens read the layer's output after ``norm``; False: as it is.
     """
 
     draft_target: Target
     projection: Callable[[Tensor], Tensor]
-    token_norm: nn.Module  # of the token's embedding
-    state_norm: nn.Module  # of the model's state
+    token_norm: nn.Module
+    state_norm: nn.Module
     final_norm: nn.Module
     norm: nn.Module
-    token_first: bool = True  # whether the embedding comes first in the projection's input
-    feeds_norm: bool = True  # whether drafted tokens read the layer's output after its norm
+    token_first: bool = True
+    feeds_norm: bool = True
 
     def inputs(self, embedded: Tensor, states: Tensor) -> Tensor:
         """Return the layer's input [B, T, D] for T pairs of each row.
@@ -76,7 +81,8 @@ class MTPDrafter(PairDrafter):
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MTPDrafter:
         """Load the layer from the checkpoint ``source``. Raises SpecDecError if there is none, or it does not fit.
 
-        source: a model name, a folder or a companion file; None: the model's own files.
+        source: a model name, a folder or a companion file; None: the model's own files. kwargs: the drafter has no
+            options, so any raises SpecDecError.
         """
         options.check_names(cls.name, kwargs)
         return cls(read_head(target, source))

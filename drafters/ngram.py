@@ -58,17 +58,18 @@ def count(tokenizer: Any, vocab_size: int, stop: Stop) -> tuple[Texts, Prior]:
 
 
 def _save(kept: dict[str | None, KeptTexts]) -> None:
-    """Write the files of earlier texts that have changed. kept: by scope (None: the default scope), its file."""
+    """Write the files of earlier texts that have changed. kept: the file of each scope (tenant; None: the default)."""
     for each in kept.values():
         each.save()
 
 
 class NgramRow:
-    """What an ``NgramDrafter`` keeps of one row.
+    """What an ``NgramDrafter`` keeps of one row (sequence).
 
-    texts: the row's own text.
+    texts: the row's own text, in which n-grams are looked up.
     seen: number of the row's tokens in ``texts``.
-    store: the texts of earlier requests of the row's scope; None: before the row's first draft.
+    store: the texts of earlier requests of the row's scope (tenant); None: before the row's first draft, or none are
+        used.
     kept: the file of these earlier texts; None: they are not kept.
     """
 
@@ -83,10 +84,11 @@ class NgramDrafter(Drafter):
 
     nodes: number of nodes of a tree; None: as many as are worth their cost (``Prices``), or the maximum depth of a
         draft if costs are not known.
-    store: number of tokens of earlier requests of this process, prompts and outputs, in which n-grams are looked up;
-        True: the default; 0 or False: none.
+    store: number of tokens of earlier requests of this process, prompts and outputs, in which n-grams are looked up,
+        for each scope (tenant); True: the default, ``STORE``; 0 or False: none.
     prior: whether the package's corpus is used, which needs the model's tokenizer.
-    corpus: a text file, or a folder of text files, that is read first and used in all scopes; None: there is none.
+    corpus: a text file, or a folder of text files, that is read in ``bind`` and used for all tenants; None: there is
+        none.
     keep: whether the tokens of earlier requests are kept in the data folder, for later processes.
     Raises SpecDecError where its compiled part is not built.
     """
@@ -172,7 +174,8 @@ class NgramDrafter(Drafter):
         """Return the candidates after the text of one row. Adds the row's new tokens to its texts first.
 
         state: the batch. row: index of the row in the batch. limit: maximum depth of a candidate; 0: an empty tree.
-        learned: the tree of another drafter, which is merged in; None: there is none.
+        learned: the tree of another drafter, which is merged in; the result then has probabilities (``Candidates.raw``)
+            of the three sources of a ``JoinedDrafter``. None: there is no other drafter, and one source.
         """
         if not limit:
             return Candidates.none(1 if learned is None else 3)

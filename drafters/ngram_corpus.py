@@ -32,16 +32,20 @@ HEADER, VERSION = 4, 1  # numbers: VERSION, tokens, files that were read, files 
 
 @dataclass
 class Reading:
-    """The text files at a path, and counts of the files that were read and skipped."""
+    """The text files at a path, and counts of the files that were read and skipped.
 
-    stats: dict[Path, os.stat_result]  # of all files
-    files: int = 0  # number of files that were read
-    skipped: int = 0  # number of files that were skipped
+    stats: ``os.stat`` of each file, by its path. files, skipped: numbers of files that ``pieces`` has read and skipped.
+    """
+
+    stats: dict[Path, os.stat_result]
+    files: int = 0
+    skipped: int = 0
 
     def pieces(self, bar: terminal.Bar) -> Iterator[str]:
-        """Yield the files' texts in parts of whole lines. Skips files that are binary, too large or unreadable.
+        """Yield the files' texts in parts, of whole lines unless a line is long (``PIECE``).
 
-        Counts the files in ``files`` and ``skipped``. bar: shows the megabytes done.
+        Skips files that are binary, larger than ``MOST_BYTES`` or unreadable. Counts files in ``files`` and
+        ``skipped``. bar: shows the megabytes done.
         """
         done, whole = 0, sum(state.st_size for state in self.stats.values()) / 1e6
         for path, state in self.stats.items():
@@ -62,11 +66,12 @@ class Reading:
 
 
 def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
-    """Read and index the texts of a user's corpus, and print the number of files.
+    """Read the texts of a user's corpus; return their tokens, sorted so that n-grams are found. Prints counts of files.
 
-    Raises SpecDecError if there is no text, or the tokenizer fails on it.
+    The result is kept in the cache folder, and read from there while no file has changed.
+    Raises SpecDecError if there is no text or no tokenizer, or the tokenizer fails on it.
     place: a UTF-8 text file, or a folder, whose files are read recursively but for hidden ones.
-    vocab_size: V; ids that are not below it become -1.
+    tokenizer: that of the model; None: there is none. vocab_size: V; ids that are not below it become -1.
     """
     if tokenizer is None:
         raise SpecDecError("a corpus of n-grams needs the model's tokenizer; give SpecDecoder one")
@@ -100,7 +105,10 @@ def read_corpus(place: Path, tokenizer: Any, vocab_size: int) -> SortedTexts:
 
 
 def _stats(place: Path) -> dict[Path, os.stat_result]:
-    """Return ``os.stat`` of the file ``place``, or of all files in the folder ``place``; links are not followed."""
+    """Return ``os.stat`` of the file ``place``, or of all files in the folder ``place`` and below it, by their paths.
+
+    Hidden files and folders, and links in the folder, are left out. Raises OSError if ``place`` does not exist.
+    """
     found = {place: place.stat()}
     if place.is_dir():
         found = {}
@@ -113,11 +121,13 @@ def _stats(place: Path) -> dict[Path, os.stat_result]:
 
 
 def _names(place: Path, texts: Reading, tokenizer: str, vocab_size: int) -> tuple[str, str]:
-    """Return two parts of the cached file's name, in hexadecimal.
+    """Return (owner, content), two parts of the cached file's name, 16 hexadecimal digits each.
 
-    The first is a hash of the path ``place`` and the tokenizer, the second a hash of the present files.
+    owner: hash of the corpus as the user names it: of the path ``place``, the tokenizer and ``vocab_size``.
+    content: hash of the state of its files: of their paths, sizes and times of change. A cached file of the same owner
+        with another content is out of date.
 
-    tokenizer: text that identifies the tokenizer (``corpus.described``). vocab_size: V.
+    texts: the files. tokenizer: text that identifies the tokenizer (``corpus.described``). vocab_size: V.
     """
     owner = hashlib.sha256(f"{place.resolve()}\n{vocab_size}\n{tokenizer}".encode(errors="surrogateescape"))
     content = hashlib.sha256(repr((VERSION, MOST_TOKENS)).encode())
@@ -127,9 +137,10 @@ def _names(place: Path, texts: Reading, tokenizer: str, vocab_size: int) -> tupl
 
 
 def _mapped(path: Path, vocab_size: int) -> Ints | None:
-    """Map a cached index file into memory, int32 [n], and check that all numbers are in range.
+    """Map a cached file into memory, and return all its numbers, int32 [n]; None: it is missing or damaged.
 
-    None: the file is missing or damaged. vocab_size: V, which the token ids must be below.
+    They are ``HEADER`` numbers, the token ids, and the indices of all tokens in sorted order. All are checked to be in
+    range. vocab_size: V, which the token ids must be below.
     """
     try:
         found = np.memmap(path, np.int32, "r")

@@ -70,7 +70,10 @@ class KeptTexts:
             self.save()
 
     def save(self) -> None:
-        """Write the token ids that were added since the last writing to the file."""
+        """Append the token ids that were added since the last writing to the file, of which the latest ``size`` stay.
+
+        Warns if that fails, and forgets them.
+        """
         with self.lock:
             if not self.pending:
                 return
@@ -93,7 +96,7 @@ class KeptTexts:
 
 
 def forget() -> int:
-    """Delete the files of all scopes and tokenizers; return their number. Raises SpecDecError if one stays."""
+    """Delete the files of all tenants and tokenizers; return their number. Raises SpecDecError if one stays."""
     found = [*(files.data_dir() / "ngrams").glob("*.ids")]
     with errors_as(f"cannot delete what is kept in '{files.data_dir() / 'ngrams'}'"):
         for path in found:

@@ -38,10 +38,13 @@ from .chain import ChainDrafter, ChainRow, Readout
 
 
 class Pairs(NamedTuple):
-    """The root of each row, whose pair has run, and from which levels are drafted. ``PairDrafter.pairs`` makes it.
+    """The root of each row, the last token of its text, after which levels are drafted. ``PairDrafter.pairs`` makes it.
 
-    tokens, positions: int64 [B, 1] each. last: output of the drafter's layers for the root's pair, [B, 1, D'].
-    sure: whether the greedy token after each node is the one that is accepted, as far as is known.
+    A *pair* is a token and the state of the token before it; those of the roots have run.
+
+    tokens, positions: those of the roots, int64 [B, 1] each.
+    last: output of the drafter's layers for the root's pair, [B, 1, D'], of their own size D' (``PairDrafter.inner``).
+    sure: whether the model will choose its likeliest allowed token after each node, as in greedy decoding.
     """
 
     tokens: Tensor
@@ -51,11 +54,14 @@ class Pairs(NamedTuple):
 
 
 class PairRow(ChainRow):
-    """What a ``PairDrafter`` keeps of one row.
+    """What a ``PairDrafter`` keeps of one row (sequence). A *pair* is a token and the state of the token before it.
 
-    cache: keys and values of the pairs that were run.
-    states: the model's states before the tokens whose pairs have not run yet, in parts [n, L D] of L ``layers``.
-    last: output of the drafter's layers for the pair of the root, [1, 1, D'].
+    cache: the drafter's keys and values of the pairs that were run.
+    states: the model's states of the tokens before those whose pairs have not run yet, the last tokens of the text. A
+        list of parts in order, each [n, L D] for n tokens: the input states of the L ``PairDrafter.layers``,
+        concatenated.
+    last: output of the drafter's layers for the root's pair, [1, 1, D'], of their own size D' (``PairDrafter.inner``);
+        empty before a pair has run.
     """
 
     def __init__(self, cache: KVCache) -> None:
@@ -207,11 +213,12 @@ class PairDrafter(ChainDrafter):
         choice: DeviceChoice,
         given: Sequence[Candidates] | None = None,
     ) -> DeviceTree | None:
-        """Run the pairs of new tokens, draft, and select nodes, all in one captured function.
+        """Run the pairs of new tokens, draft, and select nodes, all in one captured function (CUDA graph).
 
         Return the selected nodes, which are on the device; None: it cannot be captured here, and nothing was drafted.
 
-        levels: maximum number of levels. width: number of children of a node.
+        state: the rows, whose ``PairRow`` are brought up to date.
+        levels: maximum number of levels (depths of the tree). width: number of children of a node.
         choice: the rule by which nodes are selected.
         given: the candidates of n-grams for each row, which the draft extends; None: there are none.
         """
@@ -267,9 +274,9 @@ class PairDrafter(ChainDrafter):
         return found
 
     def catch_up(self, state: State) -> KVCache:
-        """Run the pairs of all rows' new tokens, up to the roots; return the cache of all rows.
+        """Run the pairs of all rows' new tokens, up to the roots; return one cache over the rows' own caches.
 
-        Sets ``last`` of each row's ``PairRow``, and empties its ``states``.
+        Sets ``last`` of each row's ``PairRow``, commits the keys and values of these pairs, and empties ``states``.
         """
         rows: list[PairRow] = state.row_states
         cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])

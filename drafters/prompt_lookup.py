@@ -19,11 +19,11 @@ Continuation = tuple[list[int], int]  # a text, and the index in it at which the
 
 
 class _Index:
-    """Index of the n-grams in a row's text, with the places where they go on, in different ways, latest first.
+    """Index of the n-grams in a row's text, and of the tokens that followed them.
 
     sizes: the lengths of n-grams.
-    most: maximum number of continuations of an n-gram.
-    found: the continuations, by n-gram.
+    most: maximum number of continuations of an n-gram, which begin with different tokens.
+    found: by n-gram (token ids), its continuations, latest first: (the text's token ids, index where it goes on).
     seen: number of tokens of the text that are in the index.
     """
 
@@ -75,7 +75,10 @@ class PromptLookupDrafter(Drafter):
         return merge([self._lookup(state, row, limit) for row in range(len(state.ids))], state.cache.device)[0]
 
     def _lookup(self, state: State, row: int, limit: int) -> list[list[int]]:
-        """Return the continuations to draft for the row of index ``row``, each of at most ``limit`` tokens."""
+        """Return the continuations (token ids) to draft for the row of index ``row``, of at most ``limit`` tokens each.
+
+        Those of the longest n-grams come first. Adds the row's new tokens to its index.
+        """
         index, ids = state.row_states[row], state.ids[row]
         index.add(ids)  # an n-gram enters it once its continuation is known, so the current suffix never finds itself
         found: dict[int, list[int]] = {}  # by first token

@@ -43,15 +43,15 @@ ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embedding
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The sizes of a public draft head, a small network that drafts from the model's states; base of each kind's sizes.
+    """The sizes of a public draft head, a small network that drafts from the model's states. Base class for each kind.
 
-    layers: layers of the model whose input states the head reads; N: the final state.
+    layers: layers of the model whose input states the head reads; N (the number of layers): the last layer's output.
     width: D', the head's own hidden size (D is the model's).
-    heads, kv_heads, head_dim: numbers of attention heads and of key heads, and the size of each.
-    intermediate_size: number of neurons of the MLP.
-    vocab: V', number of draft tokens.
-    eps: the epsilon of all norms.
-    rope: entries of a ``LlamaConfig`` for its rotary embedding, such as ``rope_theta``.
+    heads, kv_heads, head_dim: numbers of attention heads and of key heads, and the size of each head.
+    intermediate_size: number of neurons of the MLP in each of the head's decoder layers.
+    vocab: V', number of tokens that the head can draft.
+    eps: the epsilon of all RMS norms.
+    rope: arguments of transformers' ``LlamaConfig`` for the rotary embedding, such as ``rope_theta``; {}: its defaults.
     """
 
     layers: tuple[int, ...]
@@ -68,12 +68,13 @@ class HeadConfig:
     def read_sizes(
         config: Mapping[str, Any], layer: Mapping[str, Any], hidden: Any, taps: Any, target: Target, where: str
     ) -> dict[str, Any]:
-        """Check the sizes in an untrusted config.json, and return them by the names of the fields.
+        """Check the sizes in an untrusted config.json, and return them by the names of this class's fields.
 
         Raises SpecDecError if a size is impossible, or of a head for another model than ``target``.
         config: the config.json. layer: its ``transformer_layer_config``.
-        hidden: hidden size of the model that the head is for. taps: the tapped layers. where: name of the head in
-            errors.
+        hidden: hidden size of the model that the head is for. taps: the value of ``layers``. Both are from the file,
+            too, and may be of any type.
+        where: name of the head in errors.
         """
         size, inner, vocab = (layer.get(name) for name in ("head_dim", "intermediate_size", "vocab_size"))
         for name, own, model in (("hidden size", hidden, target.hidden_size), ("vocabulary", vocab, target.vocab_size)):
@@ -114,11 +115,11 @@ class HeadConfig:
 
 
 class DecoderLayer(nn.Module):
-    """The parameters of a head's decoder layer under their names in the file. It has no ``forward``: heads compute.
+    """The parameters of a head's decoder layer under their names in the file. The head computes it; no ``forward``.
 
     config: the sizes of the head.
     ins: input size of the projections to queries, keys and values.
-    linear: makes the linear layer of a name, such as "mlp.up_proj", an input size and an output size.
+    linear: function of a name, such as "mlp.up_proj", an input size and an output size that makes this linear layer.
     """
 
     def __init__(self, config: HeadConfig, ins: int, linear: Callable[[str, int, int], nn.Linear]) -> None:
@@ -173,7 +174,10 @@ class PublicHead(nn.Module):
         """
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: move the parameters to the target's dtype and device, and pack the linear layers."""
+        """Prepare for drafting: move the parameters to the target's dtype and device, and pack the linear layers.
+
+        Sets ``rotary`` and what ``map`` applies. Parameters get no gradients any more. The drafter's ``bind`` calls it.
+        """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.rotary = [self.config.rotary().to(target.device)]
         groups = dict(self.groups(target))
@@ -185,12 +189,15 @@ class PublicHead(nn.Module):
     def map(self, group: str, x: Tensor) -> Tensor:
         """Apply the linear layers of a group to ``x`` [B, T, in]; return their concatenated outputs [B, T, out].
 
-        group: name of the group, such as "qkv".
+        group: name of the group in ``groups``, such as "qkv". ``freeze`` must have been called.
         """
         return self._maps[group](x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def feed_forward(self, number: int, x: Tensor) -> Tensor:
-        """Return ``x`` [B, T, D'] plus the output of the MLP of layer ``number``."""
+        """Return ``x`` [B, T, D'] plus the output of the MLP of layer ``number`` for it, the norm before it included.
+
+        ``freeze`` must have been called.
+        """
         layer: Any = self.layers[number]
         gate, up = self.map(f"{number} up", layer.post_attention_layernorm(x)).chunk(2, -1)
         return x + self.map(f"{number} down", F.silu(gate) * up)
@@ -200,7 +207,10 @@ H = TypeVar("H", bound=PublicHead)
 
 
 def _as_one(group: Sequence[nn.Linear]) -> Linear:
-    """Return one packed linear layer that computes the concatenated outputs of all layers in ``group``."""
+    """Return one packed linear layer that computes the concatenated outputs of all layers in ``group``.
+
+    group: linear layers with the same input; each may lack a bias.
+    """
     if len(group) == 1:
         return for_drafting(group[0].weight, group[0].bias)
     biases: list[Tensor] = [
@@ -246,6 +256,7 @@ def read_head(
 class PublicHeadDrafter(PairDrafter):
     """Base class of drafters with a public head: they grow a tree for greedy rows, and a chain for each row else.
 
+    A public head is a network in the format of the library speculators. A level is all nodes at one depth of a tree.
     A subclass implements ``read``, which loads its kind of head, and what ``PairDrafter`` asks for: ``name``,
     ``summary``, ``shift``, ``run``, ``inputs`` and ``logits``.
 
@@ -268,7 +279,8 @@ class PublicHeadDrafter(PairDrafter):
     @classmethod
     @abstractmethod
     def read(cls, folder: Path, config: Mapping[str, Any], target: Target, where: str) -> PublicHead:
-        """Load the head in ``folder``. Raises SpecDecError if it does not fit the target, or is broken.
+        """Load the head in ``folder``, not frozen yet. Raises SpecDecError if it does not fit the target, or is broken.
+
         config: the folder's config.json, untrusted. where: the folder's name in errors.
         """
 
@@ -341,9 +353,9 @@ class PublicHeadDrafter(PairDrafter):
     ) -> list[Candidates] | DeviceTree:
         """Return a tree for each row, with ``width`` children of a node and at most ``limit`` levels.
 
-        choice: the rule by which the device selects nodes; the tree is then on the device, if that can draft it. None:
-            the host selects.
-        given: the candidates of another source for each row, which the tree extends; None: there are none.
+        choice: the rule by which the device selects nodes; the result is then their tree on the device. None: the
+            result is all candidates of each row, from which the caller selects.
+        given: for each row, the candidates by n-grams, which the tree extends; None: there are none.
         """
         tree = None if choice is None else self.draft_captured(state, limit, width, choice, given)
         if tree is not None:

@@ -38,8 +38,10 @@ class DraftVocabulary:
     Call ``follow`` at the beginning of each step.
 
     target: the model.
-    trained, trained_ids: the token ids that the drafter was trained on, int64 [V'], and the same as a set; None: all.
-    head: the output head for ``trained``; as an argument, None: it is made of the model's. None: the model's own.
+    trained, trained_ids: the token ids that the drafter was trained on, int64 [V'], and the same as a set; None, and an
+        empty set: all.
+    head: the output head for ``trained``; None: the model's own. The argument may be None in any case: the head is then
+        made of the model's rows for ``trained``.
     tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
     added: token ids of the rows' texts that are not in ``trained``.
     added_head: the output head for ``added``; None: no token has been added yet.
@@ -63,7 +65,9 @@ class DraftVocabulary:
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
         """Add the new tokens of all rows' texts to the draft vocabulary; each row drafts only those of its own text.
 
-        contexts: one context for each row of ``state``, which is brought up to date.
+        Sets ``tokens``, ``added``, ``added_head`` and ``forbidden``. No effect if all tokens are drafted anyway.
+
+        contexts: one context for each row of ``state``, in its order; the call updates it.
         """
         if self.trained is None:
             return
@@ -95,11 +99,17 @@ class DraftVocabulary:
 
     @property
     def heads(self) -> list[nn.Linear | None]:
-        """The output heads whose concatenated logits are over ``tokens``, for one row; None: the model's own head."""
+        """The one or two output heads whose concatenated logits are over ``tokens``; None: the model's own head.
+
+        With several rows, ``forbidden`` says which outputs of the second head a row may not draft.
+        """
         return [self.head, self.added_head] if self.added else [self.head]
 
     def logits(self, final: Tensor) -> Tensor:
-        """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D]."""
+        """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D], before the final norm.
+
+        The rows are those of the last ``follow``; tokens that a row may not draft have -inf.
+        """
         return read_out(self.target, final, self.heads, self.forbidden)
 
 

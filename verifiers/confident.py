@@ -30,7 +30,7 @@ class ConfidentVerifier(Verifier):
 
     @property
     def label(self) -> str:
-        """The verifier's name and options, as shown in results."""
+        """The verifier's name and threshold, as results show them."""
         return f"{self.name}, threshold {self.threshold:g}"
 
     def accepts(self, token: int, choice: int) -> bool:

@@ -13,7 +13,7 @@ from specdec.speculation.verifier import Verifier
 
 
 class ExactVerifier(Verifier):
-    """Accepts the path of drafted tokens that the target chooses itself."""
+    """Accepts the path of drafted tokens that the target chooses itself: the output is that of plain decoding."""
 
     name: ClassVar[str] = "exact"
     lossless: ClassVar[bool] = True

@@ -24,9 +24,9 @@ from specdec.speculation.verifier import Acceptance, Verifier
 class TypicalVerifier(Verifier):
     """Accepts the longest path of plausible tokens, the likeliest of several.
 
-    A token is plausible if the model gives it at least the probability min(epsilon, delta exp(-H)), where H is the
-    entropy of the model's distribution. The defaults are those of the Medusa paper (arXiv 2401.10774).
-    Raises SpecDecError for values out of range.
+    A token is plausible if the model gives it a larger probability than min(epsilon, delta exp(-H)), where H is the
+    entropy of the model's distribution in nats. The defaults are those of the Medusa paper (arXiv 2401.10774).
+    Greedy decoding accepts as the exact verifier does. Raises SpecDecError for values out of range.
 
     epsilon: probability in (0, 1).
     delta: factor > 0.
@@ -46,7 +46,7 @@ class TypicalVerifier(Verifier):
 
     @property
     def label(self) -> str:
-        """The verifier's name and options, as shown in results."""
+        """The verifier's name and options, as results show them."""
         return f"{self.name}, epsilon {self.epsilon:g}, delta {self.delta:g}"
 
     def verify(self, draft: Draft, chosen: list[list[int]], p: Tensor | None) -> Acceptance:

@@ -28,7 +28,7 @@ class DSparkDrafter(PublicHeadDrafter):
     """Drafts with a DSpark head, a small network that drafts a block of tokens in one pass.
 
     A block is the text's last token and a mask token for each token to come. The pass gives logits for all of them;
-    the Markov head, a small part of the network, then corrects each level's logits by the token drafted before it.
+    the Markov head, a small part of the network, then corrects the logits of each depth by the token drafted before it.
     Greedy rows draft trees, in which each node's children are likely after the node's token; other rows draft chains.
     """
 
@@ -81,10 +81,12 @@ class DSparkDrafter(PublicHeadDrafter):
         return step
 
     def block(self, pairs: Pairs, cache: KVCache | Lanes) -> Tensor:
-        """Return the states [B, S, D'] of the block of S tokens after each row's text, after the head's norm.
+        """Run the head on a block of S tokens for each row; return their states [B, S, D'], after the head's norm.
 
-        pairs: the roots, with which the blocks begin. cache: the KV cache of all rows, as ``catch_up`` returns it. It
-            keeps the block's keys and values, uncommitted.
+        A block is the row's root, the last token of its text, and S - 1 mask tokens for the tokens to come.
+
+        pairs: the roots. cache: the KV cache of all rows, as ``catch_up`` returns it. It keeps the block's keys and
+            values, uncommitted.
         """
         config, roots, target = self.network.config, pairs.positions, self.target
         slots = torch.arange(config.block, device=roots.device)

@@ -37,14 +37,15 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer; queries, keys
 class BlockConfig(HeadConfig):
     """The sizes of a DFlash or DSpark head, a small network that drafts a block of tokens in one pass.
 
-    The Markov head is the part that corrects a token's logits by the token before it; the confidence head is the part
-    that predicts whether the likeliest token is accepted. A slot is a place in the block.
+    The fields are in addition to those of ``HeadConfig``. The Markov head is the part that corrects a token's logits by
+    the token before it; the confidence head is the part that predicts whether the likeliest token is accepted. A slot
+    is a position in the block, from 0; its output gives the logits of one drafted token.
 
     depth: number of decoder layers.
     block: S, number of tokens of a block.
     mask_token: id of the token that stands for the tokens to come.
     first: the slot of the block that drafts the first token: 0 (the last token of the text), or 1.
-    windows: for each layer, how far before the block it attends to the text; None: no limit.
+    windows: for each layer, how many tokens before the block it attends to; None: all.
     causal: whether, in layers with a window, a slot of the block only attends to itself and those before.
     biased: whether the projections of the attention have a bias.
     markov: the Markov head, one of ``MARKOV``; "": there is none. rank: its inner size.
@@ -67,7 +68,7 @@ class BlockConfig(HeadConfig):
         """Check an untrusted config.json, and return the sizes in it. where: its name in errors.
 
         Raises SpecDecError if it describes no head that this code can run, or a head for another model than ``target``.
-        kind: ``DFLASH`` or ``DSPARK``.
+        kind: ``DFLASH`` or ``DSPARK``, the kind of head that the file must describe.
         """
         layer = config.get("transformer_layer_config")
         if config.get("speculators_model_type") != kind or not isinstance(layer, dict):
@@ -172,18 +173,20 @@ class BlockHead(PublicHead):
         return groups
 
     def keys_and_values(self, number: int, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, H', T, d] of layer ``number`` for ``x`` [B, T, D'].
+        """Return keys and values of layer ``number`` for ``x`` [B, T, D'], [B, H', T, d] each with H' heads of size d.
 
-        turns: the result of ``rotary`` for the positions of ``x``.
+        turns: the result of ``rotary`` for the positions of ``x``: cosines and sines, [B, T, d] each.
         """
         own: Any = self.layers[number].self_attn
         k, v = (self._by_head(part) for part in self.map(f"{number} kv", x).chunk(2, -1))
         return _turned(own["k_norm"](k), turns), v
 
     def forward(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Run the layers on the S embedded tokens of each row's block; return states [B, S, D'] after the norm.
+        """Run the layers on the S tokens of each row's block; return their states [B, S, D'] after the head's norm.
 
-        positions: int64 [B, S]. attend: computes attention, as ``Attend`` says.
+        embedded: embeddings of the tokens, [B, S, D']. positions: their positions, int64 [B, S].
+        attend: function (layer number, queries [B, H, S, d], keys and values [B, H', S, d]) that adds keys and values
+            to a KV cache, and returns the result of attention [B, H, S, d].
         """
         x, turns = embedded, self.rotary[0](embedded, positions)
         for n, layer in enumerate(self.layers):
@@ -196,13 +199,13 @@ class BlockHead(PublicHead):
         return states
 
     def follow(self, tokens: Tensor, states: Tensor, memory: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Return what the tokens before a slot of the block say of the slot, for W nodes of each row.
+        """Run the Markov and the confidence head on one slot of the block, after W different tokens in each row.
 
-        The result is what to add to the slot's logits, [B, W, V'] (None: nothing), the log-odds [B, W, 1] that its
-        likeliest token is accepted (None: unknown), and the next slot's ``memory``.
+        Returns what to add to the slot's logits after each token, [B, W, V'] (None: nothing); the log-odds [B, W, 1]
+        that its likeliest token is accepted (None: unknown); and the next slot's ``memory``, [B, W, rank].
 
-        tokens: the previous tokens, int64 [B, W].
-        states: the slot's states, [B, 1, D'].
+        tokens: the tokens before the slot, nodes of the draft tree, int64 [B, W].
+        states: the slot's states after the head's norm, [B, 1, D'].
         memory: the Markov head's recurrent state, [B, W, rank]; zeros before the first slot.
         """
         seen, added = states.expand(-1, tokens.shape[1], -1), None
@@ -225,13 +228,17 @@ class BlockHead(PublicHead):
 
 
 def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions to ``x`` [B, H, T, d]. turns: cosines and sines, [B, T, d] each."""
+    """Return ``x`` [B, H, T, d] with rotary positions applied. turns: cosines and sines, [B, T, d] each."""
     cos, sin = (part[:, None] for part in turns)
     return x * cos + rotate_half(x) * sin
 
 
 def with_confidence(logits: Tensor, odds: Tensor) -> Tensor:
-    """Let the likeliest token of logits [B, W, V'] have the log-odds ``odds`` [B, W, 1], if it stays the likeliest."""
+    """Return logits [B, W, V'], float32, whose likeliest token has the log-odds ``odds`` [B, W, 1] in their softmax.
+
+    Only this token's logit changes. If the log-odds are so low that another token would be likeliest, it is set just
+    above the second one.
+    """
     logits = logits.float()
     best, index = logits.topk(2)
     first = index[..., :1]

@@ -24,9 +24,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, H, T, d], key
 
 @dataclass(frozen=True)
 class Eagle3Config(HeadConfig):
-    """The sizes of an EAGLE-3 head, a decoder layer that drafts from the model's states.
+    """The sizes of an EAGLE-3 head, a decoder layer that drafts from the model's states, in addition to ``HeadConfig``.
 
-    norm_first: whether the layer's residual begins with the normalized state; False: with the state itself.
+    norm_first: whether the residual stream of the layer begins with the normalized input state; False: with the state
+        itself.
     """
 
     norm_first: bool = True
@@ -50,7 +51,10 @@ class Eagle3Config(HeadConfig):
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
-    """Return the layers that a head reads by default, of ``layers`` layers: an early, a middle and a late one."""
+    """Return the layers whose inputs a head reads by default: an early, a middle and a late one.
+
+    layers: the model's number of layers.
+    """
     return min(2, layers), layers // 2, max(layers - 3, 0)
 
 
@@ -119,5 +123,8 @@ class Eagle3(PublicHead):
         return self.feed_forward(0, x + self.map("o", attend(q, k, v).transpose(1, 2).flatten(2)))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits of the next tokens over the draft vocabulary, [B, T, V'], from features [B, T, D']."""
+        """Return logits of the next tokens over the draft vocabulary, [B, T, V'], from features [B, T, D'].
+
+        features: as ``layer`` returns them. ``freeze`` must have been called.
+        """
         return self.map("head", self.norm(features))

@@ -26,13 +26,14 @@ from .passes import PartialPass, RoutedPass
 class ExitDrafter(ChainDrafter):
     """Base class of drafters whose tokens leave the model before its last layer, at an exit that a subclass chooses.
 
-    An *exit* is a place before a layer where the token's state is read for draft logits; exits are numbered from 0.
-    A subclass implements ``run_to_exit``, and sets ``level_shares`` before ``bind`` of this class.
+    An *exit* is a layer whose input for the token is read for draft logits; exits are numbered from 0. A subclass
+    implements ``run_to_exit``, and sets ``level_shares`` before ``bind`` of this class.
 
     network_class: class of the trained modules, if there are any, which ``load`` reads from a folder.
     network: the trained modules; None: the model's own norm and head compute draft logits.
     vocabulary: the tokens that are drafted, with the output heads for them.
-    level_shares: bytes that drafting one level reads, as a share of the bytes of a pass, for each exit.
+    level_shares: for each exit, the bytes that drafting one token of each row reads, as a share of the bytes that a
+        pass of the whole model reads.
     cost_key: distinguishes drafters of the same name that need different times to draft.
     """
 
@@ -44,10 +45,12 @@ class ExitDrafter(ChainDrafter):
 
     @classmethod
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> Drafter:
-        """Load the trained modules, if the drafter needs any, and make the drafter with the options ``kwargs``.
+        """Load the trained modules, if the drafter needs any, and make the drafter.
 
-        Raises SpecDecError if no folder is shipped, or ``source`` is of another drafter or model.
-        source: a drafter folder; None: the one shipped for the model.
+        Raises SpecDecError if no folder is shipped, or ``source`` is of another drafter or model, and for unknown
+        options.
+        target: the model to draft for. source: a drafter folder; None: the one shipped for the model.
+        kwargs: the drafter's options: arguments of its constructor other than ``network``.
         """
         if not cls.needs_training:
             return super().load(target, source, **kwargs)
@@ -71,13 +74,16 @@ class ExitDrafter(ChainDrafter):
     def begin_draft(self, state: State) -> Any:
         """Return a new object that runs the tokens of a draft through the model's layers, a ``PartialPass`` by default.
 
-        A subclass may return another one with the methods ``push`` and ``finish`` of ``PartialPass``.
+        ``propose`` calls this once per draft. A subclass may return another object with the methods ``push`` and
+        ``finish`` of ``PartialPass``; its own ``run_to_exit`` then gets this object.
         """
         return PartialPass(state.target, state.cache)
 
     @abstractmethod
     def run_to_exit(self, tokens: Any, state: State) -> tuple[Any, ...]:
         """Run the last token of each row's draft to the exit where it leaves the model, and read draft logits there.
+
+        ``propose`` calls this for each row's root, then for each drafted token but the last.
 
         Returns the fields of ``Readout``: draft logits of the next token [B, V'], the probability that the best one is
         right [B, 1] (None: its softmax is used), and the number of layers that the token has run, int64 [B, 1].
@@ -117,7 +123,7 @@ class EarlyExitDrafter(ExitDrafter):
     Models that were not trained to exit early rarely agree with their first layers. Raises SpecDecError, when bound, if
     the exit layer is outside the model.
 
-    exit_layer: E, 1 <= E < N; None: a third of the layers, about where models trained for it exit.
+    exit_layer: E, 1 <= E < N for a model of N layers; None: a third of them, about where models trained for it exit.
     """
 
     name: ClassVar[str] = "early-exit"
@@ -141,8 +147,9 @@ class EarlyExitDrafter(ExitDrafter):
 class DeedDrafter(ExitDrafter):
     """Drafts a chain whose tokens leave at the first exit with enough confidence, or at the last exit (``State.exit``).
 
-    Each exit has a trained module; all share the model's output head. DEED (arXiv 2311.08623) trains a model together
-    with its exits; here the model stays frozen.
+    An exit is a layer at which a token may leave the model. Each has a trained module, which estimates the final state;
+    all share the model's output head. DEED (arXiv 2311.08623) trains a model together with its exits; here the model
+    stays frozen.
 
     network: the modules of the exits.
     exit_confidence: minimum probability of the best token, in [0, 1]; where drafts are not verified, the verifier's
@@ -170,7 +177,10 @@ class DeedDrafter(ExitDrafter):
 
 
 class SkipDecodeRow(ChainRow):
-    """What a ``SkipDecodeDrafter`` keeps of one row. prompt: number of prompt tokens; 0: not known yet."""
+    """What a ``SkipDecodeDrafter`` keeps of one row (sequence).
+
+    prompt: number of prompt tokens; 0: not known before the row's first draft.
+    """
 
     prompt = 0
 

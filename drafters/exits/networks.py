@@ -17,12 +17,13 @@ from specdec.runtimes.torch.linear import rms_unit
 
 
 class ExitHeads(nn.Module):
-    """A small trained module at each exit, which estimates h[N] from h[E]. All share the model's output head.
+    """A small trained module at each exit, which estimates the final state from the hidden state there.
 
-    The estimate is map(u) + up(silu(down(u))) with u = h / rms(h). Untrained, map is the identity and up is zero.
+    The final state is the last layer's output, before the final norm; the model's own norm and output head read the
+    estimate, which is map(u) + up(silu(down(u))) with u = h / rms(h). Untrained, map is the identity and up is zero.
 
-    exits: for each exit, E, the number of layers that run before it, rising.
-    width: number of outputs of each ``down``.
+    exits: for each exit, the number of layers that run before it, rising.
+    width: number of outputs of each ``down``. target (argument): the model, whose sizes the parameters get.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
@@ -40,7 +41,10 @@ class ExitHeads(nn.Module):
         self.draft_vocab: Tensor | None
 
     def forward(self, index: int, h: Tensor) -> Tensor:
-        """Return the estimate of the final state h[N], [B, T, D], from the states ``h`` [B, T, D] at exit ``index``."""
+        """Return the estimate of the final state, [B, T, D], from the hidden state ``h`` [B, T, D] at an exit.
+
+        index: number of the exit, from 0: its index in ``exits``.
+        """
         unit = rms_unit(h)
         out: Tensor = self.map[index](unit) + self.up[index](F.silu(self.down[index](unit)))
         return out
@@ -51,7 +55,7 @@ class ExitHeads(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> ExitHeads:
-        """Make untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
+        """Return untrained heads of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
 
         config: has the entries "exits" and "width", as ``config`` returns them. target: the model.
         draft_vocab: token ids that are drafted, int32 [V']; None: all.
@@ -61,7 +65,10 @@ class ExitHeads(nn.Module):
 
 
 def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
-    """Return ``exits`` as a tuple. Raises SpecDecError unless it lists rising layers in 1 .. ``num_layers`` - 1."""
+    """Return ``exits`` as a tuple. Raises SpecDecError unless it lists rising layers in 1 .. ``num_layers`` - 1.
+
+    exits: a value that may come from a file, of any type.
+    """
     layers = options.check_ints("exits", exits, 1)
     if not layers or max(layers) >= num_layers or list(layers) != sorted(set(layers)):
         raise SpecDecError(f"exits must be rising layers in 1 .. {num_layers - 1}; got {list(layers)}")
@@ -69,10 +76,14 @@ def check_exits(exits: Any, num_layers: int) -> tuple[int, ...]:
 
 
 class Routers(nn.Module):
-    """A linear router for each layer from ``first`` on: a token runs the layer if its router's output is positive.
+    """A router for each layer from index ``first`` on: a drafted token runs the layer if its output is positive.
 
-    first: number of layers that are always run, 1 <= first < N.
-    weight, bias: those of the routers, [N - first, D] and [N - first].
+    A router is a linear layer with one output. It reads the layer's input, divided by its root mean square. A token
+    that skips a layer keeps its hidden state. Untrained, every layer is run.
+
+    first: number of layers that are always run, 1 <= first < N for a model of N layers; raises SpecDecError otherwise.
+    weight, bias: parameters of the routers of layers first .. N - 1, [N - first, D] and [N - first].
+    target (argument): the model, whose sizes the parameters get.
     draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
@@ -86,12 +97,15 @@ class Routers(nn.Module):
         self.draft_vocab: Tensor | None
 
     def score(self, layer: int, x: Tensor) -> Tensor:
-        """Return the router's output, [B, T, 1], for the residual ``x`` [B, T, D] before ``layer``."""
+        """Return the output of the router of layer ``layer``, [B, T, 1], for ``x`` [B, T, D], the input of the layer.
+
+        layer: index of the layer, first .. N - 1.
+        """
         return F.linear(rms_unit(x), self.weight[layer - self.first, None], self.bias[layer - self.first, None])
 
     @classmethod
     def from_config(cls, config: dict[str, Any], target: Target, draft_vocab: Tensor | None) -> Routers:
-        """Make untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
+        """Return untrained routers of the sizes in a folder's ``config``. Raises SpecDecError if they do not fit.
 
         config: has the entry "first", the number of layers that are always run. target: the model.
         draft_vocab: token ids that are drafted, int32 [V']; None: all.

@@ -14,7 +14,8 @@ from .networks import Routers
 class PartialPass:
     """Runs the tokens of a draft through the first layers, an earlier token at least as far as a later one.
 
-    Keys and values of the layers that are run go to ``cache``, uncommitted.
+    ``push`` adds a token of each row, ``to`` runs it, ``finish`` ends the draft. Keys and values of the layers that are
+    run go to ``cache``, the model's, uncommitted.
 
     groups: the tokens by the layer that they have reached, deepest first: layer, states [B, n, D], positions [B, n] and
         token ids [B, n].
@@ -36,8 +37,8 @@ class PartialPass:
     def to(self, layer: int) -> Tensor:
         """Run all tokens that have not reached ``layer`` through the layers below it.
 
-        Return the input states of ``layer`` of the n tokens that have reached just this layer, [B, n, D]; the last of
-        them is the draft's last token.
+        Return the inputs of ``layer`` for the n tokens that have reached just this layer and no deeper one, [B, n, D];
+        the last of them is the draft's last token. The tensor is kept; do not change it.
         """
         while (level := self.groups[-1][0]) < layer:
             _, x, positions, ids = self.groups.pop()
@@ -68,12 +69,12 @@ class RoutedPass:
 
     A token that skips a layer gets keys and values there, in ``cache``, as soon as a later token runs the layer.
 
-    routers: choose the layers; a layer runs if they choose it for any row.
+    routers: choose the layers; a layer runs if they choose it for any row. The first layers are those without routers.
     states: the state of each token after the first layers, [B, 1, D] each.
     skipped: for each routed layer, the inputs of tokens that have skipped it so far, [B, 1, D] each.
     ids: the ids of the tokens, [B, 1] each.
-    last: final state of the last token, [B, 1, D].
-    layers_run: number of layers that the last token has run.
+    last: final state of the last token, before the final norm, [B, 1, D]; set by ``push``.
+    layers_run: number of layers that the last token has run; set by ``push``.
     """
 
     def __init__(self, target: Target, cache: KVCache, routers: Routers) -> None:

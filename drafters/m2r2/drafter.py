@@ -30,9 +30,9 @@ from .path_pass import PathPass
 class M2R2Row(ChainRow):
     """What an ``M2R2Drafter`` keeps of one row: where the model's states of the token before the root are.
 
-    block: the states of the last scored pass with the row, [B, T, D] for each layer that the drafter reads.
-    index: the row's index in ``block``.
-    token: the index in ``block`` of the token before the root.
+    block: the states of the model's last pass with the row, [B, T, D] for each layer in ``Traits.taps``, in order.
+    index: the row's index in ``block``, 0 .. B - 1.
+    token: the index in ``block`` of the token before the root, 0 .. T - 1.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,13 @@ class M2R2Row(ChainRow):
 
 
 class M2R2Drafter(ChainDrafter):
-    """Drafts with an M2R2 network: a chain, or a tree that is grown level by level.
+    """Drafts with an M2R2 network: a chain, or a tree that is grown level by level (a level is all nodes at one depth).
 
     An M2R2 network drafts with the model's own layers: each token runs through only a few of them, which low-rank
-    adapters change, and projections estimate what the skipped layers would have computed.
+    adapters change, and projections estimate what the skipped layers would have computed. A token runs along this path
+    to its end or, if there are several exits, leaves it at one before.
 
-    A tree is grown for one greedy row if the draft path has one exit and shares no layer with scoring.
+    A tree is grown for one row if the draft path has one exit and shares no layer with scoring.
 
     network: the trained network, or the one with which ``learner`` begins.
     width: number of nodes of each level that get children.
@@ -87,7 +88,8 @@ class M2R2Drafter(ChainDrafter):
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> M2R2Drafter:
         """Load the drafter folder ``source``; None: the one shipped for the target's weights, else one that learns.
 
-        Raises SpecDecError if no folder is shipped and a drafter cannot teach itself on this target.
+        Raises SpecDecError if no folder is shipped and a drafter cannot teach itself on this target, or if the folder
+        does not fit the target. kwargs: the options named in ``options``, arguments of the constructor.
         """
         options.check_names(cls.name, kwargs, cls.options)
         if source is None and cls.teaches_itself and drafter_folder.find_shipped(cls.name, target) is None:
@@ -132,7 +134,10 @@ class M2R2Drafter(ChainDrafter):
             self.learner.add(ids, start)
 
     def _ready(self) -> bool:
-        """Take over the learner's latest network, and return whether there is a network to draft with."""
+        """Set ``network`` to the learner's latest one, and return whether there is a trained network to draft with.
+
+        Without a learner, that is always so. With one, nothing is drafted before its first fit.
+        """
         if self.learner is None:
             return True
         fits = self.learner.fits
@@ -167,7 +172,7 @@ class M2R2Drafter(ChainDrafter):
     def _width(self, state: State, given: Given = None) -> int:
         """Return the number of children of each node: 1 in a batch of several rows, where siblings do not pay.
 
-        given: the candidates of another source, which the draft extends; None: there is no other source.
+        given: for each row, the candidates by n-grams, which the draft extends; None: there are none.
         """
         trees = bool(self.nodes) or (len(state.ids) == 1 and (bool(state.prices) or given is not None))
         return self.width if trees else 1
@@ -200,7 +205,10 @@ class M2R2Drafter(ChainDrafter):
     def _run_to_exit(self, tokens: PathPass, state: State) -> Readout:
         """Run the last token of ``tokens`` to the first exit with enough confidence, and return its ``Readout`` there.
 
-        The deep state that the token leaves there is set in its ``carry``, which the next token reads.
+        In a batch, each row's token leaves at its own exit. Sets ``carry.final`` of the token, which the next token's
+        projections read, to the estimate of its final state there.
+
+        tokens: the draft's tokens so far, each on its way along the path. state: the rows of the batch.
         """
         path, routers = self.network.path, self.network.routers
         exit_confidence = self.exit_confidence if state.threshold is None else state.threshold
@@ -222,8 +230,8 @@ class M2R2Drafter(ChainDrafter):
     def _drafts_by_levels(self, state: State) -> bool:
         """Return whether to draft level by level: a tree for one row, chains with siblings for several rows.
 
-        This needs a draft path without layers that scoring reuses, and no logits processor that reads the tokens
-        before, other than the constraint of a single row.
+        This needs drafts that are verified, a draft path with projections and one exit, without layers that scoring
+        reuses, and no logits processor that reads the tokens before, other than the constraint of a single row.
         """
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None
@@ -231,7 +239,10 @@ class M2R2Drafter(ChainDrafter):
         return verified and plain and not path.exit_layer and not path.exits and bool(self.traits.taps)
 
     def _draft_path(self, state: State) -> DraftPath:
-        """Return the runnable draft path, with output heads for the current draft vocabulary."""
+        """Return the draft path as ``Target.draft_rows`` runs it, with output heads for the current draft vocabulary.
+
+        Adds the tokens of the rows' texts to this vocabulary first.
+        """
         network, vocabulary = self.network, self.vocabulary
         vocabulary.follow(state, [row.context for row in state.row_states])
         if self.draft_path is None:
@@ -261,8 +272,8 @@ class M2R2Drafter(ChainDrafter):
 class PaperM2R2Drafter(M2R2Drafter):
     """Drafts with the model's first E layers and adapters, as the abstract of the M2R2 paper (arXiv 2502.02040) says.
 
-    No projection leads to later layers. A token's own states (without adapters) run along, so scoring resumes at layer
-    E from them, which are exact.
+    No projection leads to later layers. Each drafted token also runs the E layers without adapters; these states are
+    exact, so scoring resumes from them at layer E.
     """
 
     name: ClassVar[str] = "m2r2-paper"

@@ -32,10 +32,10 @@ VOCABULARY = 8192  # tokens that are drafted
 
 
 def learned_path(target: Target) -> M2R2Path:
-    """Return the draft path of a drafter that teaches itself: one range of layers, which ends before the last twelfth.
+    """Return the draft path of a drafter that teaches itself: one range of layers between two projections.
 
-    The range is a quarter of the layers, or half of them if the output head has more weights than all layers, which
-    then cost little compared with the head.
+    The range is a quarter of the model's layers, or half of them if the output head has more weights than all layers,
+    which then cost little compared with the head. It ends before the last twelfth of the layers.
     """
     n, blocks = target.num_layers, range(target.num_layers)
     own = sum(math.prod(each.shape) for layer in blocks for _, each in named_weights(target.block(layer)))
@@ -44,10 +44,11 @@ def learned_path(target: Target) -> M2R2Path:
 
 
 class Fits:
-    """Sums over the training data of texts (``Rows``), and networks whose two projections are fitted to these sums.
+    """Sums over the training data of texts (``replay.Rows``), and networks with two projections fitted to these sums.
 
-    The first projection makes the input of the draft path's segment, the second one the final state after it. ``Sums``
-    holds what ridge regression needs: sums of products of a projection's inputs and goals.
+    The draft path runs one range of layers, its segment. The first projection, a linear layer, estimates the segment's
+    input, the second one the final state from its output. ``Sums`` holds what ridge regression needs: sums of products
+    of a projection's inputs and the states that it should return. To *fit* is to solve the regression.
 
     path: the draft path (``learned_path``). name: the model's name, or its absolute path if it is local.
     adapter: name of the adapter that is merged into the model; "": there is none.
@@ -94,7 +95,10 @@ class Fits:
         return Progress(self.name, str(self.path), fits=fits, adapter=self.adapter)
 
     def _read_progress(self) -> Progress | None:
-        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists."""
+        """Return the progress in the model's file, or else in the file of its base model; None: neither file exists.
+
+        Sets ``source``, ``read_at`` and ``factor``.
+        """
         self.source = self.store
         self.read_at = self.stamp
         self.factor = 1.0
@@ -106,7 +110,7 @@ class Fits:
         return found
 
     def _new_sums(self) -> list[Sums]:
-        """Return empty sums for the two projections."""
+        """Return empty sums for the two projections, which have 3 D and 2 D inputs and D outputs."""
         return [Sums(parts * self.target.hidden_size, self.target.hidden_size) for parts in (3, 2)]
 
     def _restore(self) -> None:
@@ -142,7 +146,9 @@ class Fits:
         self.head = self.newest = None if self.vocabulary is None else target.reduced_head(self.vocabulary)
 
     def _kept(self, first: Tensor, second: Tensor, basis: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write by name: "fit.0", "fit.1", "basis", "counts" and, if it is reduced, "vocabulary".
+        """Return the tensors to write to the file by name: "fit.0", "fit.1", "basis", "counts" and "vocabulary".
+
+        The last one is missing if all tokens are drafted.
 
         first, second, basis: weight and bias of projections with F inputs, in one matrix [F + 1, D]: those of the
             network that drafts, and the first one of ``basis``.
@@ -151,11 +157,14 @@ class Fits:
         return {"fit.0": first, "fit.1": second, "basis": basis, "counts": self.counts.int()} | more
 
     def _panels(self, sums: list[Sums]) -> dict[str, Tensor]:
-        """Return the parts of the sums of both projections by name, "sums.PROJECTION.NUMBER"."""
+        """Return the tensors of the sums of both projections by name, "sums.PROJECTION.NUMBER" (``Sums.panels``).
+
+        sums: those of projections 0 and 1. The tensors are not copied.
+        """
         return {f"sums.{n}.{number}": panel for n, each in enumerate(sums) for number, panel in enumerate(each.panels)}
 
     def _cannot_use(self, error: SpecDecError) -> None:
-        """Warn that the file of what was learned cannot be used, and begin without it.
+        """Warn that the file ``source`` cannot be used. Sets ``source`` to ``store``, ``stamp`` and ``read_at`` anew.
 
         error: why; for an UnusableError (a damaged file), the file will be overwritten, for others it stays as it is.
         """
@@ -183,7 +192,7 @@ class Fits:
         """Set ``sums``: those that earlier processes have written, or empty ones if there are none that can be used.
 
         Becomes the process that writes the file, if it can; else a warning says that nothing is kept. It is a generator
-        that yields after each tensor, so that other work may run.
+        that yields after each tensor, so that other work may run; ``sums`` is set when it has ended.
         """
         warned = self.store.why_not  # by ``_cannot_use``
         if not self.store.claim() and not warned:
@@ -223,9 +232,11 @@ class Fits:
     def basing(self, more: Iterable[Weighted]) -> Generator[None, None, M2R2]:
         """Choose the draft vocabulary, and make a network with a fitted first projection, and a second one of zeros.
 
-        It is a generator that yields where other work may run; its return value is the network.
+        It is a generator that yields where other work may run; its return value is the network. Sets ``vocabulary`` and
+        ``newest``; the caller sets ``basis``.
 
-        more: further training data that count in this fit alone, (inputs [n, 3 D], states [n, D], weight) each.
+        more: further training data that count in this fit alone, (inputs [n, 3 D], the segment's inputs [n, D], weight)
+            each.
         """
         self.vocabulary = self._likeliest()
         if self.vocabulary is not None:
@@ -243,8 +254,9 @@ class Fits:
         return (yield from self._making(self.basis, (yield from self.sums[1].solve(RIDGE, more))))
 
     def serve(self, network: M2R2, share: float) -> None:
-        """Draft with ``network`` from now on; it has the latest vocabulary.
+        """Set ``network`` and ``head``, with which the drafter drafts from its next step on, and update ``progress``.
 
+        network: a network with the latest vocabulary, as ``fitting`` makes it.
         share: share of the hold-out tokens that it drafts correctly, in [0, 1].
         """
         self.network, self.head = network, self.newest

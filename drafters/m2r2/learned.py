@@ -38,7 +38,10 @@ class UnusableError(SpecDecError):
 
 @dataclass
 class Progress:
-    """How much a drafter has learned; stored in the file's metadata.
+    """How much a drafter that teaches itself has learned from texts; stored in the metadata of its file.
+
+    Some texts are a hold-out set, on which fits are compared. A fit is a solution of the regression that sets the
+    parameters of one of the network's two projections.
 
     model: the latest name of the model; the absolute path of a local model.
     path: the draft path as text (``str(M2R2Path)``); a file of another path is not used.
@@ -71,12 +74,12 @@ Stamp = tuple[tuple[int, int] | None, ...]
 
 
 def folder() -> Path:
-    """Return the folder in which the files of all models are."""
+    """Return the path of the folder with the learned files of all models; it need not exist."""
     return files.data_dir() / "learned"
 
 
 def first_use() -> None:
-    """Print what a drafter keeps and in which folder, unless this folder exists already."""
+    """Print to stderr what a drafter that learns keeps and in which folder, unless this folder exists already."""
     if not os.path.exists(folder()):
         say(
             "while the machine is idle, a drafter learns from the texts that the model reads and writes; it keeps sums "
@@ -85,7 +88,7 @@ def first_use() -> None:
 
 
 def whole_name(model: str) -> str:
-    """Return the absolute path of a local ``model``, which is valid in every working directory; other names as is."""
+    """Return the absolute path of ``model`` if that is a file or folder; other names, such as hub ids, unchanged."""
     return str(Path(model).resolve()) if model and os.path.exists(model) else model
 
 
@@ -108,9 +111,9 @@ class Store:
         self.why_not = ""
 
     def claim(self) -> bool:
-        """Become the process that writes the file; return False if another process does, or the file cannot be written.
+        """Become the process that writes the file; return whether this process is it. Does not wait for its writer.
 
-        ``why_not`` is set in the second case.
+        False: another process writes the file, or it cannot be written; then ``why_not`` is set.
         """
         if self.writes or self.why_not:
             return self.writes
@@ -128,7 +131,7 @@ class Store:
         return self.writes
 
     def take(self, model: str) -> None:
-        """Become the process that writes the file. Raises SpecDecError if that fails. model: its name in the error."""
+        """Become the process that writes the file. Raises SpecDecError if that fails, with the name ``model`` in it."""
         if not self.claim():
             other = f"another process learns for '{model}', and only one keeps what it learns"
             raise SpecDecError(self.why_not or f"{other}; end it, or start it with --no-learn, and try again")
@@ -185,11 +188,11 @@ def read_progress(path: Path) -> Progress | None:
 
 
 def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of the file ``path``.
+    """Yield (name, tensor) for the tensors of the file ``path``, which is open until the last one.
 
-    Raises UnusableError for a tensor that is missing, not finite or of another shape, SpecDecError for a file that
-    cannot be read.
-    like: tensors of the expected shapes, by the names to read; None: all tensors are read.
+    Raises UnusableError for a tensor that is missing, not finite or of another shape, when it is reached; SpecDecError
+    for a file that cannot be read.
+    like: tensors of the expected shapes, by the names to read; None: all tensors are read, of any shape.
     """
     with _reading(path) as file:
         for name in file.keys() if like is None else like:
@@ -204,6 +207,8 @@ def read_tensors(path: Path, like: dict[str, Tensor] | None = None) -> Iterator[
 def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, float]:
     """Return the progress with which a fine-tuned model begins, and the factor by which it multiplies the base's sums.
 
+    The factor is at most 1: the base model's tokens count as ``PRIOR`` tokens if they are more.
+
     base: the progress of the base model.
     model: name of the fine-tuned model; the absolute path of a local model.
     adapter: name of the adapter that is merged into the base model; "": the model's files have all its weights.
@@ -216,8 +221,9 @@ def as_start(base: Progress, model: str, adapter: str = "") -> tuple[Progress, f
 def begin_from(store: Store, other: Path, model: str) -> None:
     """Let the fine-tuned model ``model`` begin with what its base model has learned: copy file ``other`` to ``store``.
 
-    The copied sums count as at most ``PRIOR`` tokens. Raises SpecDecError if ``other`` cannot be used, or ``store``
-    cannot be written.
+    store: the file of the fine-tuned model, which is replaced. other: path of the base model's file, which must exist.
+    model: name of the fine-tuned model. The copied sums count as at most ``PRIOR`` tokens.
+    Raises SpecDecError if ``other`` cannot be used, or ``store`` cannot be written.
     """
     progress = read_progress(other)
     assert progress is not None
@@ -236,7 +242,7 @@ def begin_from(store: Store, other: Path, model: str) -> None:
 
 
 def all_progress() -> list[tuple[Path, Progress | None]]:
-    """Return the path of each model's file, and its progress (None: the file is unusable)."""
+    """Return (path, progress) for each file, one for each model and draft path; progress None: it is unusable."""
     found = list[tuple[Path, Progress | None]]()
     for path in _files():
         progress = None
@@ -283,12 +289,12 @@ def _files() -> list[Path]:
 
 
 def _lock_of(path: Path) -> FileLock:
-    """Return the lock of the learned file ``path``, which the process has that writes the file."""
+    """Return the lock of the learned file ``path``, not acquired yet; the process that writes the file has it."""
     return FileLock(f"{path}.lock", thread_local=False)
 
 
 def _part(path: Path) -> Path:
-    """Return the temporary name of the file ``path`` while it is written."""
+    """Return the path under which the file ``path`` is written before it is renamed."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -305,7 +311,10 @@ def _reset_mark(path: Path) -> Path:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that one process at a time claims or deletes its files. Raises OSError after ``PATIENCE`` s."""
+    """Hold a folder's lock in the ``with`` block, so that one process at a time claims, replaces or deletes its files.
+
+    Waits for other processes; raises OSError after ``PATIENCE`` seconds.
+    """
     try:
         with FileLock(folder / ".lock", timeout=PATIENCE):
             yield
@@ -317,7 +326,11 @@ def _changing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises UnusableError if it is damaged, SpecDecError if it cannot be read."""
+    """Open a safetensors file for the ``with`` block, as ``safetensors.safe_open`` does.
+
+    Raises UnusableError if the file is damaged, or for any error in the block other than OSError and MemoryError; for
+    these, SpecDecError.
+    """
     try:
         path.open("rb").close()  # what the system says, which safetensors does not tell from damage
         with safe_open(path, framework="pt") as file:

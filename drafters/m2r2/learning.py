@@ -54,7 +54,10 @@ def why_not(target: Target) -> str | None:
 
 
 class Latest(deque[Text]):
-    """A queue of the latest texts that were learned from, with states and training data while these are needed."""
+    """A queue of the latest texts that were learned from, with states and training data while these are needed.
+
+    The oldest text comes first.
+    """
 
     def bound(self) -> None:
         """Remove the oldest data beyond what is used.
@@ -87,9 +90,11 @@ class Latest(deque[Text]):
 class M2R2Learner(Learner):
     """Trains an M2R2 network on the texts of finished requests, for some milliseconds at a time.
 
-    An error ends the learning with a warning, and no request fails.
+    The drafter calls ``add`` for each finished text, the engine calls ``work`` when it is idle. An error ends the
+    learning with a warning, and no request fails.
 
-    The network has two projections: 0 to the segment's input (``Fits.basis`` has the latest), 1 to the final state.
+    The network runs one range of layers, its segment, and has two projections: 0 estimates the segment's input
+    (``Fits.basis`` has the latest), 1 the final state. Both are fitted by ridge regression.
 
     fits: the sums that were learned, and the networks fitted to them.
     replay: runs texts through the model again.
@@ -120,7 +125,10 @@ class M2R2Learner(Learner):
         self.fits.store.take(self.fits.name)
 
     def add(self, ids: Sequence[int], start: int) -> None:
-        """Queue a text to learn from. ids: its token ids, prompt and output. start: number of prompt tokens."""
+        """Queue a text to learn from, and return at once. No effect after an error, or if the output is one token.
+
+        ids: its token ids, prompt and output. start: number of prompt tokens.
+        """
         if self.on and len(ids) > start + 1 >= 2:
             self.queue.append(Text.of(ids, start))
 
@@ -177,14 +185,17 @@ class M2R2Learner(Learner):
         yield
 
     def _keep(self) -> Iterator[None]:
-        """Write the file in a thread, while nothing else is learned."""
+        """Write the file (``Fits.keep``) in a thread; yield until it has ended. Nothing else is learned meanwhile."""
         work = Work(lambda stop: self.fits.keep(), "specdec keeping")
         while work.running:
             work.join(PIECE)
             yield
 
     def _read(self, text: Text) -> Iterator[None]:
-        """Add a text to the regression's sums, or to the hold-out set; yield where other work may run."""
+        """Run a text, add its training data to the sums, and keep it in ``latest``; yield where other work may run.
+
+        One text of ``HOLDOUT_EVERY`` is marked as held out: its data are left out of the fits that are compared on it.
+        """
         fits, progress = self.fits, self.fits.progress
         text.held = self.read % HOLDOUT_EVERY == 0
         self.read += 1
@@ -245,7 +256,11 @@ class M2R2Learner(Learner):
         fits.basis, fits.sums[1], progress.based = basis, sums, progress.tokens
 
     def _fit(self) -> Iterator[None]:
-        """Fit the second projection with several weights of recent texts; use the best fit if it beats the last."""
+        """Fit the second projection with several weights of recent texts; use the best fit if it beats ``baseline``.
+
+        They are compared by the hold-out tokens that they draft correctly. The best one is fitted again with the
+        hold-out set, and drafts from then on (``Fits.serve``). Yields where other work may run.
+        """
         fits, progress = self.fits, self.fits.progress
         progress.fitted = progress.tokens
         if fits.newest is not None:
@@ -263,9 +278,9 @@ class M2R2Learner(Learner):
             fits.serve(network, most / sum(text.count for text in self.latest.held))
 
     def _hits(self, network: M2R2, head: nn.Linear | None) -> Generator[None, None, int]:
-        """Return the number of hold-out tokens that ``network`` drafts correctly; yield where other work may run.
+        """Count the hold-out tokens that ``network`` drafts correctly: a generator, whose return value is the number.
 
-        head: its output head; None: the model's.
+        It yields where other work may run. head: the output head for ``network.draft_vocab``; None: the model's.
         """
         found, vocabulary = 0, network.draft_vocab
         other = network.inference_maps[0] is not self.fits.basis.inference_maps[0]  # rows are those of the basis

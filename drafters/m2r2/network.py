@@ -29,10 +29,11 @@ NEURONS = 32  # their number is a multiple of it, for the kernels
 class Carry:
     """The deep states g of one token, which the projections of the next token read.
 
-    For a token that the model has scored, they are its own residual h; for a drafted one, the accelerated residual p.
+    For a token that the model has scored, they are its own hidden states h; for a drafted one, the states p that M2R2
+    computes in their place. A segment is a range [lo, hi) of later layers that drafts run.
 
-    final: g[N], [B, T, D].
-    inputs: g[lo] of each segment that was run, [B, T, D] each.
+    final: g[N], the last layer's output before the final norm, [B, T, D].
+    inputs: g[lo], the input of layer lo, for each segment that was run, in order, [B, T, D] each.
     """
 
     final: Tensor
@@ -42,13 +43,13 @@ class Carry:
 class Router(nn.Module):
     """Predicts at an exit of the draft path whether the draft's best token is the model's (ARLA).
 
-    Accelerated residual latent attention (arXiv 2502.02040): the accelerated residual p of each layer is projected to a
-    small vector, a latent, and the exit attends over the latents. Only the paper's abstract was at hand.
+    Accelerated residual latent attention (arXiv 2502.02040): the hidden state p of a draft at each layer is projected
+    to a small vector, a latent, and the exit attends over the latents. Only the paper's abstract was at hand.
     The log-odds of the draft's own softmax are added, and are all that an untrained router returns; that is an addition
     of this project.
 
-    count: number of residuals that are read; the last one is the exit's.
-    size: D, the size of a residual. width: the size of a latent.
+    count: number of hidden states that are read; the last one is the exit's.
+    size: D, the size of a hidden state. width: the size of a latent.
     """
 
     def __init__(self, count: int, size: int, width: int) -> None:
@@ -65,7 +66,11 @@ class Router(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, residuals: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """Return the log-odds, float32 [B, T], from ``count`` residuals [B, T, D] and draft logits [B, T, V']."""
+        """Return the log-odds that the best token of ``logits`` is the model's choice, float32 [B, T].
+
+        residuals: the ``count`` hidden states of the draft on its way to the exit, in order, [B, T, D] each.
+        logits: draft logits at the exit, [B, T, V'], which get no gradients.
+        """
         unit = F.rms_norm(torch.stack(tuple(residuals), 2), residuals[0].shape[-1:], eps=1e-6)  # (B, T, L, D)
         z = torch.einsum("btld,ldw->btlw", unit, self.latent) + self.place
         exit_ = z[..., -1:, :]  # (B, T, 1, w)
@@ -82,18 +87,23 @@ class Router(nn.Module):
 class M2R2(nn.Module):
     """The parameters of an accelerated residual p, and its computation: a short run of the model that drafts tokens.
 
-    p stands in for the residual h of the model's own pass. For a token it begins as the embedding h[0] and runs layers
-    [0, E); before each further segment of layers [lo, hi), a projection estimates h[lo] from p and from the states of
-    the token before; at each exit, if ``path`` has final projections, another one estimates the final state h[N], which
-    the output head reads. Adapters change the layers. ``docs/how-it-works.md`` has this as equations (1) to (6).
+    p stands in for the hidden state h of the model's own pass; h[k] is the input of layer k. For a token it begins as
+    the embedding h[0] and runs layers [0, E), E being ``path.exit_layer``; before each further segment of layers [lo,
+    hi), a projection estimates h[lo] from p and from the states of the token before; at each exit (a layer at which a
+    token may leave, the end of the path among them), if ``path`` has final projections, another one estimates the final
+    state h[N], which the final norm and the output head read. Adapters change the layers. ``docs/how-it-works.md`` has
+    this as equations (1) to (6).
 
-    path: the layers that p runs.
+    path: the draft path, which says what p runs: E, the segments, the exits and the adapted linear layers.
+    target (argument): the model, whose sizes the parameters get; raises SpecDecError if the path does not fit it.
+    draft_vocab: the tokens that are drafted, int32 [V']; None: all.
+    router (argument): size of the vectors to which a router projects the states that it reads; 0: no routers.
     num_layers: N, the model's number of layers.
     adapters: the low-rank adapters of the path's layers.
     projections: the linear layers that estimate h[lo] of each segment (equation 3), then h[N] at each exit (5).
-    routers: a router for each exit, with latents of size ``router``; None (``router`` 0): there are none.
+    routers: for each exit, the module that predicts whether the draft made there is right (``Router``); None: there
+        are none.
     inference_maps: the projections in their fastest format, made by ``freeze``; empty while they are trained.
-    draft_vocab: the tokens that are drafted, int32 [V']; None: all.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
@@ -125,7 +135,10 @@ class M2R2(nn.Module):
     def projection_inputs(self, index: int, x: Tensor, carry: Carry) -> list[Tensor]:
         """Return the 2 or 3 inputs, [B, T, D] each, that projection ``index`` reads for ``x``, before normalization.
 
-        index: segments of the draft path first, then its exits. carry: the deep states of the token before.
+        They are ``x``, ``carry.final`` and, for a segment's projection, ``carry.inputs[index]``.
+
+        index: number of the projection: one for each segment of the draft path, then one for each exit.
+        carry: the deep states of the token before each.
         """
         inputs = [carry.inputs[index]] if index < len(self.path.segments) else []
         return [x, carry.final, *inputs]
@@ -133,9 +146,10 @@ class M2R2(nn.Module):
     def features(self, index: int, x: Tensor, carry: Carry) -> Tensor:
         """Return the normalized input of projection ``index`` for ``x`` [B, T, D]: [B, T, 2 D or 3 D].
 
-        Each input is divided by its root mean square, and all are concatenated.
+        Each of ``projection_inputs`` is divided by its root mean square, and all are concatenated.
 
-        index: segments of the draft path first, then its exits. carry: the deep states of the token before.
+        index: number of the projection: one for each segment of the draft path, then one for each exit.
+        carry: the deep states of the token before each.
         """
         return torch.cat([rms_unit(part) for part in self.projection_inputs(index, x, carry)], -1)
 
@@ -157,16 +171,19 @@ class M2R2(nn.Module):
         return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
-        """Return the estimate of the final state h[N], [B, T, D], from ``p`` [B, T, D] at exit number ``exit``.
+        """Return the estimate of the last layer's output h[N], before the final norm, [B, T, D], at an exit.
 
-        Without final projections that is ``p``. carry: the deep states of the token before.
+        exit: number of the exit, from 0, in the order of the path. p: the draft's hidden state there, [B, T, D], which
+            is returned as it is without final projections.
+        carry: the deep states of the token before each.
         """
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
 
     def freeze(self, target: Target, maps: list[UnitMap] | None = None) -> None:
-        """Prepare for drafting: move the parameters to the target's dtype and device, and pack the projections.
+        """Prepare for drafting: move the parameters to the target's dtype and device, and set ``inference_maps``.
 
-        maps: the packed projections, if they exist already; None: they are made here.
+        The parameters get no gradients any more.
+        maps: what ``inference_maps`` becomes, one for each projection; None: they are made here.
         """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = maps or [UnitMap(each.weight, each.bias) for each in self.projections]
@@ -182,13 +199,19 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the layers [lo, hi) of segment ``index`` with adapters from ``x`` [B, T, D]; return p[hi], [B, T, D].
+        """Run the layers [lo, hi) of segment ``index``, with adapters, on T tokens of each row.
 
-        This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, where p is the accelerated residual that drafts with. The
-        second value has the residuals that the router reads, [B, T, D] each; it is empty unless ``watched``.
+        This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, where p is the hidden state of the draft.
 
-        x: p[lo], which a projection has made. positions, ids: positions and token ids, int64 [B, T] each.
-        mask: which entries of ``cache`` each token sees, with the T entries that are added.
+        target: the model, whose layers run. index: number of the segment in ``path.segments``, from 0.
+        x: p[lo], which a projection has made, [B, T, D].
+        positions, ids: positions and token ids of the tokens, int64 [B, T] each.
+        mask: which entries of ``cache`` each token sees, including the T that are added.
+        cache: the model's keys and values. Those of the T tokens are added to layers [lo, hi), uncommitted.
+        watched: whether to collect the states that a router (``Router``) reads.
+
+        Returns a pair: p[hi], [B, T, D]; and the states p[lo], p[lo + 1], .. p[hi], [B, T, D] each, [] unless
+        ``watched``.
         """
         lo, hi = self.path.segments[index]
         taps = router_taps(lo, hi) if watched else None
@@ -206,14 +229,20 @@ class M2R2(nn.Module):
         cache: KVCache,
         watched: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run layers [lo, hi) with adapters from ``x`` [B, n, D], for the last n tokens of a chain; return p[hi].
+        """Run layers [lo, hi) with adapters on the last n tokens of each row's chain.
 
-        This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, with p[lo] = h[lo], where h is the residual of the model's
-        own pass and p the accelerated residual that drafts with. p attends to the keys and values of h, which the
-        cache must have for these tokens; no entry is added. The second value has the residuals that the router reads,
-        [B, n, D] each; it is empty unless ``watched``.
+        The model's own pass runs these layers, too, without adapters, and has run them before.
 
-        x: h[lo] of the n tokens. positions, ids: positions and token ids of them, int64 [B, n] each.
+        This is p[k + 1] = p[k] + f_k(p[k]), lo <= k < hi, with p[lo] = h[lo], where h is the hidden state of the
+        model's own pass and p that of the draft. p attends to the keys and values of h.
+
+        target: the model, whose layers run.
+        x: h[lo] of the n tokens, [B, n, D].
+        positions, ids: positions and token ids of these tokens, int64 [B, n] each.
+        cache: must have the keys and values of h for these tokens, uncommitted; the call adds none.
+        watched: whether to collect the states that a router (``Router``) reads.
+
+        Returns a pair: p[hi], [B, n, D]; and the states p[lo + 1], .. p[hi], [B, n, D] each, [] unless ``watched``.
         """
         n = x.shape[1]
         old = cache.lengths[lo] - cache.committed - n
@@ -227,7 +256,10 @@ class M2R2(nn.Module):
 
 
 def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
-    """Return the MLP of layer ``layer``. Raises SpecDecError if it cannot run with only ``neurons`` of its neurons."""
+    """Return the MLP of layer ``layer``. Raises SpecDecError if it cannot run with only ``neurons`` of its neurons.
+
+    ``neurons`` must be a multiple of ``NEURONS``, and no more than the MLP has.
+    """
     mlp = gated_mlp(target.block(layer))
     if mlp is None or not 0 < neurons <= mlp.size or neurons % NEURONS:
         size = "none" if mlp is None else mlp.size
@@ -239,12 +271,18 @@ def narrow_mlp(target: Target, layer: int, neurons: int) -> GatedMLP:
 
 
 def router_taps(lo: int, hi: int) -> dict[int, Tensor]:
-    """Return empty taps, by layer, which collect what a router reads: the inputs of layers [lo, hi), and the output."""
+    """Return a dict to pass as ``Pass.taps``: keys lo .. hi, whose values the pass replaces by hidden states [B, T, D].
+
+    These are the inputs of layers [lo, hi) and, as value of hi, the output of the last one.
+    """
     return {layer: torch.empty(0) for layer in range(lo, hi + 1)}
 
 
 def load_network(target: Target, folder: Path, dtype: torch.dtype = torch.float32) -> M2R2:
-    """Return the network in a drafter folder, in ``dtype``. Raises SpecDecError if it does not fit the target."""
+    """Return the network in a drafter folder, in ``dtype``, on the CPU and not frozen yet (``M2R2.freeze``).
+
+    Raises SpecDecError if the folder is missing or broken, or the network does not fit the target.
+    """
     config = drafter_folder.read_config(folder, "m2r2", target)
     path, router = M2R2Path.from_json(config.get("path", {})), config.get("router", 0)
     drafter_folder.check_inner_size("the rank", path.rank, target.hidden_size)
@@ -260,5 +298,5 @@ def load_network(target: Target, folder: Path, dtype: torch.dtype = torch.float3
 
 
 def current_name(name: str) -> str:
-    """Return today's name of a stored tensor; ``name`` may be from a file of an earlier version."""
+    """Return the parameter's name in ``M2R2`` of a stored tensor; ``name`` may be from a file of an earlier version."""
     return re.sub(r"^leaps\.", "projections.", name)

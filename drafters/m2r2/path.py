@@ -17,10 +17,12 @@ REQUIRED = {"exit_layer", "segments", "final_projection", "rank", "adapters"}  #
 
 @dataclass(frozen=True)
 class M2R2Path:
-    """The layers that the accelerated residual p runs, and the exits on the way. N is the model's number of layers.
+    """The layers that drafts run, and the exits on the way. N is the model's number of layers.
 
-    exit_layer: E. The model's own residual h runs layers [0, E), too, and scoring resumes at E; 0: p begins with a
-        projection.
+    h is the hidden state of the model's own pass, p that of a draft (the accelerated residual), which stands in for h.
+
+    exit_layer: E, the number of first layers that p runs. h runs layers [0, E), too, and scoring resumes at E; 0: p
+        begins with a projection.
     segments: later ranges of layers [lo, hi), in order; a projection makes the input of each.
     final_projection: whether a projection estimates the final state at each exit; if not, the output head reads p.
     rank: rank of the adapters.
@@ -53,12 +55,18 @@ class M2R2Path:
 
     @property
     def narrow_layers(self) -> list[int]:
-        """The indices of the layers whose MLPs run with only ``neurons`` of their neurons while drafting."""
+        """The indices of the layers whose MLPs run with only ``neurons`` neurons while drafting: those of the segments.
+
+        [] if ``neurons`` is 0.
+        """
         return [layer for lo, hi in self.segments for layer in range(lo, hi) if self.neurons]
 
     @property
     def shared(self) -> list[tuple[int, int]]:
-        """The ranges [lo, hi) between exits of the layers [0, E), which h runs, too; p starts each range from h."""
+        """The ranges of layers [lo, hi) into which the exits below E cut [0, E), in order; [] if E is 0.
+
+        The model's own hidden state h runs these layers, too, and p starts each range from it.
+        """
         stops = sorted({*(layer for layer in self.exits if layer < self.exit_layer), self.exit_layer})
         return list(zip([0, *stops], stops, strict=False)) if self.exit_layer else []
 
@@ -69,7 +77,7 @@ class M2R2Path:
 
     @property
     def stages_to_exit(self) -> list[int]:
-        """For each exit, the last one included, the number of ``stages`` that a token runs to get there."""
+        """For each exit in order, the end of the path as the last one, the number of ``stages`` that lead to it."""
         ends = [hi for _, hi in self.stages]
         return [ends.index(layer) + 1 for layer in (*self.exits, self.end)]
 
@@ -78,10 +86,13 @@ class M2R2Path:
         return sum(hi - lo for lo, hi in self.stages[: self.stages_to_exit[exit]])
 
     def num_residuals(self, exit: int = -1) -> int:
-        """Return the number of residuals that the router at exit number ``exit`` reads; -1: the last exit.
+        """Return the number of hidden states that the router (``Router``) of an exit reads.
 
-        These are p after each shared layer (only after each shared stage if no early layer has adapters), p before and
-        after each layer of the segments, and the estimate of the final projection.
+        These are, up to the exit: p after each of the layers [0, E), or only after each range in ``shared`` if none of
+        these layers has adapters; the input of each segment, and p after each layer of it; and, if there are final
+        projections, their estimate of the final state.
+
+        exit: number of the exit, from 0, in the order of the path; -1: the last exit.
         """
         run, early = self.stages[: self.stages_to_exit[exit]], len(self.shared)
         seen = sum(hi - lo if self.adapts_early else 1 for lo, hi in run[:early])

@@ -20,17 +20,19 @@ from .network import M2R2, Carry
 
 @dataclass
 class _Token:
-    """One drafted token of each row, on its way along the draft path.
+    """One token of each of B rows, the root or a drafted one, on its way along the draft path.
 
-    The deep states (``Carry``) of a token are its final state and its inputs to the segments of the path. A projection
-    reads those of the token before, beside the token's own p, and may run long after it: so a token keeps them.
+    The path is a sequence of stages, ranges of layers (``M2R2Path.stages``). Those of later layers are its segments,
+    and a projection, a linear layer, makes the input of each. It reads p and the deep states (``Carry``) of the token
+    before: its final state and its inputs to the segments. As it may run long after that token, a token keeps both.
 
-    ids, positions: the tokens and their positions, int64 [B, 1] each.
-    p: the accelerated residual after the last stage that was run, [B, 1, D].
-    previous_carry: the deep states of the token before; those of a verified token are the model's own.
-    carry: the deep states of this token, to which each segment adds its input.
-    stages_run: number of stages (``M2R2Path.stages``) that were run.
-    residuals: the residuals that the router reads, [B, 1, D] each.
+    ids, positions: token ids and their positions, int64 [B, 1] each.
+    p: the hidden state of the draft after the last stage that was run, [B, 1, D]; at first, the embedding.
+    previous_carry: the deep states of the token before; for the root, those of the model's own pass.
+    carry: the deep states of this token. Each segment appends its input; ``final`` is set by the drafter when the token
+        leaves the path, and is the embedding before.
+    stages_run: number of stages that were run.
+    residuals: the hidden states that the exits' routers read, in the order of the stages, [B, 1, D] each.
     """
 
     ids: Tensor
@@ -45,10 +47,14 @@ class _Token:
 class PathPass:
     """Runs the tokens of a draft along the draft path, an earlier token at least as far as a later one.
 
-    network: has the path and its parameters. cache: the model's keys and values, to which those of drafted tokens are
-        added, uncommitted.
-    carry: the deep states of the token before each root.
-    slow: runs h of the tokens through the layers that scoring will not run again.
+    For each token, the root first, call ``push``, then ``to`` with rising exits, and set the token's ``carry.final`` to
+    the result; at the end of the draft, call ``finish``.
+
+    network: has the path and its parameters. target: the model, whose layers run.
+    cache: the model's keys and values, to which those of drafted tokens are added, uncommitted.
+    carry: the model's states of the token before each row's root, the last token of its text.
+    slow: runs the model's own states h of the tokens through the first layers, which scoring will not run again.
+    tokens: the tokens so far, the root first; each is one token of every row.
     """
 
     def __init__(self, network: M2R2, target: Target, cache: KVCache, carry: Carry) -> None:
@@ -60,7 +66,10 @@ class PathPass:
         self.tokens: list[_Token] = []
 
     def push(self, token: Tensor, positions: Tensor) -> None:
-        """Add one token of each row and its position, int64 [B, 1] each, at the beginning of the path."""
+        """Add one token of each row and its position, int64 [B, 1] each, at the beginning of the path.
+
+        Its projections will read the ``carry`` of the token that was pushed before.
+        """
         before = self.tokens[-1].carry if self.tokens else self.carry
         x = self.slow.push(token, positions)
         self.tokens.append(_Token(token, positions, x, before, Carry(x, [])))
@@ -73,7 +82,7 @@ class PathPass:
         exit: index of the exit, from 0, in the order of the path.
 
         Returns a pair: the estimate of the token's final state h[N], the output of the model's last layer, [B, 1, D];
-        and the residuals that the exit's router reads, [B, 1, D] each, incomplete if the network has no routers.
+        and the hidden states that the exit's router reads, [B, 1, D] each, incomplete if the network has no routers.
         """
         network, token = self.network, self.tokens[-1]
         self._run(network.path.stages_to_exit[exit])
@@ -81,7 +90,10 @@ class PathPass:
         return final, [*token.residuals, final] if network.path.final_projection else token.residuals
 
     def _run(self, stages: int) -> None:
-        """Run the first ``stages`` stages of the last token, and of earlier tokens that have not run them."""
+        """Run the first ``stages`` stages (``M2R2Path.stages``) of the last token, and of earlier ones that lack them.
+
+        Sets ``p`` and ``stages_run`` of these tokens, and appends to their ``carry.inputs`` and ``residuals``.
+        """
         network, target, cache = self.network, self.target, self.cache
         shared, watched = network.path.shared, network.routers is not None
         for stage in range(self.tokens[-1].stages_run, stages):
@@ -107,9 +119,10 @@ class PathPass:
     def finish(self) -> tuple[Tensor | None, int]:
         """End the draft; return states of its tokens from which scoring can resume.
 
-        These are the model's own residuals h of the n tokens, [B, n, D], before the deepest of the layers [0, E) that
-        any token has reached, and the index of that layer. (None, 0): the path has no such layers (E is 0), or there is
-        no token. Keys and values of the later layers, which are the drafter's, are removed from the cache.
+        Returns (states, layer): the model's own hidden states h of the n tokens, [B, n, D], at the input of the deepest
+        layer in 1 .. E that any token has reached, and the index of this layer. (None, 0): the path has no such layers
+        (E is 0), or there is no token. Keys and values of later layers, which are the drafter's, are removed from the
+        cache; those below ``layer`` stay, uncommitted.
         """
         path, cache = self.network.path, self.cache
         for segment, (lo, hi) in enumerate(path.segments, start=len(path.shared)):

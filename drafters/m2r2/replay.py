@@ -26,9 +26,9 @@ PART = 8, 128  # least and most tokens of a text that are run at once
 class States:
     """The model's states of a text of T tokens, so that only the draft path needs to run again.
 
-    keys: for each layer of the path, keys and values, [1, H, T, d] each with head size d.
-    segment: h[lo], the model's input to the segment, [T, D].
-    final: h[N], the model's final state, [T, D].
+    keys: for each layer of the path's segment [lo, hi), keys and values, [1, H, T, d] each, of H key heads of size d.
+    segment: h[lo], the input of layer lo, [T, D].
+    final: h[N], the last layer's output, before the final norm, [T, D].
     """
 
     keys: list[tuple[Tensor, Tensor]]
@@ -45,12 +45,15 @@ class States:
 class Rows:
     """Training data of n tokens: the inputs from which the token after each is drafted, and the goals of the fits.
 
-    following: the id of the token after each token, int64 [n].
+    A draft runs projection 0, the layers [lo, hi) of the draft path's segment, and projection 1. h[k] is the input of
+    layer k in the model's own pass.
+
+    following: the id of the token after each token, int64 [n], on the CPU.
     embedded: the embedding h[0] of each token, [n, D].
     carry: the model's states of the token before each token, [n, D] each.
-    end: the accelerated residual p at the end of the segment, [n, D]; None: no network ran.
-    segment: h[lo], which the first projection should return, [n, D].
-    final: h[N], which the second projection should return, [n, D].
+    end: the draft's hidden state after the segment, [n, D], which projection 1 reads; None: no network ran.
+    segment: h[lo], which projection 0 should return, [n, D].
+    final: h[N], the last layer's output, which projection 1 should return, [n, D].
     """
 
     following: Tensor
@@ -107,7 +110,7 @@ class Text:
 class Replay:
     """Runs texts through the model again to make training data, for about ``PIECE`` seconds at a time.
 
-    path: the draft path, which has one segment; [lo, hi) are its layers.
+    path: the draft path, which has one segment (range of layers); lo, hi: its layers are [lo, hi).
     pace: measured seconds per token and layer in the last run, by which the next piece of work is sized.
     """
 

@@ -36,7 +36,7 @@ class MedusaRow:
     """What a ``MedusaDrafter`` keeps of one row (sequence).
 
     context: tokens of the row's text that the drafter was not trained on, and that it drafts as well.
-    final: final state of the last token before the root, [1, 1, D].
+    final: final state of the token before the root (the last token of the text), before the final norm, [1, 1, D].
     """
 
     def __init__(self) -> None:
@@ -69,8 +69,9 @@ class MedusaDrafter(Drafter):
     def load(cls, target: Target, source: str | None = None, **kwargs: Any) -> MedusaDrafter:
         """Load trained heads. Raises SpecDecError if they are missing, damaged or made for another model.
 
-        source: a drafter folder, or public heads in a folder or a repository ORG/NAME[@revision]; None: the folder that
-            is shipped for the model.
+        source: a drafter folder, or public heads in a folder or a Hugging Face repository ORG/NAME[@revision]; None:
+            the folder that is shipped for the model.
+        kwargs: the option ``nodes`` of the constructor.
         """
         options.check_names(cls.name, kwargs, ("nodes",))
         folder, nodes = (
@@ -141,8 +142,8 @@ class MedusaDrafter(Drafter):
     ) -> DeviceTree:
         """Build the tree on the device, and return its selected nodes. A head has the same logits after all paths.
 
-        final: final states [B, 1, D] of the tokens before the roots. levels: number of levels, at most one for each
-            head.
+        state: the rows. final: final states [B, 1, D] of the tokens before the roots, before the final norm.
+        levels: number of levels (depths) of the tree, at most one for each head.
         tables: the rows' calibration tables of each source, [B, sources, 11] (``calibrated``); None: no calibration.
         given: candidates of n-grams for each row; None: none. choice: the rule by which nodes are selected.
         """
@@ -169,7 +170,7 @@ class MedusaDrafter(Drafter):
     ) -> Candidates:
         """Return the likeliest paths of the row of index ``row`` as candidates, at most ``nodes`` nodes.
 
-        logits: the draft logits of K heads, [K, V'].
+        state: the rows of the batch. logits: the row's draft logits of K heads, [K, V'].
         table: calibration table of probabilities (``calibrated``), [1, 11]; None: they are not calibrated.
         best: what ``_best`` returns for the row.
         """

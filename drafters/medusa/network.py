@@ -39,7 +39,10 @@ class Medusa(nn.Module):
     def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
         """Return the inputs of the K output heads, [..., K, D], from states ``x`` [..., D].
 
-        root: embeddings of the roots, [..., D], which ``rooted`` blocks need; else None.
+        x: final states of the token before the root, each divided by its root mean square; for public checkpoints,
+            after the model's final norm.
+        root: embeddings of the roots (the last tokens of the texts), likewise divided, [..., D], which ``rooted``
+            blocks need; None for others.
         """
         seen = x if root is None else torch.cat((x, root), -1)
         y = x.unsqueeze(-2)
@@ -57,6 +60,10 @@ class Medusa(nn.Module):
         return y
 
     def freeze(self, target: Target) -> None:
-        """Prepare for drafting: move parameters to the target's dtype and device, and quantize the largest layer."""
+        """Prepare for drafting: move the parameters to the target's dtype and device, and set ``inference_maps``.
+
+        Parameters get no gradients any more. ``forward`` then runs the first block in this format, which may be
+        quantized.
+        """
         self.to(target.device, target.dtype).requires_grad_(False).eval()
         self.inference_maps = for_drafting(self.weights[0].flatten(0, 1), self.biases[0].flatten())

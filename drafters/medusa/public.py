@@ -23,16 +23,19 @@ VLLM_COUNTS = {"num_heads": "num_heads", "num_layers": "num_hidden_layers"}  # w
 
 
 def check_sizes(heads: Any, layers: Any) -> tuple[int, int]:
-    """Return ``heads``, the number of heads, and ``layers``, the number of blocks of each.
+    """Return (heads, layers) as they are: the number of heads, and the number of blocks of each, from a config.json.
 
-    Raises SpecDecError unless both are integers in range.
+    Raises SpecDecError unless they are integers in 1 .. ``HEADS`` and 1 .. ``BLOCKS``.
     """
     what = "of the Medusa drafter"
     return options.check_int(f"heads {what}", heads, 1, HEADS), options.check_int(f"layers {what}", layers, 1, BLOCKS)
 
 
 def find_folder(source: str) -> Path:
-    """Return the folder ``source``, or download the repository ORG/NAME[@revision], but no pickle files of it."""
+    """Return the path of the folder ``source``; or download the Hugging Face repository ORG/NAME[@revision] into one.
+
+    Pickle files are not downloaded. Raises SpecDecError if the download fails; a folder need not exist.
+    """
     named = hub.parse_repo_id(source)
     if named is None or Path(source).is_dir():
         return Path(source)
@@ -41,7 +44,10 @@ def find_folder(source: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return the config.json of a public Medusa checkpoint; None: the folder is not one."""
+    """Return the config.json of a public Medusa checkpoint; None: the folder is not one.
+
+    Raises SpecDecError if the file is broken.
+    """
     if not (folder / drafter_folder.CONFIG).is_file():
         return None
     config = drafter_folder.read_json(folder / drafter_folder.CONFIG)
@@ -53,7 +59,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 def read_checkpoint(folder: Path, config: dict[str, Any], target: Target) -> tuple[Medusa, list[Tensor]]:
     """Return the blocks and the output heads, [V, D] or [V', D] each, of a public checkpoint.
 
-    Raises SpecDecError if a tensor is missing or does not fit. config: what ``read_config`` returns.
+    Raises SpecDecError if a tensor is missing or does not fit. config: what ``read_config`` returns for ``folder``.
+    V' is the number of tokens that the heads draft, ``Medusa.draft_vocab``.
 
     The Medusa authors' tensors are ``HEAD.BLOCK.linear.weight`` [D, D] and ``.bias`` [D], and ``HEAD.LAYERS.weight``
     [V, D]. vLLM's tensors are ``blocks.HEAD.layers.BLOCK.weight``, with ``medusa_fc_bias`` also ``.bias``, and

@@ -29,8 +29,9 @@ MAX_ROWS = 48  # answers generated in one batch
 def known_answers(output: Path, decoder: SpecDecoder, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer]:
     """Return ``items`` as answers, in the same order; those of prompts that have no answer yet are empty.
 
-    A prompt is encoded in the model's chat template, or as plain text if the model has none. Its answer may be in
-    ``output``/answers.jsonl. Raises SpecDecError if this file holds answers to other prompts.
+    A prompt is encoded in the model's chat template, or as plain text if the model has none. Its answer is taken from
+    ``output``/answers.jsonl if an earlier call of ``answer_prompts`` has written it there. Raises SpecDecError if this
+    file holds answers to other prompts.
     decoder: its tokenizer encodes the prompts. No answer is generated here.
     """
     given = [
@@ -103,7 +104,7 @@ def _generate(
 
 
 def _written(path: Path, prompts: set[tuple[int, ...]]) -> dict[tuple[int, ...], TrainingAnswer]:
-    """Return {prompt: answer} of an earlier run from the file ``path``; {} if it is missing.
+    """Return {token ids of a prompt: its answer} of an earlier run from the file ``path``; {} if it is missing.
 
     An unfinished last line is cut off the file. Raises SpecDecError if a prompt is not in ``prompts`` (token ids).
     """

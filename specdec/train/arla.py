@@ -31,8 +31,9 @@ THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)  # router probabilities that the evaluat
 class ArlaSettings(TrainSettings):
     """Settings of ``specdec train arla``, in addition to ``TrainSettings``.
 
-    drafter: the trained drafter: a folder, or the name of a drafter shipped for the model.
-    width: size of the routers' latent vectors. draft_steps: length of the drafts that the routers learn from.
+    drafter: the trained M2R2 drafter: a folder, or the name of a drafter shipped for the model.
+    width: size of the small vectors to which a router projects the hidden states that it reads.
+    draft_steps: number of tokens of the drafts that the routers learn from.
     """
 
     drafter: str = "m2r2"
@@ -71,10 +72,11 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return network
 
     def _steps(self, network: M2R2, batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (log-odds of the router, draft is right, position is valid), each [B, T], per draft step and exit.
+        """Yield (log-odds of the router, draft is right, entry counts), each [B, T], per draft step and exit.
 
-        The log-odds are those of the draft from this exit being right, as the router predicts it. The exits of the
-        first draft step come first, in order.
+        The log-odds, float32, are those of the draft from this exit being right, as the router predicts it; the others
+        are bool. Entry t is of the token after position t; those of padding, and too early in a window for the draft
+        step, do not count. The exits of the first draft step come first, in order.
 
         network: the drafter with its routers. Only the log-odds have gradients.
         """
@@ -100,11 +102,11 @@ class ArlaMethod(TrainingMethod[M2R2]):
         return loss / (batch.valid.sum() * self.settings.draft_steps * exits), figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return the figures of the routers of ``network``, pooled over all draft steps and exits.
+        """Return the figures of the routers of ``network``, pooled over all draft steps and exits, by these keys.
 
-        levels: the thresholds on the router's probability.
+        levels: the thresholds ``THRESHOLDS`` on the probability that a router predicts for a draft to be right.
         leave: for each threshold, the share of drafted tokens at or above it.
-        right: for each threshold, the share of these tokens that are the base model's choice.
+        right: for each threshold, the share of these tokens that are the base model's choice; 1 if there are none.
         entropy: cross-entropy in nats. score: its negative. positions: number of predictions.
         Raises SpecDecError if the batches hold no position.
         """

@@ -24,13 +24,17 @@ Window = tuple[int, int, int]  # index of the answer, first position, end positi
 class TrainingBatch:
     """B windows of T positions with the base model's states. Column t predicts the token after ``ids[:, t]``.
 
+    A text is a prompt and its answer; a window is a range of consecutive positions of it, padded at its end to T.
+
     ids, next_ids: the tokens and the token after each in the text, int64 [B, T].
     positions: the tokens' positions in the text, int64 [B, T].
     valid: bool [B, T], False for padding.
-    kv: layer -> the base model's ("exact") keys and values of positions 0 .. S - 1 [B, H', S, d].
-    hidden, before: layer -> the layer's input at each position, and at the position before it [B, T, D].
-    best: the base model's most likely next token, int64 [B, T]. log_z: log of its partition sum, the sum of exp(logit),
-    float32 [B, T].
+    kv: layer -> (keys, values) of the base model ("exact") for positions 0 .. S - 1, [B, H', S, d] each, with H' key
+        heads of size d.
+    hidden, before: layer -> the layer's input at each position, and at the position before it, [B, T, D]. Layer N (the
+        number of layers) stands for the last layer's output, before the final norm.
+    best: the base model's most likely token after each position, int64 [B, T].
+    log_z: log of its partition sum there, the sum of exp(logit) over all tokens, float32 [B, T].
     texts: one int32 tensor per row, the text's tokens up to the end of the window.
     """
 
@@ -84,7 +88,7 @@ def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
     """Cut the answers ``records`` into adjacent windows of at most ``length`` positions.
 
     Returns for each window (index of its answer in ``records``, first position, position after the last one). A
-    position t is trained to predict the answer token at t + 1.
+    position t is trained to predict the answer token at t + 1. No window has the text's first position.
     """
     cut = []
     for index, record in enumerate(records):
@@ -118,9 +122,10 @@ def assemble(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> TrainingBatch:
-    """Return the padded batch of the windows ``rows``, which index ``records``, on ``device``.
+    """Return the padded batch of B windows, on ``device``.
 
-    T is ``length``, and S is a multiple of ``KEY_BLOCK``.
+    records: the base model's states of all answers. rows: the windows, as ``windows`` returns them for ``records``.
+    length: T, the length to which windows are padded. S, the number of keys, is a multiple of ``KEY_BLOCK``.
     dtype: the dtype of states, keys and values; None: the dtype in which they are stored.
     """
     picked = [(records[index], start, end) for index, start, end in rows]

@@ -58,10 +58,11 @@ The model's own answers to these prompts:
 def write_card(
     folder: Path, config: Mapping[str, Any], settings: TrainSettings, held_out: str, kinds: Mapping[str, str]
 ) -> None:
-    """Write the card of the drafter in ``folder``. It names no path of this machine.
+    """Write the model card of the drafter in ``folder``, its README.md. It names no path of this machine.
 
-    config: the drafter's ``config.json``. settings: the run's settings. held_out: figures on held-out answers, as text.
-    kinds: category of prompts -> figures on the answers to them, as text.
+    config: the drafter's ``config.json``. settings: the run's, names in place of local paths (``output.recorded``).
+    held_out: figures on held-out answers, as text. kinds: category of prompts -> figures on the answers to them, as
+    text; {}: the card has no table of them.
     """
     model, options = config["base"]["name"], ["--model", settings.model, "--preset", "train.yaml"]
     for name in ("prompts", "holdout"):

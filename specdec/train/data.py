@@ -36,7 +36,7 @@ class TrainingAnswer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The texts of a user's turns, for which no answer is known. Training answers the first turn.
+    """The texts of a user's turns, for which no answer is known. The base model will answer the first turn alone.
 
     kind: the prompt's category, "" if the file gives none.
     """
@@ -46,7 +46,7 @@ class Prompt:
 
 
 def read(sources: Sequence[str | Path]) -> list[TrainingAnswer | Prompt]:
-    """Read the answers and prompts of all ``sources``, in order: files, and names of the prompt sets of ``bench``.
+    """Read the answers and prompts of all ``sources``, in order: files, and names of prompt sets (``SETS``).
 
     A line is ``{"prompt_ids": [...], "response_ids": [...]}``, ``{"turns": [...]}``, ``{"prompt": ...}`` or plain text,
     a JSON object optionally with ``category``. A ``.gz`` file is unpacked. Raises SpecDecError for unknown names and
@@ -66,7 +66,10 @@ def read(sources: Sequence[str | Path]) -> list[TrainingAnswer | Prompt]:
 
 
 def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
-    """Yield the answers and prompts of the file ``path``, in the formats of ``read``; none if the file is empty."""
+    """Yield the answers and prompts of the file ``path``, in the formats of ``read``; none if the file is empty.
+
+    Raises SpecDecError if the file cannot be read, or for a broken line when it is reached.
+    """
     for where, record in inputs.prompts(path):
         ids: list[Any] = [record.get("prompt_ids"), record.get("response_ids")]
         kind = str(record.get("category", ""))
@@ -81,7 +84,10 @@ def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
 
 
 def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
-    """Raise SpecDecError if an answer among ``items`` holds a token id of ``vocab_size`` or more."""
+    """Raise SpecDecError if an answer among ``items``, or its prompt, holds a token id of ``vocab_size`` or more.
+
+    Prompts as text are not checked.
+    """
     for number, item in enumerate(items, start=1):
         largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
@@ -143,6 +149,7 @@ def draft_vocabulary(answers: Sequence[TrainingAnswer], size: int, always: Seque
 
     If the answers have too few different tokens, the most frequent tokens of their prompts follow, then the smallest
     ids below ``vocab_size``. Returns at most ``size`` ids, ascending.
+    always: ids to choose in any case, such as those of end tokens. vocab_size: V, the model's number of tokens.
     """
     ranked = list[int]()
     for texts in ([answer.response_ids for answer in answers], [answer.prompt_ids for answer in answers]):

@@ -21,12 +21,16 @@ def evaluate(
     """Return the figures of a drafter that drafts ``steps`` tokens per step, as JSON values.
 
     teacher: gives the base model's distributions. batches: the held-out answers.
-    drafts: yields for a batch, per drafted token 1 .. ``steps``, the estimated final state [B, T, D] and the valid
-    positions, bool [B, T].
-    The result has, for each drafted token, ``top1`` (share of positions where the draft is the base model's most likely
-    token; a token outside the draft vocabulary and the context is a miss) and ``overlap`` (1 - total variation between
-    base and draft at temperature 1); ``chain`` and ``score`` of ``chain_figures`` for greedy decoding along the
-    answers; and ``positions``, the number of positions.
+    drafts: yields for a batch, per drafted token 1 .. ``steps``, the estimated final state [B, T, D] (before the final
+        norm) and the positions that count, bool [B, T]. Entry t of both is of the draft of the token after position t.
+
+    The result has these keys. The first two are lists with an entry for each drafted token:
+    top1: share of positions where the draft is the base model's most likely token. A token that is neither in the draft
+        vocabulary nor in the text before counts as a miss.
+    overlap: 1 - total variation between the distributions of base model and draft, at temperature 1.
+    chain: for i = 1 .. ``steps``, the share of steps whose first i drafted tokens are all right, in simulated greedy
+        decoding along the answers (``acceptance_lengths``). score: the mean acceptance length, 1 + sum(chain).
+    positions: number of positions for the first drafted token.
     """
     sums = torch.zeros(3, steps, dtype=torch.float64)  # positions, top1, overlap
     lengths: list[int] = []
@@ -49,9 +53,11 @@ def evaluate(
 def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
     """Simulate greedy speculative decoding along windows and return the number of tokens of each step.
 
+    A step begins at a position of a window, its root; the next one begins so many positions later as it has tokens.
+
     hits: for each drafted token 0, 1, ... of a step, bool [B, T]: whether the draft of the token after position t is
-    right. valid: bool [B, T], the positions of the windows. A step whose draft would end outside its window is left
-    out.
+    right. valid: bool [B, T], the positions of the windows; False for padding at the end. A step whose draft would end
+    outside its window is left out. The numbers count the bonus token, so they are at least 1.
     """
     lengths = []
     for row, count in zip(torch.stack(list(hits), 1).tolist(), valid.sum(1).tolist(), strict=True):

@@ -94,12 +94,15 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         return loss, figures
 
     def evaluate(self, network: ExitHeads, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return the figures of drafting in which a token leaves at the first exit that reaches ``THRESHOLD``.
+        """Return the figures of drafting in which a token leaves at the first exit that is sure of it, by these keys.
 
+        An exit is sure if the likeliest draft token has at least the probability ``THRESHOLD`` there; the last exit
+        counts as sure.
         agreement: for each exit, the share of tokens that are the base model's choice if all leave there.
-        top1: the same share if each token leaves at its own exit. layers: mean number of layers run per token.
-        chain: share of drafts whose first i tokens are all accepted, i = 1, 2, .. score: mean acceptance length.
-        positions: number of tokens.
+        top1: a list with the same share if each token leaves at its own exit. layers: mean number of layers run per
+            token.
+        chain: for i = 1 .. ``STEPS``, the share of simulated steps whose first i drafted tokens are all accepted.
+        score: mean acceptance length, 1 + sum(chain). positions: number of tokens.
         """
         teacher, layers = self.teacher, torch.tensor(self.exits, device=self.target.device)
         # Right at each exit, right at the token's own exit, layers, positions:
@@ -171,10 +174,10 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return Routers(self.settings.first, self.target, vocab)
 
     def _draft(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Draft one token at each position of ``batch``, with the layers that the routers ``network`` choose.
+        """Draft the token after each position of ``batch``, with the layers that the routers ``network`` choose.
 
-        Returns the final states [B, T, D] and the share of the routed layers that ran, 0 to 1, float32 [B, T]. Both
-        have gradients for the routers.
+        Returns the final states [B, T, D], before the final norm, and the share of the layers with routers that ran, 0
+        to 1, float32 [B, T]. Both have gradients for the routers. The base model runs over the texts here, too.
         """
         target, first = self.target, network.first
         ids = pad_sequence([text.long() for text in batch.texts], batch_first=True).to(target.device)
@@ -205,10 +208,12 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
         return loss, {"agree": agree, "share": float(mean.detach())}
 
     def evaluate(self, network: Routers, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return the figures of drafting one token.
+        """Return the figures of drafting one token, by these keys.
 
-        top1: share of drafts that are the base model's choice. share: share of the routed layers that ran.
-        score: top1, less a penalty for a share above the capacity. positions: number of drafts.
+        top1: a list with the share of drafts that are the base model's choice.
+        share: share of the layers with routers that ran.
+        score: that of ``top1``, less a penalty for a ``share`` above the setting ``capacity``.
+        positions: number of drafts.
         """
         teacher, positions, right, ran = self.teacher, 0, 0, 0.0
         for batch in batches:

@@ -36,7 +36,21 @@ STEPS = 4  # drafted tokens per step in evaluation
 class M2R2Settings(TrainSettings):
     """Settings of ``specdec train m2r2``, in addition to ``TrainSettings``: the draft path and the loss.
 
-    The comment beside each field explains it. With ``init`` the draft path is that of the given drafter.
+    The draft path is the sequence of layers and projections that a draft runs through. With ``init`` it is that of the
+    given drafter. A projection is a linear map that estimates the input of a later layer, or the final state.
+
+    replaces: as in ``TrainSettings``.
+    exit_layer: number of first layers that a draft runs.
+    segments: later ranges of layers [lo, hi) that a draft runs, each after a projection.
+    final_projection: whether a projection to the final state follows.
+    neurons: number of neurons of the segments' MLPs that drafts run, the strongest ones; 0: all, or as in ``init``.
+    exits: layer indices, rising: before each, a token may leave ahead of the end of the path.
+    layers_of: number of layers of the model that all these layers refer to, for scaling; None: this model.
+    rank: rank of the adapters, low-rank changes of the layers.
+    adapt: names of the linear layers with adapters, such as "q_proj"; (): all in the segments.
+    draft_steps: number of tokens of the drafts that the drafter learns from.
+    focus: weight in the loss of a drafted token after a wrong one; after right ones it is 1.
+    variation: share of the loss that is the total variation (the probability of rejection); the rest is KL.
     """
 
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -45,17 +59,17 @@ class M2R2Settings(TrainSettings):
         "exit_layer": {"segments": (), "layers_of": None},
     }
 
-    exit_layer: int = 0  # number of first layers that a draft runs
-    segments: tuple[tuple[int, int], ...] = ()  # later layers [lo, hi) that a draft runs, each after a projection
-    final_projection: bool = False  # whether a projection to the final state follows
-    neurons: int = Field(0, ge=0)  # strongest neurons of the segments' MLPs that drafts run; 0: all, or as ``init``
-    exits: tuple[int, ...] = ()  # layers after which a token may leave before the end of the path
-    layers_of: int | None = None  # depth of the model that these layers refer to, for scaling; None: this model's
-    rank: Positive = 64  # of the adapters
-    adapt: tuple[str, ...] = ()  # names of the linear layers with adapters; empty: all in the segments
-    draft_steps: Positive = 2  # length of the drafts that the drafter learns from
-    focus: float = 1.0  # weight of a drafted token after a wrong one
-    variation: Share = 0.0  # share of the loss that is the total variation (the rate of rejection); the rest is KL
+    exit_layer: int = 0
+    segments: tuple[tuple[int, int], ...] = ()
+    final_projection: bool = False
+    neurons: int = Field(0, ge=0)
+    exits: tuple[int, ...] = ()
+    layers_of: int | None = None
+    rank: Positive = 64
+    adapt: tuple[str, ...] = ()
+    draft_steps: Positive = 2
+    focus: float = 1.0
+    variation: Share = 0.0
 
     @model_validator(mode="after")
     def _one_path(self) -> M2R2Settings:
@@ -110,7 +124,8 @@ class M2R2Method(TrainingMethod[M2R2]):
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
         """Return the typical size of the elements of the parameter ``name``; for a projection, its root mean square.
 
-        For an adapter's ``up``, it is the scale at which up @ down is as large as the adapted weight.
+        An adapter adds up @ down to the weight of a linear layer. For its ``up``, the result is the scale at which this
+        product is as large as the weight; for its ``down``, that of the base class.
         """
         owner, _, rest = name.partition(".")
         if owner != "adapters":
@@ -146,9 +161,9 @@ class M2R2Method(TrainingMethod[M2R2]):
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
-        """Return figures of drafts that leave at the last exit, as ``specdec.train.evaluate.evaluate`` does.
+        """Return figures of drafts of ``STEPS`` tokens that all leave at the last exit.
 
-        They are agreement with the base model by drafted token, mean acceptance length and number of positions.
+        They have the keys "top1", "overlap", "chain", "score" and "positions" of ``specdec.train.evaluate.evaluate``.
         """
 
         def drafts(batch: TrainingBatch) -> Iterator[tuple[Tensor, Tensor]]:

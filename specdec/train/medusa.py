@@ -73,7 +73,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
         """Yield for each head k = 1, 2, ... its estimate of the final state [B, T, D] and valid positions, bool [B, T].
 
         Entry t is the draft of the token after t. Head k computes it from the final state at t - k and, if ``rooted``,
-        the token at t - k + 1.
+        the token at t - k + 1. Entry t is valid if position t is no padding, and t - k + 1 is in the window.
         network: the heads. batch: has the final states, which the heads read.
         """
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None

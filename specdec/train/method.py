@@ -48,9 +48,9 @@ class RunContext:
     """What the trainer hands to ``TrainingMethod.prepare``.
 
     output: the output folder of the run.
-    answers: the answers to train on.
-    teacher: the base model as loaded, in the runtime that will run the drafter.
-    progress: the progress bars to add tasks to.
+    answers: the answers to train on: token ids of a prompt and of the base model's own answer to it.
+    teacher: the base model as users run it, without gradients; ``TrainingMethod.target`` is the one to train with.
+    progress: the progress bars, to which the method adds a task for work that takes long.
     """
 
     output: Path
@@ -89,7 +89,10 @@ class TrainingMethod(ABC, Generic[Network]):
 
     @abstractmethod
     def teacher_states(self) -> StateSelection:
-        """Return the layers whose keys and values, and whose inputs, each ``TrainingBatch`` must contain."""
+        """Return which of the base model's layers each ``TrainingBatch`` must have keys and values of, and inputs of.
+
+        Layer N (the number of layers) stands for the last layer's output, before the final norm.
+        """
 
     @abstractmethod
     def build(self, vocab: Tensor | None) -> Network:
@@ -116,15 +119,15 @@ class TrainingMethod(ABC, Generic[Network]):
     def fit(self, network: Network, batches: Callable[[], Iterable[TrainingBatch]]) -> None:
         """Set parameters of ``network`` by closed-form regression, before the first update. The default does nothing.
 
-        batches: a function; each call returns a new iterator over the batches.
+        batches: a function; each call returns a new iterator over the same batches, some ``fit_tokens`` positions.
         """
 
     @abstractmethod
     def loss(self, network: Network, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss (a scalar with gradients) and figures to log.
+        """Return the loss (a scalar with gradients) and figures to log, by name.
 
-        The loss is a *mean over the valid positions* of ``batch``, so that processes can average it. The figure
-        ``agree`` must be there: the share of positions where the draft is the base model's choice.
+        The loss is a *mean over the valid positions* of ``batch`` (``batch.valid``), so that processes can average it.
+        The figure ``agree`` must be there: the share of positions where the draft is the base model's choice.
         network: the running copy of what ``build`` made.
         """
 
@@ -138,7 +141,10 @@ class TrainingMethod(ABC, Generic[Network]):
 
     @staticmethod
     def describe(figures: dict[str, Any]) -> str:
-        """Return one line of text for people about the figures that ``evaluate`` returned."""
+        """Return one line of text for people about the figures that ``evaluate`` returned.
+
+        By default these have the keys ``score``, ``top1`` and ``overlap`` of ``train.evaluate.evaluate``.
+        """
         agreement = ", ".join(f"{x:.3f}" for x in figures["top1"])
         return (
             f"mean acceptance length {figures['score']:.2f} with {len(figures['top1'])} drafts "
@@ -147,9 +153,10 @@ class TrainingMethod(ABC, Generic[Network]):
 
     @abstractmethod
     def config(self, network: Network) -> dict[str, Any]:
-        """Return the entries of ``config.json`` that describe the drafter ``network``.
+        """Return what the drafter's ``config.json`` says of ``network``: {entry: JSON value}.
 
-        The entry ``drafter`` is the name of its drafter class.
+        The entry ``drafter`` is the drafter's name in the registry, such as "medusa". A run adds the entries
+        ``version``, ``base`` and ``training``.
         """
 
 

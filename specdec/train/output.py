@@ -107,7 +107,10 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
 
 
 def recorded(settings: TrainSettings) -> TrainSettings:
-    """Return a copy of ``settings`` with names instead of local paths, because drafter folders are published."""
+    """Return a copy of ``settings`` with names instead of local paths, because drafter folders are published.
+
+    These are the model, adapter, prompts, held-out prompts and drafters; ``output`` becomes "".
+    """
     names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
     for key in ("prompts", "holdout"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
@@ -135,6 +138,7 @@ def read_checkpoint(output: Path, masters: Mapping[str, nn.Parameter], optimizer
     """Read the checkpoint in ``output``: restore ``masters`` and ``optimizer``, and return the whole saved state.
 
     masters: parameters by name, overwritten in place.
+    Returns the dict that ``write_checkpoint`` was given, with tensors on the CPU.
     Raises SpecDecError for a damaged file and for the file of another run.
     """
     path, kinds = output / CHECKPOINT, (UnpicklingError, EOFError, KeyError, ValueError, TypeError, RuntimeError)

@@ -40,11 +40,12 @@ STATE = "update", "tokens", "seconds", "best", "logged"  # attributes of a run t
 class TrainingRun:
     """The gradient training of one drafter by ``method``, in one of the processes. Only the first one writes.
 
-    An update is one step of the optimizer, on one batch of ``rows`` windows of answers. The schedule is the wanted
-    number of updates or minutes. The masters are the trained parameters in float32; the network is their running copy
-    in the dtype of the base model. An evaluation computes figures on held-out answers; the best drafter by their
-    ``score`` is exported.
+    An update is one step of the optimizer, on one batch of ``rows`` windows (ranges of positions of answers). The
+    schedule is the wanted number of updates or minutes. The masters are the trained parameters in float32; the network
+    is their running copy in the dtype of the base model. An evaluation computes figures on held-out answers; the best
+    drafter by their ``score`` is exported: written to the output folder.
 
+    method: has the settings and the base model, and makes the network.
     vocab: the draft vocabulary, token ids int32 [V']; None: the full vocabulary.
     train, held_out: the base model's states of the answers to train on and to evaluate on. kinds: categories of the
     prompts of ``held_out``, "" where unknown.
@@ -112,7 +113,10 @@ class TrainingRun:
         self.stopped = True
 
     def _update_until_the_end(self) -> None:
-        """Update until the schedule ends or the run is stopped, with checkpoints and evaluations on the way."""
+        """Update until the schedule ends or ``_stop`` was called, with checkpoints and evaluations on the way.
+
+        Sets ``stopped`` in all processes if the first one was stopped. Raises SpecDecError if the loss is not finite.
+        """
         settings, earlier, start = self.settings, self.seconds, time.monotonic()
         saved = evaluated = start
         task, shown = self.progress.add_task("gradients", total=1000, part="gradients"), 0.0
@@ -148,7 +152,10 @@ class TrainingRun:
                 evaluated = time.monotonic()
 
     def _start(self) -> None:
-        """Initialize the weights, from the drafter ``init`` or by closed-form regression, and evaluate them."""
+        """Initialize the masters and the running copy, from the drafter ``init`` or by closed-form regression.
+
+        Evaluates them, and sets the learning rate of each parameter.
+        """
         first = self.processes.is_main_process
         if first:
             (self.output / METRICS).unlink(missing_ok=True)  # left by a run without a checkpoint
@@ -256,8 +263,10 @@ class TrainingRun:
         return figures
 
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
-        """Give the masters the gradients of the running copy, averaged over all processes by their numbers of tokens.
+        """Move the running copy's gradients to the master weights, the float32 parameters that the optimizer updates.
 
+        Gradients are averaged over all processes, each weighted by its number of valid positions. ``grad`` of the
+        masters is set, ``grad`` of the running copy becomes None. All processes must call this together.
         figures: name -> value in this process. count: this process's number of valid positions, a scalar tensor.
         Returns the figures, averaged likewise, and the number of valid positions of all processes together.
         """
@@ -273,7 +282,10 @@ class TrainingRun:
     # -- what it writes -----------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Evaluate on held-out answers, and export the drafter if it is the best so far."""
+        """Evaluate on held-out answers, log the figures, and export the drafter if it is the best so far.
+
+        Sets ``best``. Only the first process does this; in others the call has no effect.
+        """
         if not self.processes.is_main_process:
             return
         figures = self._figures(self.held_out)
@@ -295,7 +307,10 @@ class TrainingRun:
         return self.method.evaluate(self.network, self._show("evaluation", found, total))
 
     def _export(self, figures: dict[str, Any]) -> None:
-        """Write the drafter and its card. figures: results of the evaluation on all held-out answers."""
+        """Write the drafter and its model card to the output folder, in place of earlier ones.
+
+        figures: what ``_figures`` returned for all held-out answers.
+        """
         target = self.target
         base = drafter_folder.describe_base(target, source.public_name(self.settings.model, self.settings.adapter))
         training = {

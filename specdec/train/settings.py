@@ -21,47 +21,79 @@ Files = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 class TrainSettings(Settings):
     """The settings that all training methods share; a method's own class adds to them.
 
-    The comment beside each field explains it. A run writes its settings to ``train.yaml`` in the output folder.
+    A run writes its settings to ``train.yaml`` in the output folder.
+
     replaces: {setting: {other setting: value}}; when the first is given as an override, the preset's value of the other
-    is replaced by this value.
+        is replaced by this value.
+    method: name of the training method.
+    model: the base model: a name, a folder or a hub id.
+    adapter: a LoRA adapter to merge into the model; None: no adapter.
+    prompts: files of prompts or of answers in token ids, or names of prompt sets (``data.read``).
+    holdout: files or prompt sets whose prompts must not be trained on.
+    output: the output folder.
+    dtype: of the base model, and of the copy of the drafter that gradients are computed in; "auto": chosen by
+        ``trainer.open_target``. The trained parameters themselves are float32.
+    storage: dtype of the drafter's file; "auto": bfloat16, or float32 if that is ``dtype``.
+    device: where to train; "auto": the first usable CUDA device, else the CPU.
+    seed: of the initial weights, the order of the data and sampled answers.
+    init: folder of a trained drafter to start from; "": start with a closed-form regression.
+    draft_vocab: number of tokens that the drafter can draft; 0: all. With ``init``, they are those of that drafter.
+
+    Answers of the base model to prompts that have none:
+    max_new_tokens: maximum length of an answer, in tokens.
+    sampled: share of the prompts whose answers are sampled; other answers are greedy.
+    temperature: of sampled answers.
+    eval_fraction: share of the prompts that are held out for evaluation.
+    eval_answers: maximum number of answers for evaluation.
+
+    Training, whose length is given in minutes or in steps; the other is None:
+    minutes: of gradient training, without the time for answers and stored states.
+    steps: number of updates of the parameters.
+    rows: number of windows in a batch.
+    window: length of a window, a range of consecutive positions of one answer.
+    fit_tokens: number of answer tokens for closed-form regression.
+    relative_rate: AdamW's learning rate as a share of a parameter's scale (``TrainingMethod.parameter_scale``).
+    warmup: number of updates in which the learning rate rises linearly.
+    decay: last share of the run, in which the learning rate falls linearly to zero.
+    clip: maximum norm of the gradient.
+    sharpen: share of the target probability that moves to the base model's most likely token.
+    checkpoint_minutes, eval_minutes: time between two checkpoints, and between two evaluations.
     """
 
     model_config = ConfigDict(strict=False)  # YAML has lists for tuples, and text for 1e-5
     replaces: ClassVar[Mapping[str, Mapping[str, Any]]] = {"steps": {"minutes": None}, "minutes": {"steps": None}}
 
-    method: str = ""  # the training method's name
-    model: str = "smollm2-135m-instruct"  # the base model: a name, a folder or a hub id
-    adapter: str | None = None  # a LoRA adapter to merge into the model; None: no adapter
-    prompts: Files = ()  # files of prompts or of token-id answers
-    holdout: Files = ()  # files whose prompts must not be trained on
-    output: str = ""  # output folder
-    dtype: str = "auto"  # of the base model and the running copy (``trainer.open_target``); masters are float32
-    storage: Literal["auto", "bfloat16", "int8"] = "auto"  # of the drafter's file; auto: bfloat16, or float32 as dtype
-    device: str = "auto"  # auto: the first usable CUDA device, else the CPU
+    method: str = ""
+    model: str = "smollm2-135m-instruct"
+    adapter: str | None = None
+    prompts: Files = ()
+    holdout: Files = ()
+    output: str = ""
+    dtype: str = "auto"
+    storage: Literal["auto", "bfloat16", "int8"] = "auto"
+    device: str = "auto"
     seed: int = Field(0, ge=0, le=2**63 - 1)
-    init: str = ""  # folder of a trained drafter to start from; empty: start with a closed-form regression
-    draft_vocab: int = Field(8192, ge=0)  # size; 0: the full vocabulary. With ``init``, the vocabulary is that of init
+    init: str = ""
+    draft_vocab: int = Field(8192, ge=0)
 
-    # Answers of the base model to prompts without answers.
     max_new_tokens: Positive = 256
-    sampled: Share = 0.0  # share of prompts whose answers are sampled at ``temperature``; the rest is greedy
+    sampled: Share = 0.0
     temperature: PositiveFloat = 0.8
-    eval_fraction: float = Field(0.03, gt=0, lt=1)  # share of prompts for evaluation
-    eval_answers: Positive = 100  # largest number of answers for evaluation
+    eval_fraction: float = Field(0.03, gt=0, lt=1)
+    eval_answers: Positive = 100
 
-    # Training. Its length is given in minutes or in steps; the other is None.
-    minutes: PositiveFloat | None = 30.0  # of gradient training, without the time for answers and states
-    steps: Positive | None = None  # number of updates
-    rows: Positive = 16  # windows per batch
-    window: Positive = 64  # answer positions per window
-    fit_tokens: Positive = 100_000  # answer tokens for closed-form regression
-    relative_rate: PositiveFloat = 0.05  # AdamW's learning rate as a share of a parameter's scale (``parameter_scale``)
-    warmup: Positive = 20  # updates
-    decay: float = Field(1.0, gt=0, le=1)  # last share of the run, in which the learning rate falls linearly to zero
-    clip: PositiveFloat = 1.0  # largest norm of the gradient
-    sharpen: Share = 0.0  # share of the target probability that moves to the base model's most likely token
-    checkpoint_minutes: float = 3.0  # between checkpoints
-    eval_minutes: float = 10.0  # between evaluations
+    minutes: PositiveFloat | None = 30.0
+    steps: Positive | None = None
+    rows: Positive = 16
+    window: Positive = 64
+    fit_tokens: Positive = 100_000
+    relative_rate: PositiveFloat = 0.05
+    warmup: Positive = 20
+    decay: float = Field(1.0, gt=0, le=1)
+    clip: PositiveFloat = 1.0
+    sharpen: Share = 0.0
+    checkpoint_minutes: float = 3.0
+    eval_minutes: float = 10.0
 
     @field_validator("*", mode="before")
     @classmethod
@@ -111,7 +143,11 @@ def from_mapping(kind: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Return the settings in a preset: a name in ``configs/train`` or a YAML file. Raises SpecDecError."""
+    """Return the settings in a preset, as the file has them: {setting: value}, not validated.
+
+    name: a name in ``configs/train``, or the path of a YAML file. Raises SpecDecError if there is no such preset, or
+    the file is no mapping.
+    """
     path = find_config("train", name, "training preset")
     data = inputs.read_yaml(path, "training preset ")
     if not isinstance(data, dict):

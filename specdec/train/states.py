@@ -48,8 +48,8 @@ class StateSelection:
     """The layers whose states are stored.
 
     kv: layers whose keys and values are stored, for every token.
-    hidden: layers whose inputs are stored (layer N: the final states), from two positions before the first answer
-    token on.
+    hidden: layers whose inputs are stored, from two positions before the first answer token on. Layer N (the number of
+        layers) stands for the final states: the last layer's output, before the final norm.
     """
 
     kv: tuple[int, ...]
@@ -60,9 +60,12 @@ class StateSelection:
 class AnswerStates:
     """The base model's states on a prompt and its answer, L tokens together, as views of a memory-mapped shard.
 
-    ids: int32 [L]. prompt: number of prompt tokens. kv: layer -> keys and values [L, H', d] (H' heads of size d).
-    first: position of the first entry of the following fields, which have n = L - 1 - first entries.
-    hidden: layer -> the layer's input [n, D]. best: the most likely next token, int32 [n].
+    ids: int32 [L]. prompt: number of prompt tokens.
+    kv: layer -> (keys, values), [L, H', d] each, of H' key heads of size d.
+    first: position of the first entry of the following fields, which have n = L - 1 - first entries: entry i is of the
+        position first + i.
+    hidden: layer -> the layer's input [n, D]; layer N: the last layer's output, before the final norm.
+    best: the most likely token after each position, int32 [n].
     log_z: log of the partition sum, which is the sum of exp(logit) over the full vocabulary, float32 [n].
     """
 
@@ -76,7 +79,10 @@ class AnswerStates:
 
 
 def check_layers(target: Target, wanted: StateSelection) -> None:
-    """Raise SpecDecError if ``wanted.kv`` has a recurrent layer of ``target``, because its states are not stored."""
+    """Raise SpecDecError if a layer in ``wanted.kv`` is recurrent, or attends to the keys of another layer.
+
+    Such a layer of ``target`` has no keys and values of its own that could be stored.
+    """
     if recurrent := sorted(target.recurrent_layers.intersection(wanted.kv)):
         raise SpecDecError(f"layer {recurrent[0]} is recurrent, {NO_PATH}")
     sources = key_sources(target.model.config.get_text_config()) if wanted.kv else []
@@ -85,7 +91,7 @@ def check_layers(target: Target, wanted: StateSelection) -> None:
 
 
 def first_stored(prompt: int) -> int:
-    """Return the first position whose hidden states are stored, after a prompt of ``prompt`` tokens."""
+    """Return the first position in a text whose hidden states are stored: that before the last of ``prompt`` tokens."""
     return max(prompt - 2, 0)
 
 
@@ -107,6 +113,7 @@ def compute_states(
 ) -> list[AnswerStates]:
     """Return the states ``wanted`` of ``target`` on each of ``answers``, in order, computing what ``folder`` lacks.
 
+    folder: where the states are written, shard by shard, and from which they are mapped; made if it is missing.
     progress: shows the number of finished tokens. name: names these states in its bar.
     Raises SpecDecError if the folder holds states of another model or of other answers, for damaged or missing shards,
     and for a full disk.
@@ -152,11 +159,12 @@ def _make_shard(
     wanted: StateSelection,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Tensor]:
-    """Run ``target`` over the answers; return the tensors of their shard. progress: called with finished tokens.
+    """Run ``target`` over the answers; return the tensors of their shard, on the CPU.
 
-    wanted: the layers whose states are computed.
-    Keys of the result: "ids", "lengths", "prompts", "best", "log_z", and "hidden.LAYER", "k.LAYER", "v.LAYER". A tensor
-    has the entries of all answers one after the other.
+    wanted: the layers whose states are computed. progress: called after each pass with its number of tokens.
+    Keys of the result: "lengths" and "prompts" (numbers of tokens of each text and of its prompt), "ids", "best",
+    "log_z", "hidden.LAYER", "k.LAYER" and "v.LAYER". These have the entries of all answers one after the other, which
+    ``AnswerStates`` describes.
     """
     texts = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     found: list[dict[str, Tensor]] = [{} for _ in texts]
@@ -190,9 +198,9 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Read tokens out of final states ``x`` [M, D] by ``target``'s output head.
+    """Apply ``target``'s final norm and output head to final states ``x`` [n, D], a few rows at a time.
 
-    Returns the most likely token after each, int32 [M], and the log partition sums, float32 [M].
+    Returns the most likely token after each, int32 [n], and log(sum(exp(logits))) of each, float32 [n].
     """
     best, log_z = list[Tensor](), list[Tensor]()
     for rows in x.split(READOUT_ROWS):
@@ -203,9 +211,10 @@ def _read_out(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whole_pass(target: Target, ids: Tensor, cache: KVCache, taps: dict[int, Tensor]) -> Tensor:
-    """Run all layers of ``target`` over the texts ``ids`` [B, L] and return the final states [B, L, D].
+    """Run all layers of ``target`` over B texts; return the last layer's output [B, L, D], before the final norm.
 
-    cache: an empty cache of B rows, which receives the keys and values.
+    ids: the texts' tokens, int64 [B, L], padded at the end. cache: an empty cache of B rows, which receives the keys
+    and values, uncommitted.
     taps: its keys are layers; the values are replaced by the inputs of these layers [B, L, D].
     """
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)

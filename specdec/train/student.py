@@ -22,10 +22,12 @@ from specdec.train.batches import TrainingBatch
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
-    """Return the states of the token before each position, which the projections read when a first token is drafted.
+    """Return the base model's states of the token before each position, which projections read in draft step 1.
 
-    They are the base model's own: the final state h[N], and the input h[lo] of each segment [lo, hi) of the draft path,
-    [B, T, D] each. network: has the draft path.
+    ``Carry.final`` has the last layer's output, before the final norm, and ``Carry.inputs[s]`` the input of layer lo
+    of segment s, [lo, hi), of the draft path, [B, T, D] each. Entry t is of the position before ``positions[:, t]``. At
+    t = 0 that one lies before the window, and is in the batch as well (``TrainingBatch.before``).
+    network: has the draft path.
     """
     path = network.path
     return Carry(batch.before[network.num_layers], [batch.before[lo] for lo, _ in path.segments])
@@ -42,10 +44,10 @@ def shared_stages(
     network: the drafter, whose ``path.shared`` has the ranges of layers, one for each exit up to layer E (stages).
     target: the base model, which runs the layers.
     batch: B windows of T positions.
-    watched: whether to collect the residuals that routers read, too; if not, their lists may be empty.
+    watched: whether to collect the hidden states that routers read, too; if not, their lists may be empty.
 
-    Returns a pair for each stage: the accelerated residual after it, [B, T, D]; and the residuals that a router at its
-    end reads, [B, T, D] each, those of earlier stages first.
+    Returns a pair for each stage: the accelerated residual after it, [B, T, D]; and the hidden states that a router at
+    its end reads, [B, T, D] each, in the order of the layers.
     """
     path, found, passed = network.path, list[tuple[Tensor, list[Tensor]]](), list[Tensor]()
     if not path.adapts_early:
@@ -69,11 +71,18 @@ def shared_stages(
 def draft_steps(
     network: M2R2, target: Target, batch: TrainingBatch, steps: int, watched: bool = False
 ) -> Iterator[tuple[list[tuple[Tensor, list[Tensor]]], Tensor]]:
-    """Draft ``steps`` tokens at every position of ``batch`` and yield (exits, valid positions) for each draft step.
+    """Draft at every position of ``batch``, and yield (exits, valid) for each draft step s = 1 .. ``steps``.
 
-    exits: for each exit of the draft path, the estimated final state [B, T, D] and, if ``watched``, the residuals that
-    the router there reads, each [B, T, D]. valid: bool [B, T]. A step continues from the last exit of the step before.
+    Entry t of step s drafts the token after position t, after s - 1 drafted tokens: those at t - s + 2 .. t, which have
+    the ids of the text. It reads what the last exit of step s - 1 gave at t - 1.
+
     network: the drafter in training. target: the base model, whose layers it runs.
+    watched: whether to collect the hidden states that routers read.
+
+    exits: for each exit of the draft path, in order, a pair: the estimated final state [B, T, D], before the final
+        norm; and the hidden states that the exit's router reads, [B, T, D] each, some of them missing unless
+        ``watched``.
+    valid: bool [B, T], the entries that count: the positions t - s + 1 .. t are all in the window, and none is padding.
     """
     path, early = network.path, shared_stages(network, target, batch, watched)
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
@@ -149,11 +158,11 @@ class Teacher:
     Call ``begin`` for each batch first. The vocabulary of a batch is the drafter's own plus further tokens, first those
     that the base model chooses in the batch (when it drafts, a drafter also adds the tokens of its context).
 
-    vocab: the drafter's vocabulary, token ids int [V']; None: the full vocabulary.
+    vocab: the drafter's own vocabulary, token ids, 1-dimensional; None: the full vocabulary.
     sharpen: share of probability that moves to the base model's most likely token, if the vocabulary has it.
     variation: share of the loss that is the total variation; the rest is KL.
-    extra: number of further tokens in the vocabulary of a batch.
-    target: the base model, whose norm and output head make the logits.
+    extra: number of further tokens in the vocabulary of a batch; without effect if ``vocab`` is None.
+    target: the base model, whose final norm and output head make the logits.
     """
 
     def __init__(
@@ -172,9 +181,13 @@ class Teacher:
     def begin(self, batch: TrainingBatch) -> None:
         """Compute the base model's distributions for ``batch`` and set the attributes that describe them.
 
+        The vocabulary of the batch has V' tokens, in this order: the drafter's own and ``extra`` further ones, first
+        those that the base model chooses at valid positions. With ``vocab`` None, it is the full vocabulary.
+
         p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: entropy of ``p``, [B, T].
         best, next: indices in this vocabulary of the base model's and the text's next token, [B, T]; -1: not in it.
-        mass: the base model's probability of the whole vocabulary of the batch [B, T]. count: valid positions.
+        mass: the base model's probability of the whole vocabulary of the batch [B, T].
+        count: number of valid positions (``batch.valid``), a scalar tensor.
         """
         if self.vocab is not None:
             seen = torch.zeros(self.target.vocab_size, dtype=torch.int8, device=self.vocab.device)
@@ -202,7 +215,7 @@ class Teacher:
         return self.target.readout(final, self.head)
 
     def loss(self, logits: Tensor) -> Tensor:
-        """Return the loss of a drafter's ``logits`` [B, T, V'] at each position, [B, T].
+        """Return the loss of a drafter's ``logits`` [B, T, V'] at each position, [B, T]; V' is that of ``begin``.
 
         It is (1 - variation) * KL(base || draft) + variation * (1 - sum(min(base, draft))). The second term, the total
         variation, is the probability that speculative sampling rejects the draft.
@@ -218,8 +231,9 @@ class Teacher:
     def compare(self, logits: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float]:
         """Return the mean loss of ``logits`` [B, T, V'] and the share that agree with the base model's choice.
 
-        Both are taken over the positions ``valid``, bool [B, T]. The loss is multiplied by ``weight`` [B, T], summed
-        and divided by the number of valid positions of the batch.
+        Both are taken over the positions ``valid``, bool [B, T]. The loss, a scalar with gradients, is multiplied by
+        ``weight`` (one number, or [B, T]), summed, and divided by ``count``, the number of valid positions of the
+        batch, which may be more.
         """
         loss = (self.loss(logits) * valid * weight).sum() / self.count
         return loss, float(self.hits(logits)[valid].float().mean())
@@ -235,7 +249,7 @@ class Teacher:
     def known(self, batch: TrainingBatch) -> Tensor:
         """Return for each position of ``batch`` whether the drafter could draft the base model's choice, bool [B, T].
 
-        The choice must be in the drafter's vocabulary or in the text up to the position.
+        The choice must be in the drafter's vocabulary or in the text up to the position. Padding is False.
         """
         if self.vocab is None:
             return batch.valid

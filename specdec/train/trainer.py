@@ -45,10 +45,11 @@ def train(
 ) -> dict[str, Any]:
     """Train a drafter, write the best one to ``settings.output`` and return its figures on held-out answers.
 
+    The figures are those of the method's ``TrainingMethod.evaluate``. The call returns when the training has ended.
     resume: whether to continue an interrupted run in this folder. Finished work stays on the disk.
-    console: shows progress; None: standard error. preset: names where the settings come from.
+    console: shows progress; None: standard error. preset: name of the settings' preset, for the output.
     Raises SpecDecError for unusable settings, prompts, models and folders, for a full disk and for a loss that becomes
-    NaN.
+    NaN; KeyboardInterrupt at Ctrl-C.
     """
     console, lock, device = console or stderr(), lock_of(settings), loading.find_device(settings.device)
     processes = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
@@ -181,9 +182,9 @@ def training_target(model: Any) -> Target:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse large blocks of memory instead of returning them to the system. No effect without glibc.
+    """Make glibc reuse large blocks of memory instead of returning them to the system, in the whole process.
 
-    Fresh pages would cost more than the arithmetic on them.
+    Fresh pages would cost more than the arithmetic on them. No effect without glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
