@@ -27,5 +27,6 @@ def load() -> Any | None:
     found.specdec_texts_add.argtypes = (POINTER, POINTER, INT)
     found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
     found.specdec_ngram_grow.argtypes = (POINTER,)
+    found.specdec_top_p.argtypes = (POINTER, INT, ctypes.c_double, POINTER)
     found.specdec_choose.argtypes, found.specdec_choose.restype = (POINTER, INT, *(ctypes.c_uint64,) * 2, INT), INT
     return found

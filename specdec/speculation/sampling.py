@@ -73,6 +73,8 @@ class Noise:
         """
         scores = scores.contiguous()
         chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
+        if chosen < -1:
+            raise MemoryError("no memory for a draw")
         return chosen
 
     def forget(self, position: int) -> None:

@@ -96,11 +96,33 @@ def test_a_token_that_the_model_lacks_is_refused_on_every_way_in() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])  # from flat, so that more than SHORTLIST tokens are kept, to peaked
-def test_top_p_keeps_what_transformers_keeps(top_p: float, scale: float) -> None:
-    scores = scale * torch.randn(3, 4 * TopP.SHORTLIST, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0, 30.0])  # from flat to peaked
+@pytest.mark.parametrize("size", [1, 7, 32, 517])
+def test_top_p_keeps_what_transformers_keeps(top_p: float, scale: float, size: int) -> None:
+    scores = scale * torch.randn(3, size, generator=torch.Generator().manual_seed(0))
     ours = TopP(top_p)(None, scores)  # type: ignore[arg-type]
     assert torch.equal(ours, TopPLogitsWarper(top_p)(None, scores))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("scale", [0.5, 3.0, 12.0])
+def test_top_p_of_a_large_vocabulary_is_the_smallest_set(top_p: float, scale: float) -> None:
+    scores = scale * torch.randn(4, 50_003, generator=torch.Generator().manual_seed(1))
+    scores[1] = scores[1].round()  # many equal ones
+    scores[2, ::3] = float("-inf")
+    scores[3] += 1e4
+    for own, kept in zip(scores, TopP(top_p)(None, scores).isfinite(), strict=True):  # type: ignore[arg-type]
+        p = own.double().softmax(-1)
+        last = p[kept].min()
+        assert torch.equal(kept, p >= last)
+        assert p[kept].sum() >= top_p - 1e-6 and p[p > last].sum() < top_p + 1e-6
+
+
+def test_top_p_leaves_logits_that_are_not_finite_to_the_choice() -> None:
+    for wrong in (float("nan"), float("inf")):
+        scores = torch.randn(1, 100)
+        scores[0, 40] = wrong
+        assert not TopP(0.5)(None, scores)[0, 40].isfinite()  # type: ignore[arg-type]
 
 
 def test_equal_tokens_stay_or_leave_together() -> None:
