@@ -171,11 +171,15 @@ class NgramDrafter(Drafter):
         return [self._grown(state, row, min(limit, most), own) for row, (most, own) in rows]
 
     def _grown(self, state: State, row: int, limit: int, learned: Candidates | None) -> Candidates:
-        """Return the candidates after the text of one row. Adds the row's new tokens to its texts first.
+        """Return the candidates after the text of one row.
+
+        It first appends the row's new tokens to ``NgramRow.texts``, the row's own text. N-grams are looked up there, in
+        the corpora and in earlier requests of the row's scope.
 
         state: the batch. row: index of the row in the batch. limit: maximum depth of a candidate; 0: an empty tree.
-        learned: the tree of another drafter, which is merged in; the result then has probabilities (``Candidates.raw``)
-            of the three sources of a ``JoinedDrafter``. None: there is no other drafter, and one source.
+        learned: the tree of another drafter, which is merged in. ``Candidates.raw`` then has three sources: n-grams
+            where that drafter has no candidates after the same parent, n-grams where it has only others, and that
+            drafter. None: there is no other drafter, and n-grams are the only source.
         """
         if not limit:
             return Candidates.none(1 if learned is None else 3)

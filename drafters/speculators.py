@@ -290,7 +290,8 @@ class PublicHeadDrafter(PairDrafter):
 
         Raises SpecDecError if there is no such head, or it does not fit the target.
         source: a folder, or a Hugging Face repository ORG/NAME[@revision]; None raises, since no head is shipped.
-        kwargs: ``nodes`` and ``width``.
+        kwargs: the options ``nodes`` (of a tree; int or None) and ``width`` (nodes of a level that get children), as in
+            the constructor.
         """
         options.check_names(cls.name, kwargs, ("nodes", "width"))
         if source is None:

@@ -230,8 +230,10 @@ class M2R2Drafter(ChainDrafter):
     def _drafts_by_levels(self, state: State) -> bool:
         """Return whether to draft level by level: a tree for one row, chains with siblings for several rows.
 
-        This needs drafts that are verified, a draft path with projections and one exit, without layers that scoring
-        reuses, and no logits processor that reads the tokens before, other than the constraint of a single row.
+        False: ``propose`` drafts a chain, token by token. Level by level needs drafts that scoring verifies
+        (``State.threshold`` is None); a draft path with projections and one exit, and without first layers whose
+        results scoring takes over (E is 0); and no logits processor that reads the tokens before, other than the
+        constraint of a single row.
         """
         path, one = self.network.path, len(state.ids) == 1
         verified = state.threshold is None
@@ -272,8 +274,9 @@ class M2R2Drafter(ChainDrafter):
 class PaperM2R2Drafter(M2R2Drafter):
     """Drafts with the model's first E layers and adapters, as the abstract of the M2R2 paper (arXiv 2502.02040) says.
 
-    No projection leads to later layers. Each drafted token also runs the E layers without adapters; these states are
-    exact, so scoring resumes from them at layer E.
+    E is the exit layer of the trained network (``M2R2Path.exit_layer``). Each drafted token also runs the E layers
+    without adapters; these states are exact, so scoring resumes from them at layer E. Unlike ``M2R2Drafter``, no
+    projection leads to later layers, drafts are chains, and it needs training: it does not teach itself.
     """
 
     name: ClassVar[str] = "m2r2-paper"

@@ -82,7 +82,8 @@ class PathPass:
         exit: index of the exit, from 0, in the order of the path.
 
         Returns a pair: the estimate of the token's final state h[N], the output of the model's last layer, [B, 1, D];
-        and the hidden states that the exit's router reads, [B, 1, D] each, incomplete if the network has no routers.
+        and a list of the hidden states that the exit's router reads, [B, 1, D] each, in the order of the path, which
+        the caller must not change. If the network has no routers, some are missing, and the list is of no use.
         """
         network, token = self.network, self.tokens[-1]
         self._run(network.path.stages_to_exit[exit])

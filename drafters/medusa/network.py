@@ -39,8 +39,8 @@ class Medusa(nn.Module):
     def forward(self, x: Tensor, root: Tensor | None = None) -> Tensor:
         """Return the inputs of the K output heads, [..., K, D], from states ``x`` [..., D].
 
-        x: final states of the token before the root, each divided by its root mean square; for public checkpoints,
-            after the model's final norm.
+        x: final states of the token before the root: before the final norm, each divided by its root mean square;
+            for public checkpoints instead the output of the model's final norm, not divided.
         root: embeddings of the roots (the last tokens of the texts), likewise divided, [..., D], which ``rooted``
             blocks need; None for others.
         """

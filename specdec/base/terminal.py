@@ -200,7 +200,10 @@ def _stdout_failed(error: OSError) -> None:
 
 
 class Words(progress.ProgressColumn):
-    """A column of a progress bar: what ``text`` returns for a task, as plain text with escaped control characters."""
+    """A column of a progress bar: what ``text`` returns for a task, as plain text with escaped control characters.
+
+    text: function from a task of rich to the text to show, called at each refresh.
+    """
 
     def __init__(self, text: Callable[[progress.Task], str]) -> None:
         super().__init__()

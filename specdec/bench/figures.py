@@ -100,13 +100,17 @@ def summarize(
 
     EST is {"value", "low", "high"}, an estimate and its 95 % interval. The keys:
     name, lossless, engine (an external one's version and settings, or None), requests, tokens (numbers of these).
-    tokens_per_second: EST. speedup, worst (prompt's speedup): {baseline: EST}, {baseline: number}.
-    prefill_ms, first_token_ms, decode_ms_per_token: EST.
-    latency_ms: {"p50", "p99"} for each of "token", "first_token" and "step".
-    mean_acceptance_length, mean_layers_per_token: EST. acceptance_rate: 0 to 1.
-    acceptance_per_position, drafts_per_position, acceptance_histogram: lists of numbers.
-    phase_ms_per_step: {phase: ms}. peak_memory_mb.
-    equal_to_plain: {"equal", "near_ties", "faults", "of"}, numbers of outputs. quality: {measure: EST}.
+    tokens_per_second: EST, of whole calls. speedup: {baseline: EST}, the baseline's seconds per token over the
+        method's. worst: {baseline: the smallest speedup of a prompt}.
+    prefill_ms, first_token_ms (from the start of a call), decode_ms_per_token (after the first token): EST.
+    latency_ms: {"p50", "p99"} for each of "token" (of whole calls), "first_token" and "step" (between deliveries).
+    mean_acceptance_length: EST, tokens per step, the bonus token included. mean_layers_per_token: EST, layers run.
+    acceptance_rate: accepted / drafted tokens, 0 to 1. acceptance_per_position, drafts_per_position: for each depth
+        from 0, the share of drafts that deep whose token is accepted there, and their number.
+    acceptance_histogram: entry n is the number of steps that accepted n tokens.
+    phase_ms_per_step: {phase: ms}. peak_memory_mb: maximum of all requests.
+    equal_to_plain: {"equal", "near_ties", "faults", "of"}, numbers of outputs.
+    quality: {"agreement", "nll", "rouge_l": EST} under the full model, if a lossy verifier takes part.
     categories: {category: the figures of ``_summary``}. None stands for what cannot be given.
 
     mine: the requests that the method has answered. baselines: label -> requests of that baseline for the same prompts.

@@ -77,6 +77,8 @@ class Reply:
 class Method:
     """Base class of the methods that a benchmark compares: an engine with its settings, which answers prompts.
 
+    A subclass implements ``reply``.
+
     lossless: whether the output follows the model's own distribution.
     seeded: whether equal seeds draw the tokens of plain decoding, so that sampled output can be compared with it.
     same_arithmetic: whether tokens must equal those of plain decoding but for near-ties; not if an engine has other

@@ -130,8 +130,10 @@ def _errors_from(where: str) -> Iterator[None]:
 def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return {name: options} for the value ``given`` of the setting ``group`` ("drafter" or "verifier").
 
-    The value is a name, a list of names or a mapping of names to options. A name without a mapping gets its options
-    from ``before``. Raises SpecDecError for other values.
+    The value is a name, a list of names or a mapping of names to options. Raises SpecDecError for other values.
+
+    before: {name: options} of the setting before an override; names without a mapping keep these options, and get {} if
+        they are not there.
     """
     names = [] if isinstance(given, dict) else _as_list(given)
     for name in names:

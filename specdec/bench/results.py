@@ -208,7 +208,8 @@ def _by_category(method: Mapping[str, Any]) -> dict[str, str]:
 def _over_plain(figures: Mapping[str, Any]) -> str:
     """Return the speedup over plain decoding and that of the worst prompt, such as ``2.10 (1.05)``; "" without one.
 
-    figures: those of a method, or of one category of prompts.
+    figures: those of a method, or of one category of prompts (``figures.summarize``). Only its mappings "speedup" and
+        "worst" are read, at the key "none", which stands for plain decoding.
     """
     speedup = figures["speedup"].get("none")
     return f"{speedup['value']:.2f} ({figures['worst']['none']:.2f})" if speedup else ""

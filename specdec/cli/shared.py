@@ -336,7 +336,11 @@ class SamplingFlags:
 
 @dataclass(frozen=True)
 class AllSamplingFlags(SamplingFlags):
-    """All options that choose how tokens are sampled: ``SamplingFlags``, and the less common filters and penalties."""
+    """All options that choose how tokens are sampled: ``SamplingFlags``, and the less common filters and penalties.
+
+    seed: seed of the random numbers; None: one is drawn where it has an effect.
+    repetition_penalty: above 1 discourages repetition, 1 is off; None: the model's own.
+    """
 
     seed: Seed = None
     min_p: Annotated[float, _sampling(options.MinP, "P")] = 0.0

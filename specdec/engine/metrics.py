@@ -161,7 +161,11 @@ class RequestMetrics:
             self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Return most fields and properties of this object by name, for JSON. Lists and mappings are not copied."""
+        """Return fields and properties of this object by name, for JSON. Lists and mappings are not copied.
+
+        Left out are num_layers, exit_layers, queue_seconds, first_token_seconds, last_token_seconds,
+        num_cached_tokens, saved_seconds, drafting_off, rows and drafts_per_position.
+        """
         names = (
             "num_prompt_tokens num_new_tokens prefill_seconds decode_seconds tokens_per_second mean_acceptance_length "
             "draft_acceptance_rate num_spec_steps num_draft_tokens num_accepted_draft_tokens acceptance_histogram "

@@ -190,9 +190,10 @@ class _Scorer:
         return y if draft.states is None else torch.cat((draft.states, y), 1)
 
     def rows(self) -> Scores:
-        """Score only the nodes that each row has, with the rows concatenated without padding, in one pass.
+        """Score the root and only the nodes that each row has, with the rows concatenated without padding, in one pass.
 
-        The target must be ``ragged``, and the draft have no ``states``. ``Scores.nodes`` lists the tokens that ran.
+        The target must be able to run rows of different lengths in a pass (``Target.ragged``), and the draft have no
+        hidden states to resume from (``Draft.states``). ``Scores.nodes`` has the block indices that ran.
         """
         state, draft, taps, verifier = self.state, self.draft, self.taps, self.verifier
         target, cache, lists, depths = state.target, state.cache, draft.lists(), draft.depths()
@@ -325,9 +326,12 @@ class _Likeliest(NamedTuple):
         return [cls(*each) for each in zip(whole[:, 0].tolist(), logits.tolist(), strict=True)]
 
     def best(self, allowed: Tensor) -> int | None:
-        """Return the smallest id among the likeliest of these tokens that ``allowed``, bool [V], contains.
+        """Return the likeliest of these k tokens that is allowed; among equally likely ones, the smallest id.
 
-        None: none of them is allowed, or another token may be as likely.
+        None: none of the k is allowed, or the largest allowed logit is not finite, or equals the smallest of the k, so
+        that an allowed token outside of the k may be as likely.
+
+        allowed: whether each token of the vocabulary may come, bool [V].
         """
         there = [(token, logit) for token, logit in zip(self.ids, self.logits, strict=True) if allowed[token]]
         # Tokens that are not here may be as likely as the last one that is

@@ -339,9 +339,12 @@ class _GenerateCall:
         return [going or not self.pads for going in self.unfinished.tolist()]
 
     def _grow(self, requests: Sequence[Request], tokens: list[int]) -> None:
-        """Add one token to each row, and cancel the requests of the rows that the stopping criteria end now.
+        """Append one token to each row of ``sequences``, and note in ``unfinished`` the rows that have ended.
 
-        requests: the engine's request of each row. tokens: the token of each row at the next position.
+        The requests of ended rows are cancelled, if the call pads them; else they go on until all rows have ended.
+
+        requests: the engine's request of each row. tokens: the token of each row at the next position, [B], as
+            ``_next`` returns them: padding in rows that ended before, if the call pads.
         """
         new = torch.tensor(tokens, device=self.sequences.device, dtype=self.sequences.dtype)
         self.sequences = torch.cat((self.sequences, new[:, None]), 1)

@@ -407,8 +407,11 @@ class KVCache:
     def _copy(self, row: RowEntries, name: str, to: Tensor, count: int) -> None:
         """Copy the first ``count`` tokens' keys and values from a row's buffer ``name`` to the buffer ``to``.
 
-        Slots that sliding-window layers have dropped are left out. to: a buffer of the same layout, [2, N', H, slots,
-        d].
+        Each keeps its slot. Slots that sliding-window layers have dropped stay in ``to`` as they are.
+
+        name: key in ``row.buffers``, such as "kv".
+        to: a buffer of one row with the same N' layers, heads and sizes, [2, N', H, slots, d], and at least ``count``
+            slots.
         """
         source = row.buffers[name]
         if not row.dropped:

@@ -137,8 +137,9 @@ class RowStates(ABC):
     def begin(self, count: int, states: StatesByKey) -> None:
         """Set ``states`` of a row that begins with ``count`` tokens, and store them as a checkpoint, too.
 
-        states: the states after these tokens, by the keys of ``self.states``; they are shared, not copied, as the
-            checkpoint.
+        states: the states after these tokens, by the keys of ``self.states``. The checkpoint is this dict itself, so
+            the caller must change neither it nor its tensors afterwards. ``self.states`` is a ``snapshot`` of it, so
+            later passes do not change it either.
         """
         self.states = self.checkpoints[count] = states
         self.states = self.snapshot()

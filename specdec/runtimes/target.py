@@ -437,10 +437,12 @@ class GrowingLinear(GivenLinear):
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Return the attention window of each layer in tokens; None: the layer attends to all earlier tokens, or has none.
+    """Return the attention window of each layer: how many of the last tokens a token attends to, itself included.
 
-    config: the model's text config. A ``Chunk`` is the size of a chunk instead: tokens attend only within their chunk.
-    Raises SpecDecError for a layer type that is unknown.
+    None: the layer has no window, so that a token attends to all earlier ones, or it has no attention. A ``Chunk``, a
+    subclass of int, is the size of a chunk instead: tokens attend only within their chunk.
+
+    config: the model's text config. Raises SpecDecError for a layer type that is unknown.
     """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)

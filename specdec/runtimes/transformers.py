@@ -208,7 +208,7 @@ class TransformersTarget(Target):
 
         layer: number of the decoder layer, whose window the mask gets.
         args, kwargs: the layer's arguments after the hidden states.
-        mask: which keys each token attends to.
+        mask: which keys each token attends to; None raises AssertionError, since such a call runs no layer.
 
         Returns the new (args, kwargs).
         """

@@ -112,9 +112,10 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """An HTTP server of ``app`` with the limits in ``settings``.
 
-    room: number of connections that file descriptors allow; None: any number.
-    accepting: the tasks that accept connections, one for each listening socket.
-    changed: set when a connection becomes idle or is closed.
+    settings: the number of connections and the time-out of idle ones are used.
+    room: number of connections that file descriptors allow; None: any number, or ``startup`` has not run.
+    accepting: the tasks that accept connections, one for each listening socket; [] before ``startup``.
+    changed: ``asyncio.Event`` that ``startup`` makes, set when a connection becomes idle or is closed.
     """
 
     room: int | None = None

@@ -57,7 +57,10 @@ class Hermes(JsonCalls):
 
 
 class Mistral(JsonCalls):
-    """The format of Mistral: ``[TOOL_CALLS]``, and JSON objects after it."""
+    """The format of tool calls of Mistral models before Mistral Small 3.1: ``[TOOL_CALLS]`` and a list of JSON objects.
+
+    An object has the tool's name and its arguments. ``MistralNamed`` is the later format.
+    """
 
     marks = special = ("[TOOL_CALLS]",)
 

@@ -41,9 +41,22 @@ class _Prior(ctypes.Structure):
 
 
 class _Growth(ctypes.Structure):
-    """The C struct ``Growth`` in ngram.c, which explains the fields: arguments and results of growing one tree.
+    """The C struct ``Growth`` in ngram.c: arguments and results of growing one tree. Pointers are addresses.
 
     ``Grower`` fills it, passes it to the C function ``specdec_ngram_grow``, and reads it.
+
+    text, length: the last token ids of the text, and their number. limit, nodes: maximum depth and number of nodes.
+    sources: number of texts that are searched. source, weight: each text, and how much an occurrence in it counts.
+    least: minimum probability of a path. priced, price: cost of scoring 0, 1, .. nodes, and how many costs there are.
+    prior: the ``_Prior``; null: none.
+    learned, learned_tokens, learned_parents, learned_p: another drafter's tree: number of nodes, and the lists.
+    table, beside, learned_table: calibration tables of n-grams, of n-grams where the other drafter has other candidates
+        after the parent, and of that drafter; null: raw probabilities.
+    sampled: whether tokens are drawn by Gumbel noise. seed, stream: of the noise. position: that of the next token.
+    allowed: callback that returns the tokens that may follow a node; null: all may.
+    tokens, parents, values: results for each node: token id, parent, and probability of its path.
+    own_raw, learned_raw: results for each node after its parent: raw probability by n-grams (negative in the case of
+        ``beside``; 0 if the other drafter has the node), and by the other drafter (0 if it lacks the node).
     """
 
     _fields_ = (

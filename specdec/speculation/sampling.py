@@ -165,7 +165,7 @@ class RowSampler:
 class Sampler:
     """Chooses the tokens of a batch of rows (sequences) from logits, at drafted and other positions alike.
 
-    rows: the sampler of each row, in batch order.
+    rows: the ``RowSampler`` of each row, in batch order.
     """
 
     def __init__(self, rows: Sequence[RowSampler]) -> None:

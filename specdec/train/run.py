@@ -92,7 +92,10 @@ class TrainingRun:
     def train(self, resume: bool) -> dict[str, Any]:
         """Train to the end of the schedule and return the evaluation figures of the best drafter.
 
-        resume: whether to continue from the checkpoint in the output folder, if there is one.
+        The best one has the largest ``score`` on held-out answers. The figures are those of the method's ``evaluate``,
+        by name: "score" is always there, and by default "top1" and "overlap" (``train.evaluate.evaluate``).
+
+        resume: whether to continue from the checkpoint in the output folder, if there is one; False: begin anew.
         At Ctrl-C and SIGTERM the run ends after the update: it writes a checkpoint and raises KeyboardInterrupt.
         Raises SpecDecError if the loss becomes NaN or infinite; the best drafter so far stays in the folder.
         """
@@ -152,9 +155,11 @@ class TrainingRun:
                 evaluated = time.monotonic()
 
     def _start(self) -> None:
-        """Initialize the masters and the running copy, from the drafter ``init`` or by closed-form regression.
+        """Initialize the masters (float32) and the running copy, from a drafter or by closed-form regression.
 
-        Evaluates them, and sets the learning rate of each parameter.
+        The drafter is the one in the folder ``settings.init``; without one, the method's ``fit`` does the regression.
+        It then calls ``_evaluate``, which writes the figures to metrics.jsonl and exports the drafter, and sets the
+        learning rate of each parameter.
         """
         first = self.processes.is_main_process
         if first:

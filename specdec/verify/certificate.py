@@ -96,8 +96,9 @@ class Certificate:
     lengths: draft lengths, each a number of tokens or "auto".
     batch_size: number of prompts in a batch; 1: there are no batches.
     min_drafted: number of drafted tokens that each comparison needs to prove anything.
-    checks: the counts of each comparison by name: "greedy", "sampled", "batch", "generate". They grow during ``run``.
-    complete: whether ``run`` has ended.
+    checks: a ``Check`` for each comparison, by name: "greedy", "sampled", "batch" (if there are batches) and "generate"
+        (in float32). It counts answers, drafted tokens and faults, and grows during ``run``.
+    complete: whether ``run`` has ended. The test is passed if so and ``result`` is "PASSED".
     """
 
     def __init__(

@@ -22,9 +22,10 @@ def complete(name: str, values: dict[str, Any]) -> None:
     """Replace GGUF metadata of recurrent layers in ``values``, in place, by the fields of a transformers config.
 
     name: the model's name in messages.
-    values: config fields by name, among them "num_hidden_layers", and two entries of metadata, which are replaced:
-        "linear_values" (int, number of values of all value heads together; default 0) by "linear_value_head_dim", and
-        "full_attention_interval" (int, each so many layers one has attention; default 4) by "layer_types".
+    values: config fields by name. "num_hidden_layers" is required; "linear_num_value_heads" and "linear_num_key_heads"
+        default to 1. Two entries of GGUF metadata are replaced: "linear_values" (int, number of values of all value
+        heads together; default 0) by "linear_value_head_dim", and "full_attention_interval" (int; default 4: layers 3,
+        7, .. have attention, the last of each 4) by "layer_types".
 
     Raises SpecDecError for values that do not fit each other.
     """

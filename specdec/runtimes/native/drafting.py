@@ -76,9 +76,11 @@ class TreeDrafter:
 
     In a chain with siblings, one node of each level gets children, and the other nodes of the level are leaves.
 
-    Made for one path and size, and then called for each draft, by one thread at a time: ``drafter(target, cache, roots,
-    limits)`` returns what ``Target.draft_rows`` returns, as lists. A level is all draft nodes of one depth. A candidate
-    is a node that may be scored. The arrays are C arrays that ``struct`` points to.
+    Made for one path and size, and then called for each draft, by one thread at a time. ``drafter(target, cache, roots,
+    limits)`` returns, for each sequence, the lists (scores, token ids, parents, [raw probabilities]) of ``_by_row``. Of
+    ``limits`` (``TreeLimits``), it reads the costs and rates; ``levels`` and ``width`` must be those given here. The
+    cache has no further tokens afterwards. A level is all draft nodes of one depth. A candidate is a node that may be
+    scored. The arrays are C arrays that ``struct`` points to.
 
     target: the native runtime. path: the projections, layers and output heads that draft.
     levels: maximum number of levels. width: number of children of a node. rows: number of sequences, R.

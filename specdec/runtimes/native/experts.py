@@ -191,7 +191,9 @@ class MappedExperts:
             made.written()
 
     def begin(self, top_k: int) -> None:
-        """Compute how many experts stay in memory, ``slots``, after ``add`` was called for all layers; set ``shape``.
+        """Set ``slots``, how many experts of each layer stay in memory, and ``shape``, the sizes (see the class).
+
+        It is called after ``add`` for all layers.
 
         top_k: number of experts that a token uses in a layer.
         Raises SpecDecError if the budget is too small for the experts of one token.

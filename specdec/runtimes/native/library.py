@@ -66,10 +66,12 @@ class Linear(ctypes.Structure):
     """A linear layer y = scale (W x + bias), then cap tanh(y / cap) unless ``cap`` is 0 (``Linear`` in native.h).
 
     rounded: whether inputs are rounded to 8 bits. out, inp: numbers of outputs and inputs, multiples of 16 and 32.
-    count: number of ``parts``. scale, cap: floats. parts: address of the ``LinearPart`` array.
+    count: number of ``parts``. scale, cap: floats.
+    parts: address of an array of ``LinearPart``, which have the outputs in order, one part after the other.
     bias: address of float32 [out]; None: no bias.
     proxy: address of 4-bit tiles by which the largest output is found; None: there are none.
-    error_bounds: address of float32 [out], the largest error of each output by ``proxy``.
+    error_bounds: address of float32 [out], the largest error of each entry of W x by ``proxy`` for an x of Euclidean
+        length 1; the error is proportional to the length.
     """
 
     _fields_ = (

@@ -485,12 +485,13 @@ class PackedModel:
         return self._keeping(name, weight.shape.numel(), pack)
 
     def _keeping(self, name: str | None, weights: int, pack: Callable[[PackedFile | None], T]) -> T:
-        """Make packed weights that only drafts use by ``pack``, with a file to keep them in; return its result.
+        """Call ``pack``, which makes packed weights that only drafts use, with a file to keep them; return its result.
 
         name: text that identifies the result, from which the file's name is made; None: no file is used.
-        weights: number of the weights to store, for which the disk must have room.
+        weights: number of the weights to store. If the disk has less than 2 bytes free for each, a note is printed,
+            and the result is not kept.
         pack: function that reads packed weights from the open file that it gets, or makes them and adds them to it. It
-            gets None if there is no file.
+            gets None if there is no file. It is called at once, and again if the file turns out to be damaged.
         """
         if self.kept is None or name is None:
             return pack(None)
@@ -551,8 +552,9 @@ class PackedModel:
         def merged(pairs: Sequence[tuple[str, nn.Linear]]) -> Tensor:
             """Return the weights of linear layers that read the same input as one matrix, bf16 [sum of outputs, in].
 
-            The adapters are added, neurons that do not run are left out, and rows and columns are in the kernels'
-            order.
+            The adapters of ``_merge`` are added, MLP neurons that they do not keep (``Adapters.kept``) are left out,
+            and rows and columns are in the order in which the kernels read them (``mixer.row_orders``,
+            ``mixer.columns``).
 
             pairs: (module path in the decoder layer, module) of each linear layer.
             """

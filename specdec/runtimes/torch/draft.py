@@ -40,18 +40,21 @@ FOUND = 24  # candidates of a row that the host reads of a tree
 class Rules(NamedTuple):
     """What decides, besides the draft logits, which tokens become candidates of a draft, for B rows.
 
+    A draft has ``levels`` levels (depths), of W nodes each that get children; k candidates are considered after a node.
+
     vocab: token ids of the V' draft logits, int64 [V']; None: the index of a logit is its token id.
-    tables: for each row three tables that map raw probabilities to calibrated ones, [B, 3, 11]
-        (``DraftRoots.tables``): for the draft heads; for the other source's tokens that the heads also have or that
-        follow a node where the heads have no candidates; and for its other tokens. None: probabilities are used as they
-        are.
+    tables: for each row three tables that map raw probabilities to calibrated ones, [B, 3, 11] (calibrated
+        probabilities at 11 fixed log-odds of raw ones, ``DraftRoots.tables``): for the draft heads; for the other
+        source's tokens that the heads also have or that follow a node where the heads have no candidates; and for its
+        other tokens. [B, 1, 11] without ``given``. None: probabilities are used as they are.
     noise: Gumbel noise by which sampled rows will draw: a tensor [B, levels, V], or a function of (level, token ids [B,
         W, k]) that returns the noise of these tokens. None: all rows are greedy.
     sampling: 1 / temperature (0: greedy), top-k, top-p and min-p of each row, float32 [B, 4]; None: all rows are
         greedy.
     given: trees of another source (predictor of tokens), such as n-grams, that are merged into the draft; None: there
         are none.
-    forbidden: outputs of the second draft head that a row may not draft, bool [B, outputs]; None: all are allowed.
+    forbidden: outputs of the second draft head (``DraftPath.heads``, whose logits are concatenated) that a row may not
+        draft, bool [B, outputs]; None: all are allowed.
     masks: function on the CPU from the drafted token ids after the root to the tokens that may follow (bool [V]; None:
         none may). Only for a single row; None: all tokens are allowed.
     """
