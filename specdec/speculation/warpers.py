@@ -1,7 +1,7 @@
 """Transforms of logits that need no transformers: temperature, top-k, top-p, min-p, penalties, and rules about tokens.
 
 Each is called with the ids of the tokens before a position, int64 [n, T], and the logits of the position, [n, V], and
-returns logits [n, V]. It equals transformers' processor of that name, with two differences: top-p on a CPU keeps tokens
+returns logits [n, V]. It equals transformers' processor of that name, with two differences: top-p keeps tokens
 as likely as the last one that is kept, and bad words are searched in new tokens only.
 """
 
@@ -63,10 +63,11 @@ class TopP:
                 if lib.specdec_top_p(own.data_ptr(), len(own), self.top_p, to.data_ptr()):
                     raise MemoryError("no memory for top-p")
             return kept
-        ordered, order = scores.sort(descending=False)
+        ordered = scores.sort(descending=False).values
         out = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
         out[..., -1:] = False
-        return scores.masked_fill(out.scatter(1, order, out), NEVER)
+        least = ordered.masked_fill(out, -NEVER).amin(-1, keepdim=True)
+        return scores.masked_fill(scores < least, NEVER)
 
 
 @dataclass(frozen=True)

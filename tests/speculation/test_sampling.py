@@ -18,6 +18,7 @@ from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
 from specdec.cli import app
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation import library
 from specdec.speculation.sampling import RowSampler
 from specdec.speculation.warpers import TopP
 
@@ -125,7 +126,10 @@ def test_top_p_leaves_logits_that_are_not_finite_to_the_choice() -> None:
         assert not TopP(0.5)(None, scores)[0, 40].isfinite()  # type: ignore[arg-type]
 
 
-def test_equal_tokens_stay_or_leave_together() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_equal_tokens_stay_or_leave_together(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(library, "load", lambda: None)
     scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, -4.0, float("-inf")]])
     kept = TopP(0.9)(None, scores).isfinite()  # type: ignore[arg-type]
     assert kept.tolist() == [[True, True, True, True, False, False]]
