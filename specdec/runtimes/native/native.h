@@ -250,18 +250,43 @@ static inline int64_t state_bytes(const Model *m) { return matrices_bytes(m)
 
 /* threads.c */
 
+enum { MOST_SHARING = 64, MOST_HELPED = 8 }; /* maximum number of threads that help one another, and that a thread helps */
+
 typedef struct {
     int32_t waiting __attribute__((aligned(64)));
     int32_t phase __attribute__((aligned(64)));
     int32_t asleep __attribute__((aligned(64)));
+    struct { int32_t items __attribute__((aligned(64))); } taken[MOST_SHARING]; /* from the share of each thread (next_item) */
 } Barrier;
 
+/* Wait for all `n` threads; then nothing is taken from any share. */
 void wait_for_team(Barrier *b, int n);
 
 /* The share [*from, *to) of `count` items that thread `me` of `n` works on. */
 static inline void split(int count, int me, int n, int *from, int *to) {
     *from = (int)((int64_t)count * me / n);
     *to = (int)((int64_t)count * (me + 1) / n);
+}
+
+/* `count` items of work, each to be done for `groups` groups, that a team shares between two waits. Start: {barrier, count, groups, me, n}. */
+typedef struct {
+    Barrier *barrier;
+    int count, groups, me, n;
+    int group, turn, own; /* of the latest item; of whose share; number of items of a share that nobody else takes */
+} Work;
+
+/* The next item for the thread, -1: there is none. A thread takes those of its own share, then what slower threads have left. */
+static inline int next_item(Work *w) {
+    for (const int turns = w->n <= MOST_SHARING ? w->n : 1; w->turn < turns && w->turn <= MOST_HELPED; w->turn++) {
+        int owner = (w->me + w->turn) % w->n, from, to, at;
+        split(w->count, owner, w->n, &from, &to);
+        const int share = (to - from) * w->groups;
+        int32_t *taken = turns > 1 ? &w->barrier->taken[owner].items : &w->own;
+        if (__atomic_load_n(taken, __ATOMIC_RELAXED) >= share || (at = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) >= share) continue;
+        w->group = at / (to - from);
+        return from + at % (to - from);
+    }
+    return -1;
 }
 
 /* The number of turns in which `n` threads do `items` of work. If fewer items than threads are left, all threads share each. */

@@ -24,11 +24,12 @@ static void wake_from(int32_t *phase) {}
 
 enum { SPINS = 1000 }; /* 20 to 50 microseconds: a thread that takes longer has lost its core */
 
-/* Wait for all `n` threads: spin, and then sleep, which gives the core to the others. */
+/* Spin, and then sleep, which gives the core to the others. */
 void wait_for_team(Barrier *b, int n) {
     int32_t phase = __atomic_load_n(&b->phase, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->waiting, 1, __ATOMIC_ACQ_REL) == n) {
         __atomic_store_n(&b->waiting, 0, __ATOMIC_RELAXED);
+        for (int i = 0; i < n && i < MOST_SHARING; i++) __atomic_store_n(&b->taken[i].items, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&b->phase, phase + 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&b->asleep, __ATOMIC_SEQ_CST)) wake_from(&b->phase);
         return;

@@ -411,13 +411,17 @@ def test_chains_of_several_rows_are_those_of_each_row_alone(family: str, kv_cach
     assert len({tuple(chain) for chain in alone}) > 1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+@pytest.mark.parametrize(("family", "blocks"), [("llama", False), ("llama", True), ("qwen3_5_text", False)])
+@pytest.mark.parametrize("threads", [4 * (os.cpu_count() or 1), 70])
 @torch.inference_mode()
-def test_more_threads_than_cores_wait_for_each_other(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of them sleep at every barrier, and each is woken."""
-    target = NativeTarget(model_of(family))
+def test_more_threads_than_cores_wait_for_each_other(
+    family: str, blocks: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of them sleep at every barrier, and each is woken; up to 64 threads take work from one another."""
+    target = NativeTarget(in_blocks(kinds=["Q4_1"]) if blocks else model_of(family))
+    monkeypatch.setattr(cores, "threads", lambda: 1)
     expected = play(target)
-    monkeypatch.setattr(cores, "threads", lambda: 4 * (os.cpu_count() or 1))
+    monkeypatch.setattr(cores, "threads", lambda: threads)
     assert all(torch.equal(a, b) for a, b in zip(play(target), expected, strict=True))
 
 

@@ -39,14 +39,14 @@ static void project(Pass *p, const Linear *map, const float *before, const float
     uint8_t *mine = p->scratch + p->own * me;
     uint32_t *normed = (uint32_t *)mine;
     int hidden = p->m->hidden, from, to;
+    Work work = {&p->barrier, hidden / 16, 1, me, n};
     float sums[256] __attribute__((aligned(64)));
     norm(p->x, NULL, hidden, eps, 0, normed);
     norm(before, NULL, hidden, eps, 0, normed + 8 * hidden);
     if (carried) norm(carried, NULL, hidden, eps, 0, normed + 16 * hidden);
     const uint32_t *input = input_of(map, normed, p->rows, mine + p->input);
     wait_for_team(&p->barrier, n);
-    split(hidden / 16, me, n, &from, &to);
-    for (int t = from; t < to; t++) {
+    for (int t; (t = next_item(&work)) >= 0;) {
         product(map, t, input, p->rows, sums);
         for (int o = 0; o < 16; o++) store16(p->x + 16 * (16 * t + o), rounded(load16(sums + 16 * o)));
     }

@@ -15,20 +15,17 @@ static const uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 
 /* Pairs of a token's 32 inputs, rounded. */
 INLINE void round_token(U pairs, Rounded *out) {
     const U sign = set_u(0x80000000), upper = set_u(0xffff0000), byte = set_u(255);
-    int32_t sums[16] __attribute__((aligned(64)));
-    uint8_t codes[32] __attribute__((aligned(32)));
+    uint32_t halves[2]; /* without sign: sums of inputs that are not finite wrap */
     const U even = shift_u(pairs, 16), odd = and_u(pairs, upper);
     union { uint32_t bits; float value;
         } most = {largest_u(max_u(to_u(set16(1e-30f)), max_u(without_u(even, sign), without_u(odd, sign))))};
     const F inverse = set16(127.0f / most.value);
     const U a = nearest_u(mul16(to_f(even), inverse)), b = nearest_u(mul16(to_f(odd), inverse));
-    store_u(sums, add_u(a, b));
-    store_h(codes, words_h(or_u(and_u(a, byte), shift_u(and_u(b, byte), 8))));
-    uint32_t half_[2] = {0, 0}; /* unsigned: sums of inputs that are not finite wrap */
-    for (int i = 0; i < 8; i++) half_[0] += (uint32_t)sums[i], half_[1] += (uint32_t)sums[8 + i];
-    const int32_t lows[] = {(int32_t)(0 - 32 * half_[0]), (int32_t)(0 - 32 * half_[1])};
-    *out = (Rounded){most.value * (1 / 127.0f), (float)(int32_t)(half_[0] + half_[1]), {lows[0], lows[1]}, {0}};
-    memcpy(out->x, codes, 32);
+    sums_u(add_u(a, b), halves);
+    const int32_t less[] = {(int32_t)(0 - 32 * halves[0]), (int32_t)(0 - 32 * halves[1])};
+    *out = (Rounded){most.value * (1 / 127.0f), (float)(int32_t)(halves[0] + halves[1]), {less[0], less[1]}, {0}};
+    const H codes = words_h(or_u(and_u(a, byte), shift_u(and_u(b, byte), 8)));
+    memcpy(out->x, &codes, 32);
 }
 
 /* vnni_bf16 of up to 16 tokens to rounded [features / 32][tokens]. A block with an input that is not finite gets such a

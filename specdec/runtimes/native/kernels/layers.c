@@ -43,7 +43,7 @@ typedef struct {
     Branches *branches;                      /* of each sequence */
     size_t mixer;                            /* scratch of a thread for them: its offset */
     float *factors;                          /* [queries, keys][block][16]: 1 / RMS across heads */
-    uint32_t *attended, *inner;              /* vnni_bf16 */
+    uint32_t *attended, *inner;              /* vnni_bf16; inner may be rounded tokens */
     bf16 *queries;                           /* [rows, heads, head_dim] */
     uint32_t *normed;                        /* if there are several blocks: all of them, in vnni_bf16, and (inputs) as maps read them */
     uint8_t *inputs;
@@ -68,6 +68,9 @@ static int block_width(const Pass *p, const Attending *h, const Sequence *sequen
     int blocks = column_blocks_of(p, h, sequence);
     return (sequence->tokens * h->group + blocks - 1) / blocks;
 }
+
+/* The number of groups of MOST_BLOCKS blocks, which are multiplied at once. */
+static int groups_of(const Pass *p) { return (p->blocks + MOST_BLOCKS - 1) / MOST_BLOCKS; }
 
 /* The number of tokens from block b0 on, in as many blocks as are multiplied at once. */
 static int tokens_from(const Pass *p, int b0) {
@@ -113,6 +116,23 @@ static void gated_product(const Model *m, const Linear *map, int t, const uint32
         F act[16];
         gated(m, gate + 256 * b, up + 256 * b, tokens - 16 * b, act);
         for (int o = 0; o < 16; o += 2) store_u(out + ((int64_t)b * inner + 16 * t + o) * 8, paired(act[o], act[o + 1]));
+    }
+}
+
+/* As gated_product, for the tiles 2 k and 2 k + 1 of maps that read rounded inputs: the k-th inputs of `next`. */
+static void gated_inputs(const Model *m, const Linear *map, int k, const uint32_t *x, int tokens, const Linear *next, uint8_t *out) {
+    for (int b = 0; 16 * b < tokens; b++) {
+        const int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
+        const Rounded *input = (const Rounded *)from_block(map, x, b);
+        Rounded *to = (Rounded *)(out + b * block_bytes(next)) + k * some;
+        float gate[2][16][16] __attribute__((aligned(64))), up[2][16][16] __attribute__((aligned(64)));
+        for (int h = 0; h < 2; h++) rows_of_product(map, 2 * k + h, input, some, gate[h]);
+        for (int h = 0; h < 2; h++) rows_of_product(map, next->in / 16 + 2 * k + h, input, some, up[h]);
+        for (int r = 0; r < some; r++) {
+            uint32_t pairs[16] __attribute__((aligned(64)));
+            for (int h = 0; h < 2; h++) store_h(pairs + 8 * h, narrow16(activated_times(m, load16(gate[h][r]), load16(up[h][r]))));
+            round_token(load_u(pairs), to + r);
+        }
     }
 }
 
@@ -195,14 +215,14 @@ static const uint32_t *inputs_of(Pass *p, const Linear *map, const float *weight
  * the cache is prefetched meanwhile. */
 static void project_heads(Pass *p, int index, const Linear *map, int at, int width, int me, int n) {
     const Layer *layer = p->m->layers + index;
-    int from, to;
     const uint32_t *input = inputs_of(p, map, layer->norm_in, NULL, me, n);
-    split(map->out / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS)
-        for (int t = from; t < to; t++) {
-            if (!b0 && !layer->convolution) prefetch_cache(p, index, t - from, to - from, me, n);
-            rounded_product(map, t, from_block(map, input, b0), tokens_from(p, b0), width, p->qkv + ((int64_t)b0 * width + at) * 16);
-        }
+    const int share = (map->out / 16 + n - 1) / n;
+    Work work = {&p->barrier, map->out / 16, groups_of(p), me, n};
+    for (int done = 0, t; (t = next_item(&work)) >= 0; done++) {
+        const int b0 = MOST_BLOCKS * work.group;
+        if (done < share && !layer->convolution) prefetch_cache(p, index, done, share, me, n);
+        rounded_product(map, t, from_block(map, input, b0), tokens_from(p, b0), width, p->qkv + ((int64_t)b0 * width + at) * 16);
+    }
     wait_for_team(&p->barrier, n);
 }
 
@@ -320,17 +340,21 @@ static void attend_all(Pass *p, int index, Attention *a, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* inner = act(gate(norm(x))) up(norm(x)). */
-static void gate_and_up(Pass *p, int index, int me, int n) {
+/* inner = act(gate(norm(x))) up(norm(x)), as `down` reads it. */
+static const uint32_t *gate_and_up(Pass *p, int index, int me, int n) {
     const Layer *layer = p->m->layers + index;
-    int from, to, inner = layer->down.in;
-    const uint32_t *input = inputs_of(p, &layer->gate_up, layer->norm_mlp, NULL, me, n);
-    split(inner / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS)
-        for (int t = from; t < to; t++)
-            gated_product(p->m, &layer->gate_up, t, from_block(&layer->gate_up, input, b0), tokens_from(p, b0), inner,
-                p->inner + (int64_t)b0 * inner * 8);
+    const Linear *map = &layer->gate_up, *down = &layer->down;
+    const int rounded = map->rounded && down->rounded, inner = down->in;
+    const uint32_t *input = inputs_of(p, map, layer->norm_mlp, NULL, me, n);
+    Work work = {&p->barrier, inner / (rounded ? 32 : 16), groups_of(p), me, n};
+    for (int t; (t = next_item(&work)) >= 0;) {
+        const int b0 = MOST_BLOCKS * work.group, tokens = tokens_from(p, b0);
+        const uint32_t *x = from_block(map, input, b0);
+        if (rounded) gated_inputs(p->m, map, t, x, tokens, down, (uint8_t *)p->inner + b0 * block_bytes(down));
+        else gated_product(p->m, map, t, x, tokens, inner, p->inner + (int64_t)b0 * inner * 8);
+    }
     wait_for_team(&p->barrier, n);
+    return rounded ? p->inner : inputs_of(p, down, NULL, p->inner, me, n);
 }
 
 /* x += a norm of the rounded products in p->qkv; x times `scale`. */
@@ -348,27 +372,23 @@ static void add_normed(Pass *p, const float *weight, float scale, int me, int n)
     wait_for_team(&p->barrier, n);
 }
 
-/* x += map(vnni_bf16 in), after a norm and then times `scale` unless `weight` is NULL; rounded as transformers does: the product
+/* x += map(input), after a norm and then times `scale` unless `weight` is NULL; rounded as transformers does: the product
  * once, the sum once. */
-static void add_product(Pass *p, const Linear *map, const float *weight, float scale, const uint32_t *vnni, int me, int n) {
+static void add_product(Pass *p, const Linear *map, const float *weight, float scale, const uint32_t *input, int me, int n) {
     float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
-    int from, to;
-    const uint32_t *input = inputs_of(p, map, NULL, vnni, me, n);
-    split(map->out / 16, me, n, &from, &to);
-    for (int b0 = 0; b0 < p->blocks; b0 += MOST_BLOCKS) {
-        int tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
-        for (int t = from; t < to; t++) {
-            for (int b = 0; !weight && b < blocks; b++)
-                for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
-            product(map, t, from_block(map, input, b0), tokens, sums);
-            for (int b = 0; b < blocks; b++)
-                for (int o = 0; o < 16; o++) {
-                    int64_t at = ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
-                    F v = rounded(load16(sums + 256 * b + 16 * o));
-                    if (weight) store16(p->qkv + at, v);
-                    else store16(p->x + at, rounded(add16(load16(p->x + at), v)));
-                }
-        }
+    Work work = {&p->barrier, map->out / 16, groups_of(p), me, n};
+    for (int t; (t = next_item(&work)) >= 0;) {
+        const int b0 = MOST_BLOCKS * work.group, tokens = tokens_from(p, b0), blocks = (tokens + 15) / 16;
+        for (int b = 0; !weight && b < blocks; b++)
+            for (int o = 0; o < 16; o++) __builtin_prefetch(p->x + ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16, 1);
+        product(map, t, from_block(map, input, b0), tokens, sums);
+        for (int b = 0; b < blocks; b++)
+            for (int o = 0; o < 16; o++) {
+                int64_t at = ((int64_t)(b0 + b) * map->out + 16 * t + o) * 16;
+                F v = rounded(load16(sums + 256 * b + 16 * o));
+                if (weight) store16(p->qkv + at, v);
+                else store16(p->x + at, rounded(add16(load16(p->x + at), v)));
+            }
     }
     wait_for_team(&p->barrier, n);
     if (weight) add_normed(p, weight, scale, me, n);
@@ -429,7 +449,7 @@ static void add_embedded(Pass *p, int index, int me, int n) {
         }
     }
     wait_for_team(&p->barrier, n);
-    add_product(p, &layer->embedded_out, layer->norm_added, layer->scale, p->inner, me, n);
+    add_product(p, &layer->embedded_out, layer->norm_added, layer->scale, inputs_of(p, &layer->embedded_out, NULL, p->inner, me, n), me, n);
 }
 
 #include "mixture.c"
@@ -447,13 +467,13 @@ static void run_layer(Pass *p, int index, Attention *a, int me, int n) {
         store_heads(p, index, me, n);
         attend_all(p, index, a, me, n);
     }
-    add_product(p, &layer->out, layer->norm_attended, 1, p->attended, me, n);
+    add_product(p, &layer->out, layer->norm_attended, 1, inputs_of(p, &layer->out, NULL, p->attended, me, n), me, n);
     if (layer->gates) {
         mix(p, index, me, n);
         return;
     }
-    gate_and_up(p, index, me, n);
-    add_product(p, &layer->down, layer->norm_out, layer->embedded_out.out ? 1 : layer->scale, p->inner, me, n);
+    const uint32_t *inner = gate_and_up(p, index, me, n);
+    add_product(p, &layer->down, layer->norm_out, layer->embedded_out.out ? 1 : layer->scale, inner, me, n);
     if (layer->embedded_out.out) add_embedded(p, index, me, n);
 }
 

@@ -1,19 +1,5 @@
 /* Linear maps: one output tile for all tokens, and whole maps for callers of their own. */
 
-/* sums[16 outputs][16 lanes] of a row of quantized tiles and a block of `tokens` rounded tokens. Lanes without a token are 0. */
-static void integer_product(int kind, const uint8_t *tiles, int count, const Rounded *x, int tokens, float *sums) {
-    float to[16][16] __attribute__((aligned(64)));
-    dot_few_tokens(kind, tokens, tiles, count, x, to);
-    if (tokens == 1) {
-        for (int o = 0; o < 16; o++) store16(sums + 16 * o, first16(to[0] + o));
-        return;
-    }
-    U a[16];
-    for (int t = 0; t < 16; t++) a[t] = t < tokens ? load_u(to[t]) : set_u(0);
-    transpose(a);
-    for (int o = 0; o < 16; o++) store_u(sums + 16 * o, a[o]);
-}
-
 /* The input of `map` for vnni_bf16 `x`: `x` itself, or rounded tokens or rows of bf16 in `out`. */
 static const uint32_t *input_of(const Linear *map, const uint32_t *x, int tokens, uint8_t *out) {
     if (reads_vnni(map)) return x;
@@ -25,30 +11,60 @@ static const uint32_t *input_of(const Linear *map, const uint32_t *x, int tokens
     return (const uint32_t *)out;
 }
 
-/* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made. */
-static void product(const Linear *map, int t, const uint32_t *x, int tokens, float *sums) {
-    int blocks = (tokens + 15) / 16, first = 0, count = map->in / 32;
+/* The part of `map` that has tile `t`, and the tile's weights. */
+static const LinearPart *part_of(const Linear *map, int t, const uint8_t **tiles) {
+    int first = 0;
     const LinearPart *part = map->parts;
     for (; t >= part->end; part++) first = part->end;
-    const uint8_t *tiles = part->tiles + tiles_bytes(part->kind, count) * (t - first), *inputs = (const uint8_t *)x;
-    if (map->rounded) {
-        for (int i = 0; i < blocks; i++)
-            integer_product(part->kind, tiles, count, (const Rounded *)(inputs + i * block_bytes(map)),
-                tokens - 16 * i < 16 ? tokens - 16 * i : 16, sums + 256 * i);
-    } else {
-        Operand a = {tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), count};
-        bf16_product(&a, tokens, sums);
-    }
-    if (map->bias)
-        for (int b = 0; b < blocks; b++)
-            for (int o = 0; o < 16; o++) {
-                float *row = sums + 256 * b + 16 * o;
-                store16(row, add16(load16(row), set16(map->bias[16 * t + o])));
-            }
-    for (int i = 0; map->scale != 1 && i < 256 * blocks; i += 16) store16(sums + i, mul16(load16(sums + i), set16(map->scale)));
-    for (int i = 0; map->cap > 0 && i < 256 * blocks; i += 16) store16(sums + i, capped16(load16(sums + i), map->cap));
+    *tiles = part->tiles + tiles_bytes(part->kind, map->in / 32) * (t - first);
+    return part;
 }
 
+static inline F finished(const Linear *map, F v) {
+    if (map->scale != 1) v = mul16(v, set16(map->scale));
+    return map->cap > 0 ? capped16(v, map->cap) : v;
+}
+
+/* to[tokens][16 outputs] of tile `t` of a rounded `map` for up to 16 tokens of a block `x`. */
+static void rows_of_product(const Linear *map, int t, const Rounded *x, int tokens, float (*to)[16]) {
+    const uint8_t *tiles;
+    const int kind = part_of(map, t, &tiles)->kind;
+    dot_few_tokens(kind, tokens, tiles, map->in / 32, x, to);
+    if (!map->bias && map->scale == 1 && !(map->cap > 0)) return;
+    const F bias = map->bias ? load16(map->bias + 16 * t) : zero16();
+    for (int i = 0; i < tokens; i++) store16(to[i], finished(map, map->bias ? add16(load16(to[i]), bias) : load16(to[i])));
+}
+
+/* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made: sums[blocks][16 outputs][16
+ * lanes]. Lanes without a token are 0. */
+static void product(const Linear *map, int t, const uint32_t *x, int tokens, float *sums) {
+    const uint8_t *tiles, *inputs = (const uint8_t *)x;
+    if (!map->rounded) {
+        part_of(map, t, &tiles);
+        Operand a = {tiles, inputs, INPUT_BYTES * (int64_t)map->in, block_bytes(map), map->in / 32};
+        bf16_product(&a, tokens, sums);
+        for (int i = 0; i < (tokens + 15) / 16 * 16; i++) {
+            const F v = load16(sums + 16 * i);
+            store16(sums + 16 * i, finished(map, map->bias ? add16(v, set16(map->bias[16 * t + i % 16])) : v));
+        }
+        return;
+    }
+    for (; tokens > 0; tokens -= 16, inputs += block_bytes(map), sums += 256) {
+        const int some = tokens < 16 ? tokens : 16;
+        float to[16][16] __attribute__((aligned(64)));
+        rows_of_product(map, t, (const Rounded *)inputs, some, to);
+        if (some == 1) {
+            for (int o = 0; o < 16; o++) store16(sums + 16 * o, first16(to[0] + o));
+            continue;
+        }
+        U a[16];
+        for (int i = 0; i < 16; i++) a[i] = i < some ? load_u(to[i]) : set_u(0);
+        transpose(a);
+        for (int o = 0; o < 16; o++) store_u(sums + 16 * o, a[o]);
+    }
+}
+
+enum { CHUNKS = 32 }; /* parts of a thread's share of a whole map that another thread may take */
 enum { BOUNDED = WIDE == 16 ? 10 : 7 }; /* most tokens for which two readings of some weights cost less than one of all */
 
 /* Put the 16 outputs `sums` from number `first` on, of which `left` are there, among the largest of each lane so far. */
@@ -72,7 +88,7 @@ static void argmax_by_bounds(const Linear *map, const uint32_t *x, int tokens, i
     int32_t likeliest[BOUNDED], unread[16] __attribute__((aligned(64))) = {0};
     const int count = map->in / 32;
     int from, to;
-    split(map->out / 16, me, n, &from, &to);
+    Work work = {barrier, map->out / 16, 1, me, n};
     for (int k = 0; k < count; k++)
         for (int r = 0; r < tokens; r++) {
             const Rounded *own = (const Rounded *)x + k * tokens + r;
@@ -80,8 +96,8 @@ static void argmax_by_bounds(const Linear *map, const uint32_t *x, int tokens, i
             for (int i = 0; i < 32; i++) sum += own->x[i] * own->x[i];
             length[r] += own->scale * own->scale * (float)sum;
         }
-    for (int r = 0; r < tokens; r++) length[r] = __builtin_sqrtf(length[r]) * 1.001f, high[r] = -__builtin_inff(), likeliest[r] = from;
-    for (int t = from; t < to; t++) {
+    for (int r = 0; r < tokens; r++) length[r] = __builtin_sqrtf(length[r]) * 1.001f, high[r] = -__builtin_inff(), likeliest[r] = 0;
+    for (int t; (t = next_item(&work)) >= 0;) {
         dot_few_tokens(Q4, tokens, map->proxy + tiles_bytes(Q4, count) * t, count, (const Rounded *)x, outputs);
         for (int r = 0; r < tokens; r++) {
             const F v = load16(outputs[r]);
@@ -91,13 +107,14 @@ static void argmax_by_bounds(const Linear *map, const uint32_t *x, int tokens, i
         }
     }
     store16(seeds + 16 * me, set16(-__builtin_inff()));
-    for (int r = 0; from < to && r < tokens; r++) {
+    for (int r = 0; r < tokens; r++) {
         product(map, likeliest[r], x, tokens, sums);
         keep_largest(sums, 0, width - 16 * likeliest[r], seeds + 16 * me, unread);
     }
     wait_for_team(barrier, n);
     F floor = load16(seeds);
     for (int i = 1; i < n; i++) floor = max16(floor, load16(seeds + 16 * i));
+    split(map->out / 16, me, n, &from, &to);
     /* What is smaller by more than a step of bf16 stays smaller when it is rounded. */
     store16(floors, sub16(sub16(floor, mul16(abs16(floor), set16(1 / 128.0f))), set16(1e-30f)));
     for (int t = from; t < to; t++) {
@@ -126,15 +143,16 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
     uint8_t *scratch = allocate((size_t)blocks * block_bytes(map));
-    float *tops = allocate(192 * (size_t)blocks * threads); /* by thread and row: the largest output so far, which; seeds of argmax_by_bounds */
-    const int bounded = best && map->proxy && rows <= BOUNDED;
+    const int bounded = best && map->proxy && rows <= BOUNDED, chunks = CHUNKS * threads;
+    float *tops = allocate(best ? 128 * (size_t)blocks * chunks + 64 * (size_t)threads : 1); /* by chunk and row: the largest output, which */
     float *most = allocate(bounded ? 4 * (size_t)rows * (map->out / 16) : 1);
     Barrier barrier;
     memset(&barrier, 0, sizeof barrier);
     if (fm && vnni && scratch && tops && most) {
-        for (int lane = 0; lane < 16 * blocks * threads; lane++) tops[lane] = -__builtin_inff();
-        int32_t *which = (int32_t *)(tops + 16 * blocks * threads);
-        memset(which, 0, 64 * (size_t)blocks * threads);
+        const int lanes = best ? 16 * blocks * chunks : 0;
+        int32_t *which = (int32_t *)(tops + lanes);
+        float *seeds = (float *)(which + lanes); /* of argmax_by_bounds */
+        for (int lane = 0; lane < lanes; lane++) tops[lane] = -__builtin_inff(), which[lane] = 0;
         for (int part = 0; part < parts; part++) {
             to_blocks(x[part], rows, piece, fm);
             for (int b = 0; b < blocks; b++) {
@@ -145,37 +163,36 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
             }
         }
         const uint32_t *input = input_of(map, vnni, rows, scratch);
-        int team = 1; /* there may be fewer threads than we ask for */
 #pragma omp parallel num_threads(threads)
         {
             float sums[MOST_BLOCKS * 256] __attribute__((aligned(64)));
             int from, to, me = omp_get_thread_num(), n = omp_get_num_threads();
-            if (!me) team = n;
+            Work work = {&barrier, bounded ? 0 : chunks, 1, me, n};
             enter_tiles();
-            split(map->out / 16, me, n, &from, &to);
-            if (bounded) argmax_by_bounds(map, input, rows, width, most, (float *)(which + 16 * blocks * threads), &barrier, tops + 16 * me,
-                which + 16 * me, me, n);
-            for (int b0 = 0; !bounded && b0 < blocks; b0 += MOST_BLOCKS) {
-                int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
-                for (int t = from; t < to; t++) {
-                    product(map, t, from_block(map, input, b0), tokens < 16 * some ? tokens : 16 * some, sums);
-                    int left = width - 16 * t;
-                    for (int b = 0; best && b < some; b++) {
-                        int lanes = 16 * (blocks * me + b0 + b);
-                        keep_largest(sums + 256 * b, 16 * t, left, tops + lanes, which + lanes);
-                    }
-                    if (best) continue;
-                    for (int r = 16 * b0; r < 16 * (b0 + some) && r < rows; r++) {
-                        F v = column16(sums + 256 * (r / 16 - b0) + r % 16);
-                        store_some_h(out + (int64_t)r * width + 16 * t, narrow16(v), left);
+            if (bounded) argmax_by_bounds(map, input, rows, width, most, seeds, &barrier, tops + 16 * me, which + 16 * me, me, n);
+            for (int chunk; (chunk = next_item(&work)) >= 0;) {
+                split(map->out / 16, chunk, chunks, &from, &to);
+                for (int b0 = 0; b0 < blocks; b0 += MOST_BLOCKS) {
+                    int some = blocks - b0 < MOST_BLOCKS ? blocks - b0 : MOST_BLOCKS, tokens = rows - 16 * b0;
+                    for (int t = from; t < to; t++) {
+                        product(map, t, from_block(map, input, b0), tokens < 16 * some ? tokens : 16 * some, sums);
+                        int left = width - 16 * t;
+                        for (int b = 0; best && b < some; b++) {
+                            int first = 16 * (blocks * chunk + b0 + b);
+                            keep_largest(sums + 256 * b, 16 * t, left, tops + first, which + first);
+                        }
+                        for (int r = 16 * b0; !best && r < 16 * (b0 + some) && r < rows; r++) {
+                            F v = column16(sums + 256 * (r / 16 - b0) + r % 16);
+                            store_some_h(out + (int64_t)r * width + 16 * t, narrow16(v), left);
+                        }
                     }
                 }
             }
             leave_tiles();
         }
         for (int r = 0; best && r < rows; r++) {
-            int of = r; /* threads have outputs in order, so the first one of equals stays */
-            for (int lane = r; lane < 16 * blocks * team; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
+            int of = r; /* chunks (of argmax_by_bounds: threads) have outputs in order, so the first one of equals stays */
+            for (int lane = r; lane < lanes; lane += 16 * blocks) of = tops[lane] > tops[of] ? lane : of;
             best[r] = all_finite(x, parts, r, piece) ? which[of] : -1;
         }
     }

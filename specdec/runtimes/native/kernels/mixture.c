@@ -127,8 +127,7 @@ static void mix(Pass *p, int index, int me, int n) {
     }
     if (layer->down.in) {
         wait_for_team(&p->barrier, n);
-        gate_and_up(p, index, me, n);
-        x = inputs_of(p, &layer->down, NULL, p->inner, me, n);
+        x = gate_and_up(p, index, me, n);
     }
     for (int b0 = 0; layer->down.in && b0 < p->blocks; b0 += MOST_BLOCKS) {
         int tokens = tokens_from(p, b0);

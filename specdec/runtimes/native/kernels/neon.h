@@ -134,6 +134,7 @@ static inline __m128i _mm_loadu_si128(const void *p) { return (int32x4_t)vld1q_u
 static inline __m128i _mm_loadl_epi64(const void *p) { return (int32x4_t)vcombine_u8(vld1_u8(p), vdup_n_u8(0)); }
 static inline int _mm_cvtsi128_si32(__m128i v) { return v[0]; }
 static inline __m128i _mm_max_epi32(__m128i a, __m128i b) { return vmaxq_s32(a, b); }
+static inline __m128i _mm_add_epi32(__m128i a, __m128i b) { return vaddq_s32(a, b); }
 static inline __m128i _mm_shuffle_epi32(__m128i v,
     int order) { return (__m128i){v[order & 3], v[order >> 2 & 3], v[order >> 4 & 3], v[order >> 6]}; }
 

@@ -63,6 +63,12 @@ static inline uint32_t largest_u(U v) {
     h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
     return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
 }
+static inline uint32_t sum8_u(__m256i v) {
+    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+static inline void sums_u(U v, uint32_t *halves) { halves[0] = sum8_u(v.a), halves[1] = sum8_u(v.b); } /* the sum of each half */
 static inline H words_h(U v) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(v.a, low), _mm256_and_si256(v.b, low)), 0xd8);

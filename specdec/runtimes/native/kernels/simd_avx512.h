@@ -45,6 +45,14 @@ static inline U without_u(U a, U b) { return _mm512_andnot_si512(b, a); } /* a w
 static inline U shift_u(U v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
 static inline U nearest_u(F v) { return _mm512_cvtps_epi32(v); }
 static inline uint32_t largest_u(U v) { return (uint32_t)_mm512_reduce_max_epi32(v); }
+static inline uint32_t sum8_u(__m256i v) {
+    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+}
+static inline void sums_u(U v, uint32_t *halves) { /* the sum of each half */
+    halves[0] = sum8_u(_mm512_castsi512_si256(v)), halves[1] = sum8_u(_mm512_extracti64x4_epi64(v, 1));
+}
 static inline H words_h(U v) { return _mm512_cvtepi32_epi16(v); } /* the lower ones */
 static inline U to_u(F v) { return _mm512_castps_si512(v); } /* the same bits */
 static inline F to_f(U v) { return _mm512_castsi512_ps(v); }
