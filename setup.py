@@ -45,7 +45,7 @@ setup(
             "specdec.speculation._speculation",
             sources=["specdec/speculation/ngram.c", "specdec/speculation/sampling.c"],
             depends=["specdec/runtimes/native/calibrate.h", "specdec/runtimes/native/gumbel.h"],
-            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", "-fvisibility=hidden", "-ffp-contract=off"],
             extra_link_args=["-s"] if not MAC else [],
             libraries=["m"],
             optional=True,  # without it, prompt-lookup drafts, and PyTorch samples

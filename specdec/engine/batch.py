@@ -146,8 +146,9 @@ class Batch:
             [chosen] = self.target.greedy_tokens(last)
         else:
             logits = self.target.readout(last)
-            scores = sampler.scores(logits, lambda: [[row.ids] for row in rows])  # (B, 1, V)
-            chosen = sampler.choose(scores, [[len(row.ids)] for row in rows]).tolist()
+            chosen = sampler.draw(
+                logits, lambda: [[row.ids] for row in rows], [[len(row.ids)] for row in rows]
+            ).tolist()
         self.timer.mark("prefill")
         for b, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
             row.append(tokens, [0])

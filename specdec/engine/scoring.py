@@ -294,8 +294,7 @@ class _Scorer:
             own = logits[t, None, None]  # (1, 1, V)
             if best is None:
                 sampler, text = Sampler([row]), texts[node]
-                scores = sampler.scores(own, lambda text=text: [[text]])  # type: ignore[misc]
-                chosen[t] = int(sampler.choose(scores, [[len(text)]]))
+                chosen[t] = int(sampler.draw(own, lambda text=text: [[text]], [[len(text)]]))  # type: ignore[misc]
             else:
                 chosen[t] = _best_allowed(row, texts[node], own, best[t], others[t] if others else None)
         return chosen

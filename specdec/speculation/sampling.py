@@ -77,6 +77,22 @@ class Noise:
             raise MemoryError("no memory for a draw")
         return chosen
 
+    def draw(self, lib: Any, logits: Tensor, position: int, temperature: float, top_k: int, top_p: float) -> int:
+        """Return the token drawn at ``position`` from raw logits; -1: they are not finite.
+
+        Equals division by ``temperature``, top-k, top-p and ``choose``, in one call.
+
+        lib: the compiled library (``library.load()``).
+        logits: bf16 or float32 [V], contiguous, on the CPU.
+        position: index in the text of the token that is drawn.
+        temperature, top_k, top_p: as of ``SamplingParams``; a top_k of 0 keeps all tokens.
+        """
+        given = logits.data_ptr(), logits.dtype == torch.float32, len(logits), temperature, top_k, top_p
+        chosen: int = lib.specdec_draw(*given, *self.key.tolist(), position)
+        if chosen < -1:
+            raise MemoryError("no memory for a draw")
+        return chosen
+
     def forget(self, position: int) -> None:
         """Delete the cached noise of all positions before ``position``."""
         for old in [other for other in self.made if other < position]:
@@ -95,6 +111,7 @@ class RowSampler:
     sampling: the tuple of temperature, top-k (0: all), top-p and min-p; rows with equal tuples have equal warpers.
     noise: the Gumbel noise of the row's seed and stream.
     greedy: whether the temperature is 0.
+    simple: whether tokens are sampled, by temperature, top-k and top-p alone.
     constraint: the constraint on the row's text; None: there is none.
     plain_greedy: whether every choice is the argmax of the raw logits.
     masked_greedy: whether every choice is the argmax of the raw logits of the tokens that a constraint allows.
@@ -128,6 +145,7 @@ class RowSampler:
         self.sampling = params.temperature, params.top_k or 0, params.top_p, params.min_p or 0.0
         self.noise = Noise(params.seed, stream)
         self.greedy = params.temperature == 0
+        self.simple = not self.greedy and not self.processors and warpers is None and not params.min_p
         self.constraint = next((each for each in self.processors if isinstance(each, ConstraintState)), None)
         self.plain_greedy = self.greedy and not self.processors
         self.masked_greedy = self.greedy and self.constraint is not None and len(self.processors) == 1
@@ -233,6 +251,24 @@ class Sampler:
         for group in groups.values():
             scores[group] = self.rows[group[0]].warp(scores[group])
         return scores
+
+    def draw(self, logits: Tensor, prefixes: Prefixes, positions: Sequence[Sequence[int]]) -> Tensor:
+        """Choose a token for each row and position from raw logits, as ``choose`` does from ``scores``: int64 [B, T].
+
+        logits: the model's logits, [B, T, V]. prefixes: as for ``scores``. positions: as for ``choose``.
+        """
+        lib = library.load() if logits.device.type == "cpu" else None
+        if (
+            lib is None
+            or not all(row.simple for row in self.rows)
+            or logits.dtype not in (torch.bfloat16, torch.float32)
+        ):
+            return self.choose(self.scores(logits, prefixes), positions)
+        found = []
+        for row, own, at in zip(self.rows, logits.contiguous(), positions, strict=True):
+            temperature, top_k, top_p, _ = row.sampling
+            found.append([row.noise.draw(lib, *each, temperature, top_k, top_p) for each in zip(own, at, strict=True)])
+        return torch.tensor(found, dtype=torch.long)
 
     def perturb(
         self,

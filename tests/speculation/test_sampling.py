@@ -19,7 +19,7 @@ from specdec.cli import app
 from specdec.engine.depth import FixedDepth
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation import library
-from specdec.speculation.sampling import RowSampler
+from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.warpers import TopP
 
 COUNT = 16
@@ -133,6 +133,39 @@ def test_equal_tokens_stay_or_leave_together(compiled: bool, monkeypatch: pytest
     scores = torch.tensor([[3.0, 1.0, 1.0, 1.0, -4.0, float("-inf")]])
     kept = TopP(0.9)(None, scores).isfinite()  # type: ignore[arg-type]
     assert kept.tolist() == [[True, True, True, True, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 31, 32, 1000, 50_003])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (0, 0.9), (0, 0.9999), (1, 1.0), (20, 0.8), (700, 0.99), (2000, 0.5)]
+)
+def test_a_token_drawn_at_once_is_that_of_the_processors(
+    dtype: torch.dtype, size: int, top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat, peaked and tied logits; drawn by the compiled function, by parts of it, and in PyTorch."""
+    row = RowSampler(SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, seed=3))
+    scale = torch.tensor([0.1, 1.0, 3.0, 3.0, 12.0]).repeat(4)[:, None]
+    logits = (scale * torch.randn(20, size, generator=torch.Generator().manual_seed(2)) + 3).to(dtype)
+    logits[3::5] = logits[3::5].round()
+    logits[4, ::2] = float("-inf")
+    logits[19] = float("-inf")
+    sampler, at = Sampler([row]), [[*range(100, 120)]]
+    drawn = sampler.draw(logits[None], tuple, at)
+    assert drawn.unique().numel() > (size > 31 and top_k != 1) and drawn[0, 19] == -1
+    assert torch.equal(drawn, sampler.choose(sampler.scores(logits[None], tuple), at))
+    monkeypatch.setattr(library, "load", lambda: None)
+    noisy = sampler.draw(logits[None], tuple, at)
+    assert (noisy == drawn).float().mean() >= 0.9  # PyTorch's sums of probabilities differ at the edge of top-p
+
+
+def test_a_draw_from_logits_that_are_not_finite_is_none() -> None:
+    for wrong in (float("nan"), float("inf")):
+        logits = torch.randn(1, 1, 100)
+        logits[0, 0, 40] = wrong
+        for params in ({}, {"top_p": 0.5}, {"top_k": 5}):
+            row = RowSampler(SamplingParams(temperature=0.7, **params))
+            assert Sampler([row]).draw(logits, tuple, [[7]]).tolist() == [[-1]]
 
 
 def test_a_row_without_possible_tokens_stays_so() -> None:
