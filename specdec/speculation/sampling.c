@@ -122,7 +122,7 @@ WIDE static double weigh(const Scores *s, int depth, int deepest, Candidate *can
     return total[0];
 }
 
-/* At least the weight of the scores of all other groups. */
+/* An upper bound of the weight of the groups that weigh() leaves out at this `depth`. */
 static double most_beyond(const Scores *s, int depth) {
     float weights[GROUP];
     double total = 0;
@@ -133,7 +133,8 @@ static double most_beyond(const Scores *s, int depth) {
     return 1.0001 * GROUP * total;
 }
 
-/* The least score that top-p keeps, with memory for all candidates. */
+/* The least score that top-p keeps, with memory for all candidates. If two bounds of the weight of all scores select the same one, so
+ * does that weight. */
 static float least_kept(const Scores *s, double top_p, Candidate *candidates) {
     int64_t found;
     double near;
@@ -148,7 +149,7 @@ static float least_kept(const Scores *s, double top_p, Candidate *candidates) {
 }
 
 /* The `k`-th largest of the scores, with memory for all candidates; -inf if there are fewer. */
-static float largest_but(const Scores *s, int64_t k, Candidate *candidates) {
+static float kth_largest(const Scores *s, int64_t k, Candidate *candidates) {
     int64_t found = s->groups;
     for (int64_t i = 0; i < found; i++) candidates[i] = (Candidate){s->high[i], 1};
     const float bound = k <= found ? last_within(candidates, found, (double)k) : -INFINITY;
@@ -219,10 +220,10 @@ EXPORT int64_t specdec_choose(const float *scores, int64_t count, uint64_t seed,
     return chosen;
 }
 
-WIDE static void divide(const void *restrict logits, int wide, int64_t count, float temperature, float *restrict scores) {
+WIDE static void divide(const void *restrict logits, int is_float, int64_t count, float temperature, float *restrict scores) {
     const float *floats = logits;
     const uint16_t *halves = logits;
-    if (wide)
+    if (is_float)
         for (int64_t i = 0; i < count; i++) scores[i] = floats[i] / temperature;
     else
         for (int64_t i = 0; i < count; i++) {
@@ -231,18 +232,18 @@ WIDE static void divide(const void *restrict logits, int wide, int64_t count, fl
         }
 }
 
-/* choose() of logits [count], bf16 (or float, if `wide`), divided by `temperature`, after top-k (0: all) and top-p; -2 without memory. */
-EXPORT int64_t specdec_draw(const void *logits, int wide, int64_t count, float temperature, int64_t top_k, double top_p, uint64_t seed,
+/* choose() of logits [count], bf16 or float, divided by `temperature`, after top-k (0: all) and top-p; -2 without memory. */
+EXPORT int64_t specdec_draw(const void *logits, int is_float, int64_t count, float temperature, int64_t top_k, double top_p, uint64_t seed,
     uint64_t stream, int64_t position) {
     Scores s;
     float *high = high_of(count), *scores = malloc(sizeof *scores * (size_t)count), least = -INFINITY;
     Candidate *candidates = malloc(sizeof *candidates * (size_t)(count + GROUP));
     int64_t chosen = -2;
     if (high && scores && candidates) {
-        divide(logits, wide, count, temperature, scores);
+        divide(logits, is_float, count, temperature, scores);
         look_at(scores, count, high, &s);
         if (s.top == s.top && top_k && top_k < count) {
-            least = largest_but(&s, top_k, candidates);
+            least = kth_largest(&s, top_k, candidates);
             for (int64_t i = 0; i < count; i++) scores[i] = scores[i] >= least ? scores[i] : -INFINITY;
             look_at(scores, count, high, &s);
         }

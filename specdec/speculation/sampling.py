@@ -78,16 +78,17 @@ class Noise:
         return chosen
 
     def draw(self, lib: Any, logits: Tensor, position: int, temperature: float, top_k: int, top_p: float) -> int:
-        """Return the token drawn at ``position`` from raw logits; -1: they are not finite.
+        """Return the token drawn at ``position`` from raw logits; -1: the largest is not finite, or one is NaN.
 
         Equals division by ``temperature``, top-k, top-p and ``choose``, in one call.
 
         lib: the compiled library (``library.load()``).
         logits: bf16 or float32 [V], contiguous, on the CPU.
         position: index in the text of the token that is drawn.
-        temperature, top_k, top_p: as of ``SamplingParams``; a top_k of 0 keeps all tokens.
+        temperature, top_k, top_p: as in ``SamplingParams``; a top_k of 0 keeps all tokens.
         """
-        given = logits.data_ptr(), logits.dtype == torch.float32, len(logits), temperature, top_k, top_p
+        size, is_float = len(logits), logits.dtype == torch.float32
+        given = logits.data_ptr(), is_float, size, temperature, min(top_k, size), top_p
         chosen: int = lib.specdec_draw(*given, *self.key.tolist(), position)
         if chosen < -1:
             raise MemoryError("no memory for a draw")

@@ -250,7 +250,7 @@ static inline int64_t state_bytes(const Model *m) { return matrices_bytes(m)
 
 /* threads.c */
 
-enum { MOST_SHARING = 64, MOST_HELPED = 8 }; /* maximum number of threads that help one another, and that a thread helps */
+enum { MOST_SHARING = 64, MOST_HELPED = 8 }; /* largest team in which threads help one another; how many others a thread helps */
 
 typedef struct {
     int32_t waiting __attribute__((aligned(64)));
@@ -259,7 +259,7 @@ typedef struct {
     struct { int32_t items __attribute__((aligned(64))); } taken[MOST_SHARING]; /* from the share of each thread (next_item) */
 } Barrier;
 
-/* Wait for all `n` threads; then nothing is taken from any share. */
+/* Wait for all `n` threads, and set the counts of taken items to 0. */
 void wait_for_team(Barrier *b, int n);
 
 /* The share [*from, *to) of `count` items that thread `me` of `n` works on. */
@@ -268,11 +268,13 @@ static inline void split(int count, int me, int n, int *from, int *to) {
     *to = (int)((int64_t)count * (me + 1) / n);
 }
 
-/* `count` items of work, each to be done for `groups` groups, that a team shares between two waits. Start: {barrier, count, groups, me, n}. */
+/* `count` items of work, each to be done for `groups` groups, that a team shares between two waits. Initialize as {barrier, count,
+ * groups, me, n}. */
 typedef struct {
     Barrier *barrier;
     int count, groups, me, n;
-    int group, turn, own; /* of the latest item; of whose share; number of items of a share that nobody else takes */
+    int group;     /* of the latest item */
+    int turn, own; /* items come from the share of thread me + turn; number of items taken, where threads do not help one another */
 } Work;
 
 /* The next item for the thread, -1: there is none. A thread takes those of its own share, then what slower threads have left. */

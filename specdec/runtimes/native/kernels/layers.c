@@ -119,7 +119,7 @@ static void gated_product(const Model *m, const Linear *map, int t, const uint32
     }
 }
 
-/* As gated_product, for the tiles 2 k and 2 k + 1 of maps that read rounded inputs: the k-th inputs of `next`. */
+/* As gated_product, for the tiles 2 k and 2 k + 1 of a rounded map: the k-th 32 inputs of each token, rounded, as `next` reads them. */
 static void gated_inputs(const Model *m, const Linear *map, int k, const uint32_t *x, int tokens, const Linear *next, uint8_t *out) {
     for (int b = 0; 16 * b < tokens; b++) {
         const int some = tokens - 16 * b < 16 ? tokens - 16 * b : 16;
@@ -340,7 +340,7 @@ static void attend_all(Pass *p, int index, Attention *a, int me, int n) {
     wait_for_team(&p->barrier, n);
 }
 
-/* inner = act(gate(norm(x))) up(norm(x)), as `down` reads it. */
+/* act(gate(norm(x))) up(norm(x)), as `down` reads it. */
 static const uint32_t *gate_and_up(Pass *p, int index, int me, int n) {
     const Layer *layer = p->m->layers + index;
     const Linear *map = &layer->gate_up, *down = &layer->down;

@@ -36,7 +36,7 @@ static void rows_of_product(const Linear *map, int t, const Rounded *x, int toke
 }
 
 /* The outputs of tile `t` of `map` for `tokens` tokens from the beginning of `x`, which `input_of` made: sums[blocks][16 outputs][16
- * lanes]. Lanes without a token are 0. */
+ * lanes]. Lanes without a token mean nothing; they are finite. */
 static void product(const Linear *map, int t, const uint32_t *x, int tokens, float *sums) {
     const uint8_t *tiles, *inputs = (const uint8_t *)x;
     if (!map->rounded) {
@@ -64,7 +64,7 @@ static void product(const Linear *map, int t, const uint32_t *x, int tokens, flo
     }
 }
 
-enum { CHUNKS = 32 }; /* parts of a thread's share of a whole map that another thread may take */
+enum { CHUNKS = 32 }; /* of up to 8 threads, each has so many parts of a whole map, which others may take, and one more */
 enum { BOUNDED = WIDE == 16 ? 10 : 7 }; /* most tokens for which two readings of some weights cost less than one of all */
 
 /* Put the 16 outputs `sums` from number `first` on, of which `left` are there, among the largest of each lane so far. */
@@ -143,7 +143,7 @@ EXPORT int KERNEL(linear)(const Linear *map, const float *weight, float eps, int
     float *fm = allocate(64 * (size_t)blocks * piece);
     uint32_t *vnni = allocate(32 * (size_t)blocks * features);
     uint8_t *scratch = allocate((size_t)blocks * block_bytes(map));
-    const int bounded = best && map->proxy && rows <= BOUNDED, chunks = CHUNKS * threads;
+    const int bounded = best && map->proxy && rows <= BOUNDED, chunks = threads + CHUNKS * (threads < 8 ? threads : 8);
     float *tops = allocate(best ? 128 * (size_t)blocks * chunks + 64 * (size_t)threads : 1); /* by chunk and row: the largest output, which */
     float *most = allocate(bounded ? 4 * (size_t)rows * (map->out / 16) : 1);
     Barrier barrier;
