@@ -15,9 +15,9 @@
 
 /* Built for wider vectors, too, with the same bits (setup.py: no contraction of products and sums). */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
-#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
-#define WIDE
+#define CLONES
 #endif
 
 enum {
@@ -40,7 +40,7 @@ typedef struct { /* the scores of one position */
 static const float *group_of(const Scores *s, int64_t group) { return GROUP * group < s->whole ? s->scores + GROUP * group : s->last; }
 
 /* Set *s, whose `high` has room for all groups (high_of). */
-WIDE static void look_at(const float *scores, int64_t count, float *high, Scores *s) {
+CLONES static void look_at(const float *scores, int64_t count, float *high, Scores *s) {
     int32_t bad[GROUP] = {0}, any = 0;
     *s = (Scores){scores, count - count % GROUP, {0}, count / GROUP + 1, high, -INFINITY};
     for (int j = 0; j < GROUP; j++) s->last[j] = s->whole + j < count ? scores[s->whole + j] : -INFINITY;
@@ -104,7 +104,7 @@ static float last_within(Candidate *own, int64_t count, double enough) {
 
 /* The weight of the scores of groups whose largest is less than `depth` below the largest of all; and the candidates: scores less than
  * `deepest` below it, their number and weight. */
-WIDE static double weigh(const Scores *s, int depth, int deepest, Candidate *candidates, int64_t *found, double *near) {
+CLONES static double weigh(const Scores *s, int depth, int deepest, Candidate *candidates, int64_t *found, double *near) {
     float weights[GROUP], sum[NOISE_BLOCK];
     double total[NOISE_BLOCK] = {0};
     *found = 0, *near = 0;
@@ -179,7 +179,7 @@ EXPORT int specdec_top_p(const float *scores, int64_t count, double top_p, float
 }
 
 /* The first of the largest of the scores plus noise, of those that are not below `least`; -1 if the largest score is not finite, or one is NaN. */
-WIDE static int64_t choose(const Scores *s, float least, uint64_t seed, uint64_t stream, int64_t position) {
+CLONES static int64_t choose(const Scores *s, float least, uint64_t seed, uint64_t stream, int64_t position) {
     const float top = s->top;
     if (top != top) return -1;
     int64_t best = 0; /* to begin with the likeliest leaves little else */
@@ -220,7 +220,7 @@ EXPORT int64_t specdec_choose(const float *scores, int64_t count, uint64_t seed,
     return chosen;
 }
 
-WIDE static void divide(const void *restrict logits, int is_float, int64_t count, float temperature, float *restrict scores) {
+CLONES static void divide(const void *restrict logits, int is_float, int64_t count, float temperature, float *restrict scores) {
     const float *floats = logits;
     const uint16_t *halves = logits;
     if (is_float)
