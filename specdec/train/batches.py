@@ -17,6 +17,8 @@ from specdec.kvcache.cache import KVCache
 from specdec.train.states import AnswerStates
 
 KEY_BLOCK = 64  # the number of keys of a batch is a multiple of this
+GRAIN = 4  # windows whose lengths differ by fewer positions are sorted by where they end
+PART = 1024  # windows that are sorted together
 Window = tuple[int, int, int]  # index of the answer, first position, end position (exclusive)
 
 
@@ -97,39 +99,54 @@ def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
     return cut
 
 
-def epoch(cut: Sequence[Window], rows: int, seed: int, number: int) -> list[list[Window]]:
-    """Return the batches of epoch ``number`` (from 0), each a list of ``rows`` windows that end at similar positions.
+def epoch(cut: Sequence[Window], room: int, seed: int, number: int) -> list[list[Window]]:
+    """Return the batches of epoch ``number`` (from 0), lists of windows that fill about ``room`` positions each.
 
     cut: all windows, as ``windows`` returns them; an epoch has each once. The order depends on ``seed`` and ``number``
-    alone.
-    A last batch with fewer rows is dropped, unless it is the only one.
+    alone. A last batch that is not full is dropped, unless it is the only one.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    order = torch.randperm(len(cut), generator=generator).tolist()
-    groups, group = [], rows * 16  # sorting within groups keeps padding small and the order random
-    for start in range(0, len(order), group):
-        part = sorted(order[start : start + group], key=lambda i: cut[i][2])
-        groups += [part[i : i + rows] for i in range(0, len(part), rows)]
-    whole = [g for g in groups if len(g) == rows] or groups
-    mixed = torch.randperm(len(whole), generator=generator).tolist()
-    return [[cut[i] for i in whole[j]] for j in mixed]
+    order = [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
+    full, rest = list[list[Window]](), list[Window]()
+    while order:  # sorting within parts keeps padding small and the order random
+        part, order = rest + order[:PART], order[PART:]
+        *some, rest = _filled(part, room)
+        full += some
+    full = full or [rest]
+    return [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+
+
+def _filled(some: Sequence[Window], room: int) -> list[list[Window]]:
+    """Divide windows into batches of similar lengths and end positions.
+
+    All have at most ``room`` positions, padding included, or one window. All but the last one are full.
+    """
+    found = list[list[Window]]()
+    for window in sorted(some, key=lambda each: (-(-(each[2] - each[1]) // GRAIN), each[2]), reverse=True):
+        if not found or (len(found[-1]) + 1) * _longest([*found[-1], window]) > room:
+            found.append([])
+        found[-1].append(window)
+    return found
+
+
+def _longest(rows: Sequence[Window]) -> int:
+    return max((end - start for _, start, end in rows), default=0)
 
 
 def assemble(
     records: Sequence[AnswerStates],
     rows: Sequence[Window],
-    length: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> TrainingBatch:
-    """Return the padded batch of B windows, on ``device``.
+    """Return the batch of B windows, on ``device``, padded to the longest.
 
     records: the base model's states of all answers. rows: the windows, as ``windows`` returns them for ``records``.
-    length: T, the length to which windows are padded. S, the number of keys, is a multiple of ``KEY_BLOCK``.
+    S, the number of keys, is a multiple of ``KEY_BLOCK``.
     dtype: the dtype of states, keys and values; None: the dtype in which they are stored.
     """
     picked = [(records[index], start, end) for index, start, end in rows]
-    num_keys = -(-max(end for _, _, end in rows) // KEY_BLOCK) * KEY_BLOCK
+    length, num_keys = _longest(rows), -(-max(end for _, _, end in rows) // KEY_BLOCK) * KEY_BLOCK
     first = picked[0][0]
     layers, hidden = first.kv, first.hidden
 
@@ -166,27 +183,26 @@ def assemble(
 
 
 def by_length(
-    records: Sequence[AnswerStates], rows: int, length: int, device: torch.device, dtype: torch.dtype | None = None
+    records: Sequence[AnswerStates], room: int, length: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[TrainingBatch]:
-    """Yield batches that contain every window of ``records`` once, ordered by end position.
+    """Yield batches that contain every window of ``records`` once, those of similar length and end position together.
 
-    rows: largest number of windows per batch. length: positions per window. device, dtype: those of the returned
-    tensors; dtype None: as stored.
+    room: positions per batch, about. length: positions per window. device, dtype: those of the returned tensors; dtype
+    None: as stored.
     """
-    cut = sorted(windows(records, length), key=lambda window: window[2])
-    for start in range(0, len(cut), rows):
-        yield assemble(records, cut[start : start + rows], length, device, dtype)
+    for rows in _filled(windows(records, length), room):
+        yield assemble(records, rows, device, dtype)
 
 
-def endless(cut: Sequence[Window], rows: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
+def endless(cut: Sequence[Window], room: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
     """Yield (epoch number from 0, windows of a batch), epoch after epoch, without end.
 
-    cut: all windows, each once per epoch. rows: number of windows of a batch. seed: sets the order.
+    cut: all windows, each once per epoch. room: positions of a batch, about. seed: sets the order.
     skip: number of batches at the beginning to leave out, which an earlier run has used.
     """
     number, passed = 0, 0
     while True:
-        batches = epoch(cut, rows, seed, number)
+        batches = epoch(cut, room, seed, number)
         for batch in batches[max(0, skip - passed) :]:
             yield number, batch
         passed, number = passed + len(batches), number + 1

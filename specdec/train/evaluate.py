@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specdec.train.batches import TrainingBatch
-from specdec.train.student import Teacher
+from specdec.train.student import Teacher, agree, split
 
 
 def evaluate(
@@ -36,18 +36,29 @@ def evaluate(
     lengths: list[int] = []
     for batch in batches:
         teacher.begin(batch)
-        known, base = teacher.known(batch), teacher.p.float() * teacher.mass[..., None]
-        hits: list[Tensor] = []
+        known, hits = teacher.known(batch), list[Tensor]()
         for number, (final, valid) in enumerate(drafts(batch)):
-            logits = teacher.logits(final)
-            hits.append(teacher.hits(logits) & known & valid)
-            overlap = torch.minimum(torch.softmax(logits.float(), -1), base).sum(-1)
-            found = valid.sum(), hits[-1].sum(), (overlap * valid).sum()
-            sums[:, number] += torch.stack(found).double().cpu()
+            agrees, overlap = _compare(teacher, final[valid], teacher.best[valid], teacher.row[valid])
+            hits.append(torch.zeros_like(valid).masked_scatter(valid, agrees) & known)
+            sums[:, number] += torch.stack((valid.sum(), hits[-1].sum(), overlap)).double().cpu()
         lengths += acceptance_lengths(hits, batch.valid)
     top1, overlaps = (sums[1:] / sums[0].clamp_min(1)).tolist()
     figures = {"top1": [round(x, 4) for x in top1], "overlap": [round(x, 4) for x in overlaps]}
     return figures | chain_figures(lengths, steps) | {"positions": int(sums[0, 0])}
+
+
+def _compare(teacher: Teacher, final: Tensor, best: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether drafts are the base model's choice, bool [n], and their overlap with its distributions, summed.
+
+    final: estimated final states of n positions [n, D]. best, row: those of ``teacher``, [n] each.
+    """
+    agrees, total = list[Tensor](), torch.zeros((), dtype=torch.float64, device=final.device)
+    for at, _, logits in teacher.read_out(final):
+        for few, x in split(at, logits):
+            agrees.append(agree(x[:, None], best[few, None])[:, 0])
+            base = teacher.p[row[few]].float() * teacher.mass[row[few], None]
+            total += torch.minimum(torch.softmax(x, -1, dtype=torch.float32), base).sum()
+    return torch.cat([*agrees, best[:0] > 0]), total
 
 
 def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:

@@ -88,8 +88,8 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         self.teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for index, layer in enumerate(self.exits):
-            logits = self.teacher.logits(network(index, batch.hidden[layer]))
-            away, figures[agreement_name(index)] = self.teacher.compare(logits, batch.valid)
+            final = network(index, batch.hidden[layer])
+            away, figures[agreement_name(index)], _ = self.teacher.compare(final, batch.valid)
             loss = loss + away / len(self.exits)
         return loss, figures
 
@@ -202,7 +202,7 @@ class MixtureOfDepthsMethod(TrainingMethod[Routers]):
     def loss(self, network: Routers, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
         self.teacher.begin(batch)
         x, share = self._draft(network, batch)
-        loss, agree = self.teacher.compare(self.teacher.logits(x), batch.valid)
+        loss, agree, _ = self.teacher.compare(x, batch.valid)
         mean = share[batch.valid].mean()
         loss = loss + self.settings.pressure * (mean - self.settings.capacity) ** 2
         return loss, {"agree": agree, "share": float(mean.detach())}

@@ -154,10 +154,9 @@ class M2R2Method(TrainingMethod[M2R2]):
             reached = shift_right(right) if s else valid
             weight = torch.where(reached, 1.0, settings.focus)
             for exit, (final, _) in zip((*self.path.exits, None), exits, strict=True):
-                logits = teacher.logits(final)
-                away, figures[agreement_name(s, exit)] = teacher.compare(logits, valid, weight)
+                away, figures[agreement_name(s, exit)], right_here = teacher.compare(final, valid, weight)
                 loss = loss + away / len(exits)
-            right = teacher.hits(logits, teacher.next) & reached  # of the last exit
+            right = right_here & reached  # of the last exit
         return loss, figures
 
     def evaluate(self, network: M2R2, batches: Iterable[TrainingBatch]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class MedusaMethod(TrainingMethod[Medusa]):
         self.teacher.begin(batch)
         loss, figures = torch.zeros((), device=self.target.device), dict[str, float]()
         for k, (final, valid) in enumerate(self._drafts(network, batch)):
-            away, figures[agreement_name(k)] = self.teacher.compare(self.teacher.logits(final), valid)
+            away, figures[agreement_name(k)], _ = self.teacher.compare(final, valid)
             loss = loss + self.settings.fade**k * away
         return loss, figures
 

@@ -40,10 +40,10 @@ STATE = "update", "tokens", "seconds", "best", "logged"  # attributes of a run t
 class TrainingRun:
     """The gradient training of one drafter by ``method``, in one of the processes. Only the first one writes.
 
-    An update is one step of the optimizer, on one batch of ``rows`` windows (ranges of positions of answers). The
-    schedule is the wanted number of updates or minutes. The masters are the trained parameters in float32; the network
-    is their running copy in the dtype of the base model. An evaluation computes figures on held-out answers; the best
-    drafter by their ``score`` is exported: written to the output folder.
+    An update is one step of the optimizer, on one batch of windows (ranges of positions of answers). The schedule is
+    the wanted number of updates or minutes. The masters are the trained parameters in float32; the network is their
+    running copy in the dtype of the base model. An evaluation computes figures on held-out answers; the best drafter by
+    their ``score`` is exported: written to the output folder.
 
     method: has the settings and the base model, and makes the network.
     vocab: the draft vocabulary, token ids int32 [V']; None: the full vocabulary.
@@ -124,7 +124,7 @@ class TrainingRun:
         saved = evaluated = start
         task, shown = self.progress.add_task("gradients", total=1000, part="gradients"), 0.0
         recent = list[dict[str, float]]()
-        for epoch, rows in batches.endless(self.windows, settings.rows, settings.seed, self.update):
+        for epoch, rows in batches.endless(self.windows, settings.rows * settings.window, settings.seed, self.update):
             now = time.monotonic()
             self.seconds = earlier + now - start
             # The first process decides, because all of them must end after the same update.
@@ -201,7 +201,7 @@ class TrainingRun:
     def _fit_batches(self) -> Iterable[TrainingBatch]:
         """Yield batches for closed-form regression, until they hold ``fit_tokens`` valid positions."""
         seen = 0
-        for rows in batches.epoch(self.windows, self.settings.rows, self.settings.seed, 0):
+        for rows in batches.epoch(self.windows, self.settings.rows * self.settings.window, self.settings.seed, 0):
             batch = self._batch(self.records, rows)
             yield batch
             seen += int(batch.valid.sum())
@@ -245,7 +245,7 @@ class TrainingRun:
         return f"{speed:.0f} tokens/s, {figures}, {left / 60:.0f} min left"
 
     def _batch(self, records: Sequence[AnswerStates], rows: Sequence[Window]) -> TrainingBatch:
-        return batches.assemble(records, rows, self.settings.window, self.target.device, self.target.dtype)
+        return batches.assemble(records, rows, self.target.device, self.target.dtype)
 
     def _step(self, rows: Sequence[Window], rate: float) -> dict[str, float]:
         """Make one update, on this process's share of the windows ``rows``; skip it if the loss is not finite.
@@ -307,7 +307,8 @@ class TrainingRun:
     def _figures(self, records: Sequence[AnswerStates]) -> dict[str, Any]:
         """Evaluate the running copy on the answers ``records`` and return the figures of the method's ``evaluate``."""
         settings, target = self.settings, self.target
-        found = batches.by_length(records, settings.rows, settings.window, target.device, target.dtype)
+        room = settings.rows * settings.window
+        found = batches.by_length(records, room, settings.window, target.device, target.dtype)
         total = count_positions(batches.windows(records, settings.window))
         return self.method.evaluate(self.network, self._show("evaluation", found, total))
 

@@ -49,7 +49,7 @@ class TrainSettings(Settings):
     Training, whose length is given in minutes or in steps; the other is None:
     minutes: of gradient training, without the time for answers and stored states.
     steps: number of updates of the parameters.
-    rows: number of windows in a batch.
+    rows: number of windows in a batch, if all are of full length; shorter ones fill the same room.
     window: length of a window, a range of consecutive positions of one answer.
     fit_tokens: number of answer tokens for closed-form regression.
     relative_rate: AdamW's learning rate as a share of a parameter's scale (``TrainingMethod.parameter_scale``).

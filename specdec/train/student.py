@@ -10,6 +10,7 @@ Projections start in closed form, by ridge regression between states of the base
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from specdec.drafters.m2r2.network import M2R2, Carry, router_taps
 from specdec.kvcache.mask import Mask
 from specdec.runtimes.target import Pass, Target
 from specdec.train.batches import TrainingBatch
+
+BLOCK = 256  # positions whose logits are computed together
+FLOATS = 1 << 17  # logits that are compared together on a CPU
 
 
 def exact_carry(network: M2R2, batch: TrainingBatch) -> Carry:
@@ -157,6 +161,8 @@ class Teacher:
 
     Call ``begin`` for each batch first. The vocabulary of a batch is the drafter's own plus further tokens, first those
     that the base model chooses in the batch (when it drafts, a drafter also adds the tokens of its context).
+    Distributions are those of valid positions only, and logits are compared a few positions at a time: those of a whole
+    batch would not fit into the CPU's caches.
 
     vocab: the drafter's own vocabulary, token ids, 1-dimensional; None: the full vocabulary.
     sharpen: share of probability that moves to the base model's most likely token, if the vocabulary has it.
@@ -184,10 +190,10 @@ class Teacher:
         The vocabulary of the batch has V' tokens, in this order: the drafter's own and ``extra`` further ones, first
         those that the base model chooses at valid positions. With ``vocab`` None, it is the full vocabulary.
 
-        p: probabilities [B, T, V'], normalized over the vocabulary of the batch. entropy: entropy of ``p``, [B, T].
         best, next: indices in this vocabulary of the base model's and the text's next token, [B, T]; -1: not in it.
-        mass: the base model's probability of the whole vocabulary of the batch [B, T].
-        count: number of valid positions (``batch.valid``), a scalar tensor.
+        row: number of each position among the n valid ones, [B, T]; of no meaning at padding.
+        p: probabilities [n, V'], normalized over the vocabulary of the batch. entropy: entropy of ``p``, [n].
+        mass: the base model's probability of the whole vocabulary of the batch, [n].
         """
         if self.vocab is not None:
             seen = torch.zeros(self.target.vocab_size, dtype=torch.int8, device=self.vocab.device)
@@ -199,52 +205,69 @@ class Teacher:
             self.index_of = torch.full_like(seen, -1, dtype=torch.long)
             self.index_of[vocab] = torch.arange(len(vocab), device=vocab.device)
         self.best, self.next = (i if self.index_of is None else self.index_of[i] for i in (batch.best, batch.next_ids))
-        x = self.target.readout(batch.hidden[self.target.num_layers], self.head)
-        logits = x.float()
-        inside = torch.logsumexp(logits, -1, keepdim=True)
-        p = torch.exp(logits - inside)
-        if self.sharpen:
-            one = torch.arange(p.shape[-1], device=p.device) == self.best[..., None]
-            share = self.sharpen * (self.best >= 0)[..., None]
-            p = p * (1 - share) + share * one
-        self.count = batch.valid.sum()
-        self.entropy = -torch.special.xlogy(p, p).sum(-1)
-        self.p, self.mass = p.to(x.dtype), torch.exp(inside[..., 0] - batch.log_z)
+        self.row = batch.valid.flatten().cumsum(0).view_as(batch.valid) - 1
+        best, log_z = self.best[batch.valid], batch.log_z[batch.valid]
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for at, _, logits in self.read_out(batch.hidden[self.target.num_layers][batch.valid]):
+            for few, x in split(at, logits):
+                log_p = torch.log_softmax(x, -1, dtype=torch.float32)
+                inside = x[:, 0].float() - log_p[:, 0]  # log of the sum of exp(logit) over the vocabulary
+                p = log_p.exp()
+                if self.sharpen:
+                    share = self.sharpen * (best[few] >= 0).float()[:, None]
+                    p = (p * (1 - share)).scatter_add(1, best[few].clamp_min(0)[:, None], share)
+                    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+                found.append((p.to(x.dtype), -(p * log_p).sum(-1), torch.exp(inside - log_z[few])))
+        self.p, self.entropy, self.mass = (torch.cat(each) for each in zip(*found, strict=True))
 
     def logits(self, final: Tensor) -> Tensor:
         return self.target.readout(final, self.head)
 
-    def loss(self, logits: Tensor) -> Tensor:
-        """Return the loss of a drafter's ``logits`` [B, T, V'] at each position, [B, T]; V' is that of ``begin``.
+    def read_out(self, final: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (indices [m], final states [m, D], logits [m, V']) of ``final`` [n, D], ``BLOCK`` at a time.
 
-        It is (1 - variation) * KL(base || draft) + variation * (1 - sum(min(base, draft))). The second term, the total
-        variation, is the probability that speculative sampling rejects the draft.
+        The states are copies, in which the gradients of the logits end.
         """
-        x, p = logits.float(), self.p.float()
-        total = torch.logsumexp(x, -1)
-        away = total - (p * x).sum(-1) - self.entropy
-        if not self.variation:
-            return away
-        overlap = torch.minimum(torch.exp(x - total[..., None]), p).sum(-1)
-        return (1 - self.variation) * away + self.variation * (1 - overlap)
+        for at in torch.arange(len(final), device=final.device).split(BLOCK):
+            part = final[at].detach().requires_grad_(torch.is_grad_enabled())
+            yield at, part, self.logits(part[None]).squeeze(0)
 
-    def compare(self, logits: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float]:
-        """Return the mean loss of ``logits`` [B, T, V'] and the share that agree with the base model's choice.
+    def compare(self, final: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float, Tensor]:
+        """Compare the drafts of estimated final states ``final`` [B, T, D], before the final norm, with the base model.
 
-        Both are taken over the positions ``valid``, bool [B, T]. The loss, a scalar with gradients, is multiplied by
-        ``weight`` (one number, or [B, T]), summed, and divided by ``count``, the number of valid positions of the
-        batch, which may be more.
+        valid: bool [B, T], the positions that count, all of them valid in the batch.
+        weight: of the loss at each position, one number or [B, T].
+
+        Returns the loss, a scalar with gradients: the sum over ``valid`` of the weighted losses (``distance``), divided
+        by the number of valid positions of the batch, which may be more; the share that agree with the base model's
+        choice; and whether the most likely token is the text's next one, bool [B, T], False outside ``valid``.
         """
-        loss = (self.loss(logits) * valid * weight).sum() / self.count
-        return loss, float(self.hits(logits)[valid].float().mean())
+        weights = torch.as_tensor(weight, device=final.device).expand(valid.shape)[valid] / len(self.p)
+        chosen = torch.stack((self.best[valid], self.next[valid]), 1)  # (n, 2)
+        loss, hits = _Distillation.apply(final[valid], self, self.row[valid], weights, chosen)  # type: ignore[no-untyped-call]
+        right = torch.zeros_like(valid)
+        right[valid] = hits[:, 1]
+        return loss, float(hits[:, 0].float().mean()), right
 
-    def hits(self, logits: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return, bool [B, T], whether the most likely token of ``logits`` [B, T, V'] is the token ``index``.
+    def distance(self, log_q: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a drafter's log-probabilities ``log_q`` [n, V'] at positions ``row`` [n], and the slope.
 
-        index: [B, T] in the vocabulary of the batch, -1 for tokens outside; None: the base model's choice.
+        It is (1 - variation) * KL(base || draft) + variation * (1 - sum(min(base, draft))), [n]. The second term, the
+        total variation, is the probability that speculative sampling rejects the draft.
+        The slope is the derivative by the logits of the draft, [n, V'].
         """
-        index, logits = self.best if index is None else index, logits.detach()
-        return (logits.gather(-1, index.clamp_min(0)[..., None])[..., 0] >= logits.amax(-1)) & (index >= 0)
+        p, q = self.p[row].float(), log_q.exp()
+        away, slope = -(p * log_q).sum(-1) - self.entropy[row], q - p
+        if self.variation:
+            below = q * (q < p)
+            overlap = torch.minimum(q, p).sum(-1)
+            away = torch.lerp(away, 1 - overlap, self.variation)
+            slope = torch.lerp(slope, q * below.sum(-1, keepdim=True) - below, self.variation)
+        return away, slope
+
+    def hits(self, logits: Tensor) -> Tensor:
+        """Return whether the most likely token of ``logits`` [B, T, V'] is the base model's choice, bool [B, T]."""
+        return agree(logits, self.best)
 
     def known(self, batch: TrainingBatch) -> Tensor:
         """Return for each position of ``batch`` whether the drafter could draft the base model's choice, bool [B, T].
@@ -261,6 +284,60 @@ class Teacher:
                 seen.add(token)
                 known[b, i] = best[i] in seen
         return known
+
+
+class _Distillation(torch.autograd.Function):
+    """The weighted sum of ``Teacher.distance`` over n positions, whose gradient is computed together with it.
+
+    So no logits are stored for the backward pass.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, final: Tensor, teacher: Teacher, row: Tensor, weight: Tensor, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, a scalar, and whether the most likely token is each of ``chosen`` [n, k], bool [n, k].
+
+        final: estimated final states [n, D]. row: number of each position in the teacher's distributions, [n].
+        weight: of each position in the loss, [n]. chosen: indices in the vocabulary of the batch, -1: none.
+        """
+        loss, gradient, hits = torch.zeros((), device=final.device), torch.zeros_like(final), list[Tensor]()
+        with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+            for at, part, logits in teacher.read_out(final):
+                slopes = list[Tensor]()
+                with torch.no_grad():
+                    for few, x in split(at, logits):
+                        log_q = torch.log_softmax(x, -1, dtype=torch.float32)
+                        away, slope = teacher.distance(log_q, row[few])
+                        loss += (away * weight[few]).sum()
+                        hits.append(agree(log_q[:, None], chosen[few]))
+                        slopes.append((slope * weight[few, None]).to(x.dtype))
+                if ctx.needs_input_grad[0]:
+                    gradient[at] = torch.autograd.grad(logits, part, torch.cat(slopes))[0]
+        ctx.save_for_backward(gradient)
+        found = torch.cat(hits) if hits else chosen.bool()
+        ctx.mark_non_differentiable(found)
+        return loss, found
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.saved_tensors[0] * loss, None, None, None, None
+
+
+def split(at: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``at`` [m] and ``logits`` [m, V'] a few rows at a time, so that a CPU's caches keep what they become."""
+    rows = max(FLOATS // logits.shape[1], 1) if logits.device.type == "cpu" else BLOCK
+    return zip(at.split(rows), logits.split(rows), strict=True)
+
+
+def agree(logits: Tensor, index: Tensor) -> Tensor:
+    """Return whether the token ``index`` [..., T] is a most likely one of ``logits`` [..., T or 1, V'], bool [..., T].
+
+    index: in the vocabulary of the logits; -1: none, which is False.
+    """
+    logits = logits.detach()
+    chosen = logits.expand(*index.shape, -1).gather(-1, index.clamp_min(0)[..., None])[..., 0]
+    return (chosen >= logits.amax(-1)) & (index >= 0)
 
 
 def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[TrainingBatch]]) -> None:

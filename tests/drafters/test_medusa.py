@@ -242,7 +242,7 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
     ids = torch.randint(3, V, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     answer, wanted = TrainingAnswer(tuple(ids[:4]), tuple(ids[4:])), method.teacher_states()
     records = states._records(states._make_shard(target, [answer], wanted), wanted)
-    batch = assemble(records, rows := windows(records, 64), 64, target.device)
+    batch = assemble(records, rows := windows(records, 64), target.device)
     learned = [method.teacher.logits(final)[0] for final, _ in method._drafts(network, batch)]
     for length in (9, 20, 31):  # the last token of so many is the root
         taps, cache, row_states = {4: torch.empty(0)}, target.new_cache(1), [drafter.begin()]

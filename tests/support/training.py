@@ -67,7 +67,7 @@ def same_drafts(target: Target, path: M2R2Path) -> None:
         wanted = path_states(path, target.num_layers)
         records = states._records(states._make_shard(target, [answer], wanted), wanted)
         rows = windows(records, 64)
-        batch = assemble(records, rows, 64, target.device)
+        batch = assemble(records, rows, target.device)
         root = len(ids) - 1 - rows[0][1]  # the window index of the root's position
         own = [
             [int(teacher.logits(final)[0, root + step].argmax()) for final, _ in exits]

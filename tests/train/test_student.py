@@ -9,6 +9,9 @@ from specdec.drafters.m2r2 import M2R2Path
 from specdec.runtimes.target import Pass
 from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.train import states, student
+from specdec.train.batches import assemble, windows
+from specdec.train.data import TrainingAnswer
 from specdec.train.student import Teacher
 from specdec.train.trainer import training_target
 
@@ -40,11 +43,35 @@ def test_training_has_the_reference_values_and_gradients(family: str) -> None:
         torch.testing.assert_close(direct, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_loss_is_the_total_variation(share: float) -> None:
-    teacher = Teacher(TransformersTarget(tiny_model("llama")), None, variation=share)
-    p, logits = torch.randn(2, 3, 97).softmax(-1), torch.randn(2, 3, 97)
-    teacher.p, teacher.entropy = p, -(p * p.log()).sum(-1)
-    q = logits.softmax(-1)
-    divergence, variation = (p * (p / q).log()).sum(-1), (p - q).abs().sum(-1) / 2
-    torch.testing.assert_close(teacher.loss(logits), (1 - share) * divergence + share * variation)
+@pytest.mark.parametrize(("share", "sharpen"), [(0.0, 0.0), (0.5, 0.3), (1.0, 0.0)])
+def test_losses_and_gradients_are_those_of_the_formula(share: float, sharpen: float, monkeypatch) -> None:
+    """A share of the loss is the total variation, the rest KL, at valid positions of answers of two lengths."""
+    monkeypatch.setattr(student, "BLOCK", 4)
+    monkeypatch.setattr(student, "FLOATS", 120)  # three positions of 40 tokens
+    target, wanted = training_target(tiny_model("llama")), states.StateSelection((), (4,))
+    answers = [TrainingAnswer((5, 6, 7), tuple(range(8, 8 + count))) for count in (9, 6)]
+    records = states._records(states._make_shard(target, answers, wanted), wanted)
+    batch = assemble(records, windows(records, 64), target.device)
+    teacher = Teacher(target, torch.arange(2, 38), sharpen, share, extra=4)
+    teacher.begin(batch)
+    valid, weight = batch.valid & (batch.positions > 3), torch.rand(batch.valid.shape)
+    final = batch.before[4].clone().requires_grad_(True)
+    loss, agreement, right = teacher.compare(final, valid, weight)
+    loss.backward()
+    own = batch.before[4].clone().requires_grad_(True)
+    base, draft = (target.readout(x, teacher.head) for x in (batch.hidden[4], own))
+    p, q = base.softmax(-1), draft.softmax(-1)
+    chosen = torch.nn.functional.one_hot(teacher.best.clamp_min(0), 40) * (teacher.best >= 0)[..., None]
+    known = sharpen * (teacher.best >= 0)[..., None]
+    p = p * (1 - known) + known * chosen
+    away = (torch.special.xlogy(p, p) - p * q.log()).sum(-1)
+    away = (1 - share) * away + share * (p - q).abs().sum(-1) / 2
+    expected = (away * weight)[valid].sum() / batch.valid.sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(final.grad, own.grad, rtol=1e-4, atol=1e-7)
+    best = draft.argmax(-1)
+    assert torch.equal(right, (best == teacher.next) & valid)
+    assert agreement == pytest.approx(float((best == teacher.best)[valid].float().mean()))
+    mass = torch.exp(base.logsumexp(-1) - batch.log_z)[batch.valid]
+    torch.testing.assert_close(teacher.mass, mass)
