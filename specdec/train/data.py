@@ -127,6 +127,11 @@ def prompt_hash(ids: Sequence[int]) -> int:
     return zlib.crc32(",".join(map(str, ids)).encode())
 
 
+def usable(answers: Sequence[TrainingAnswer], context: int) -> list[TrainingAnswer]:
+    """Return those of ``answers`` that have more than one token and fit into ``context`` tokens with their prompt."""
+    return [answer for answer in answers if len(answer) <= context and len(answer.response_ids) > 1]
+
+
 def split(answers: Sequence[TrainingAnswer], fraction: float) -> tuple[list[TrainingAnswer], list[TrainingAnswer]]:
     """Split the answers into (training answers, evaluation answers), each in the given order.
 

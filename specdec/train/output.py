@@ -109,10 +109,10 @@ def _check_same_run(output: Path, own: TrainSettings, resume: bool) -> None:
 def recorded(settings: TrainSettings) -> TrainSettings:
     """Return a copy of ``settings`` with names instead of local paths, because drafter folders are published.
 
-    These are the model, adapter, prompts, held-out prompts and drafters; ``output`` becomes "".
+    These are the model, adapter, files of prompts and drafters; ``output`` becomes "".
     """
     names: dict[str, Any] = {"model": source.public_name(settings.model), "output": ""}
-    for key in ("prompts", "holdout"):
+    for key in ("prompts", "holdout", "evaluation"):
         names[key] = tuple(Path(path).name for path in getattr(settings, key))
     if settings.adapter:
         names["adapter"] = source.public_name(settings.adapter)

@@ -293,15 +293,23 @@ class TrainingRun:
         """
         if not self.processes.is_main_process:
             return
-        figures = self._figures(self.held_out)
-        self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures})
+        figures, by_kind = self._figures(self.held_out), dict[str, list[AnswerStates]]()
+        for record, kind in zip(self.held_out, self.kinds, strict=True):
+            by_kind.setdefault(kind or "other", []).append(record)
+        kinds = {
+            f"{kind} ({len(some)})": self._figures(some)
+            for kind, some in sorted(by_kind.items())
+            if len(by_kind) > 1 and batches.windows(some, self.settings.window)
+        }
+        scores = {"kinds": {kind: each["score"] for kind, each in kinds.items()}} if kinds else {}
+        self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures, **scores})
         tell(
             self.progress.console,
             f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: {self.method.describe(figures)}",
         )
         if figures["score"] > self.best:
             self.best = figures["score"]
-            self._export(figures)
+            self._export(figures, kinds)
 
     @torch.no_grad()
     def _figures(self, records: Sequence[AnswerStates]) -> dict[str, Any]:
@@ -312,10 +320,10 @@ class TrainingRun:
         total = count_positions(batches.windows(records, settings.window))
         return self.method.evaluate(self.network, self._show("evaluation", found, total))
 
-    def _export(self, figures: dict[str, Any]) -> None:
+    def _export(self, figures: dict[str, Any], kinds: dict[str, dict[str, Any]]) -> None:
         """Write the drafter and its model card to the output folder, in place of earlier ones.
 
-        figures: what ``_figures`` returned for all held-out answers.
+        figures: what ``_figures`` returned for all held-out answers. kinds: the same for each category of prompts.
         """
         target = self.target
         base = drafter_folder.describe_base(target, source.public_name(self.settings.model, self.settings.adapter))
@@ -336,16 +344,9 @@ class TrainingRun:
         if storage == "auto":
             storage = "float32" if self.settings.dtype == "float32" else "bfloat16"
         drafter_folder.write(self.output, config, self.masters.state_dict(), storage)
-        by_kind = dict[str, list[AnswerStates]]()
-        for record, kind in zip(self.held_out, self.kinds, strict=True):
-            by_kind.setdefault(kind or "other", []).append(record)
-        kinds = {
-            f"{kind} ({len(some)})": self.method.describe(self._figures(some))
-            for kind, some in sorted(by_kind.items())
-            if len(by_kind) > 1 and batches.windows(some, self.settings.window)
-        }
         with writing("the model card", self.output):
-            write_card(self.output, config, recorded(self.settings), self.method.describe(figures), kinds)
+            lines = {kind: self.method.describe(each) for kind, each in kinds.items()}
+            write_card(self.output, config, recorded(self.settings), self.method.describe(figures), lines)
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.processes.is_main_process:

@@ -43,7 +43,8 @@ class TrainSettings(Settings):
     max_new_tokens: maximum length of an answer, in tokens.
     sampled: share of the prompts whose answers are sampled; other answers are greedy.
     temperature: of sampled answers.
-    eval_fraction: share of the prompts that are held out for evaluation.
+    evaluation: files or prompt sets to evaluate on, as ``prompts``; (): a share of ``prompts`` is held out.
+    eval_fraction: that share.
     eval_answers: maximum number of answers for evaluation.
 
     Training, whose length is given in minutes or in steps; the other is None:
@@ -79,6 +80,7 @@ class TrainSettings(Settings):
     max_new_tokens: Positive = 256
     sampled: Share = 0.0
     temperature: PositiveFloat = 0.8
+    evaluation: Files = ()
     eval_fraction: float = Field(0.03, gt=0, lt=1)
     eval_answers: Positive = 100
 

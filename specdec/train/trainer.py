@@ -91,7 +91,7 @@ def _prepare(
     """
     # Checks that need no model come first.
     items = data.read(settings.prompts)
-    held = data.read(settings.holdout) if settings.holdout else []
+    tests, held = (data.read(some) if some else [] for some in (settings.evaluation, settings.holdout))
     output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -103,16 +103,18 @@ def _prepare(
     method = lookup(settings.method)(settings, target)
     wanted = method.teacher_states()
     states.check_layers(target, wanted)
-    data.check_token_ids(items, target.vocab_size)
-    data.check_holdout(items, held, tokenizer.decode)
-    known = known_answers(output, decoder, items)
+    data.check_token_ids([*items, *tests], target.vocab_size)
+    data.check_holdout(items, [*tests, *held], tokenizer.decode)
+    known = known_answers(output, decoder, [*items, *tests])
     if not progress.console.quiet and not (resume and (output / CHECKPOINT).exists()):
         seconds = expected_seconds(settings, known, decoder.target, target)
         tell(progress.console, describe(seconds, settings, preset))
         progress.plan(seconds)
     answers = answer_prompts(output, decoder, known, settings, progress)
-    usable = [a for a in answers if len(a) <= target.context and len(a.response_ids) > 1]
-    train, held_out = data.split(usable, settings.eval_fraction)
+    learned, tried = (data.usable(some, target.context) for some in (answers[: len(items)], answers[len(items) :]))
+    train, held_out = (learned, tried) if tests else data.split(learned, settings.eval_fraction)
+    if not train or not held_out:
+        raise SpecDecError("all answers to train on, or to evaluate on, are empty or too long; give more prompts")
     random.Random(settings.seed).shuffle(train)
     held_out = held_out[: settings.eval_answers]
     vocab = None

@@ -133,6 +133,26 @@ def test_a_card_stands_beside_the_drafter(answers: Path, tmp_path: Path) -> None
     assert "| code (" in card and "| math (" in card and card.count("mean acceptance length") == 3
 
 
+def test_given_answers_are_evaluated_by_category_and_not_trained_on(answers: Path, tmp_path: Path) -> None:
+    lines, tests = answers.read_text().splitlines(), tmp_path / "tests.jsonl"
+    kinds = [json.loads(line) | {"category": kind} for line, kind in zip(lines, ("code", "code", "math"), strict=False)]
+    tests.write_text("\n".join(map(json.dumps, kinds)))
+    answers.write_text("\n".join(lines[3:]))
+    out = tmp_path / "out"
+    figures = train(recipe(answers, out, steps=2, evaluation=[str(tests)]))
+    assert figures["positions"] == sum(len(each["response_ids"]) for each in kinds)
+    index = json.loads((out / "states/train/index.json").read_text())
+    assert sum(shard["answers"] for shard in index["shards"]) == len(lines) - 3
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["kinds"].keys() == {"code (2)", "math (1)"} for row in rows if "evaluation" in row)
+    assert "evaluation:\n- tests.jsonl" in (out / "train.yaml").read_text()
+    with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
+        train(recipe(answers, tmp_path / "same", evaluation=[str(answers)]))
+    tests.write_text(json.dumps(kinds[0] | {"response_ids": [5]}))
+    with pytest.raises(SpecDecError, match="or to evaluate on, are empty or too long"):
+        train(recipe(answers, tmp_path / "short", evaluation=[str(tests)]))
+
+
 def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(answers, tmp_path, monkeypatch) -> None:
     out, step, said = tmp_path / "out", TrainingRun._step, list[str]()
 
