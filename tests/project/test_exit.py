@@ -39,7 +39,7 @@ ENDS = {  # code of a process, and its exit status
 USUAL = "loads", "leaves an engine", "leaves a stream", "chats with nobody"
 RUNS = [pytest.param(what, 1, True, id=what) for what in USUAL]
 RUNS += [
-    pytest.param(what, 10, kept, id=f"{what}, a {'kept' if kept else 'new'} corpus", marks=pytest.mark.slow)
+    pytest.param(what, 3, kept, id=f"{what}, a {'kept' if kept else 'new'} corpus", marks=pytest.mark.slow)
     for what in ENDS
     for kept in (True, False)
 ]
