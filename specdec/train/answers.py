@@ -20,18 +20,18 @@ from specdec.engine.engine import Engine
 from specdec.engine.request import Request
 from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.train.data import Prompt, TrainingAnswer, prompt_hash, records
-from specdec.train.output import ANSWERS, writing
+from specdec.train.output import writing
 from specdec.train.settings import TrainSettings
 
 MAX_ROWS = 48  # answers generated in one batch
 
 
-def known_answers(output: Path, decoder: SpecDecoder, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer]:
+def known_answers(file: Path, decoder: SpecDecoder, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer]:
     """Return ``items`` as answers, in the same order; those of prompts that have no answer yet are empty.
 
     A prompt is encoded in the model's chat template, or as plain text if the model has none. Its answer is taken from
-    ``output``/answers.jsonl if an earlier call of ``answer_prompts`` has written it there. Raises SpecDecError if this
-    file holds answers to other prompts.
+    ``file`` if an earlier call of ``answer_prompts`` has written it there. Raises SpecDecError if this file holds
+    answers to other prompts.
     decoder: its tokenizer encodes the prompts. No answer is generated here.
     """
     given = [
@@ -40,12 +40,12 @@ def known_answers(output: Path, decoder: SpecDecoder, items: Sequence[TrainingAn
         else TrainingAnswer(tuple(encode(decoder.tokenizer, item.turns[0])), (), item.kind)
         for item in items
     ]
-    made = _written(output / ANSWERS, {answer.prompt_ids for answer in given if not answer.response_ids})
+    made = _written(file, {answer.prompt_ids for answer in given if not answer.response_ids})
     return [a if a.response_ids else replace(made.get(a.prompt_ids, a), kind=a.kind) for a in given]
 
 
 def answer_prompts(
-    output: Path,
+    file: Path,
     decoder: SpecDecoder,
     known: Sequence[TrainingAnswer],
     settings: TrainSettings,
@@ -53,7 +53,7 @@ def answer_prompts(
 ) -> list[TrainingAnswer]:
     """Return the answers ``known`` with ``decoder``'s answers to the prompts that have none, in the same order.
 
-    The new answers are appended to ``output``/answers.jsonl. An answer does not depend on the other rows of its batch
+    The new answers are appended to ``file``. An answer does not depend on the other rows of its batch
     (up to rounding) or on interruptions of the run. Raises SpecDecError if the disk is full.
     known: the result of ``known_answers``. settings: those of the answers, such as ``max_new_tokens``, ``temperature``.
     progress: gets a bar with the number of finished answers.
@@ -63,12 +63,12 @@ def answer_prompts(
     progress.advance(task, len(known) - len(left))
     made = dict[tuple[int, ...], TrainingAnswer]()
     if left:
-        with writing("answers", output), (output / ANSWERS).open("a", encoding="utf-8") as file:
+        with writing("answers", file.parent), file.open("a", encoding="utf-8") as out:
             for answer in _generate(decoder, list(left), settings):
                 ids = {"prompt_ids": answer.prompt_ids, "response_ids": answer.response_ids}
                 kind = left[answer.prompt_ids].kind
-                file.write(json.dumps(ids | ({"category": kind} if kind else {})) + "\n")
-                file.flush()
+                out.write(json.dumps(ids | ({"category": kind} if kind else {})) + "\n")
+                out.flush()
                 made[answer.prompt_ids] = replace(answer, kind=kind)
                 progress.advance(task)
     return [answer if answer.response_ids else made[answer.prompt_ids] for answer in known]

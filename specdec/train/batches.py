@@ -18,7 +18,6 @@ from specdec.train.states import AnswerStates
 
 KEY_BLOCK = 64  # the number of keys of a batch is a multiple of this
 GRAIN = 4  # windows whose lengths differ by fewer positions are sorted by where they end
-PART = 1024  # windows that are sorted together
 Window = tuple[int, int, int]  # index of the answer, first position, end position (exclusive)
 
 
@@ -99,38 +98,39 @@ def windows(records: Sequence[AnswerStates], length: int) -> list[Window]:
     return cut
 
 
-def epoch(cut: Sequence[Window], room: int, seed: int, number: int) -> list[list[Window]]:
-    """Return the batches of epoch ``number`` (from 0), lists of windows that fill about ``room`` positions each.
+def epoch(cut: Sequence[Window], rows: int, length: int, seed: int, number: int) -> list[list[Window]]:
+    """Return the batches of epoch ``number`` (from 0), lists of windows that have the room of ``rows`` whole ones.
 
-    cut: all windows, as ``windows`` returns them; an epoch has each once. The order depends on ``seed`` and ``number``
-    alone. A last batch that is not full is dropped, unless it is the only one.
+    cut: all windows, as ``windows`` returns them, of at most ``length`` positions; an epoch has each once. The order
+    depends on ``seed`` and ``number`` alone. A last batch with fewer than ``rows`` windows is dropped, unless it is the
+    only one; these are the shortest windows in one epoch, and long ones in the next.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     order = [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
-    full, rest = list[list[Window]](), list[Window]()
-    while order:  # sorting within parts keeps padding small and the order random
-        part, order = rest + order[:PART], order[PART:]
-        *some, rest = _filled(part, room)
-        full += some
-    full = full or [rest]
-    return [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+    # Sorting within parts keeps padding small and the order random.
+    size, found, rest = rows * min(64, max(16, len(cut) // (8 * rows))), list[list[Window]](), list[Window]()
+    for start in range(0, len(order), size):
+        *full, rest = _filled([*rest, *order[start : start + size]], rows, length, number % 2 == 0)
+        found += full
+    if len(rest) >= rows or not found:
+        found.append(rest)
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
 
 
-def _filled(some: Sequence[Window], room: int) -> list[list[Window]]:
-    """Divide windows into batches of similar lengths and end positions.
+def _filled(some: Sequence[Window], rows: int, length: int, falling: bool = True) -> list[list[Window]]:
+    """Divide windows into batches of similar lengths and end positions, the longest first if ``falling``.
 
-    All have at most ``room`` positions, padding included, or one window. All but the last one are full.
+    A batch has at most ``rows`` times ``length`` positions, padding included, and four times ``rows`` windows: each has
+    keys of its own. All but the last batch are full.
     """
-    found = list[list[Window]]()
-    for window in sorted(some, key=lambda each: (-(-(each[2] - each[1]) // GRAIN), each[2]), reverse=True):
-        if not found or (len(found[-1]) + 1) * _longest([*found[-1], window]) > room:
+    found, longest = list[list[Window]](), 0
+    for window in sorted(some, key=lambda each: (-(-(each[2] - each[1]) // GRAIN), each[2]), reverse=falling):
+        longest = max(longest, window[2] - window[1])
+        if not found or (len(found[-1]) + 1) * max(longest, length / 4) > rows * length:
             found.append([])
+            longest = window[2] - window[1]
         found[-1].append(window)
     return found
-
-
-def _longest(rows: Sequence[Window]) -> int:
-    return max((end - start for _, start, end in rows), default=0)
 
 
 def assemble(
@@ -146,7 +146,8 @@ def assemble(
     dtype: the dtype of states, keys and values; None: the dtype in which they are stored.
     """
     picked = [(records[index], start, end) for index, start, end in rows]
-    length, num_keys = _longest(rows), -(-max(end for _, _, end in rows) // KEY_BLOCK) * KEY_BLOCK
+    length = max(end - start for _, start, end in rows)
+    num_keys = -(-max(end for _, _, end in rows) // KEY_BLOCK) * KEY_BLOCK
     first = picked[0][0]
     layers, hidden = first.kv, first.hidden
 
@@ -183,26 +184,26 @@ def assemble(
 
 
 def by_length(
-    records: Sequence[AnswerStates], room: int, length: int, device: torch.device, dtype: torch.dtype | None = None
+    records: Sequence[AnswerStates], rows: int, length: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[TrainingBatch]:
     """Yield batches that contain every window of ``records`` once, those of similar length and end position together.
 
-    room: positions per batch, about. length: positions per window. device, dtype: those of the returned tensors; dtype
-    None: as stored.
+    rows: number of whole windows that a batch has room for. length: positions per window. device, dtype: those of the
+    returned tensors; dtype None: as stored.
     """
-    for rows in _filled(windows(records, length), room):
-        yield assemble(records, rows, device, dtype)
+    for some in _filled(windows(records, length), rows, length):
+        yield assemble(records, some, device, dtype)
 
 
-def endless(cut: Sequence[Window], room: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
+def endless(cut: Sequence[Window], rows: int, length: int, seed: int, skip: int) -> Iterator[tuple[int, list[Window]]]:
     """Yield (epoch number from 0, windows of a batch), epoch after epoch, without end.
 
-    cut: all windows, each once per epoch. room: positions of a batch, about. seed: sets the order.
+    cut, rows, length, seed: as for ``epoch``.
     skip: number of batches at the beginning to leave out, which an earlier run has used.
     """
     number, passed = 0, 0
     while True:
-        batches = epoch(cut, room, seed, number)
+        batches = epoch(cut, rows, length, seed, number)
         for batch in batches[max(0, skip - passed) :]:
             yield number, batch
         passed, number = passed + len(batches), number + 1

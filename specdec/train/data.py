@@ -83,16 +83,16 @@ def records(path: Path) -> Iterator[TrainingAnswer | Prompt]:
             )
 
 
-def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int) -> None:
+def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int, use: str = "train on") -> None:
     """Raise SpecDecError if an answer among ``items``, or its prompt, holds a token id of ``vocab_size`` or more.
 
-    Prompts as text are not checked.
+    Prompts as text are not checked. use: what the answers are for, for the message.
     """
     for number, item in enumerate(items, start=1):
         largest = max(item.prompt_ids + item.response_ids) if isinstance(item, TrainingAnswer) else 0
         if largest >= vocab_size:
             raise SpecDecError(
-                f"answer {number} to train on holds token {largest}, but the model's vocabulary ends at "
+                f"answer {number} to {use} holds token {largest}, but the model's vocabulary ends at "
                 f"{vocab_size - 1}; give answers of this model, or prompts for it to answer"
             )
 
@@ -125,6 +125,12 @@ def _text(item: TrainingAnswer | Prompt, decode: Callable[[Sequence[int]], str])
 def prompt_hash(ids: Sequence[int]) -> int:
     """Return a hash (32 bits) of token ids that is equal in every process and on every machine."""
     return zlib.crc32(",".join(map(str, ids)).encode())
+
+
+def spread(items: Sequence[TrainingAnswer | Prompt], count: int) -> list[TrainingAnswer | Prompt]:
+    """Return ``count`` of ``items`` at equal distances, or all if there are fewer, in order."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def usable(answers: Sequence[TrainingAnswer], context: int) -> list[TrainingAnswer]:

@@ -79,9 +79,10 @@ class MedusaMethod(TrainingMethod[Medusa]):
         root = rms_unit(self.target.embed(batch.ids, batch.positions)) if self.settings.rooted else None
         final = batch.before[self.target.num_layers]
         y = network(rms_unit(final), root)  # (B, T, K, D): with the root at t
+        count = y.shape[1]
         for late in range(y.shape[2]):
-            kept = y.shape[1] - late
-            yield F.pad(y[:, :kept, late], (0, 0, late, 0)), batch.valid & F.pad(batch.valid[:, :kept], (late, 0))
+            rooted = F.pad(batch.valid, (late, 0))[:, :count]
+            yield F.pad(y[:, :, late], (0, 0, late, 0))[:, :count], batch.valid & rooted
 
     def evaluate(self, network: Medusa, batches: Iterable[TrainingBatch]) -> dict[str, Any]:
         drafts = partial(self._drafts, network)

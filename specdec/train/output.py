@@ -23,10 +23,10 @@ from specdec.train.card import CARD
 from specdec.train.settings import TrainSettings, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.pt"
-ANSWERS, STATES, LOCK = "answers.jsonl", "states", ".lock"
+ANSWERS, TESTS, STATES, LOCK = "answers.jsonl", "evaluation.jsonl", "states", ".lock"
 LENGTHS = ("minutes", "steps")  # the settings for the length of a run
 # Files that a run writes, replaces and deletes. A folder that holds them without a recipe is refused.
-WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, CARD, METRICS, CHECKPOINT, ANSWERS, STATES)
+WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, CARD, METRICS, CHECKPOINT, ANSWERS, TESTS, STATES)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class TrainingRun:
         saved = evaluated = start
         task, shown = self.progress.add_task("gradients", total=1000, part="gradients"), 0.0
         recent = list[dict[str, float]]()
-        for epoch, rows in batches.endless(self.windows, settings.rows * settings.window, settings.seed, self.update):
+        for epoch, rows in batches.endless(self.windows, settings.rows, settings.window, settings.seed, self.update):
             now = time.monotonic()
             self.seconds = earlier + now - start
             # The first process decides, because all of them must end after the same update.
@@ -141,7 +141,7 @@ class TrainingRun:
                 )
             recent.append(figures)
             if self.update % REPORT_UPDATES == 0:
-                means = {key: round(fmean(each[key] for each in recent), 5) for key in figures}
+                means = mean_figures(recent)
                 self._log({"update": self.update, "epoch": epoch, "tokens": self.tokens, **means})
                 self.progress.update(task, description=f"gradients: {self._progress_text(means, done)}")
                 self.progress.advance(task, 1000 * done - shown)
@@ -201,7 +201,7 @@ class TrainingRun:
     def _fit_batches(self) -> Iterable[TrainingBatch]:
         """Yield batches for closed-form regression, until they hold ``fit_tokens`` valid positions."""
         seen = 0
-        for rows in batches.epoch(self.windows, self.settings.rows * self.settings.window, self.settings.seed, 0):
+        for rows in batches.epoch(self.windows, self.settings.rows, self.settings.window, self.settings.seed, 0):
             batch = self._batch(self.records, rows)
             yield batch
             seen += int(batch.valid.sum())
@@ -315,8 +315,7 @@ class TrainingRun:
     def _figures(self, records: Sequence[AnswerStates]) -> dict[str, Any]:
         """Evaluate the running copy on the answers ``records`` and return the figures of the method's ``evaluate``."""
         settings, target = self.settings, self.target
-        room = settings.rows * settings.window
-        found = batches.by_length(records, room, settings.window, target.device, target.dtype)
+        found = batches.by_length(records, settings.rows, settings.window, target.device, target.dtype)
         total = count_positions(batches.windows(records, settings.window))
         return self.method.evaluate(self.network, self._show("evaluation", found, total))
 
@@ -375,6 +374,12 @@ def copy_values(source: Mapping[str, Any], destination: Mapping[str, nn.Paramete
     """Overwrite each parameter of ``destination`` with the values of the same name in ``source``, cast to its dtype."""
     for name, parameter in destination.items():
         parameter.copy_(source[name])
+
+
+def mean_figures(recent: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure, rounded, without NaN: a batch may have no position for a late draft step."""
+    known = {key: [each[key] for each in recent if not math.isnan(each[key])] for key in recent[0]}
+    return {key: round(fmean(values), 5) for key, values in known.items() if values}
 
 
 def count_positions(windows: Iterable[Window]) -> int:

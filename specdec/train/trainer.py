@@ -32,7 +32,7 @@ from specdec.speculation.generation_config import eos_token_ids
 from specdec.train import data, states
 from specdec.train.answers import answer_prompts, known_answers
 from specdec.train.method import RunContext, lookup
-from specdec.train.output import CHECKPOINT, STATES, lock_of, open_output
+from specdec.train.output import ANSWERS, CHECKPOINT, STATES, TESTS, lock_of, open_output
 from specdec.train.progress import RunProgress, describe, expected_seconds
 from specdec.train.run import TrainingRun
 from specdec.train.settings import TrainSettings
@@ -92,6 +92,7 @@ def _prepare(
     # Checks that need no model come first.
     items = data.read(settings.prompts)
     tests, held = (data.read(some) if some else [] for some in (settings.evaluation, settings.holdout))
+    tests = data.spread(tests, settings.eval_answers)
     output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -103,16 +104,19 @@ def _prepare(
     method = lookup(settings.method)(settings, target)
     wanted = method.teacher_states()
     states.check_layers(target, wanted)
-    data.check_token_ids([*items, *tests], target.vocab_size)
+    data.check_token_ids(items, target.vocab_size)
+    data.check_token_ids(tests, target.vocab_size, "evaluate on")
     data.check_holdout(items, [*tests, *held], tokenizer.decode)
-    known = known_answers(output, decoder, [*items, *tests])
+    known, tried = (known_answers(output / name, decoder, some) for name, some in ((ANSWERS, items), (TESTS, tests)))
     if not progress.console.quiet and not (resume and (output / CHECKPOINT).exists()):
-        seconds = expected_seconds(settings, known, decoder.target, target)
+        seconds = expected_seconds(settings, [*known, *tried], decoder.target, target)
         tell(progress.console, describe(seconds, settings, preset))
         progress.plan(seconds)
-    answers = answer_prompts(output, decoder, known, settings, progress)
-    learned, tried = (data.usable(some, target.context) for some in (answers[: len(items)], answers[len(items) :]))
-    train, held_out = (learned, tried) if tests else data.split(learned, settings.eval_fraction)
+    tried = answer_prompts(output / TESTS, decoder, tried, settings, progress)
+    known = answer_prompts(output / ANSWERS, decoder, known, settings, progress)
+    train, held_out = (data.usable(some, target.context) for some in (known, tried))
+    if not tests:
+        train, held_out = data.split(train, settings.eval_fraction)
     if not train or not held_out:
         raise SpecDecError("all answers to train on, or to evaluate on, are empty or too long; give more prompts")
     random.Random(settings.seed).shuffle(train)

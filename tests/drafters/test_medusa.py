@@ -256,6 +256,20 @@ def test_heads_learn_exactly_what_the_drafter_drafts() -> None:
             torch.testing.assert_close(logits, learned[k][root + k], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_heads_learn_from_windows_shorter_than_their_number(count: int) -> None:
+    target = training_target(tiny_model("llama"))
+    method = MedusaMethod(settings(heads=4, blocks=1), target)
+    method.build(None)
+    answer, wanted = TrainingAnswer((5, 6, 7), tuple(range(8, 9 + count))[:count]), method.teacher_states()
+    records = states._records(states._make_shard(target, [answer], wanted), wanted)
+    batch = assemble(records, windows(records, 64), target.device)
+    network = random_network(4, 1, True)
+    found = [valid.sum().item() for _, valid in method._drafts(network, batch)]
+    assert batch.ids.shape == (1, count) and found == [max(count - late, 0) for late in range(4)]
+    assert math.isfinite(float(method.loss(network, batch)[0]))
+
+
 def test_training_makes_a_drafter_that_drafts_as_its_figures_say(answers: Path, tmp_path: Path) -> None:
     model, output = loading.load("tiny")[0], tmp_path / "out"
     figures = train(settings(prompts=[str(answers)], output=str(output)))

@@ -37,8 +37,9 @@ def made(
 ) -> list[TrainingAnswer]:
     decoder = SpecDecoder(tiny_model("llama", eos_token_id=ENDS), Tokens(), drafter="none")
     folder.mkdir(exist_ok=True)
+    file = folder / "answers.jsonl"
     items = [*given, *(Prompt((" ".join(map(str, prompt)),)) for prompt in prompts)]
-    return answer_prompts(folder, decoder, known_answers(folder, decoder, items), settings, Progress())
+    return answer_prompts(file, decoder, known_answers(file, decoder, items), settings, Progress())
 
 
 def test_answers_of_a_refilled_batch_are_those_of_plain_decoding(tmp_path: Path) -> None:

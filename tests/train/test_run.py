@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -29,7 +30,7 @@ from specdec.train import data, trainer
 from specdec.train.data import TrainingAnswer
 from specdec.train.medusa import MedusaSettings
 from specdec.train.progress import RunProgress
-from specdec.train.run import TrainingRun
+from specdec.train.run import TrainingRun, mean_figures
 from specdec.train.settings import from_mapping
 from specdec.train.student import Teacher
 from specdec.train.trainer import train
@@ -143,6 +144,7 @@ def test_given_answers_are_evaluated_by_category_and_not_trained_on(answers: Pat
     assert figures["positions"] == sum(len(each["response_ids"]) for each in kinds)
     index = json.loads((out / "states/train/index.json").read_text())
     assert sum(shard["answers"] for shard in index["shards"]) == len(lines) - 3
+    assert not (out / "evaluation.jsonl").exists()  # all have answers
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(row["kinds"].keys() == {"code (2)", "math (1)"} for row in rows if "evaluation" in row)
     assert "evaluation:\n- tests.jsonl" in (out / "train.yaml").read_text()
@@ -151,6 +153,26 @@ def test_given_answers_are_evaluated_by_category_and_not_trained_on(answers: Pat
     tests.write_text(json.dumps(kinds[0] | {"response_ids": [5]}))
     with pytest.raises(SpecDecError, match="or to evaluate on, are empty or too long"):
         train(recipe(answers, tmp_path / "short", evaluation=[str(tests)]))
+
+
+def test_prompts_to_evaluate_on_are_answered_apart_and_spread_over_their_file(answers: Path, tmp_path: Path) -> None:
+    tests, out = tmp_path / "tests.jsonl", tmp_path / "out"
+    lines = [{"prompt": f"{40 + number} 7", "category": str(number % 2)} for number in range(12)]
+    tests.write_text("\n".join(map(json.dumps, lines)))
+    settings = recipe(answers, out, steps=2, evaluation=[str(tests)], eval_answers=4, max_new_tokens=9)
+    train(settings)
+    made = [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
+    assert {tuple(each["prompt_ids"]) for each in made} == {(40 + number, 7) for number in (0, 3, 6, 9)}
+    assert not (out / "answers.jsonl").exists()
+    before = evaluations(out)
+    train(settings.model_copy(update={"steps": 3}), resume=True)
+    assert evaluations(out)[0] == before[0] and len(made) == 4
+
+
+def test_means_of_figures_leave_out_batches_without_a_position() -> None:
+    figures = [{"agree": 0.5, "agree2": math.nan}, {"agree": 1.0, "agree2": 0.25}]
+    assert mean_figures(figures) == {"agree": 0.75, "agree2": 0.25}
+    assert mean_figures(figures[:1]) == {"agree": 0.5}
 
 
 def test_a_second_process_that_resumes_a_run_is_refused_and_changes_nothing(answers, tmp_path, monkeypatch) -> None:

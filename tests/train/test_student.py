@@ -1,5 +1,7 @@
 """What is trained is what drafts, with the reference's values and gradients."""
 
+import math
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -12,6 +14,7 @@ from specdec.runtimes.transformers import TransformersTarget
 from specdec.train import states, student
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
+from specdec.train.evaluate import evaluate
 from specdec.train.student import Teacher
 from specdec.train.trainer import training_target
 
@@ -73,5 +76,14 @@ def test_losses_and_gradients_are_those_of_the_formula(share: float, sharpen: fl
     best = draft.argmax(-1)
     assert torch.equal(right, (best == teacher.next) & valid)
     assert agreement == pytest.approx(float((best == teacher.best)[valid].float().mean()))
-    mass = torch.exp(base.logsumexp(-1) - batch.log_z)[batch.valid]
-    torch.testing.assert_close(teacher.mass, mass)
+    mass = torch.exp(base.logsumexp(-1) - batch.log_z)
+    torch.testing.assert_close(teacher.mass, mass[batch.valid])
+    found = evaluate(teacher, [batch], lambda _: [(own.detach(), valid)], 1)
+    overlap = torch.minimum(q, p * mass[..., None]).detach().sum(-1)[valid].mean()
+    assert found["overlap"] == [pytest.approx(float(overlap), abs=1e-4)]
+    assert found["top1"] == [
+        pytest.approx(float(((best == teacher.best) & teacher.known(batch))[valid].float().mean()), abs=1e-4)
+    ]
+    assert found["positions"] == int(valid.sum())
+    loss, agreement, right = teacher.compare(final, valid & False)
+    assert loss == 0 and math.isnan(agreement) and not right.any()

@@ -496,7 +496,7 @@ def weight_rows(module: Any, index: Tensor) -> Tensor:
     """
     if isinstance(module, _BlockModule):
         return module.unpack(module.blocks, index, module.dtype)
-    chosen: Tensor = module.weight.detach().index_select(0, index)
+    chosen: Tensor = module.weight.detach().index_select(0, index.to(module.weight.device))
     return chosen
 
 
