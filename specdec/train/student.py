@@ -228,7 +228,8 @@ class Teacher:
 
         The states are copies, in which the gradients of the logits end.
         """
-        for at in torch.arange(len(final), device=final.device).split(BLOCK):
+        for start in range(0, len(final), BLOCK):
+            at = torch.arange(start, min(start + BLOCK, len(final)), device=final.device)
             part = final[at].detach().requires_grad_(torch.is_grad_enabled())
             yield at, part, self.logits(part[None]).squeeze(0)
 
