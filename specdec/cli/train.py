@@ -82,9 +82,9 @@ def run(
         method, preset = PRESETS.get(command, command), preset or command
         # Wrong prompts are known before anything heavy is imported.
         given = read_preset(preset) | {name: value for name, value in overrides.items() if value}
-        for names in (given.get("prompts", []), given.get("holdout"), given.get("evaluation")):
-            if names is not None:
-                data.read([names] if isinstance(names, str) else names)
+        optional = [given[key] for key in ("holdout", "evaluation") if given.get(key)]
+        for names in (given.get("prompts", []), *optional):
+            data.read([names] if isinstance(names, str) else names)
         from specdec.train.method import lookup  # heavy imports stay out of --help
         from specdec.train.trainer import train
 
