@@ -53,8 +53,8 @@ def answer_prompts(
 ) -> list[TrainingAnswer]:
     """Return the answers ``known`` with ``decoder``'s answers to the prompts that have none, in the same order.
 
-    The new answers are appended to ``file``. An answer does not depend on the other rows of its batch
-    (up to rounding) or on interruptions of the run. Raises SpecDecError if the disk is full.
+    The new answers are appended to ``file``. An answer does not depend on the other rows of its batch (up to rounding)
+    or on interruptions of the run. Raises SpecDecError if the disk is full.
     known: the result of ``known_answers``. settings: those of the answers, such as ``max_new_tokens``, ``temperature``.
     progress: gets a bar with the number of finished answers.
     """

@@ -237,7 +237,7 @@ class Teacher:
         """Compare the drafts of estimated final states ``final`` [B, T, D], before the final norm, with the base model.
 
         valid: bool [B, T], the positions that count, all of them valid in the batch.
-        weight: of the loss at each position, one number or [B, T].
+        weight: factor on the loss of each position, one number or [B, T].
 
         Returns the loss, a scalar with gradients: the sum over ``valid`` of the weighted losses (``distance``), divided
         by the number of valid positions of the batch, which may be more; the share that agree with the base model's
@@ -300,7 +300,7 @@ class _Distillation(torch.autograd.Function):
         """Return the loss, a scalar, and whether the most likely token is each of ``chosen`` [n, k], bool [n, k].
 
         final: estimated final states [n, D]. row: number of each position in the teacher's distributions, [n].
-        weight: of each position in the loss, [n]. chosen: indices in the vocabulary of the batch, -1: none.
+        weight: factor on each position's loss, [n]. chosen: indices in the vocabulary of the batch, -1: none.
         """
         loss, gradient, hits = torch.zeros((), device=final.device), torch.zeros_like(final), list[Tensor]()
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
