@@ -165,6 +165,10 @@ class Attention:
         """
         if self.cap or self.sinks is not None:
             mixed = self._mix(q, k, v, term)
+        elif q.requires_grad and q.device.type == "cpu":
+            # With gradients, SDPA takes 2.6 to 3 times as long in bfloat16, and as long in float32 (64 queries a row).
+            scores = (q * self.scale) @ k.mT
+            mixed = (scores if term is None else scores + term).softmax(-1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, term, scale=self.scale)
         mixed = mixed.unflatten(2, (-1, self.groups)).transpose(1, 2).flatten(2)
