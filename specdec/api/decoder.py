@@ -536,8 +536,11 @@ class SpecDecoder:
         None: they stay in memory.
         prefix_cache_size: maximum size of this folder in bytes.
         """
-        disk = None
+        disk, prefixes = None, self._new_prefixes()
         if prefix_cache is not None:
+            if prefixes is None:
+                why = "with prefix_reuse=False" if not self.prefix_reuse else f"with verifier '{self.verifier.name}'"
+                raise SpecDecError(f"no prefixes are kept {why}, so there is nothing to store; leave out prefix_cache")
             own, empty = identity.numbers(self.target, identity.content(self.target.model)), self.target.new_cache(0)
             disk = PrefixDisk(prefix_cache, prefix_cache_size, own, bool(empty.recurrent), empty.window)
         try:
@@ -547,7 +550,7 @@ class SpecDecoder:
                 max_waiting=max_waiting,
                 kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
                 prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, PASS_TOKENS),
-                prefixes=PrefixStore(),
+                prefixes=prefixes,
                 disk=disk,
                 learn=self.learning,
             )

@@ -10,6 +10,7 @@ from typing import Any
 from specdec.api.decoder import SpecDecoder
 from specdec.api.prompts import encode
 from specdec.base.errors import SpecDecError
+from specdec.engine.request import check_prompt
 
 MAX_ROWS = 16  # most prompts that are answered together
 FIRST_ROWS = 4  # prompts of the first batch, which shows how long an answer takes
@@ -57,6 +58,8 @@ def prime(
     began, tokens = time.monotonic(), 0
     tried = _questions(decoder, HOLDOUT_QUESTIONS)
     own = [encode(decoder.tokenizer, prompt, context=decoder.target.context) for prompt in prompts]
+    for ids in own:  # before any is answered
+        check_prompt(ids, decoder.target)
     before, count = _acceptance_length(decoder, tried), FIRST_ROWS
     while count:
         started, batch, own = time.monotonic(), own[:count] or _questions(decoder, count), own[count:]

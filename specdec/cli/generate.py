@@ -191,9 +191,10 @@ def _check_text(name: str, text: str) -> None:
 def _read(prompt: str | None) -> str:
     """Return the prompt: the argument, or all of stdin if that is "-" or None (not given).
 
-    Raises SpecDecError for an empty prompt, for text that is not UTF-8, and for no prompt where stdin is a terminal.
+    Raises SpecDecError for an empty prompt, for text that is not UTF-8, and for no prompt where stdin is a terminal or
+    closed.
     """
-    if prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    if prompt in (None, "-") and (sys.stdin is None or (prompt is None and sys.stdin.isatty())):
         raise SpecDecError('no prompt; give one, for example: specdec generate "Why is the sky blue?"')
     if prompt is None or prompt == "-":
         try:

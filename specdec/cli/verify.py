@@ -82,7 +82,7 @@ def verify(
         )
         chosen = evenly_spaced(found.conversations, limit)
         encoded = [(c.id, encode(decoder.tokenizer, c.turns[0], context=decoder.target.context)) for c in chosen]
-    certificate = Certificate(decoder, encoded, params, max_new_tokens, lengths, batch_size, min_drafted)
+        certificate = Certificate(decoder, encoded, params, max_new_tokens, lengths, batch_size, min_drafted)
     where = environment()  # with the load before the run
     try:
         with terminal.Bar("verify") as bar:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.base.errors import NotFiniteError
-from specdec.engine.depth.policy import DepthChoice, DepthPolicy, StepReport
+from specdec.engine.depth.policy import MAX_FIXED_DEPTH, DepthChoice, DepthPolicy, StepReport
 from specdec.engine.guard import DrafterGuard
 from specdec.engine.logprobs import prompt_logprobs, token_logprobs
 from specdec.engine.metrics import PhaseTimer
@@ -260,12 +260,12 @@ class Batch:
     def _deepest(self, b: int) -> int:
         """Return the maximum draft depth of the row of index ``b`` in ``rows``; 0: it does not draft.
 
-        It is the least of the row's ``num_speculative_tokens``, the free positions of the model's context and, with a
-        lossless verifier, the tokens that it may still get, less the model's own.
+        It is the least of the row's ``num_speculative_tokens`` (at most ``MAX_FIXED_DEPTH``), the free positions of the
+        model's context and, with a lossless verifier, the tokens that it may still get, less the model's own.
         """
         row, depth = self.rows[b], self.target.context - 1 - self.cache.rows[b]
         if row.num_speculative_tokens is not None:
-            depth = min(depth, row.num_speculative_tokens)
+            depth = min(depth, row.num_speculative_tokens, MAX_FIXED_DEPTH)
         # A lossy rule's text may depend on the depth, so the number of remaining tokens does not bound it there.
         return max(min(depth, row.remaining - 1) if self.verifier.lossless else depth, 0)
 
@@ -334,7 +334,7 @@ class Batch:
             taken = row.new_tokens[: len(path) - 1]
             row.metrics.step(deepest[-1], len(nodes), min(len(path) - 1, len(row.new_tokens)), len(self.rows))
             row.metrics.add_sources(["constraint"] * len(taken) if own else self._sources(draft, b, taken))
-            if self.policy.plain_seconds is not None:
+            if self.chosen and self.policy.plain_seconds is not None:
                 row.metrics.draft_saved_seconds += self.policy.plain_seconds * len(path) - other - drafting
             if self.verifier.threshold is not None and draft.layers is not None and not own:
                 used = path[1 : 1 + len(row.new_tokens)]

@@ -143,6 +143,7 @@ class Scheduler:
     def _leave_queue(self, row: Request) -> None:
         """Take ``row`` out of the queue, because its prompt runs now."""
         self.waiting.remove(row)
+        row.preempted = False
         row.set_status(Status.PREFILL)
 
     def _share_rows(self) -> None:

@@ -309,7 +309,10 @@ def tool_grammar(tools: Schemas) -> Grammar:
     for n, (name, schema) in enumerate(tools.items()):
         head = json.dumps(f'{{"name": "{name}", "arguments": ')
         lines.append(f'call_{n}: {head} arguments_{n} "}}"')
-        lines.append(f"arguments_{n}: %json {json.dumps((schema or NO_ARGUMENTS) | {'x-guidance': JSON_FORM})}")
+        own = schema or NO_ARGUMENTS
+        if not isinstance(own.get("type"), str):  # it names none, or several: arguments are always an object
+            own = own | {"type": "object"}
+        lines.append(f"arguments_{n}: %json {json.dumps(own | {'x-guidance': JSON_FORM})}")
     return Grammar("\n".join(lines))
 
 

@@ -12,8 +12,10 @@ import torch
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.generation import GenerationOutput
+from specdec.base.errors import SpecDecError
 from specdec.base.options import Depth, SamplingParams
 from specdec.base.terminal import OnProgress
+from specdec.engine.request import check_prompt
 from specdec.models.gguf.blocks import temporarily_dense
 from specdec.models.native_model import as_transformers
 from specdec.runtimes.target import Target
@@ -97,8 +99,10 @@ class Certificate:
     batch_size: number of prompts in a batch; 1: there are no batches.
     min_drafted: number of drafted tokens that each comparison needs to prove anything.
     checks: a ``Check`` for each comparison, by name: "greedy", "sampled", "batch" (if there are batches) and "generate"
-        (in float32). It counts answers, drafted tokens and faults, and grows during ``run``.
+        (in float32, without penalties or a bias of one's own). It counts answers, drafted tokens and faults, and grows
+        during ``run``.
     complete: whether ``run`` has ended. The test is passed if so and ``result`` is "PASSED".
+    Raises SpecDecError for a prompt that is empty or exceeds the model's context.
     """
 
     def __init__(
@@ -111,6 +115,11 @@ class Certificate:
         batch_size: int = 4,
         min_drafted: int = MIN_DRAFTED,
     ) -> None:
+        for name, ids in prompts:
+            try:
+                check_prompt(ids, decoder.target)
+            except SpecDecError as error:
+                raise SpecDecError(f"prompt '{name}' cannot be answered: {error}") from None
         self.decoder, self.plain = decoder, decoder.with_drafter("none")
         self.batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
         self.max_new_tokens = max_new_tokens
@@ -120,7 +129,8 @@ class Certificate:
         self.params = {"greedy": replace(params, temperature=0.0), "sampled": params}
         names = [*self.params, *(["batch"] if batch_size > 1 else [])]
         self.checks = {name: Check(name) for name in names}
-        if self.dtype == torch.float32:
+        own = params.frequency_penalty or params.presence_penalty or params.logit_bias
+        if self.dtype == torch.float32 and params.repetition_penalty is None and not own:
             self.checks["generate"] = Check("model.generate")
 
     def run(self, progress: OnProgress = lambda done, total, tokens: None) -> None:
@@ -131,7 +141,6 @@ class Certificate:
 
         progress: called after each batch, greedy and sampled, with (number done, number in all, tokens compared so
         far).
-        Raises SpecDecError for prompts that exceed the model's context.
         """
         steps = list(product(self.batches, self.params))
         for done, (batch, name) in enumerate(steps, start=1):

@@ -1,6 +1,7 @@
 """Texts of earlier calls: later prompts go on with their keys and values; the tokens are those of a fresh decoder."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from tiny import tiny_model
 from tiny_tokenizers import Letters
 from zoo import eagle3
 
-from specdec import SpecDecoder
+from specdec import SpecDecError, SpecDecoder
 from specdec.api import decoder as api
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.speculation.drafter import Drafter
@@ -91,3 +92,15 @@ def test_a_failed_step_keeps_no_texts(llama: Any, monkeypatch: pytest.MonkeyPatc
     assert decoder.prefixes is not None and decoder.prefixes.nbytes == 0
     expected, _ = generated(SpecDecoder(llama, Letters(), "none"), PROMPT)
     assert generated(decoder, PROMPT) == (expected, 0) and torch.is_inference_mode_enabled() is False
+
+
+def test_an_engine_keeps_none_of_a_decoder_that_reuses_none(llama: Any, tmp_path: Path) -> None:
+    decoder = SpecDecoder(llama, Letters(), "prompt-lookup", prefix_reuse=False)
+    with decoder.engine() as engine:
+        for _ in range(2):
+            for _ in (handle := engine.submit(decoder.request(PROMPT, max_new_tokens=4))):
+                pass
+            assert handle.request.metrics.num_cached_tokens == 0
+        assert engine.stats().prefix_bytes == 0
+    with pytest.raises(SpecDecError, match="no prefixes are kept with prefix_reuse=False"):
+        decoder.engine(prefix_cache=tmp_path)

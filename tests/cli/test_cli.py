@@ -247,6 +247,11 @@ def test_stdin_that_is_no_text_is_refused(run) -> None:
     assert "not UTF-8" in one_line_error(run("-", stdin=b"\xff\xfe"))
 
 
+def test_a_closed_stdin_has_no_prompt(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "sys", SimpleNamespace(stdin=None))
+    assert "error: no prompt; give one" in run("-").stderr
+
+
 def test_no_more_of_stdin_is_read_than_a_prompt_may_have(run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "LINE", 1_000_000)
     line = one_line_error(run("-", stdin=b"y" * 1_000_001))

@@ -22,6 +22,8 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.engine import batch, memory, scheduler
 from specdec.engine.depth import AutoDepth, FixedDepth
+from specdec.engine.depth.costs import Costs
+from specdec.engine.depth.policy import MAX_FIXED_DEPTH
 from specdec.engine.engine import Engine
 from specdec.engine.memory import cache_sizes
 from specdec.engine.request import Handle, Request, Status
@@ -316,6 +318,17 @@ def test_a_request_in_the_background_is_answered_under_load(llama: PreTrainedMod
     assert warm.finish_reason == "length"
 
 
+def test_a_request_drafts_no_deeper_than_an_engine_may() -> None:
+    """And its time is not compared with that of plain steps, which the policy has not estimated for it."""
+    target, asked = TransformersTarget(tiny_model(max_position_embeddings=1024)), list[int]()
+    drafter = Scripted(lambda row, limit: asked.append(limit) or [])  # type: ignore[func-returns-value]
+    policy = AutoDepth(earlier=Costs(passes=[math.log(10)]))
+    engine = Engine(target, drafter, ExactVerifier(), policy)
+    finish(engine, request := Request([5, 6, 7], 200, num_speculative_tokens=100_000))
+    assert max(asked) == MAX_FIXED_DEPTH
+    assert request.metrics.draft_saved_seconds < 20  # its last step cannot draft, and the policy chooses that
+
+
 def test_what_cannot_be_run_is_refused(decoder: SpecDecoder) -> None:
     engine = decoder.engine()
     for prompt, why in [
@@ -445,6 +458,23 @@ def test_the_queue_is_fair_between_scopes() -> None:
 def test_the_queue_is_fair_between_senders_of_one_scope() -> None:
     requests = [Request([5, 6, 7], 2 + (n == 4), sender="ab"[n == 4]) for n in range(5)]
     assert order(*requests) == [*"abaaa"]
+
+
+def test_a_request_that_gave_way_once_makes_room_like_any_other(llama: PreTrainedModel) -> None:
+    engine = plain_engine(TransformersTarget(llama), max_rows=3, kv_memory=1 << 20, prefixes=PrefixStore())
+    for n in range(3):
+        engine.submit(Request([5 + n, 6, 7], 60, sender="a"))
+    step(engine)
+    engine.scheduler.memory.limit = 0
+    step(engine)
+    engine.scheduler.memory.limit = 1 << 20
+    step(engine)
+    assert engine.stats().running == 3 and (before := engine.stats().preemptions)
+    engine.submit(late := Request([9, 8], 5, sender="b"))
+    for _ in range(8):
+        step(engine)
+    assert late.finish_reason and engine.stats().preemptions == before + 1
+    engine.close()
 
 
 @pytest.mark.parametrize("reuse", [False, True])

@@ -226,6 +226,18 @@ def test_a_grammar_takes_a_call_and_nothing_else() -> None:
     assert not ends("sum", {"a": 1}) and not ends("weather", {"city": "Rome", "days": 10})
 
 
+@pytest.mark.parametrize(
+    "schema", [{}, {"properties": {"a": {"type": "integer"}}}, {"$defs": {}}, {"type": ["object", "null"]},
+    {"anyOf": [{"type": "object"}, {"type": "null"}]}]
+)  # fmt: skip
+def test_arguments_of_a_call_are_an_object_whatever_else_a_schema_allows(schema: dict[str, Any]) -> None:
+    tokenizer = letters()
+    grammar = compile_constraint(tool_grammar({"f": schema}), tokenizer, 97, frozenset([EOS]))
+    for arguments in ("{}", '"x"', "null", "[1]", "3"):
+        mask = grammar.state(()).mask(tokenizer(f'{{"name": "f", "arguments": {arguments}}}').input_ids)
+        assert (mask is not None and bool(mask[EOS])) == (arguments == "{}")
+
+
 def called(message: dict[str, Any]) -> list[tuple[str, Any]]:
     found = [call["function"] for call in message.get("tool_calls", ())]
     return [(call["name"], json.loads(call["arguments"])) for call in found]

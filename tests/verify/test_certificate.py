@@ -185,6 +185,17 @@ def test_a_biased_rule_fails_with_exit_code_1(run, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 1 and "Losslessness: FAILED" in result.stdout and "FAULT, greedy, " in result.stdout
 
 
+def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(run, tmp_path: Path) -> None:
+    (prompts := tmp_path / "prompts.txt").write_text("short\n" + "long " * 2000 + "\n")
+    (line,) = run("--prompts", str(prompts)).stderr.splitlines()
+    assert line.startswith("error: prompt '2' cannot be answered: the prompt has ")
+
+
+def test_penalties_are_not_compared_with_generate(model) -> None:
+    checks = certified(model, repetition_penalty=1.3)
+    assert "generate" not in checks and not any(check.faults for check in checks.values())
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

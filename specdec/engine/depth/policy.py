@@ -199,7 +199,7 @@ class AutoDepth:
 
     @property
     def plain_seconds(self) -> float | None:
-        """Expected seconds of a step of the batch for which drafting was last considered, without drafts.
+        """Expected seconds of a step, without drafts, of the batch that ``choose`` was last called for.
 
         None: unknown, since no step was timed yet and no earlier process has stored costs.
         """
@@ -226,9 +226,9 @@ class AutoDepth:
         self.contexts = contexts = contexts or [0] * len(rows)
         count, drafting = len(rows), [row for row, cap in zip(rows, caps, strict=True) if cap]
         self.choice = DepthChoice([0] * count)
+        passes = self.passes = self.model.passing(contexts, len(drafting) * MOST_NODES)
         if not drafting:
             return self.choice
-        passes = self.passes = self.model.passing(contexts, len(drafting) * MOST_NODES)
         speed = self.speedup * count / passes[0]
         added = sum(expected_gain(row, self.common, count) for row in drafting)
         gain = added / speed - self.model.drafting(contexts)  # in seconds

@@ -76,8 +76,7 @@ def write_parts(name: str, file: GGUFFile, folder: Path) -> None:
     name: the model's name in messages. file: the header of the GGUF file. Raises SpecDecError for a file that is broken
     or not supported, tensors that do not fit the config included.
     """
-    kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
-    with errors_as(f"cannot load model '{name}': its GGUF file describes no model", *kinds):
+    with errors_as(f"cannot load model '{name}': its GGUF file describes no model", Exception):
         config = config_of(name, file)
         check_tensors(name, file, NativeModel(config, torch.bfloat16))
         ends = {"eos_token_id": _eos_token_ids(file) or None}

@@ -8,6 +8,7 @@ import pytest
 
 from specdec.engine.depth import MAX_DEPTH, AutoDepth, DepthChoice, StepReport
 from specdec.engine.depth.calibration import expected_gain
+from specdec.engine.depth.costs import Costs
 from specdec.runtimes.target import TokenCosts
 from specdec.speculation.candidates import Candidates, CandidateSet
 from specdec.speculation.tree_builder import worth_scoring
@@ -308,3 +309,13 @@ def test_a_row_says_nothing_of_levels_deeper_than_it_may_draft() -> None:
     policy.observe(StepReport(rows, [1, 4], [1, 4], 7, 1.0, 20.0, [[5, 6]] * 2, found))
     assert [sum(row.by_position[0].trials) for row in rows] == [1, 4]
     assert [sum(row.by_position[0].hits) for row in rows] == [1, 4]
+
+
+def test_steps_that_do_not_draft_save_nothing_whatever_earlier_costs_say() -> None:
+    policy = AutoDepth(earlier=Costs(passes=[math.log(0.005)]))
+    row = policy.begin()
+    for _ in range(20):
+        policy.choose([row], [0], [10])
+        assert policy.plain_seconds == pytest.approx(0.005, rel=0.1)
+        policy.observe(StepReport([row], [0], [0], 1, 0.0, 0.005, [[5]]))
+    assert policy.speedup == pytest.approx(1, rel=0.1)
