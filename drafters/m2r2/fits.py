@@ -6,6 +6,7 @@ The process that may write keeps all of it for later processes (``Store``). Gene
 from __future__ import annotations
 
 import math
+import threading
 import time
 import warnings
 from collections.abc import Generator, Iterable
@@ -80,6 +81,7 @@ class Fits:
         self.store = Store(target.fingerprint, str(self.path))
         self.kept = 0
         self.kept_at = -math.inf
+        self.keeping = threading.Lock()
         self.start = None if merged is None else Store(merged.base, str(self.path))
         self._restore()
 
@@ -213,19 +215,23 @@ class Fits:
         self.sums = sums
 
     def keep(self) -> None:
-        """Write the file if there is something new and this process may write it. Warns if that fails."""
-        if not self.store.writes or self.progress.texts <= self.kept:
-            return
-        try:
-            used = (self.network.projections[0], self.network.projections[1], self.basis.projections[0])
-            maps = (torch.cat((each.weight.T, each.bias[None])).cpu().bfloat16() for each in used)
-            tensors = self._kept(*maps) | self._panels(self.sums)
-            if self.store.save(self.progress, tensors, self.stamp):
-                self.stamp = self.store.stamp()
-        except Exception as error:  # memory, the disk: what is learned serves all the same
-            self.store.release()
-            warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)
-        self.kept, self.kept_at = self.progress.texts, time.monotonic()
+        """Write the file if there is something new and this process may write it. Warns if that fails.
+
+        Of two threads that call it at once, the second waits, and finds nothing new.
+        """
+        with self.keeping:
+            if not self.store.writes or self.progress.texts <= self.kept:
+                return
+            try:
+                used = (self.network.projections[0], self.network.projections[1], self.basis.projections[0])
+                maps = (torch.cat((each.weight.T, each.bias[None])).cpu().bfloat16() for each in used)
+                tensors = self._kept(*maps) | self._panels(self.sums)
+                if self.store.save(self.progress, tensors, self.stamp):
+                    self.stamp = self.store.stamp()
+            except Exception as error:  # memory, the disk: what is learned serves all the same
+                self.store.release()
+                warnings.warn(f"what was learned cannot be kept: {one_line(error)}", SpecDecWarning, stacklevel=2)
+            self.kept, self.kept_at = self.progress.texts, time.monotonic()
 
     # -- from sums to networks ----------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def epoch(cut: Sequence[Window], rows: int, length: int, seed: int, number: int)
     depends on ``seed`` and ``number`` alone. A last batch with fewer than ``rows`` windows is dropped, unless it is the
     only one; these are the shortest windows in one epoch, and long ones in the next.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
     order = [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
     # Sorting within parts keeps padding small and the order random.
     size, found, rest = rows * min(64, max(16, len(cut) // (8 * rows))), list[list[Window]](), list[Window]()

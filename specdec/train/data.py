@@ -100,17 +100,27 @@ def check_token_ids(items: Sequence[TrainingAnswer | Prompt], vocab_size: int, u
 def check_holdout(
     items: Sequence[TrainingAnswer | Prompt],
     held_out: Sequence[TrainingAnswer | Prompt],
+    encode: Callable[[str], Sequence[int]],
     decode: Callable[[Sequence[int]], str],
 ) -> None:
     """Raise SpecDecError if a prompt of ``items`` contains a prompt of ``held_out``, ignoring case and spaces.
 
-    decode: turns the token ids of an answer's prompt into text.
+    Held-out answers are compared with the prompts as the model would read them, in the chat template.
+
+    encode: returns the token ids of a text as the model reads it. decode: turns token ids into text, without special
+        tokens.
     """
-    words = [" " + " ".join(_text(item, decode).lower().split()) + " " for item in items]
+    texts = [_words(decode(i.prompt_ids) if isinstance(i, TrainingAnswer) else " ".join(i.turns)) for i in items]
+    chats = texts
+    if any(isinstance(item, TrainingAnswer) for item in held_out):
+        chats = [
+            text if isinstance(item, TrainingAnswer) else _words(decode(encode(item.turns[0])))
+            for item, text in zip(items, texts, strict=True)
+        ]
     for item in held_out:
-        probe = decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else item.turns[0]
-        needle = " " + " ".join(probe.lower().split()) + " "
-        for index, text in enumerate(words):
+        answer = isinstance(item, TrainingAnswer)
+        needle = _words(decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else item.turns[0])
+        for index, text in enumerate(chats if answer else texts):
             if needle in text:
                 raise SpecDecError(
                     f"prompt {index + 1} to train on contains the held-out prompt '{needle.strip()[:60]}'; "
@@ -118,8 +128,8 @@ def check_holdout(
                 )
 
 
-def _text(item: TrainingAnswer | Prompt, decode: Callable[[Sequence[int]], str]) -> str:
-    return decode(item.prompt_ids) if isinstance(item, TrainingAnswer) else " ".join(item.turns)
+def _words(text: str) -> str:
+    return " " + " ".join(text.lower().split()) + " "
 
 
 def prompt_hash(ids: Sequence[int]) -> int:

@@ -152,7 +152,8 @@ class TrainingRun:
                 saved = time.monotonic()
             if now - evaluated > 60 * settings.eval_minutes:
                 self._evaluate()
-                evaluated = time.monotonic()
+                self._save()  # with the best score, so that a resumed run keeps the best drafter
+                saved = evaluated = time.monotonic()
 
     def _start(self) -> None:
         """Initialize the masters (float32) and the running copy, from a drafter or by closed-form regression.
@@ -180,6 +181,7 @@ class TrainingRun:
         with self.processes.main_process_first():
             self._save()
             self._evaluate()
+            self._save()
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Copy the tensors of the trained drafter ``init`` to the masters and to the running copy.
@@ -363,6 +365,9 @@ class TrainingRun:
         state = read_checkpoint(self.output, self.parameters, self.optimizer)
         for name in STATE:
             setattr(self, name, state[name])
+        if (self.output / drafter_folder.CONFIG).exists():  # a drafter that was exported after the checkpoint
+            exported = drafter_folder.read_config(self.output)["training"]["held_out"]["score"]
+            self.best = max(self.best, exported)
         if self.processes.is_main_process and (self.output / METRICS).exists():
             with writing("metrics", self.output):
                 os.truncate(self.output / METRICS, self.logged)  # lines after the checkpoint are written again

@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from specdec.api.decoder import SpecDecoder
+from specdec.api.prompts import encode
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr, tell
@@ -106,7 +108,8 @@ def _prepare(
     states.check_layers(target, wanted)
     data.check_token_ids(items, target.vocab_size)
     data.check_token_ids(tests, target.vocab_size, "evaluate on")
-    data.check_holdout(items, [*tests, *held], tokenizer.decode)
+    reading = partial(encode, tokenizer), partial(tokenizer.decode, skip_special_tokens=True)
+    data.check_holdout(items, [*tests, *held], *reading)
     known, tried = (known_answers(output / name, decoder, some) for name, some in ((ANSWERS, items), (TESTS, tests)))
     if not progress.console.quiet and not (resume and (output / CHECKPOINT).exists()):
         seconds = expected_seconds(settings, [*known, *tried], decoder.target, target)

@@ -83,7 +83,7 @@ class Tokens:
     chat_template = None
     eos_token_id = 2
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return " ".join(map(str, ids))
 
     def __call__(self, text: str, **options: Any) -> Any:

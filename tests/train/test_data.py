@@ -43,10 +43,15 @@ def test_prompt_sets_are_read_by_name_and_prompts_keep_their_kind(tmp_path: Path
 
 def test_held_out_prompts_are_refused_in_text_and_in_token_ids() -> None:
     held = [Prompt(("Why is the sky blue?", "second turn"))]
-    data.check_holdout([Prompt(("second turn",)), Prompt(("Why is it?",))], held, str)
-    for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), TrainingAnswer((1,), (2,))):
+    chat = "user\nWhy is the sky blue?\nassistant\n"  # without its special tokens
+    reading = (lambda text: [*chat.replace("Why is the sky blue?", text).encode()]), (lambda ids: bytes(ids).decode())
+    answer = TrainingAnswer(tuple(chat.encode()), (2,))
+    data.check_holdout([Prompt(("second turn",)), Prompt(("Why is it?",))], [*held, answer], *reading)
+    for item in (Prompt(("Tell me:  why IS the\nsky blue?",)), answer):
         with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
-            data.check_holdout([item], held, lambda ids: "user why is the sky blue? assistant")
+            data.check_holdout([item], held, *reading)
+    with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt 'user why is the sky"):
+        data.check_holdout([Prompt(("why is  the Sky blue?",))], [answer], *reading)
 
 
 def test_a_run_on_held_out_prompts_does_not_begin(answers: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from specdec.models import drafter_folder, loading
 from specdec.runtimes.native import library
 from specdec.train import data, trainer
 from specdec.train.data import TrainingAnswer
+from specdec.train.m2r2 import M2R2Method
 from specdec.train.medusa import MedusaSettings
 from specdec.train.progress import RunProgress
 from specdec.train.run import TrainingRun, mean_figures
@@ -398,3 +399,20 @@ def test_a_model_with_recurrent_layers_trains_on_its_attention_layers(
     assert decoder.target.runtime == (("native" if library.runs() else "torch") if native else "transformers")
     assert out.token_ids == plain.generate("What is 3?", max_new_tokens=20, ignore_eos=True).token_ids
     assert out.metrics.num_draft_tokens > 0
+
+
+def test_a_prolonged_run_keeps_the_best_drafter_so_far(answers: Path, tmp_path: Path, monkeypatch) -> None:
+    """Also that of its last evaluation, which stays in the metrics."""
+    out, scores = tmp_path / "out", iter([1.0, 3.0, 2.0])
+    evaluate = M2R2Method.evaluate
+    monkeypatch.setattr(
+        M2R2Method,
+        "evaluate",
+        lambda *given: evaluate(*given) | {"score": next(scores)},  # type: ignore[no-any-return]
+    )
+    train(recipe(answers, out, steps=2))
+    best = (out / "model.safetensors").read_bytes()
+    train(recipe(answers, out, steps=4), resume=True)
+    assert (out / "model.safetensors").read_bytes() == best
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["evaluation"]["score"] for line in lines if "evaluation" in line] == [1.0, 3.0, 2.0]
