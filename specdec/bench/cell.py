@@ -9,6 +9,7 @@ of ``EXTERNAL_METHODS``: ``model.generate``, plain or with prompt lookup (``hf``
     cell         ``cell.as_dict()``
     method       FIGURES of the cell's own method
     baselines    {baseline: FIGURES}; cells that ran together share the measurements of their baselines
+    failed_baselines  {baseline: its error}; these have no figures
     prompts      {"name", "licence", "sha256" (of the file), "conversations", "turns", "skipped": [prompts that exceed
                  the model's context]}
     environment  CPU, threads, memory, versions, git commit, device, runtime, dtype ...

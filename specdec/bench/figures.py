@@ -35,6 +35,7 @@ class BenchRequest:
     method: the method's name. repetition, group, turn: number of the repetition, of the batch of conversations in the
     prompt set, and of the turn in the conversations, from 0.
     conversations, prompts (token ids): one per row. reply: the answers and their timing.
+    cells: keys of the cells whose method or baseline this method is.
     equality: how each row compares with plain decoding: "equal", "near-tie", "fault", "differs" (by a lossy
     verifier), or None (not comparable).
     qualities: one per row if a lossy verifier takes part, else empty.
@@ -47,6 +48,7 @@ class BenchRequest:
     conversations: list[Conversation]
     prompts: list[list[int]]
     reply: Reply
+    cells: list[str] = field(default_factory=list)
     equality: list[str | None] = field(default_factory=list)
     qualities: list[Quality] = field(default_factory=list)
 
@@ -63,7 +65,7 @@ class BenchRequest:
     def as_dict(self) -> dict[str, Any]:
         """Return the request, its answers and their metrics as JSON values: a line of ``results.jsonl``.
 
-        Keys: method, repetition, turn, seconds, first_token_seconds, first_tokens (their number), arrivals (seconds),
+        Keys: method, cells (as above), repetition, turn, seconds, first_token_seconds, first_tokens (their number), arrivals (seconds),
         peak_memory_mb, and rows: for each {"id" and "category" of the conversation, "prompt_tokens" (their number),
         "token_ids" (of the answer), "equality"}, and from specdec's own methods "finish_reason" and "metrics".
         """
@@ -82,6 +84,7 @@ class BenchRequest:
             rows.append(row)
         return {
             "method": self.method,
+            "cells": self.cells,
             "repetition": self.repetition,
             "turn": self.turn,
             "seconds": reply.seconds,

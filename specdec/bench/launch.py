@@ -17,25 +17,25 @@ from typing import Any
 
 from specdec.base.errors import SpecDecError, how_to_install, one_line
 from specdec.bench.cell import Cell
-from specdec.bench.figures import BenchRequest
 from specdec.bench.plan import Resources
 from specdec.bench.run import Decoders, Record, failure_record, measure
 
 Groups = Sequence[list[Cell]]
+Log = Callable[[dict[str, Any]], Any]
 
 
 def run_locally(
     groups: Groups,
     decoders: Decoders,
     progress: Callable[[float], Any],
-    record: Callable[[BenchRequest], Any] | None = None,
+    record: Log | None = None,
 ) -> Generator[Record]:
     """Measure the groups of cells in this process, in order, and yield a record per cell.
 
     groups: cells that differ only in their methods, in each group (``plan.groups``).
     decoders: keeps the last model loaded until a group needs another one.
     progress: called with the number of cells that are done, which may be a fraction.
-    record: called with each finished request; None: not called.
+    record: called with each finished request (``BenchRequest.as_dict``); None: not called.
     """
     for number, group in enumerate(groups):
         before = sum(map(len, groups[:number]))
@@ -43,7 +43,7 @@ def run_locally(
         def report(part: int, of: int, tokens: int, before: int = before, cells: list[Cell] = group) -> None:
             progress(before + len(cells) * part / of)
 
-        yield from measure(group, decoders, report, record)
+        yield from measure(group, decoders, report, (lambda request: record(request.as_dict())) if record else None)
 
 
 def split(groups: Groups, count: int) -> list[list[Cell]]:
@@ -58,10 +58,11 @@ def split(groups: Groups, count: int) -> list[list[Cell]]:
 # --- on Ray ----------------------------------------------------------------------------------------------------------
 
 
-def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
+def run_on_ray(groups: Groups, resources: Resources, record: Log | None = None) -> Generator[Record]:
     """Measure the groups on the Ray cluster at $RAY_ADDRESS, else on a new local one, and yield a record per cell.
 
-    Records come when their group has ended, in any order of the groups. The caller must exhaust or close the generator,
+    Records come when their group has ended, in any order of the groups, after the calls of ``record`` for its requests
+    (``BenchRequest.as_dict``). The caller must exhaust or close the generator,
     which disconnects from the cluster.
 
     A group is a Ray task that needs ``resources``; groups are split until all of the cluster is busy. All machines need
@@ -80,7 +81,10 @@ def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
             for reference in ray.wait(list(running))[0]:
                 group = running.pop(reference)
                 try:
-                    yield from ray.get(reference)
+                    records, requests = ray.get(reference)
+                    for request in requests if record else ():
+                        record(request)
+                    yield from records
                 except ray.exceptions.RayError as error:  # the process died, usually out of memory, or did not start
                     lost = SpecDecError(f"its worker was lost: {one_line(error)}")
                     yield from [failure_record(cell, lost, time.perf_counter() - start) for cell in group]
@@ -88,13 +92,14 @@ def run_on_ray(groups: Groups, resources: Resources) -> Generator[Record]:
         ray.shutdown()
 
 
-def _in_task(values: list[dict[str, Any]]) -> list[Record]:
-    """Measure a group of cells in a Ray worker and return their records, with the worker's host and process id.
+def _in_task(values: list[dict[str, Any]]) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Measure a group of cells in a Ray worker; return (their records, with the worker's host and process id; requests).
 
-    values: ``Cell.as_dict()`` of each cell.
+    values: ``Cell.as_dict()`` of each cell. The requests are ``BenchRequest.as_dict()``.
     """
-    worker = {"worker": f"{platform.node()}:{os.getpid()}"}
-    return [record | worker for record in measure([Cell(**cell) for cell in values], _decoders())]
+    worker, requests = {"worker": f"{platform.node()}:{os.getpid()}"}, list[dict[str, Any]]()
+    found = measure([Cell(**cell) for cell in values], _decoders(), record=lambda r: requests.append(r.as_dict()))
+    return [record | worker for record in found], requests
 
 
 @functools.cache

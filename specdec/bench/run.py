@@ -282,7 +282,7 @@ class BenchRun:
         for name in names[len(names) - shift :] + names[: len(names) - shift]:
             if reply := self._reply(name, prompts, count, seed, f"{name}, repetition {turn_key[0]}"):
                 conversations = [conversation for conversation, _ in chats]
-                requests[name] = BenchRequest(name, *turn_key, conversations, prompts, reply)
+                requests[name] = BenchRequest(name, *turn_key, conversations, prompts, reply, self._cells(name))
         for request in requests.values():
             self._compare(request, requests[self.plain], count, seed)
             self.requests.append(request)
@@ -291,6 +291,10 @@ class BenchRun:
         for (_, texts), answer in zip(chats, requests[self.plain].reply.tokens, strict=True):
             texts.append(self.base.tokenizer.decode(answer, skip_special_tokens=True))
         return sum(request.reply.count for request in requests.values())
+
+    def _cells(self, name: str) -> list[str]:
+        """Return the keys of the cells whose method, or one of whose baselines, is the method ``name``."""
+        return [cell.key() for cell in self.cells if name in (self.names.get(m.key()) for m in _methods(cell))]
 
     def _encode(self, texts: list[str]) -> list[int]:
         """Return the token ids of the prompt that ends with the last of ``texts``, for the model to answer.
@@ -330,7 +334,7 @@ class BenchRun:
     def results(self) -> list[Record]:
         """Return one record per cell, in the order of ``cells``, from the requests so far; call it after ``execute``.
 
-        It is an error record if the cell's method or a baseline failed (``failure_record``).
+        It is an error record if the cell's method failed (``failure_record``).
 
         Raises SpecDecError if no request was finished.
         """
@@ -355,27 +359,26 @@ class BenchRun:
         return [self._result(cell, requests, shared) for cell in self.cells]
 
     def _error(self, cell: Cell) -> Exception | None:
-        """Return the exception that ended the cell's method or one of its baselines, so that it has no result.
-
-        It is from ``errors``, of loading or of an answer; the method's own comes first. None: none has failed so far.
-        """
-        return next((self.errors[key] for method in _methods(cell) if (key := method.key()) in self.errors), None)
+        """Return the exception that ended the cell's method, in loading or in an answer; None: it has not failed."""
+        return self.errors.get(_methods(cell)[0].key())
 
     def _result(self, cell: Cell, by_method: dict[str, list[BenchRequest]], shared: Record) -> Record:
-        """Return the record of ``cell``, an error record if its method or a baseline failed.
+        """Return the record of ``cell``, an error record if its method failed.
 
         by_method: name of a method -> its requests. shared: entries that all records have.
         """
         if error := self._error(cell):
             return failure_record(cell, error, time.perf_counter() - self.started)
-        name, *others = (self.names[method.key()] for method in _methods(cell))
-        baselines = dict(zip(map(str, cell.against), others, strict=True))
+        method, *others = (method.key() for method in _methods(cell))
+        name, keys = self.names[method], dict(zip(map(str, cell.against), others, strict=True))
+        baselines = {label: self.names[key] for label, key in keys.items() if key in self.names}
+        failed = {label: _text(self.errors[key]) for label, key in keys.items() if key in self.errors}
         requests = {label: by_method[method] for label, method in baselines.items()}
-        found = {
-            method: summarize(method, by_method[method], requests, self.methods[method]) for method in {name, *others}
-        }
-        compared = {label: found[method] for label, method in baselines.items()}
-        result = {"key": cell.key(), "cell": cell.as_dict(), "method": found[name], "baselines": compared, **shared}
+        names = {name, *baselines.values()}
+        found = {each: summarize(each, by_method[each], requests, self.methods[each]) for each in names}
+        compared = {label: found[each] for label, each in baselines.items()}
+        figures = {"method": found[name], "baselines": compared, "failed_baselines": failed}
+        result = {"key": cell.key(), "cell": cell.as_dict(), **figures, **shared}
         try:
             json.dumps(result, allow_nan=False)
             return result
@@ -426,12 +429,14 @@ def failure_record(cell: Cell, error: BaseException, seconds: float) -> Record:
 
     seconds: spent until the failure.
     """
-    kind, text = type(error).__name__, one_line(error)
+    return {"key": cell.key(), "cell": cell.as_dict(), "error": _text(error), "seconds": seconds}
+
+
+def _text(error: BaseException) -> str:
     if out_of_memory(error):
-        text = "out of memory"
-    elif not isinstance(error, SpecDecError):
-        text = f"unexpected {kind}: {text}"
-    return {"key": cell.key(), "cell": cell.as_dict(), "error": text, "seconds": seconds}
+        return "out of memory"
+    text = one_line(error)
+    return text if isinstance(error, SpecDecError) else f"unexpected {type(error).__name__}: {text}"
 
 
 def _methods(cell: Cell) -> list[Cell]:

@@ -28,8 +28,10 @@ MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
 
 
 def finished(record: dict[str, Any] | None) -> bool:
-    """Return whether a record is the whole result of its cell; None, errors and interrupted cells are not."""
-    return record is not None and "error" not in record and not record["interrupted"]
+    """Return whether a record is the whole result of its cell: no error, no failed baseline, not interrupted."""
+    if record is None or "error" in record or record["interrupted"]:
+        return False
+    return not record.get("failed_baselines")
 
 
 class Store:

@@ -180,14 +180,14 @@ def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFl
             stack.enter_context(store.opened(plan, shared.command_line(), running.resume, decoders.chats(plan.cells)))
             records, waiting = store.records(), store.waiting(plan)
             requests = stack.enter_context((store.folder / REQUESTS).open("a", buffering=1, encoding="utf-8"))
-            log = lambda request: requests.write(json.dumps(request.as_dict(), ensure_ascii=False) + "\n")  # noqa: E731
+            log = lambda request: requests.write(json.dumps(request, ensure_ascii=False) + "\n")  # noqa: E731
         total = len(plan.cells)
         before = total - len(waiting)
         if before:
             say(f"{before} of {total} cells are done already")
         bar = stack.enter_context(terminal.Bar("cells"))
         if running.launcher == "ray":
-            arriving = launch.run_on_ray(groups(waiting), plan.resources)
+            arriving = launch.run_on_ray(groups(waiting), plan.resources, log)
         else:
             arriving = launch.run_locally(groups(waiting), decoders, lambda done: bar(before + done, total), log)
         try:
@@ -272,7 +272,7 @@ def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: R
         raise typer.Exit(INTERRUPTED)
     if not results.done:
         raise SpecDecError(f"every cell failed; the first: {ordered[0]['error']}")
-    if results.failed:
+    if not all(map(finished, ordered)):
         raise typer.Exit(1)
 
 
@@ -315,13 +315,15 @@ def report(
 def _print_plan(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> None:
     from specdec.bench.cell import as_yaml, method_label, short_name
     from specdec.bench.results import other_axes
+    from specdec.bench.store import finished
 
     cells = [cell.as_dict() for cell in plan.cells]
     differing = other_axes(cells)
     rows = []
     for cell, values in zip(plan.cells, cells, strict=True):
         record = records.get(cell.key())
-        state = "to do" if record is None else "failed" if "error" in record else "done"
+        failed = record is not None and ("error" in record or record.get("failed_baselines"))
+        state = "to do" if record is None else "failed" if failed else "done" if finished(record) else "interrupted"
         rows.append([cell.key()[:8], method_label(values), *(as_yaml(values[name]) for name in differing), state])
     terminal.print_table(["cell", "method", *map(short_name, differing), "state"], rows)
     waiting = sum(row[-1] != "done" for row in rows)

@@ -370,6 +370,8 @@ def test_a_real_local_ray_with_two_workers_measures_the_same_cells(sweep, grid: 
     records = Store(tmp_path / "ray").records()
     assert "4 of 6 cells are done, 2 failed" in outcome.stderr and len(records) == 6
     good = {key: record for key, record in records.items() if "error" not in record}
+    told = [json.loads(line)["cells"] for line in (tmp_path / "ray" / "results.jsonl").read_text().splitlines()]
+    assert {key for cells in told for key in cells} == set(good)
     assert len({record["worker"] for record in good.values()}) == 2
     assert {r["cell"]["drafter"] for r in records.values() if "error" in r} == {"medusa"}
     sweep(*changes, output="here")

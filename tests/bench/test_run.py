@@ -320,6 +320,27 @@ def test_every_method_continues_with_the_plain_answer(cell, monkeypatch) -> None
     assert second["none"] == second["hf"] == encode(run.base.tokenizer, messages)
 
 
+def test_a_failed_baseline_is_told_and_the_others_keep_their_figures(bench, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 3")
+
+    monkeypatch.setattr(methods.HFMethod, "reply", full)
+    args = ["--output", str(tmp_path / "out"), "--resume"]
+    result = bench(*args, drafters="none,hf,prompt-lookup")
+    assert result.exit_code == 1 and "model.generate failed: out of memory" in result.stdout
+    records = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
+    kept = {record["cell"]["drafter"]: record for record in records if "error" not in record}
+    assert [*kept] == ["none", "prompt-lookup"] and len(records) == 3
+    for record in kept.values():
+        assert [*record["method"]["speedup"]] == [*record["baselines"]] == ["none"]
+        assert record["failed_baselines"] == {"hf": "out of memory"}
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert {line["method"]: len(line["cells"]) for line in lines} == {"none": 3, "prompt-lookup@3": 1}
+    monkeypatch.undo()
+    again = bench(*args, drafters="none,hf,prompt-lookup")  # measures all cells that lack a baseline
+    assert again.exit_code == 0 and "x model.generate" in again.stdout
+
+
 def test_our_own_set_is_there_and_a_limit_spreads_over_it() -> None:
     assert {c.category for c in load_prompts("work").conversations} == {"code", "rewriting", "agent"}
     own = load_prompts("own")
