@@ -65,7 +65,8 @@ class BenchRequest:
     def as_dict(self) -> dict[str, Any]:
         """Return the request, its answers and their metrics as JSON values: a line of ``results.jsonl``.
 
-        Keys: method, cells (as above), repetition, turn, seconds, first_token_seconds, first_tokens (their number), arrivals (seconds),
+        Keys: method, cells (as above), repetition, turn, seconds, first_token_seconds, first_tokens (their number),
+        arrivals (seconds),
         peak_memory_mb, and rows: for each {"id" and "category" of the conversation, "prompt_tokens" (their number),
         "token_ids" (of the answer), "equality"}, and from specdec's own methods "finish_reason" and "metrics".
         """

@@ -93,9 +93,10 @@ def run_on_ray(groups: Groups, resources: Resources, record: Log | None = None) 
 
 
 def _in_task(values: list[dict[str, Any]]) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Measure a group of cells in a Ray worker; return (their records, with the worker's host and process id; requests).
+    """Measure a group of cells in a Ray worker; return (records, requests).
 
-    values: ``Cell.as_dict()`` of each cell. The requests are ``BenchRequest.as_dict()``.
+    values: ``Cell.as_dict()`` of each cell. Records have the worker's host and process id as well, and requests are
+    ``BenchRequest.as_dict()``.
     """
     worker, requests = {"worker": f"{platform.node()}:{os.getpid()}"}, list[dict[str, Any]]()
     found = measure([Cell(**cell) for cell in values], _decoders(), record=lambda r: requests.append(r.as_dict()))

@@ -148,7 +148,8 @@ class Results:
         lines[0] += f", {self.missing} not run yet" * bool(self.missing)
         for record in self.done:
             lines += _settings(record)
-            lines += [f"{NAMES.get(name, name)} failed: {why}" for name, why in record.get("failed_baselines", {}).items()]
+            failed = record.get("failed_baselines", {})  # older results lack it
+            lines += [f"{NAMES.get(name, name)} failed: {error}" for name, error in failed.items()]
         if loads := [load for record in self.done if (load := record["environment"].get("load_average")) is not None]:
             lines.append(f"load average of the machine when a group began: {min(loads)} to {max(loads)}")
         for method in (method for record in self.done for method in (record["method"], *record["baselines"].values())):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ def evaluate(
         vocabulary nor in the text before counts as a miss.
     overlap: 1 - total variation between the distributions of base model and draft, at temperature 1.
     chain: for i = 1 .. ``steps``, the share of steps whose first i drafted tokens are all right, in simulated greedy
-        decoding along the answers (``acceptance_lengths``). score: the mean acceptance length, 1 + sum(chain).
+        decoding along the answers (``acceptance_lengths``); the product of the first i of ``top1`` if no window has
+        room for a step. score: the mean acceptance length, 1 + sum(chain).
     positions: number of positions for the first drafted token.
     """
     sums = torch.zeros(3, steps, dtype=torch.float64)  # positions, top1, overlap
@@ -44,7 +47,7 @@ def evaluate(
         lengths += acceptance_lengths(hits, batch.valid)
     top1, overlaps = (sums[1:] / sums[0].clamp_min(1)).tolist()
     figures = {"top1": [round(x, 4) for x in top1], "overlap": [round(x, 4) for x in overlaps]}
-    return figures | chain_figures(lengths, steps) | {"positions": int(sums[0, 0])}
+    return figures | chain_figures(lengths, top1) | {"positions": int(sums[0, 0])}
 
 
 def _compare(teacher: Teacher, final: Tensor, best: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +85,13 @@ def acceptance_lengths(hits: Sequence[Tensor], valid: Tensor) -> list[int]:
     return lengths
 
 
-def chain_figures(lengths: Sequence[int], steps: int) -> dict[str, Any]:
-    """Return ``chain`` and ``score`` of simulated decoding.
+def chain_figures(lengths: Sequence[int], top1: Sequence[float]) -> dict[str, Any]:
+    """Return ``chain`` and ``score`` as ``evaluate`` does.
 
-    chain: for i = 1 .. ``steps``, the share of steps whose first i drafted tokens were all accepted.
-    score: the mean acceptance length, 1 + sum(chain).
-    lengths: number of tokens of each step, the bonus token included.
+    lengths: number of tokens of each simulated step, the bonus token included. top1: as ``evaluate`` returns it.
     """
-    chain = [round(sum(n > i for n in lengths) / max(len(lengths), 1), 4) for i in range(1, steps + 1)]
+    shares = accumulate(top1, operator.mul)
+    if lengths:
+        shares = (sum(n > i for n in lengths) / len(lengths) for i in range(1, len(top1) + 1))
+    chain = [round(x, 4) for x in shares]
     return {"chain": chain, "score": round(1 + sum(chain), 3)}

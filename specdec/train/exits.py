@@ -101,8 +101,8 @@ class DeedMethod(TrainingMethod[ExitHeads]):
         agreement: for each exit, the share of tokens that are the base model's choice if all leave there.
         top1: a list with the same share if each token leaves at its own exit. layers: mean number of layers run per
             token.
-        chain: for i = 1 .. ``STEPS``, the share of simulated steps whose first i drafted tokens are all accepted.
-        score: mean acceptance length, 1 + sum(chain). positions: number of tokens.
+        chain, score: those of ``specdec.train.evaluate.evaluate``, for ``STEPS`` drafted tokens. positions: number of
+            tokens.
         """
         teacher, layers = self.teacher, torch.tensor(self.exits, device=self.target.device)
         # Right at each exit, right at the token's own exit, layers, positions:
@@ -126,7 +126,7 @@ class DeedMethod(TrainingMethod[ExitHeads]):
             "agreement": [round(x, 4) for x in shares[: len(self.exits)]],
             "top1": [round(shares[-3], 4)],
             "layers": round(shares[-2], 2),
-            **chain_figures(lengths, STEPS),
+            **chain_figures(lengths, [shares[-3]] * STEPS),
             "positions": int(sums[-1]),
         }
 
