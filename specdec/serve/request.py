@@ -112,7 +112,8 @@ class GenerationRequest:
     chat, prompts: either a chat or prompts, which are texts or token ids.
     options: the sampling and stopping options that the client has given, as ``SpecDecoder.request`` takes them.
     max_new_tokens: one of them, the maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
-    constraint: what the text must follow; None: nothing. The service compiles it.
+    constraint: what the text must follow; None: nothing. The service compiles it. constraint_from: the parameter that
+        it comes from, for errors.
     stream: whether the answer is sent as server-sent events.
     n: number of answers (choices) to each prompt.
     echo: whether the prompt comes before the answer.
@@ -130,6 +131,7 @@ class GenerationRequest:
     prompts: Sequence[str | list[int]] = ()
     n: int = 1
     constraint: Constraint | CompiledConstraint | None = None
+    constraint_from: str = "response_format"
     echo: bool = False
     stream: bool = False
     include_usage: bool = False

@@ -173,6 +173,7 @@ class Options(Strict):
         return GenerationRequest(
             options=cast(GenerationOptions, {k: v for k, v in (chosen | dict(limits)).items() if v is not None}),
             constraint=rules[0] if rules else None,
+            constraint_from="structured_outputs" if form is None else "response_format",
             stream=bool(self.stream),
             include_metrics=self.include_metrics,
             **more,

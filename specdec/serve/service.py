@@ -138,7 +138,7 @@ class Service:
             new = self._max_new_tokens(asked)
             self._check_logprobs(asked, asked.n * len(prompts), asked.n * sum(len(ids) + new for ids in prompts))
         texts = [p if isinstance(p, str) else self.decode(p) for p in asked.prompts if asked.echo]
-        constraint = self.compile(asked, asked.constraint, "response_format")
+        constraint = self.compile(asked, asked.constraint, asked.constraint_from)
         return replace(asked, ids=prompts, constraint=constraint, echoes=texts)
 
     def prepare_chat(self, asked: GenerationRequest, chat: ChatPrompt) -> GenerationRequest:
@@ -157,7 +157,7 @@ class Service:
         if forced:
             form, constraint = LLAMA, self.compile(asked, tool_grammar(forced), "tools")
         else:
-            constraint = self.compile(asked, asked.constraint, "response_format")
+            constraint = self.compile(asked, asked.constraint, asked.constraint_from)
         if constraint is not None:
             state = constraint.state(prompt)
             inside, thoughts = state.inside, thoughts if state.inside or state.may_reason else None

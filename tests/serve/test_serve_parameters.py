@@ -215,7 +215,7 @@ def test_more_tokens_at_least_than_at_most_are_refused_in_the_clients_words(serv
     [
         ({"bad_words": [""]}, "bad_words.0"),
         ({"top_k": -2}, "top_k"),
-        ({"structured_outputs": {"regex": "["}}, "response_format"),
+        ({"structured_outputs": {"regex": "["}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"min_tokens": 3, "structured_outputs": {"regex": "a"}}, "min_tokens"),
     ],

@@ -537,8 +537,8 @@ def temporarily_dense(model: nn.Module) -> Iterator[None]:
     """
     modules = model.named_modules(remove_duplicate=False)
     replaced = [(path, module) for path, module in modules if isinstance(module, _OfBlocks)]
-    densify(model)
     try:
+        densify(model)
         yield
     finally:
         for path, module in replaced:
