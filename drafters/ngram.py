@@ -149,7 +149,7 @@ class NgramDrafter(Drafter):
                 oldest = next(iter(self.stores))
                 del self.stores[oldest]
                 if (kept := self.kept.pop(oldest, None)) is not None:
-                    kept.save()
+                    kept.close()
             self.stores[scope] = Texts(self.size)
             if self.keep:
                 self.kept[scope] = KeptTexts(self.tokenizer, scope, self.size, self.vocab_size)

@@ -23,6 +23,7 @@ MAGIC = b"specdec1"
 MOST_TOKENS = 1 << 20  # of a file
 MOST_FILES = 256  # the oldest are deleted
 KEEP_EVERY = 60.0  # least seconds between two writes of a file, but at the end
+LOCK, LOCK_SECONDS = ".ngrams.lock", 10.0  # held while a file is written; how long to wait for it
 
 
 class KeptTexts:
@@ -34,16 +35,20 @@ class KeptTexts:
     scope: name of the tenant whose requests these are, and whose drafts alone use them; None: the default tenant.
     size: maximum number of tokens in the file.
     vocab_size: number of the tokenizer's tokens.
-    path: path of the file. pending: the tokens that are not in it yet. written: time of the last writing, in seconds of
+    path: path of the file. alone: lock that a process holds while it writes. pending: the tokens that are not in the
+        file yet. every: least seconds between two writings. written: time of the last writing, in seconds of
         ``time.monotonic``. warned: whether there was a warning.
     """
 
     def __init__(self, tokenizer: str, scope: str | None, size: int, vocab_size: int) -> None:
+        from filelock import FileLock  # imports asyncio, which is slow
+
         name = hashlib.sha256(repr((scope, vocab_size, tokenizer)).encode()).hexdigest()[:32]
         self.path = files.data_dir() / "ngrams" / f"{name}.ids"
         self.size, self.vocab_size = min(size, MOST_TOKENS), vocab_size
+        self.alone = FileLock(files.data_dir() / LOCK, timeout=LOCK_SECONDS)
         self.pending, self.lock = list[int](), threading.Lock()
-        self.warned, self.written = False, time.monotonic()
+        self.warned, self.written, self.every = False, time.monotonic(), KEEP_EVERY
 
     def read(self) -> Ints:
         """Return the token ids in the file, int32 [n]; empty if there is no file, or, with a warning, a damaged one."""
@@ -66,8 +71,13 @@ class KeptTexts:
         with self.lock:
             self.pending += [*ids, -1]
             del self.pending[: -self.size]
-        if time.monotonic() - self.written >= KEEP_EVERY:
+        if time.monotonic() - self.written >= self.every:
             self.save()
+
+    def close(self) -> None:
+        """Save, and make each later ``add`` write at once: of requests that still run, nobody else saves the tokens."""
+        self.every = 0.0
+        self.save()
 
     def save(self) -> None:
         """Append the token ids that were added since the last writing to the file, of which the latest ``size`` stay.
@@ -79,8 +89,9 @@ class KeptTexts:
                 return
             try:
                 files.make_data_folder("ngrams")
-                data = np.append(self.read(), self.pending)[-self.size :].astype("<i4").tobytes()
-                files.write_atomically(self.path, _head(data) + data, 0o600)
+                with self.alone:
+                    data = np.append(self.read(), self.pending)[-self.size :].astype("<i4").tobytes()
+                    files.write_atomically(self.path, _head(data) + data, 0o600)
                 others = sorted(self.path.parent.glob("[!.]*.ids"), key=lambda path: path.stat().st_mtime)
                 for path in others[:-MOST_FILES]:
                     path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from zoo import finish
 from specdec import SpecDecError
 from specdec.base.errors import SpecDecWarning
 from specdec.cli.shared import DecoderFlags
-from specdec.drafters import ngram_store
+from specdec.drafters import ngram, ngram_store
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.ngram_store import KeptTexts, forget
 from specdec.engine.depth import FixedDepth
@@ -102,6 +103,38 @@ def test_processes_that_share_a_file_add_to_it_and_a_deleted_one_stays_deleted(d
     forget()
     two.save()  # nothing is new
     assert not [*data.iterdir()]
+
+
+def test_saves_at_the_same_time_lose_nothing(data: Path) -> None:
+    owners, together = [kept(size=1000) for _ in range(6)], threading.Barrier(6)
+
+    def work(number: int) -> None:
+        for _ in range(8):
+            owners[number].add([number])
+            together.wait(60)
+            owners[number].save()
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(kept(size=1000).read().tolist()) == [-1] * 48 + sorted([*range(6)] * 8)
+
+
+def test_a_request_whose_scope_was_dropped_is_kept_all_the_same(
+    llama: PreTrainedModel, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ngram, "MOST_SCOPES", 2)
+    made = NgramDrafter(keep=True)
+    made.bind(TransformersTarget(llama))
+    row = made.begin()
+    row.store, row.kept = made._store("a"), made.kept["a"]
+    for scope in "bc":
+        made._store(scope)
+    made.end(row, [5, 6, 7], 2)
+    assert "a" not in made.stores and made._store("a") is not row.store
+    assert made.kept["a"].read().tolist() == [5, 6, 7, -1]
 
 
 @pytest.mark.parametrize(
