@@ -82,8 +82,9 @@ def run_on_ray(groups: Groups, resources: Resources, record: Log | None = None) 
                 group = running.pop(reference)
                 try:
                     records, requests = ray.get(reference)
-                    for request in requests if record else ():
-                        record(request)
+                    if record:
+                        for request in requests:
+                            record(request)
                     yield from records
                 except ray.exceptions.RayError as error:  # the process died, usually out of memory, or did not start
                     lost = SpecDecError(f"its worker was lost: {one_line(error)}")

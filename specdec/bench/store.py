@@ -27,7 +27,7 @@ from specdec.bench.plan import Plan
 MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
 
 
-def finished(record: dict[str, Any] | None) -> bool:
+def finished(record: Mapping[str, Any] | None) -> bool:
     """Return whether a record is the whole result of its cell: no error, no failed baseline, not interrupted."""
     if record is None or "error" in record or record["interrupted"]:
         return False

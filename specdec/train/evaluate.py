@@ -90,7 +90,7 @@ def chain_figures(lengths: Sequence[int], top1: Sequence[float]) -> dict[str, An
 
     lengths: number of tokens of each simulated step, the bonus token included. top1: as ``evaluate`` returns it.
     """
-    shares = accumulate(top1, operator.mul)
+    shares: Iterable[float] = accumulate(top1, operator.mul)
     if lengths:
         shares = (sum(n > i for n in lengths) / len(lengths) for i in range(1, len(top1) + 1))
     chain = [round(x, 4) for x in shares]
