@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import os
+import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -252,7 +253,7 @@ class SpecDecoder:
         num_speculative_tokens: maximum draft depth; 0: no drafts; None: as deep as pays.
         scope: name of the tenant; cached prefixes are shared only within a scope. None: the default tenant.
         sampler: chooses the tokens instead of the sampling options, the processors and the config; None: these do.
-        shown: special tokens, as text, that stay in the output text; the others are left out.
+        shown: texts, such as marks of a tool call, whose special tokens stay in the output text; others are left out.
         given: the options of ``RequestOptions``, such as ``max_new_tokens`` or ``temperature``.
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
@@ -272,8 +273,8 @@ class SpecDecoder:
     ) -> Request:
         """Make a request for a prompt that is encoded already.
 
-        ids: token ids of the prompt. given: the options; ``apply_chat_template`` and ``system`` are not used.
-        The other arguments are those of ``request``, which explains them.
+        ids: token ids of the prompt. given: the options; ``system`` is not used, and ``apply_chat_template`` only says
+            whether the text continues the prompt. The other arguments are those of ``request``, which explains them.
         """
         check_prompt(ids, self.target)
         ignore_eos, logprobs = given.get("ignore_eos", False), given.get("logprobs")
@@ -281,7 +282,10 @@ class SpecDecoder:
         if (stop := given.get("stop", ())) and self.tokenizer is None:
             raise SpecDecError("stop strings need a tokenizer; give SpecDecoder one")
         stops, hidden = [stop] if isinstance(stop, str) else stop, given.get("stop_token_ids", ())
-        text = Detokenizer(self.tokenizer, stops, shown, hidden, given.get("min_new_tokens", 0))
+        if (chat := given.get("apply_chat_template")) is None:
+            chat = bool(getattr(self.tokenizer, "chat_template", None))
+        before = () if chat else ids
+        text = Detokenizer(self.tokenizer, stops, shown, hidden, given.get("min_new_tokens", 0), before)
         if given.get("prompt_logprobs") and logprobs is None:
             raise SpecDecError("prompt_logprobs needs logprobs, the number of likeliest tokens, such as 1; set it")
         if logprobs is not None:
@@ -508,7 +512,7 @@ class SpecDecoder:
         """
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
-        return SharedRequest(shared, self.engine, make)
+        return SharedRequest(shared, functools.partial(self.engine, max_waiting=sys.maxsize), make)
 
     @checked
     def engine(

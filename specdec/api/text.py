@@ -78,9 +78,10 @@ class Detokenizer:
     other methods. With stop strings ``push`` decodes the tokens, otherwise the reader does.
 
     stop: strings that end the text; they may contain special tokens.
-    shown: special tokens, as text, that stay in the text.
+    shown: texts, such as marks of a tool call, whose special tokens stay in the text.
     hidden: ids of tokens that have no text.
     min_new_tokens: number of tokens before which no stop string ends the text.
+    before: token ids of a prompt that the text continues; a space between the two stays. (): it begins a text.
     text: the decoded text so far, up to the stop string.
     whole: all decoded text, also the special tokens that readers do not get but that stop strings contain.
     window: the last tokens that have text, earlier ones as context and then new ones, which are decoded together.
@@ -96,21 +97,25 @@ class Detokenizer:
         shown: Sequence[str] = (),
         hidden: Iterable[int] = (),
         min_new_tokens: int = 0,
+        before: Sequence[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.stop = [s for s in stop if s]
-        self.shown = list(shown)
         self.hidden = frozenset(hidden)
         self.min_new_tokens = min_new_tokens
         self.special = {i: str(token) for i, token in special_tokens(tokenizer).items()}
-        self.matched = {i for i, t in self.special.items() if any(t in s for s in [*self.stop, *shown])}
+        self.shown = {i for i, t in self.special.items() if any(t in s for s in shown)}
+        self.matched = self.shown.union(i for i, t in self.special.items() if any(t in s for s in self.stop))
         self.ids: list[int] = []  # all new tokens
         self.num_added = 0  # number of tokens that are in the window or the text
         self.certain: list[int] = []  # with stop strings: how much text is certain after each token
         self.num_read = 0
         self.finish_reason: str | None = None
-        self.window: list[int] = []  # tokens with text: earlier ones as context, then new ones
-        self.old, self.context = 0, ""  # number of earlier tokens in the window, and their text
+        self.window = [t for t in before[-CONTEXT:] if t not in self.special]  # earlier tokens with text, then new ones
+        self.context = self._decode(self.window)  # the text of the earlier ones
+        if self.context.endswith("\ufffd"):  # the prompt ends within a character
+            self.window, self.context = [], ""
+        self.old = len(self.window)  # number of earlier tokens in the window
         self.text = ""  # all complete text, up to the stop string
         self.whole = ""  # the text with the special tokens that stop strings contain
         self.unseen: list[tuple[int, int]] = []  # their positions and lengths in ``whole``
@@ -177,7 +182,7 @@ class Detokenizer:
                 self.window.append(token)
             elif token in self.matched and self.stopped is None:
                 self._decode_window(complete=False)
-                self._extend(self.special[token], seen=self.special[token] in self.shown)
+                self._extend(self.special[token], seen=token in self.shown)
         self.num_added = max(self.num_added, count)
 
     def _decode_window(self, complete: bool = True) -> None:

@@ -144,10 +144,10 @@ class ChatSession:
         """Write the conversation as JSON to the new file ``name``. Raises SpecDecError if that is not possible."""
         if not name:
             raise SpecDecError("/save takes the name of a file, such as /save chat.json")
-        path = Path(name).expanduser()
-        if path.exists():
-            raise SpecDecError(f"'{path}' exists already; choose another name")
-        with errors_as(f"cannot write '{path}'"):
+        with errors_as(f"cannot write '{name}'", OSError, RuntimeError, ValueError):  # a home or a name that cannot be
+            path = Path(name).expanduser()
+            if path.exists():
+                raise SpecDecError(f"'{path}' exists already; choose another name")
             shared.write_json(path, {"drafter": self.decoder.drafter.traits.label, "messages": self.messages})
         say(f"saved in '{path}'")
 
@@ -197,8 +197,10 @@ def _asker() -> Callable[[], str]:
 
     It raises EOFError at the end of the input. Raises SpecDecError if prompt_toolkit is needed and not installed.
     """
+    if sys.stdin is None:
+        raise SpecDecError("there is no input; give specdec chat a terminal or a pipe")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return input
+        return _piped
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
@@ -210,6 +212,11 @@ def _asker() -> Callable[[], str]:
         history=_history(), completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False
     )
     return lambda: session.prompt("> ")
+
+
+def _piped() -> str:
+    with errors_as("the input is not text in this terminal's encoding", UnicodeDecodeError):
+        return input()
 
 
 def _history() -> Any:

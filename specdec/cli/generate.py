@@ -93,6 +93,7 @@ def generate(
     params = options.SamplingParams(**sampling.keywords, logit_bias=_bias(logit_bias or []))
     schema = None if json_schema is None else _schema(json_schema)
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, **vars(params), "stop": stop or [], "constraint": None}
+    asked["apply_chat_template"] = False if raw else None
     settings: dict[str, Any] = {"num_speculative_tokens": shared.depth(num_speculative_tokens)}
     rule_options = options.parse_assignments("--verifier-option", verifier_option or [])
     cache = None if expert_cache is None else options.parse_size("--expert-cache", expert_cache)
@@ -150,7 +151,7 @@ def generate(
 
     if as_json:
         chat = not raw and bool(getattr(decoder.tokenizer, "chat_template", None))
-        del settings["constraint"]
+        del settings["constraint"], settings["apply_chat_template"]
         result: dict[str, Any] = {
             **output.as_dict(),
             "model": model,

@@ -18,6 +18,7 @@ from specdec.cli import shared
 from specdec.cli.shared import panel
 
 MIN_CACHE = 1 << 20  # bytes: the keys and values of a few tokens
+KEY_VARIABLE = "SPECDEC_API_KEY"
 CONFIG = '{"method": "ngram", "num_speculative_tokens": 5}'
 _server, _limits = map(panel, ("Server", "Limits"))
 
@@ -40,7 +41,7 @@ def serve(
         _server(
             "Key that clients must send; as an environment variable it is hidden from other users.",
             "KEY",
-            envvar="SPECDEC_API_KEY",
+            envvar=KEY_VARIABLE,
         ),
     ] = None,
     api_keys: Annotated[
@@ -119,6 +120,8 @@ def serve(
             raise _not_installed(error) from None
         if api_key is not None and not KEY.fullmatch(api_key):
             raise SpecDecError("--api-key must be printable ASCII characters without spaces")
+        if api_key is None and KEY_VARIABLE in os.environ:  # which typer takes for unset
+            raise SpecDecError(f"{KEY_VARIABLE} is empty; set it to a key, or unset it to serve everybody")
         loading.check()
         from specdec.speculation.drafter import DrafterWarning
 
@@ -128,6 +131,7 @@ def serve(
             api_key=api_key,
             keys=() if api_keys is None else read_keys(api_keys),
             log_requests=log_requests,
+            log_access=not quiet,
             cors=tuple(cors),
             allowed_hosts=(host, *hosts),
             max_tokens=max_tokens,
@@ -159,7 +163,7 @@ def serve(
                 prefix_cache_size=disk_size,
             )
             engines.enter_context(engine)
-            app = make_app(decoder, engine, settings, (lambda line: None) if quiet else say)
+            app = make_app(decoder, engine, settings, say)
         say(abilities(decoder.tokenizer))
         return app, f"{settings.name} with {decoder.drafter.traits.label} is served at {address(listener)}"
 

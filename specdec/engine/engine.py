@@ -19,6 +19,7 @@ from specdec.base.background import Stop, Work
 from specdec.base.errors import QueueFullError, SpecDecError
 from specdec.engine.batch import Batch, not_finite
 from specdec.engine.depth import DepthPolicy
+from specdec.engine.fairness import admits
 from specdec.engine.guard import Outage
 from specdec.engine.request import Handle, Request, Status, check_prompt, failure
 from specdec.engine.scheduler import Scheduler
@@ -87,7 +88,8 @@ class Engine:
     target: the model. drafter: proposes tokens; already bound to the target (``Drafter.bind``).
     verifier: decides which proposed tokens are accepted.
     policy: chooses how deep each step drafts.
-    max_waiting: maximum number of requests in the queue; inf: no limit.
+    max_waiting: maximum number of requests in the queue; inf: no limit. Where it is full, a client that has less than
+        an equal share of it may still add some, up to twice that number in all.
     kv_memory: maximum bytes of keys and values; None: no limit. At the limit, the youngest request is preempted. The
         cache of a draft model is not counted.
     prefill_chunk: maximum number of prompt tokens that run between two steps of the running rows.
@@ -154,7 +156,8 @@ class Engine:
             if self.closed:
                 raise SpecDecError("the engine is closed; it takes no more requests")
             waiting = self.scheduler.waiting
-            if len(waiting) - (self.scheduler.max_rows - self.scheduler.running) >= self.max_waiting:
+            free = self.scheduler.max_rows - self.scheduler.running
+            if not admits(request.client, tuple(waiting), self.max_waiting + free, self.max_waiting):
                 raise QueueFullError(f"{len(waiting)} requests are waiting already; try again later")
             request.submit_time = time.perf_counter()
             request.handle = Handle(request, self._check)

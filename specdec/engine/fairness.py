@@ -11,6 +11,20 @@ CLIENTS = 1024  # most clients whose last admission is remembered
 Client = tuple[str | None, str | None]  # ``Request.client``
 
 
+def admits(client: Client, waiting: Sequence[Request], places: float, limit: float) -> bool:
+    """Return whether the queue takes another request of ``client``.
+
+    It does if it is not full, or if the client has less than an equal share of ``limit``, so that no client keeps the
+    others out. It never takes more than ``limit`` requests beyond its places.
+
+    waiting: the queue. places: how many requests fill it.
+    """
+    if len(waiting) < places:
+        return True
+    held = Counter(row.client for row in waiting)
+    return len(waiting) < places + limit and held[client] < limit // len({*held, client})
+
+
 class Fairness:
     """Chooses the order in which waiting requests of several clients begin. It has no queue and changes no request.
 

@@ -49,7 +49,7 @@ def make_app(
 ) -> FastAPI:
     """Return the application that serves ``decoder`` through ``engine``, which must run and which it does not close.
 
-    settings: name, keys and limits. write: prints the log line of a request.
+    settings: name, keys and limits. write: prints a line of the log.
     """
     service = Service(decoder, engine, settings)
     app = FastAPI(title="specdec", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
@@ -68,7 +68,7 @@ def make_app(
             expose_headers=[DRAFTER, IGNORED, "request-id", "x-request-id"],
         )
     app.add_middleware(AllowedHosts, settings=settings)
-    app.add_middleware(AccessLog, write=write)  # the outermost
+    app.add_middleware(AccessLog, write=write if settings.log_access else lambda line: None)  # the outermost
     return app
 
 

@@ -25,6 +25,7 @@ MEMBERS = {"name", "arguments", "parameters"}  # of a call without marks; the de
 LONGEST_FENCE = 2**16  # characters of a fenced call
 LONGEST_HEAD = 256  # characters of it before its name
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SIGN = re.compile(r'\\.|["{}\[\]]', re.DOTALL)  # an escaped character, a quote or a bracket
 NAME = re.compile(r'"name"\s*:\s*"([\w-]*)("?)')
 
@@ -444,7 +445,16 @@ def call_of(value: Any, tools: Schemas) -> tuple[str, dict[str, Any]] | None:
 
 
 def _whole_call(name: str, arguments: Any, id: str = "") -> Part:
-    return Part("call", json.dumps(arguments, ensure_ascii=False), name, id or new_id())
+    return Part("call", json_text(arguments), name, id or new_id())
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """Return ``value`` as JSON text, in which half a surrogate pair, which UTF-8 cannot encode, stays escaped.
+
+    how: further arguments of ``json.dumps``.
+    """
+    text = json.dumps(value, ensure_ascii=False, **how)
+    return json.dumps(value, **how) if HALF_PAIR.search(text) else text
 
 
 def begun_object(text: str) -> dict[str, Any]:

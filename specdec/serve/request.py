@@ -112,6 +112,7 @@ class GenerationRequest:
     chat, prompts: either a chat or prompts, which are texts or token ids.
     options: the sampling and stopping options that the client has given, as ``SpecDecoder.request`` takes them.
     max_new_tokens: one of them, the maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
+    usual_tokens: maximum number of new tokens if the client gives none; None: as many as fit.
     constraint: what the text must follow; None: nothing. The service compiles it. constraint_from: the parameter that
         it comes from, for errors.
     stream: whether the answer is sent as server-sent events.
@@ -122,7 +123,7 @@ class GenerationRequest:
     ids: token ids of each prompt. This and the following fields are set by ``Service.prepare`` or ``prepare_chat``.
     echoes: the texts of the prompts, if they come before the answers.
     new_parser: function that makes the parser of one choice's text.
-    shown: special tokens, as text, that stay in the answer's text.
+    shown: texts, such as marks of a tool call, whose special tokens stay in the answer's text.
     """
 
     model: str
@@ -130,6 +131,7 @@ class GenerationRequest:
     chat: ChatPrompt | None = None
     prompts: Sequence[str | list[int]] = ()
     n: int = 1
+    usual_tokens: int | None = None
     constraint: Constraint | CompiledConstraint | None = None
     constraint_from: str = "response_format"
     echo: bool = False

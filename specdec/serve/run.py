@@ -85,8 +85,8 @@ class Starting:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (app := self.app) is None:
             error = ApiError(503, "the model is loading; try again in a few seconds", code="loading")
-            body = {"status": "loading"} if scope["path"] == "/health" else error.body()
-            app = JSONResponse(body, 503, error.headers)
+            loading = JSONResponse({"status": "loading"}, 503, error.headers)
+            app = loading if scope["path"] == "/health" else error.response(scope)
         await app(scope, receive, send)
 
 

@@ -430,8 +430,8 @@ class CompletionBody(GenerationBody):
     def request(self) -> GenerationRequest:
         """Return the request in this body. Raises ApiError if its parts contradict each other."""
         alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        most = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
-        return self.asked(most, self.logprobs, prompts=[self.prompt] if alone else self.prompt, echo=self.echo)
+        prompts = [self.prompt] if alone else self.prompt
+        return self.asked(self.max_tokens, self.logprobs, prompts=prompts, echo=self.echo, usual_tokens=16)
 
 
 class TokenizeBody(Strict):

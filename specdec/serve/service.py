@@ -125,7 +125,8 @@ class Service:
 
     def _max_new_tokens(self, asked: GenerationRequest) -> int:
         """Return the smallest limit on new tokens of a choice among the client's, the server's and the model's."""
-        limits = asked.max_new_tokens, self.settings.max_tokens, self.context
+        own = asked.usual_tokens if asked.max_new_tokens is None else asked.max_new_tokens
+        limits = own, self.settings.max_tokens, self.context
         return min(limit for limit in limits if limit is not None)
 
     def prepare(self, asked: GenerationRequest) -> GenerationRequest:
@@ -309,6 +310,7 @@ class Service:
         options = {"temperature": TEMPERATURE, **asked.options, **options, "max_new_tokens": max(max_new_tokens, 1)}
         scored = asked.echo and asked.num_logprobs is not None
         options |= {"constraint": asked.constraint, "shown": asked.shown, "scope": client.scope}
+        options["apply_chat_template"] = asked.chat is not None and not asked.chat.continue_last
         request = self.decoder.request(prompt, **options, prompt_logprobs=scored)
         request.max_new_tokens = min(request.max_new_tokens, max_new_tokens)  # 0 only scores the prompt
         request.background = not max_new_tokens and asked.num_logprobs is None

@@ -21,6 +21,7 @@ class ServerSettings(BaseModel):
     api_key: a key without a name and limits; None: there is none.
     keys: keys with names and limits. Without any key, everybody is served.
     log_requests: whether to write prompts and answers into the log.
+    log_access: whether to write a line for each request.
     cors: origins that CORS allows.
     allowed_hosts: Host headers besides localhost, this machine's name and IP addresses; "*" allows all.
     max_tokens: maximum number of new tokens of a choice; None: as many as the model's context holds.
@@ -35,6 +36,7 @@ class ServerSettings(BaseModel):
     api_key: Annotated[str, ASCII] | None = None
     keys: tuple[Key, ...] = ()
     log_requests: bool = False
+    log_access: bool = True
     cors: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     max_tokens: PositiveInt | None = None

@@ -21,6 +21,7 @@ from specdec.serve.parts import (
     Part,
     Parts,
     Schemas,
+    json_text,
     new_id,
 )
 from specdec.speculation.constraints import JSON_FORM, REASONING, Grammar
@@ -328,7 +329,7 @@ def python_calls(text: str) -> list[tuple[str, str]] | None:
             if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
                 return None
             arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-            found.append((ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
+            found.append((ast.unparse(call.func), json_text(arguments, allow_nan=False)))
         return found
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None

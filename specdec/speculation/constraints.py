@@ -154,6 +154,7 @@ class CompiledConstraint:
     vocab_size: V, the size of the model's vocabulary.
     ends: ids of the end tokens.
     block: ids of the tokens that begin and end a reasoning block; None: the model does not reason.
+    special: ids of the special tokens, of which one or more stand between two turns of a chat.
     reasoning: the tokens that are allowed in a reasoning block, bool [V].
     """
 
@@ -162,6 +163,7 @@ class CompiledConstraint:
         self.vocab_size = vocab_size  # V
         self.ends = ends
         self.block: tuple[int, int] | None = None
+        self.special = ends
         self.reasoning = torch.ones(vocab_size, dtype=torch.bool)
         self.reasoning[[end for end in ends if end < vocab_size]] = False
 
@@ -212,6 +214,8 @@ def compile_constraint(
     if first.error_text or allowed is None or not bool(allowed.any()):
         raise _invalid(constraint, first.error_text or "it allows no text")
     made.block = _block(tokenizer)
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    made.special |= {token_id for token_id, token in added.items() if token.special} - {*(made.block or ())}
     return made
 
 
@@ -287,9 +291,10 @@ class ConstraintState:
     def __init__(self, compiled: CompiledConstraint, prompt: Sequence[int]) -> None:
         self.compiled, self.start = compiled, len(prompt)
         block: Sequence[int] = compiled.block or ()
-        marks = [n for n, token in enumerate(prompt) if token in block]
-        self.inside = bool(marks) and prompt[marks[-1]] == block[0]
-        closed = bool(marks) and not self.inside and len(prompt) - marks[-1] <= CLOSED
+        last = next((n for n in reversed(range(len(prompt))) if prompt[n] in block), -1)
+        opened = last >= 0 and prompt[last] == block[0]
+        self.inside = opened and compiled.special.isdisjoint(prompt[last + 1 :])  # else it is text of an earlier turn
+        closed = last >= 0 and not opened and len(prompt) - last <= CLOSED
         self.may_reason = bool(block) and not self.inside and not closed
         self.matcher, self.consumed = compiled.matcher.deep_copy(), list[int]()
         self.masks: dict[tuple[int, ...], Tensor | None] = {}

@@ -75,6 +75,8 @@ def test_calls_on_an_event_loop_are_decoded_together(decoder: SpecDecoder) -> No
     async def both() -> tuple[list[Any], list[str], Any]:
         found = await asyncio.gather(*(decoder.agenerate(prompt, **how) for prompt in prompts))
         texts = await asyncio.gather(*map(stream, prompts))
+        many = await asyncio.gather(*(decoder.agenerate([5], max_new_tokens=1) for _ in range(300)))
+        assert all(len(each.token_ids) == 1 for each in many)  # as many as a caller likes wait for their turn
         return found, texts, await decoder.agenerate(CHAT, stop=["e"], logprobs=1, num_speculative_tokens=0)
 
     found, texts, last = asyncio.run(both())
@@ -127,7 +129,7 @@ def test_a_call_that_is_cancelled_while_its_engine_starts_or_closes_leaves_none_
             loop.call_soon_threadsafe(lambda: (task.cancel(), told.set()))
             assert told.wait(60)
 
-        def engine() -> Engine:
+        def engine(**_: Any) -> Engine:
             if moment == "start":
                 cancel()
             made = make()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from refusals import refused
 from tiny_tokenizers import Bytes, special_tokenizer
+from tokenizers import decoders
 
 from specdec.api.prompts import PLACEHOLDERS, encode
 from specdec.api.text import Detokenizer
@@ -37,6 +38,34 @@ def test_bytes_that_are_no_text_come_as_decoding_all_gives_them(seed: int) -> No
         pieces = [(detokenizer.push(token), detokenizer.take())[1] for token in tokens]
         assert "".join(pieces) + detokenizer.finish() == bytes(tokens).decode("utf-8", errors="replace")
     assert sum(len(call.args[0]) for call in tokenizer.decode.mock_calls) < 200 * len(tokens)
+
+
+@pytest.mark.parametrize("stop", [(), ["never"]])
+def test_a_text_that_continues_a_prompt_keeps_the_space_between_them(stop: list[str]) -> None:
+    tokenizer = special_tokenizer("marked")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    ids = tokenizer("the sky<|end|>is blue and high", add_special_tokens=False).input_ids
+    for place in range(1, len(ids)):
+        for before in ((), ids[:place]):
+            text = Detokenizer(tokenizer, stop, before=before)
+            pieces = [(text.push(token), text.take())[1] for token in ids[place:]]
+            whole = tokenizer.decode(ids, skip_special_tokens=True)
+            start = len(tokenizer.decode(ids[:place], skip_special_tokens=True)) if before else None
+            rest = tokenizer.decode(ids[place:], skip_special_tokens=True) if start is None else whole[start:]
+            assert "".join(pieces) + text.finish() == rest, (place, before)
+    text = Detokenizer(Bytes(), before=b"a\xc3")  # the prompt ends within a character
+    text.push(ord("b"))
+    assert text.finish() == "b"
+
+
+def test_marks_with_a_special_token_in_them_are_shown() -> None:
+    tokenizer = special_tokenizer("plain")
+    text = Detokenizer(tokenizer, shown=["<|user|>thought\n", "<|end|>"])
+    for token in tokenizer("<|user|>thought\nhm<|end|>hi<|system|>", add_special_tokens=False).input_ids:
+        text.push(token)
+    assert text.finish() == "<|user|>thought\nhm<|end|>hi"
 
 
 def test_prompts_of_every_kind_become_ids() -> None:

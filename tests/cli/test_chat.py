@@ -77,6 +77,8 @@ def test_commands_change_the_conversation(conversation: ChatSession, tmp_path, c
         ("/sysem x", "did you mean '/system'"),
         ("/save", "takes the name of a file"),
         ("/save no/such/folder/x.json", "cannot write"),
+        ("/save " + "x" * 300, "cannot write"),
+        ("/save ~nobody-of-this-name/x.json", "cannot write"),
         ("/drafter perhaps", "on or off"),
         ("x" * 5000, "/new starts again"),
     ],

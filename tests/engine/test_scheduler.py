@@ -3,6 +3,7 @@
 import asyncio
 import math
 import threading
+from contextlib import suppress
 from typing import Any
 from unittest.mock import Mock
 
@@ -227,6 +228,22 @@ def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrain
     handles[0].cancel()
     finish(engine)
     assert [event.finish_reason for event in third] == ["length"]
+
+
+def test_a_client_that_fills_the_queue_keeps_no_other_out(llama: PreTrainedModel) -> None:
+    engine = plain_engine(TransformersTarget(llama), max_rows=1, max_waiting=4)
+
+    def taken(*senders: str) -> int:
+        handles = list[Handle]()
+        with suppress(QueueFullError):
+            handles += (engine.submit(Request(PROMPTS[0], 9, sender=sender)) for sender in senders)
+        return len(handles)
+
+    assert taken(*["robot"] * 9) == 5  # one for the free row
+    assert taken(*["ann"] * 9) == 2  # an equal share
+    assert taken("robot") == 0
+    assert taken(*"bcdefgh") == 2 and taken("i") == 0  # all together at most twice the limit
+    finish(engine)
 
 
 def test_of_a_reader_who_does_not_read_one_event_waits(llama: PreTrainedModel) -> None:

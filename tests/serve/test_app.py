@@ -1,6 +1,7 @@
 """What the server takes, refuses and says, over real sockets, with a tiny model."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,8 @@ def test_limits_are_kept(limited: Server, monkeypatch: pytest.MonkeyPatch) -> No
 
     assert chat().json()["usage"]["completion_tokens"] == 8
     assert "8" in refusal(chat(max_tokens=9), 400)["message"]
+    short = limited.post("/v1/completions", {"model": NAME, "prompt": "Name"}, headers=KEY)  # 16 tokens elsewhere
+    assert short.json()["usage"]["completion_tokens"] == 8
     assert "64" in refusal(chat(n=65, max_tokens=2), 400)["message"]
     monkeypatch.setattr(bodies, "MAX_BODY", 5000)
     assert "5000" in refusal(chat(messages=[{"role": "user", "content": "x" * 6000}]), 413)["message"]
@@ -388,6 +391,19 @@ def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
     [line] = [line for line in server.lines if "GET /x" in line]
     assert line.isascii() and line.isprintable()
     assert httpx.head(server.url + "/health").status_code == 200
+
+
+def test_an_empty_key_opens_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_API_KEY", "")
+    result = CliRunner().invoke(app, ["serve", "--model", "/nowhere"])
+    assert result.exit_code == 2 and "SPECDEC_API_KEY is empty" in result.output
+
+
+def test_a_quiet_server_logs_what_it_is_asked_to(decoder: SpecDecoder) -> None:
+    with serving(decoder.with_drafter("none"), log_requests=True, log_access=False) as running:
+        running.chat(**GREEDY)
+        until(lambda: len(running.lines) > 0)
+        assert len(running.lines) == 1 and json.loads(running.lines[0])["answer"]
 
 
 WRONG_OPTIONS = [

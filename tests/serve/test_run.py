@@ -49,6 +49,7 @@ def test_a_loading_server_says_so_and_then_serves(monkeypatch: pytest.MonkeyPatc
         health, other = client.get(url + "/health"), client.post(url + "/v1/chat/completions", json={})
         assert health.status_code == other.status_code == 503 and health.json() == {"status": "loading"}
         assert health.headers["Retry-After"] and other.json()["error"]["code"] == "loading"
+        assert client.post(url + "/v1/messages", json={}).json()["type"] == "error"
         loaded.set()
         assert told.wait(60)
         assert client.get(url + "/health").text == "served"

@@ -148,6 +148,7 @@ FENCED: list[tuple[str, Blocks]] = [
     ('```json\n{"name": "nobody", "arguments": {}}\n``` and more', []),
     ('a \n```python\nprint("""x""")\n```\n\n```json\n[1]\n``` b', []),
     ('```json\n{"name": 7}\n```', []),
+    ('{"arguments": {"a": "\\ud83d"}, "name": "sum"}', [("call", "sum", '{"a": "\\ud83d"}')]),
     ("```json\n{\n```", []),
     ('{"name": "now", "arguments": {}}', [("call", "now", "{}")]),
     ('{{"name": "sum", "arguments": {"a": 1, "b": 4}}}\n', [("call", "sum", '{"a": 1, "b": 4}')]),

@@ -234,7 +234,13 @@ def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("prompt", "reasons"),
-    [("a<think>", "inside"), ("a", "may"), ("a<think>b</think>ccccc", "may"), ("a<think></think>", "not")],
+    [
+        ("a<think>", "inside"),
+        ("a", "may"),
+        ("a<think>b</think>ccccc", "may"),
+        ("a<think></think>", "not"),
+        ("a<think>b<bos>c", "may"),
+    ],
 )
 def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: str) -> None:
     tokenizer = letters(92)
