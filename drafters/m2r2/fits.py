@@ -210,9 +210,13 @@ class Fits:
                 yield
         except SpecDecError as error:
             self._cannot_use(error)
-            sums = self._new_sums()
-            self.progress, self.kept = self._new_progress(self.version), 0
+            return self.discard()
         self.sums = sums
+
+    def discard(self) -> None:
+        """Forget the sums, and how much was learned; the network that drafts stays."""
+        self.sums = self._new_sums()
+        self.progress, self.kept = self._new_progress(self.version), 0
 
     def keep(self) -> None:
         """Write the file if there is something new and this process may write it. Warns if that fails.

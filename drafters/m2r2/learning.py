@@ -140,6 +140,11 @@ class M2R2Learner(Learner):
                 return False
             if next(self._work, self) is self:
                 self._work = None
+        except torch.linalg.LinAlgError:  # such sums were in the file
+            self._work = None
+            self.latest.clear()
+            self.fits.discard()
+            warnings.warn("what was learned has no solution; learning starts anew", SpecDecWarning, stacklevel=2)
         except Exception as error:  # memory, states that are not finite: requests go on
             self._work, self.on = None, False
             self.queue.clear()
@@ -166,7 +171,10 @@ class M2R2Learner(Learner):
         late = progress.texts > fits.kept and time.monotonic() - fits.kept_at >= SAVE_EVERY
         return self._keep() if fits.store.writes and late else None
 
+    @torch.inference_mode()
     def save(self) -> None:
+        for sums in self.fits.sums:
+            sums.settle()  # in part, they could never be solved again
         self.fits.keep()
 
     # -- kinds of work -----------------------------------------------------------------------------------------------

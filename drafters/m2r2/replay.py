@@ -190,10 +190,12 @@ class Replay:
         return x
 
     def _keep(self, text: Text, cache: KVCache, states: list[tuple[Tensor, Tensor]]) -> None:
-        """Store the states of a text that has run in ``text.states``, unless a layer has no keys and values.
+        """Store the states of a text that has run in ``text.states``, unless a layer has no keys and values in 16 bits.
 
         cache: has the text's keys and values. states: for each part of the text, h[lo] and h[N], [n, D] each.
         """
+        if cache.int8:  # they cannot be appended again
+            return
         keys = list[tuple[Tensor, Tensor]]()
         for layer in range(self.lo, self.hi):
             found = cache.of_layer(layer, 0)  # (S, H, d); none in layers with states of other kinds

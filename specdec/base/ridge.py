@@ -42,6 +42,7 @@ class Sums:
         self.size, self.outputs = features + 1, outputs
         starts = range(0, self.size, PANEL)
         self.panels = [torch.zeros(self.size - lo + outputs, min(PANEL, self.size - lo)) for lo in starts]
+        self._begun: Iterator[float] = iter(())
 
     @property
     def rows(self) -> float:
@@ -59,12 +60,18 @@ class Sums:
     def adding(self, x: Tensor, y: Tensor, weight: float = 1.0) -> Generator[None]:
         """Add n rows, inputs x [n, F] and outputs y [n, D], in chunks.
 
-        The result is a generator that yields None after each chunk of work (some 20 ms). It must be run to its end:
-        until then, the rows are added in part, and the sums must not be used.
+        The result is a generator that yields None after each chunk of work (some 20 ms). Until it has run to its end,
+        or ``settle`` was called, the rows are added in part, and the sums must not be used.
 
         weight: number of times that each row counts; negative: the rows are removed.
         """
-        return in_chunks(_added(self.panels, (x, y, weight)))
+        self._begun = _added(self.panels, (x, y, weight))
+        return in_chunks(self._begun)
+
+    def settle(self) -> None:
+        """Do what is left of the latest ``adding``, at once; its generator then ends."""
+        for _ in self._begun:
+            pass
 
     def scaled(self, factor: float) -> Generator[None, None, Sums]:
         """Make a copy of the sums in which the weight of each row is multiplied by ``factor``; this object stays.

@@ -341,7 +341,10 @@ class KVCache:
         The T new tokens of each row follow its tokens so far, and are uncommitted. S is the length of the longest row,
         rounded up to ``multiple``. Slots after a row's last token have old entries or zeros, which the caller must
         mask. With one row, the results are views of the buffers. The sizes d of keys and of values may differ.
+        Raises ValueError for a cache in 8 bits, which kernels alone fill (``claim``).
         """
+        if self.int8:
+            raise ValueError("tensors cannot be appended to a KV cache in 8 bits")
         name, index = self._place_of(layer)
         ahead, (_, heads, t, size) = self.lengths[layer] - self.committed, k.shape
         for row, *parts in zip(self.entries, k, v, strict=True):

@@ -25,6 +25,24 @@ def test_sums_solve_the_ridge_regression_of_all_rows_at_their_weights() -> None:
     assert torch.allclose(found.double(), exact, atol=1e-5) and sums.rows == 400
 
 
+def test_an_addition_that_is_not_run_to_its_end_can_be_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "PANEL", 8)
+    monkeypatch.setattr(ridge, "CHUNK_WORK", 1)
+    torch.manual_seed(0)
+    x, y, sums, whole = torch.randn(60, 40), torch.randn(60, 3), Sums(40, 3), Sums(40, 3)
+    whole.add(x, y)
+    sums.add(x[:20], y[:20])
+    work = sums.adding(x[20:], y[20:])
+    next(work)
+    next(work)
+    assert not torch.allclose(sums.panels[-1], whole.panels[-1])
+    sums.settle()
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(sums.panels, whole.panels, strict=True))
+    result(work)  # nothing is added twice
+    sums.settle()
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(sums.panels, whole.panels, strict=True))
+
+
 def counted(work: Generator[None, None, object]) -> list[int]:
     """The multiply-adds of matrix products in each piece."""
     found = list[int]()

@@ -12,7 +12,9 @@ from learners import NEW, ended, learn_soon, read, taught, texts
 from safetensors.torch import load_file, save_file
 from targets import QUICK, target_of
 
+from specdec.base import ridge
 from specdec.base.errors import SpecDecWarning
+from specdec.base.ridge import result
 from specdec.drafters.m2r2 import fits, learned, learning
 from specdec.drafters.m2r2.learning import M2R2Learner
 from specdec.models import adapter as adapters
@@ -247,6 +249,35 @@ def test_sums_are_always_those_of_all_texts(target: Target) -> None:
                 seen.add(code.co_name if code else "")
                 assert fits.sums[1].rows > fits.progress.tokens - 1
     assert {"_read", "_rebase", "_fit"} <= seen
+
+
+def test_what_a_process_writes_at_its_end_can_be_solved_whenever_it_ends(target: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(ridge, "PANEL", 8)
+    monkeypatch.setattr(ridge, "CHUNK_WORK", 1)  # additions are interrupted at every panel
+    learner, ends = taught(target, 12), 0
+    for text in texts(target, 2, seed=3):
+        learner.add(text.ids, text.start)
+        while learner.work():
+            ends += 1
+            if ends % 7 == 0:
+                learner.fits.kept = 0
+                learner.save()
+                kept = load_file(learner.fits.store.path)
+                for n in (0, 1):
+                    written = learner.fits._new_sums()[n]
+                    written.panels = [kept[f"sums.{n}.{number}"] for number in range(len(written.panels))]
+                    assert result(written.solve(ridge.RIDGE)).isfinite().all()
+    assert ends > 50
+    learner.fits.store.release()
+
+
+def test_sums_without_a_solution_are_begun_anew(target: Target) -> None:
+    learner = taught(target, 12)
+    for sums in learner.fits.sums:
+        sums.panels[0] = -sums.panels[0]
+    with pytest.warns(SpecDecWarning, match="learning starts anew"):
+        read(learner, texts(target, 24, seed=3))
+    assert learner.on and learner.fits.progress.fits > 1
 
 
 def test_nothing_of_a_text_is_kept_but_counts(target: Target) -> None:
