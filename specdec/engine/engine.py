@@ -280,6 +280,8 @@ class Engine:
             if row.finish_reason == "error" and row.error is None:
                 constraint = row.sampler.constraint
                 row.error = None if constraint is None else constraint.error(row.ids)
+                if (why := row.sampler.failure) is not None:
+                    row.error = failure(why)
                 row.error = row.error or not_finite(self.target, row, number if len(rows) > 1 else None)
             row.metrics.last_token_seconds = now - row.submit_time
             row.metrics.first_token_seconds = row.metrics.first_token_seconds or now - row.submit_time

@@ -219,7 +219,9 @@ def failure(error: BaseException) -> SpecDecError:
     """Return the SpecDecError with which a request ends: ``error`` itself, or one with its class name and message."""
     if isinstance(error, SpecDecError):
         return error
-    return SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
+    found = SpecDecError(f"decoding failed ({type(error).__name__}: {error})")
+    found.__cause__ = error
+    return found
 
 
 @dataclass

@@ -109,8 +109,10 @@ class RowSampler:
     stream: number of the noise stream; rows with equal seeds and streams draw alike at a position.
     start: number of prompt tokens, which frequency and presence penalties do not count.
     warpers: the logits processors for temperature, top-k, top-p and min-p; None: made from ``params``.
-    sampling: the tuple of temperature, top-k (0: all), top-p and min-p; rows with equal tuples have equal warpers.
+    sampling: the tuple of temperature, top-k (0: all), top-p and min-p.
+    alike: rows with equal values of this are warped alike.
     noise: the Gumbel noise of the row's seed and stream.
+    failure: the first error that a logits processor has raised, maybe behind a drafted token; None: none has.
     greedy: whether the temperature is 0.
     simple: whether tokens are sampled, by temperature, top-k and top-p alone.
     constraint: the constraint on the row's text; None: there is none.
@@ -144,7 +146,9 @@ class RowSampler:
             if params.min_p:
                 self.warpers.append(MinP(params.min_p))
         self.sampling = params.temperature, params.top_k or 0, params.top_p, params.min_p or 0.0
+        self.alike: Hashable = self.sampling if warpers is None else tuple(map(id, warpers))
         self.noise = Noise(params.seed, stream)
+        self.failure: Exception | None = None
         self.greedy = params.temperature == 0
         self.simple = not self.greedy and not self.processors and warpers is None and not params.min_p
         self.constraint = next((each for each in self.processors if isinstance(each, ConstraintState)), None)
@@ -154,7 +158,8 @@ class RowSampler:
     def process(self, scores: Tensor, before: Sequence[int], vocab: Tensor | None) -> Tensor:
         """Apply the row's logits processors to the logits of one position, and return the result, float32 [1, V'].
 
-        Temperature, top-k, top-p and min-p are not applied (``warp``).
+        Temperature, top-k, top-p and min-p are not applied (``warp``). If a processor raises, the error is in
+        ``failure``, and no token is allowed: other rows go on.
 
         scores: logits, float32 [1, V']. before: ids of all tokens of the text before the position.
         vocab: the token ids of ``scores``, int64 [V'], which only constraints support; None: the index of a logit is
@@ -166,7 +171,11 @@ class RowSampler:
                 scores = processor.masked(before, scores, vocab)
             else:
                 ids = torch.tensor([list(before)], device=scores.device) if ids is None else ids
-                scores = processor(ids, scores)
+                try:
+                    scores = processor(ids, scores)
+                except Exception as error:
+                    self.failure = self.failure or error
+                    return torch.full_like(scores, -torch.inf)
         return scores
 
     def warp(self, scores: Tensor) -> Tensor:
@@ -240,7 +249,7 @@ class Sampler:
         """
         groups: dict[Hashable, list[int]] = {}  # rows by what their warpers do
         for b, row in enumerate(self.rows):
-            groups.setdefault(row.sampling, []).append(b)
+            groups.setdefault(row.alike, []).append(b)
         processed = [b for b, row in enumerate(self.rows) if row.processors]
         scores = logits.to(torch.float32, copy=bool(processed) or len(groups) > 1)
         texts = prefixes() if processed else ()

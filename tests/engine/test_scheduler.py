@@ -32,6 +32,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.prefix import MAX_PREFIXES, PrefixStore
 from specdec.runtimes.target import Target, TokenCosts
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation.sampling import RowSampler, SamplingParams
 from specdec.verifiers.exact import ExactVerifier
 
 
@@ -212,6 +213,28 @@ def test_closing_ends_what_runs_and_draining_lets_it_end(decoder: SpecDecoder) -
         engine.close(drain=drain)
         ends = [[event.finish_reason for event in handle][-1] for handle in handles]
         assert ends == [reason] * 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_logits_processor_that_raises_ends_its_own_request_alone(
+    llama: PreTrainedModel, temperature: float, place: int
+) -> None:
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] >= len(PROMPTS[0]) + place:
+            raise KeyError("mine")
+        return scores
+
+    engine = plain_engine(TransformersTarget(llama))
+    params = SamplingParams(temperature=temperature, seed=3)
+    rows = [Request(PROMPTS[0], 12, RowSampler(params, own)) for own in ((), [broken])]
+    for row in rows:
+        engine.submit(row)
+    finish(engine)
+    alone = Request(PROMPTS[0], 12, RowSampler(params))
+    finish(plain_engine(TransformersTarget(llama)), alone)
+    assert new_tokens(rows[0]) == new_tokens(alone) and new_tokens(rows[1]) == new_tokens(alone)[:place]
+    assert rows[1].finish_reason == "error" and "KeyError: 'mine'" in str(rows[1].error)
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation import library
 from specdec.speculation.sampling import RowSampler, Sampler
-from specdec.speculation.warpers import TopP
+from specdec.speculation.warpers import Temperature, TopP
 
 COUNT = 16
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -171,3 +171,12 @@ def test_a_draw_from_logits_that_are_not_finite_is_none() -> None:
 def test_a_row_without_possible_tokens_stays_so() -> None:
     nothing = torch.full((1, 8), float("-inf"))
     assert torch.equal(TopP(0.5)(None, nothing), nothing)  # type: ignore[arg-type]
+
+
+def test_rows_with_warpers_of_their_own_share_none() -> None:
+    cold, hot = [Temperature(0.5)], [Temperature(2.0)]
+    logits = torch.randn(4, 2, 9)
+    rows = [RowSampler(SamplingParams(temperature=1.0), warpers=own) for own in (cold, hot, None, cold)]
+    scores = Sampler(rows).scores(logits, list)
+    for found, given, factor in zip(scores, logits, (0.5, 2.0, 1.0, 0.5), strict=True):
+        assert torch.allclose(found, given / factor)
