@@ -10,12 +10,11 @@ import ctypes
 import functools
 import math
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+from specdec.base.machine import control_groups
 
 
 def threads() -> int:
@@ -48,21 +47,7 @@ def _quotas() -> list[float]:
 
     There is a number for each group with a quota, parent groups included; []: no group has one.
     """
-    found = []
-    try:
-        lines = MEMBERSHIP.read_text("utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # Parent groups count, too. In a container the path may be the host's, and the mount the container's group.
-        inner = PurePosixPath(path.lstrip("/"))
-        for root in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS,):
-            for group in (inner, *inner.parents):
-                found += _quota(root / group)
-    return found
+    return [quota for group in control_groups("cpu") for quota in _quota(group)]
 
 
 def _quota(group: Path) -> list[float]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from specdec.base.errors import SpecDecError
+from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.kvcache.recurrent import Advance, States
@@ -67,6 +68,10 @@ class TransformersTarget(Target):
         refuse_unsupported(model)
         refuse_tangled(model)
         super().__init__(model)
+        if (short := min(_rotated_alike(model.config.get_text_config()), default=self.context)) < self.context:
+            what = f"texts may have {short} tokens in place of {self.context}: in longer ones this model (longrope)"
+            warnings.warn(f"{what} rotates all tokens in another way", SpecDecWarning, stacklevel=2)
+            self.context = short
         self.attention = model.config._attn_implementation
         self.base = model.base_model
         self.extra_outputs: int | None = None
@@ -440,6 +445,18 @@ def _mixer(block: nn.Module) -> str | None:
         if any(isinstance(part, nn.Conv1d) for part in child.children()):
             return name
     return None
+
+
+def _rotated_alike(config: Any) -> Iterator[int]:
+    """Yield the numbers of tokens beyond which rotations of type "longrope" in a ``config`` are others for all tokens.
+
+    A cache would then hold keys of both kinds.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    for part in (given, *given.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            yield int(part.get("original_max_position_embeddings") or own)
 
 
 def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple[nn.Module, str]:

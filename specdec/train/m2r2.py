@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from specdec.base.errors import SpecDecError
-from specdec.drafters.m2r2.network import M2R2, current_name
+from specdec.drafters.m2r2.network import M2R2, current_name, narrow_mlp
 from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.narrow import gated_mlp
@@ -97,8 +97,11 @@ class M2R2Method(TrainingMethod[M2R2]):
                 raise SpecDecError(
                     f"'{settings.init}' runs {self.path.neurons or 'all'} neurons; leave out the setting 'neurons'"
                 )
+            self.path.check(target.num_layers)
         else:
             self.path = path_of(settings, target)
+        for layer in self.path.narrow_layers:
+            narrow_mlp(target, layer, self.path.neurons)  # before the model answers anything
         self.neurons: dict[int, Tensor] = {}
 
     def prepare(self, context: RunContext) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from specdec.base import files
-from specdec.drafters.m2r2.network import narrow_mlp
 from specdec.drafters.m2r2.path import M2R2Path
 from specdec.models import drafter_folder
 from specdec.runtimes.narrow import strengths
@@ -29,15 +28,13 @@ def choose_neurons(path: M2R2Path, target: Target, context: RunContext) -> dict[
     A neuron is one entry of an MLP's intermediate result. The strongest neurons add most to the residual on about
     ``TOKENS`` positions of the answers. The indices are int32 and ascending. They are stored in ``neurons.json`` in the
     output folder, and read from there if it exists.
-    Raises SpecDecError for MLPs with fewer neurons, and for a full disk.
+    Raises SpecDecError for a full disk.
     target: the base model to train in. context: of the run, with its output folder and answers.
     """
     file = context.output / FILE
     folder = context.output / STATES / "neurons"
     layers = path.narrow_layers
     if not file.exists():
-        for layer in layers:
-            narrow_mlp(target, layer, path.neurons)
         seen, count = 0, 0
         while seen < TOKENS and count < len(context.answers):
             seen, count = seen + len(context.answers[count].response_ids), count + 1

@@ -16,7 +16,7 @@ from targets import needs_native
 from tiny import tiny_model
 
 from specdec.api.decoder import SpecDecoder
-from specdec.base import cores
+from specdec.base import cores, machine
 from specdec.runtimes.native import library
 
 
@@ -33,8 +33,8 @@ def fresh() -> Iterator[None]:
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 16 CPUs without quotas; its control groups are mounted here."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path / "mount")
-    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "mount")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
     return tmp_path
 
 
@@ -149,3 +149,39 @@ def test_a_forked_child_goes_on_generating(monkeypatch: pytest.MonkeyPatch, runt
         assert file.read() == expected, "the child hangs or fails"
     os.waitpid(child, 0)
     assert run() == expected and torch.get_num_threads() == 2  # the parent goes on as before
+
+
+STAT = "anon 5\nactive_file 100\ninactive_file 200\n"
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "left"),
+    [
+        ("0::/job\n", {"job": {"memory__max": "max", "memory__current": "500", "memory__stat": STAT}}, 4096),
+        ("0::/job\n", {"job": {"memory__max": "1000", "memory__current": "500", "memory__stat": STAT}}, 800),
+        ("0::/a/b\n", {"a": {"memory__max": "900", "memory__current": "500", "memory__stat": STAT}}, 700),
+        ("0::/job\n", {"job": {"memory__max": "100", "memory__current": "500", "memory__stat": STAT}}, 0),
+        ("0::/job\n", {"job": {"memory__max": "9000000", "memory__current": "5", "memory__stat": STAT}}, 4096),
+        ("0::/host/path\n", {"": {"memory__max": "1000", "memory__current": "500", "memory__stat": STAT}}, 800),
+        (
+            "3:memory:/job\n1:cpu:/other\n",
+            {
+                "memory/job": {
+                    "memory__limit_in_bytes": "1000",
+                    "memory__usage_in_bytes": "700",
+                    "memory__stat": "active_file 9\ntotal_active_file 20\ntotal_inactive_file 30\n",
+                }
+            },
+            350,
+        ),
+    ],
+)
+def test_free_memory_is_what_machine_and_groups_leave(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, membership: str, files: dict[str, dict[str, str]], left: int
+) -> None:
+    monkeypatch.setattr(machine, "MEMINFO", groups / "meminfo")
+    (groups / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 4 kB\n")
+    (groups / "membership").write_text(membership)
+    for group, own in files.items():
+        write(groups / "mount" / group, **own)
+    assert machine.available_memory() == left

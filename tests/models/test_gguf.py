@@ -482,3 +482,13 @@ def test_the_default_model_is_the_one_that_drafters_were_trained_for():
     assert isinstance(model.model.layers[0].self_attn.q_proj, BlockLinear)
     assert model.model.layers[0].self_attn.q_proj.blocks.rows is not None
     assert model.generation_config.eos_token_id == 2
+
+
+def test_scalings_of_rotations_are_those_that_the_config_can_say() -> None:
+    given: dict[str, object] = {"factor": 4.0, "original_context_length": 32, "finetuned": True}
+    neutral = given | {"yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0}
+    found = [gguf_model._scaled_rope("it", "yarn", each, {}) for each in (given, neutral)]
+    assert found[0] == found[1] == {"factor": 4.0, "original_max_position_embeddings": 32, "rope_type": "yarn"}
+    for more in ({"yarn_attn_factor": 1.9}, {"yarn_ext_factor": 0.5}, {"alpha": 2.0}):
+        with refused(f"scales rotation in an unknown way .*{next(iter(more))}"):
+            gguf_model._scaled_rope("it", "yarn", given | more, {})

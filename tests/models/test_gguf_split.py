@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 from fake_hub import FakeHub
 from refusals import refused
-from tiny_gguf import split_gguf, write_gguf, write_model
+from tiny_gguf import finish, split_gguf, write_gguf, write_model
 from typer.testing import CliRunner
 
 from specdec import SpecDecError, SpecDecoder
@@ -30,6 +31,21 @@ def parts(tmp_path: Path) -> list[Path]:
     found = split_gguf(path, [5, 9, len(read_header(path).tensors) - 14])
     path.unlink()
     return found
+
+
+def test_a_file_that_llama_cpp_has_merged_is_one_file(tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny.gguf", "llama", "Q4_0", 128)
+    found = read_header(tmp_path / "tiny.gguf")
+    reader, writer = gguf.GGUFReader(tmp_path / "tiny.gguf"), gguf.GGUFWriter(tmp_path / "merged.gguf", "llama")
+    for key, part in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, part.contents(), part.types[0], part.types[-1] if len(part.types) > 1 else None)
+    writer.add_uint16("split.count", 0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    finish(writer)
+    assert text(tmp_path / "merged.gguf") == text(tmp_path / "tiny.gguf")
+    assert read_header(tmp_path / "merged.gguf").tensors.keys() == found.tensors.keys()
 
 
 def text(model: Any) -> list[int]:

@@ -32,8 +32,13 @@ def both(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[P
     return folders
 
 
-def same(own: Path, theirs: Path) -> None:
+def same(own: Path, theirs: Path, whole: bool = False) -> None:
+    """whole: whether words that are tokens stay whole, which transformers' converter does not know."""
     parts = [json.loads((folder / FILE).read_text("utf-8")) for folder in (own, theirs)]
+    if whole:
+        assert parts[0]["model"]["ignore_merges"]
+        parts[1]["model"]["ignore_merges"], parts[1]["post_processor"] = True, parts[0]["post_processor"]
+        (theirs / FILE).write_text(json.dumps(parts[1]), "utf-8")
     for part in parts[0]:
         assert parts[0][part] == parts[1][part], part
     configs = [json.loads((folder / CONFIG).read_text("utf-8")) for folder in (own, theirs)]
@@ -54,7 +59,7 @@ SPLIT = sorted({*gguf_tokenizer.SPLITS, *gguf_tokenizer.DIGITS_APART, *gguf_toke
 @pytest.mark.parametrize("pre", SPLIT)
 def test_a_file_that_says_how_it_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre: str) -> None:
     write_gguf(tmp_path / "it.gguf", pre=pre)
-    same(*both(tmp_path / "it.gguf", tmp_path, monkeypatch))
+    same(*both(tmp_path / "it.gguf", tmp_path, monkeypatch), whole=pre in gguf_tokenizer.WHOLE)
     assert gguf_tokenizer.SPLITS.get(pre) == GGUF_PRE_TOKENIZER_SPLITS.get(pre)
 
 
@@ -87,13 +92,30 @@ def test_tokens_of_all_types(tmp_path: Path, first: bool, last: bool) -> None:
     folder.mkdir()
     gguf_tokenizer.write("it", file, "llama", folder)
     theirs, own = gguf_tokenizer.converted("it", file), Tokenizer(folder)
-    assert own.added_tokens_decoder.keys() == theirs.added_tokens_decoder.keys()
+    assert own.added_tokens_decoder.keys() == theirs.added_tokens_decoder.keys() | {4}  # which theirs spells in bytes
     for number, token in theirs.added_tokens_decoder.items():
         assert repr(own.added_tokens_decoder[number]) == repr(token)
-    for text in ("abc<think>ab <s>a</s>", "", "<later>[odd ]é<|endoftext|>"):
+    assert own("[odd ]", add_special_tokens=False).input_ids == [4] and own.added_tokens_decoder[4].special
+    for text in ("abc<think>ab <s>a</s>", "", "<later>é<|endoftext|>"):
         assert own(text).input_ids == theirs(text).input_ids
         assert own(text, add_special_tokens=False).input_ids == theirs(text, add_special_tokens=False).input_ids
     assert (own("a").input_ids[0] == 1) == first and (own("a").input_ids[-1] == 5) == last
+
+
+def test_llama_3_begins_texts_and_keeps_words_whole(tmp_path: Path) -> None:
+    tokens = ["<s>", *"abc", "bc", "ab", "abc"]  # "abc" cannot be merged from "ab"
+    for pre, ids in (("llama3", [0, 6]), ("qwen2", [5, 3])):
+        writer = gguf.GGUFWriter(tmp_path / f"{pre}.gguf", "llama")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 1, 1, 1, 1, 1, 1])
+        writer.add_token_merges(["a b", "b c"])
+        writer.add_bos_token_id(0)  # and no key says whether to add it
+        finish(writer)
+        (folder := tmp_path / pre).mkdir()
+        gguf_tokenizer.write("it", read_header(tmp_path / f"{pre}.gguf"), "llama", folder)
+        assert Tokenizer(folder)("abc").input_ids == ids
 
 
 @pytest.mark.parametrize("more", [{"merges": ["ab"]}, {"bos": 99}, {"merges": ["a z"]}])

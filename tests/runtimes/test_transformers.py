@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, greedy_reference, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from specdec.base.errors import SpecDecError
+from specdec import SpecDecoder
+from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.runtimes.decoder_layer import Adapters
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass
@@ -31,6 +32,18 @@ def test_pieces_equal_the_whole(family: str) -> None:
         cache.commit([list(range(b - a))] * 2)
     assert torch.allclose(torch.cat(outs, 1), model(ids).logits, atol=2e-5, rtol=1e-5)
     assert list(model.state_dict()) == state_keys  # the model's own module tree is untouched
+
+
+def test_texts_of_longrope_end_where_its_rotations_change() -> None:
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    scaling |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny_model("phi3", rope_parameters=scaling, original_max_position_embeddings=32, num_key_value_heads=2)
+    with pytest.warns(SpecDecWarning, match="texts may have 32 tokens"):
+        decoder = SpecDecoder(model, drafter="prompt-lookup")
+    prompt = [5, 6, 7, 8, 5, 6, 7]
+    out = decoder.generate(prompt, max_new_tokens=99, ignore_eos=True, num_speculative_tokens=4).token_ids
+    assert len(out) == 25
+    assert out == greedy_reference(model, prompt, 25)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

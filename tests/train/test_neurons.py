@@ -36,3 +36,9 @@ def test_a_part_of_the_neurons_is_chosen_once_trained_and_begun_from(answers: Pa
         train(recipe(answers, tmp_path / "cut", init=str(tmp_path / "all"), segments=[], neurons=32, steps=2))
     with pytest.raises(SpecDecError, match="runs 640 neurons of layer 2's MLP"):
         train(recipe(answers, tmp_path / "wrong", neurons=640))
+    assert not [*tmp_path.glob("wrong/**/*.jsonl"), *tmp_path.glob("wrong/**/*.safetensors")]  # nothing was computed
+    config = json.loads((out / "config.json").read_text())
+    config["path"]["segments"] = [[2, 9]]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecDecError, match="does not fit a model of 4 layers"):  # one trained for a deeper model
+        train(recipe(answers, tmp_path / "deep", init=str(out), segments=[], steps=2))

@@ -111,7 +111,7 @@ def read_header(path: Path, name: str = "") -> GGUFFile:
     if len(paths) == 1:
         state = _state(name, paths)
         metadata, tensors = _read(path, name)
-        if (count := metadata.get(COUNT, 1)) != 1:
+        if (count := metadata.get(COUNT, 1)) not in (0, 1):  # 0: parts that llama.cpp has merged
             raise SpecDecError(
                 f"cannot load model '{name}': it is one of the {_short(count)} parts of a split GGUF file, and its "
                 "name does not say which; give all parts their names back, such as NAME-00001-of-00003.gguf"

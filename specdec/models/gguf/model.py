@@ -49,6 +49,7 @@ SCALING = {  # metadata keys after "rope.scaling.", and the fields of a config's
     "yarn_beta_slow": "beta_slow",
     "yarn_log_multiplier": "mscale_all_dim",
 }
+NEUTRAL = {"yarn_attn_factor": 1, "yarn_ext_factor": 1}  # further keys there, which need no field with these values
 LARGE_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the models that scale scores by hidden size and heads
 CONTROL = 3  # GGUF's type of tokens that are not text
 # Control tokens that end a turn or a text in every model that has them.
@@ -182,6 +183,8 @@ def _scaled_rope(name: str, kind: Any, scaling: dict[str, Any], values: dict[str
     """
     found = {SCALING[key]: value for key, value in scaling.items() if key in SCALING}
     bad = [key for key, value in found.items() if not _positive(value)]
+    known = {**dict.fromkeys(SCALING), "finetuned": None, **NEUTRAL}
+    bad += [key for key, value in scaling.items() if key not in known or NEUTRAL.get(key, value) != value]
     if kind not in ("linear", "yarn") or "factor" not in found or bad:
         raise SpecDecError(
             f"cannot load model '{name}': its GGUF file scales rotation in an unknown way ({str(bad or kind)[:60]})"

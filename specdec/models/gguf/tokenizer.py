@@ -31,7 +31,9 @@ _REGEX = (
 QWEN, LLAMA = _REGEX.format(digits=""), _REGEX.format(digits="{1,3}")
 SPLITS = {"qwen2": QWEN, "deepseek-r1-qwen": QWEN, "llama-bpe": LLAMA, "llama3": LLAMA, "smaug-bpe": LLAMA}
 WORDS = {"default", "gpt-2", "olmo"}  # split as in GPT-2
-NORMALIZED = {"qwen2"}  # model types whose tokenizers have the normalizer and the splits of Qwen, whatever a file says
+WHOLE = {"llama-bpe", "llama3"}  # values for Llama 3: a word that is a token stays whole, and a text begins with BOS
+# Model types whose tokenizers have the normalizer and the splits of Qwen, whatever a file says.
+NORMALIZED = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"}
 CONVERTED = {"qwen3_5_moe_text"}  # model types whose normalizer and splits only transformers knows
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 BROKEN = "model '{}' has no usable tokenizer: that of its GGUF file is broken"
@@ -88,9 +90,13 @@ def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tok
     is normalized and split as in Qwen, whatever ``pre`` says. Raises errors of any type for broken metadata.
     """
     tokens, alphabet = metadata["tokens"].texts, frozenset(BYTES.alphabet())
-    vocabulary = {token if alphabet.issuperset(token) else _spelled(token): n for n, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in metadata["merges"].texts]
-    bpe = models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+    types, named = metadata.get("token_type", ()), dict(_named(file))
+    control, user = ([t for t, is_of in zip(tokens, types, strict=False) if is_of == kind] for kind in (CONTROL, USER))
+    kept = {*control, *user, *named.values()}  # these are found as they are, before a text is spelled in bytes
+    vocabulary = {t if t in kept or alphabet.issuperset(t) else _spelled(t): n for n, t in enumerate(tokens)}
+    merges, whole = [tuple(merge.split(" ")) for merge in metadata["merges"].texts], pre in WHOLE
+    how = {"continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False, "ignore_merges": whole}
+    bpe = models.BPE(vocabulary, merges, **how)
     tokenizer: Any = Tokenizer(bpe)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.normalizer = normalizers.NFC() if kind in NORMALIZED else None
@@ -101,14 +107,11 @@ def _build(file: GGUFFile, metadata: dict[str, Any], pre: str, kind: str) -> Tok
     else:
         words = pre_tokenizers.Split(Regex(split), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, BYTES])
-    types = metadata.get("token_type", ())
-    control = [t for t, is_of in zip(tokens, types, strict=False) if is_of == CONTROL and alphabet.issuperset(t)]
-    named = dict(_named(file))
     special = [*control, *(token for token in (END, *named.values()) if token in vocabulary)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    user = [t for t, is_of in zip(tokens, types, strict=False) if is_of == USER and t in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in user])
-    first, last = (named[part] if metadata.get(f"add_{part}_token") else None for part in ("bos", "eos"))
+    added = {"add_bos_token": whole} | metadata
+    first, last = (named[part] if added.get(f"add_{part}_token") else None for part in ("bos", "eos"))
     tokenizer.post_processor = _around(tokenizer, first, last)
     return tokenizer
 
