@@ -6,6 +6,7 @@ stay in the cache, the others are replaced. So other drafters may draft in betwe
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ from specdec.speculation.drafter import Traits
 from specdec.speculation.state import State
 
 from .chain import ChainDrafter, ChainRow, Readout
+
+PADDING = re.compile(r"\[PAD\d+\]")  # tokens with which llama.cpp's converter fills up a vocabulary
 
 
 class DraftModelRow(ChainRow):
@@ -137,11 +140,15 @@ class DraftModelDrafter(ChainDrafter):
 
 
 def _difference(ours: Any, theirs: Any) -> str:
-    """Return a sentence about the first difference between two tokenizers' vocabularies; "": they are equal.
+    """Return a sentence about the first difference between two tokenizers' vocabularies; "": there is none.
+
+    Tokens that only fill a vocabulary up, which differ between files of one family, do not count.
 
     ours, theirs: the tokenizers of the model and of the draft model, as transformers or we have them.
     """
-    a, b = ({index: token for token, index in t.get_vocab().items()} for t in (ours, theirs))
+    a, b = (
+        {index: token for token, index in t.get_vocab().items() if not PADDING.fullmatch(token)} for t in (ours, theirs)
+    )
     for index in sorted(a.keys() | b.keys()):
         if a.get(index) != b.get(index):
             return f"token {index} is {a.get(index)!r} for the model and {b.get(index)!r} for the draft model"

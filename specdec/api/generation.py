@@ -43,7 +43,7 @@ class DecoderOptions(TypedDict, total=False):
     kv_cache: str
     verifier: str | Verifier
     verifier_options: Options
-    expert_cache: float | None
+    expert_cache: int | float | None
     expert_prefetch: bool
     learn: bool | None
     prefix_reuse: bool
@@ -63,7 +63,8 @@ class RequestOptions(SamplingOptions, total=False):
     bad_words: texts that must not come, as in vLLM: the last token of each, as it is tokenised with and without a space
     before it, is ruled out after its others.
     apply_chat_template: wrap text in the chat template, as one message of the user; None does so if the tokenizer has
-    one. Chat messages are always wrapped, token ids never.
+    one. Chat messages are always wrapped, token ids never. Where it is False, or None and there is no template, the new
+    text continues the prompt: a space between them stays.
     system: a system message before the prompt.
     logits_processor: processors of transformers, applied at every position.
     ignore_eos: continue after end tokens.

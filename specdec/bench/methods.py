@@ -120,6 +120,8 @@ class OwnMethod(Method):
             arrivals = [time.perf_counter() - start for _ in generation.steps()]
             outputs = generation.outputs()
         seconds = time.perf_counter() - start
+        if failed := next((why for out in outputs if (why := out.metrics.drafting_off) is not None), None):
+            raise SpecDecError(failed)
         return Reply(
             [out.token_ids for out in outputs],
             seconds,
@@ -162,6 +164,7 @@ class HFMethod(Method):
                 attention_mask=mask,
                 max_new_tokens=count,
                 pad_token_id=pad,
+                eos_token_id=sorted(self.eos) or None,
                 streamer=clock,
                 **self.settings,
             )

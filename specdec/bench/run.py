@@ -280,7 +280,8 @@ class BenchRun:
         requests: dict[str, BenchRequest] = {}
         seed = (self.first.seed + number) % (options.MAX_SEED + 1)
         for name in names[len(names) - shift :] + names[: len(names) - shift]:
-            if reply := self._reply(name, prompts, count, seed, f"{name}, repetition {turn_key[0]}"):
+            scope = f"{self.first.key()}, {name}, repetition {turn_key[0]}"  # other groups have the same prompts
+            if reply := self._reply(name, prompts, count, seed, scope):
                 conversations = [conversation for conversation, _ in chats]
                 requests[name] = BenchRequest(name, *turn_key, conversations, prompts, reply, self._cells(name))
         for request in requests.values():

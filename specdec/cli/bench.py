@@ -297,6 +297,9 @@ def report(
     if form == "csv":
         written = write_csv(results, folder)
     else:
+        if form == "html":
+            table = results.table()
+            terminal.print_table(table.header, table.rows)
         with terminal.status("drawing"):
             try:
                 from specdec.bench.report import write_charts, write_page  # heavy
@@ -305,9 +308,6 @@ def report(
                     f"the charts need matplotlib; {how_to_install('plot')}, or use --format markdown"
                 ) from None
             written = [write_page(results, folder)] if form == "html" else write_charts(results, folder)
-    if form == "html":
-        table = results.table()
-        terminal.print_table(table.header, table.rows)
     for path in written:
         say(f"written: '{path}'")
 

@@ -138,6 +138,7 @@ class SpecDecLM(TemplateLM):  # type: ignore[misc]
                     "lower max_gen_toks"
                 )
             prompts = [self.tok_encode(requests[n].args[0])[-most:] for n in group]
+            options["apply_chat_template"] = True  # of token ids it only says that the text begins anew, as in hf
             outputs = self.decoder.generate_batch(prompts, max_rows=self.batch_size, **options)
             for n, output in zip(group, outputs, strict=True):
                 found[n] = output.text

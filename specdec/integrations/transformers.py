@@ -234,8 +234,23 @@ class _RowProcessors(LogitsProcessor):
         ids = torch.cat((self.before, input_ids.to(device)), 1).expand(self.batch, -1)
         found = scores.to(device).repeat(self.batch, 1)
         for processor in self.processors:
-            found = processor(ids, found)
+            if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):  # whose function knows rows by number
+                found[self.row] = self._constrained(processor, ids[self.row], found[self.row])
+            else:
+                found = processor(ids, found)
         return found[self.row : self.row + 1].to(scores.device)
+
+    def _constrained(self, processor: hf.PrefixConstrainedLogitsProcessor, ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits ``scores`` [V] of this row with -inf for tokens that the user's function does not allow.
+
+        ids: the row's tokens, padding included, [p + n]. Raises ValueError if none is allowed.
+        """
+        allowed = processor._prefix_allowed_tokens_fn(self.row, ids)
+        if len(allowed) == 0:
+            raise ValueError(f"prefix_allowed_tokens_fn allows no token in row {self.row}")
+        mask = torch.full_like(scores, -torch.inf)
+        mask[allowed] = 0
+        return scores + mask
 
 
 def _samplers(

@@ -24,6 +24,7 @@ from specdec.train.output import writing
 from specdec.train.settings import TrainSettings
 
 MAX_ROWS = 48  # answers generated in one batch
+SALT = 1  # in the hash that chooses which are sampled: another one chooses which are held out
 
 
 def known_answers(file: Path, decoder: SpecDecoder, items: Sequence[TrainingAnswer | Prompt]) -> list[TrainingAnswer]:
@@ -90,7 +91,7 @@ def _generate(
     engine = Engine(target, decoder.drafter, decoder.verifier, FixedDepth(0), max_rows=MAX_ROWS)
     for prompt in sorted(prompts, key=len):  # prompts of similar length are prefilled together
         key = prompt_hash(prompt)
-        sampled = key % 10_000 < settings.sampled * 10_000
+        sampled = prompt_hash([*prompt, SALT]) % 10_000 < settings.sampled * 10_000
         params = SamplingParams(settings.temperature if sampled else 0.0, seed=settings.seed)
         stream = (settings.seed + key) % 2**32
         sampler = RowSampler(params, stream=stream, start=len(prompt))

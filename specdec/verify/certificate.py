@@ -207,7 +207,7 @@ class Certificate:
         """
         return {
             "result": self.result,
-            "passed": self.result == "PASSED",
+            "passed": self.complete and self.result == "PASSED",
             "complete": self.complete,
             "near_tie": NEAR_TIE[self.dtype],
             "min_drafted": self.min_drafted,
@@ -251,5 +251,6 @@ def expected(decoder: SpecDecoder, prompt: list[int], count: int) -> list[int]:
             max_new_tokens=min(count, decoder.target.context - len(prompt)),
             do_sample=False,
             pad_token_id=next(iter(decoder.eos_ids()), 0),
+            eos_token_id=sorted(decoder.eos_ids()) or None,
         )
     return [int(token) for token in out[0, len(prompt) :]]

@@ -30,6 +30,7 @@ from specdec.bench.figures import BenchRequest
 from specdec.bench.prompts import PROMPT_SETS, PromptSource, evenly_spaced, load_prompts
 from specdec.bench.results import Results
 from specdec.bench.run import BenchRun, Decoders, measure
+from specdec.speculation.drafter import DrafterWarning
 
 CONVERSATIONS = [
     {"id": "chat", "category": "talk", "turns": ["abcabcabc", "and then abcabc"]},
@@ -180,6 +181,20 @@ def test_what_a_method_remembers_is_its_own_and_of_one_repetition(cell) -> None:
         )
     for method in ("ngram@4", "ngram@5"):
         assert steps[method, 0] == steps[method, 1] and max(steps[method, 0]) > NEW // 5
+    made.clear()  # another group, with the same drafter and prompts
+    BenchRun([cell(drafter="ngram", num_speculative_tokens=4, seed=1)], run.decoders, record=made.append).execute()
+    later = [m.num_spec_steps for r in made if r.method == "ngram@4" for m in r.reply.metrics]
+    assert later == steps["ngram@4", 0]
+
+
+def test_a_drafter_that_fails_is_a_method_that_fails(cell, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise IndexError("as told")
+
+    monkeypatch.setattr("specdec.drafters.prompt_lookup.PromptLookupDrafter.propose", broken)
+    with pytest.warns(DrafterWarning, match="as told"):
+        plain, failed = measure([cell(drafter="none"), cell(drafter="prompt-lookup")], Decoders())
+    assert "as told" in failed["error"] and plain["method"]["tokens"] > 0
 
 
 def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:

@@ -104,8 +104,8 @@ def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> N
 @pytest.mark.parametrize("size", [90, 104])
 def test_a_draft_model_may_pad_its_vocabulary_otherwise(llama: PreTrainedModel, size: int) -> None:
     target = TransformersTarget(llama)
-    target.tokenizer = Words("a", "b", "c")
-    drafter = DraftModelDrafter(other_model(size), Words("a", "b", "c"))
+    target.tokenizer = Words("a", "b", "c", "[PAD3]")
+    drafter = DraftModelDrafter(other_model(size), Words("a", "b", "c", *(f"[PAD{n}]" for n in range(3, size))))
     for sampling in ({}, {"temperature": 2.0}):
         out, loop = run(target, drafter, [[5, 96, 7]], 20, eos=None, **sampling)
         assert len(out[0]) == 20 and loop.metrics[0].num_draft_tokens > 0

@@ -67,6 +67,11 @@ class After(StoppingCriteria):
         return torch.tensor([input_ids.shape[1] >= 12 + 2 * b for b in range(len(input_ids))])
 
 
+def own_row(b: int, ids: Tensor) -> list[int]:
+    assert str(ROWS[b])[1:-1] in str(ids.tolist()), "the text is of another row"
+    return [10 + b, 20 + b, 30 + len(ids) % 5]
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "max_length": {"max_new_tokens": None, "max_length": 15},
     "repetition penalty": {"repetition_penalty": 1.5},
@@ -77,6 +82,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "many ends": {"eos_token_id": list(range(2, 20))},
     "no end": {"eos_token_id": None},
     "prefix function": {"prefix_allowed_tokens_fn": lambda b, ids: [10 + b, 20 + b, 30 + len(ids) % 5]},
+    "prefix function with a state of each row": {"prefix_allowed_tokens_fn": lambda b, ids: own_row(b, ids)},
     "own processor": {"logits_processor": [NoMore()]},
     "own criterion": {"stopping_criteria": StoppingCriteriaList([After()])},
     "own criterion, no end": {"stopping_criteria": StoppingCriteriaList([After()]), "eos_token_id": -1},

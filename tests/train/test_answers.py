@@ -15,7 +15,7 @@ from specdec.base.errors import SpecDecError
 from specdec.base.terminal import Progress
 from specdec.train import answers
 from specdec.train.answers import answer_prompts, known_answers
-from specdec.train.data import Prompt, TrainingAnswer
+from specdec.train.data import Prompt, TrainingAnswer, split
 from specdec.train.settings import TrainSettings
 
 ENDS = [*range(3, 97, 12)]  # answers end early and late
@@ -62,6 +62,15 @@ def test_a_share_of_the_prompts_is_answered_by_sampling_and_each_draws_for_itsel
     fewer = made(tmp_path / "fewer", prompts[7:], some)
     assert fewer == mixed[7:]
     assert made(tmp_path / "other", prompts[7:], other) != fewer
+
+
+def test_answers_that_are_held_out_are_sampled_as_often_as_others(tmp_path: Path) -> None:
+    prompts = some_prompts(60)
+    plain = made(tmp_path / "plain", prompts)
+    mixed = made(tmp_path / "mixed", prompts, TrainSettings(max_new_tokens=14, sampled=0.5, temperature=5.0))
+    differ = {b.prompt_ids for a, b in zip(plain, mixed, strict=True) if a != b}
+    held = split(mixed, 0.4)[1]
+    assert 0.2 < sum(answer.prompt_ids in differ for answer in held) / len(held) < 0.8
 
 
 def test_a_killed_run_keeps_what_it_has_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,15 @@ def test_exact_decoding_passes(model, top_k: int) -> None:
     assert checks["greedy"].accepted + checks["sampled"].accepted > 0 < checks["batch"].accepted  # drafts take part
 
 
+def test_a_certificate_that_was_cut_short_is_not_passed(model) -> None:
+    decoder = SpecDecoder(model, drafter=Scripted(drafting))
+    certificate = Certificate(decoder, PROMPTS, SamplingParams(temperature=1.0), 24, (2, 3), 2)
+    certificate.run()
+    assert certificate.as_dict()["passed"]
+    certificate.complete = False
+    assert certificate.result == "PASSED" and not certificate.as_dict()["passed"]
+
+
 def test_a_drafter_that_does_not_draft_proves_nothing(model) -> None:
     decoder = SpecDecoder(model, drafter=Scripted(lambda ids, limit: []))
     certificate = Certificate(decoder, PROMPTS, SamplingParams(temperature=1.0), 12, ("auto", 4), 2)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -94,6 +95,9 @@ def test_a_file_decodes_natively_and_its_loads_are_counted(tmp_path: Path, famil
     found = decoder.generate(PROMPT, max_new_tokens=COUNT, ignore_eos=True)
     assert decoder.target.runtime == "native" and "3 of 6 experts per layer" in decoder.target.experts.describe()
     assert found.token_ids == expected.token_ids
+    size = int(math.prod(decoder.target.experts.shape) * 0.6)  # in bytes: as --expert-cache 300MB gives it
+    by_bytes = SpecDecoder.from_pretrained(path, "none", expert_cache=size)
+    assert "3 of 6 experts per layer" in by_bytes.target.experts.describe()
     assert found.metrics.experts["demanded"] > 0 and found.metrics.experts["hit_rate"] > 0
 
 
