@@ -75,7 +75,7 @@ class KeptTexts:
             self.save()
 
     def close(self) -> None:
-        """Save, and make each later ``add`` write at once: of requests that still run, nobody else saves the tokens."""
+        """Save, and let each later ``add`` write at once, because nothing else will save this object again."""
         self.every = 0.0
         self.save()
 

@@ -104,7 +104,8 @@ class Service:
         if least <= most:
             return
         if asked.max_new_tokens is None:
-            message = f"'min_tokens' is {least}, and without 'max_tokens' at most {most} come; lower it or set both"
+            message = f"'min_tokens' is {least}, and at most {most} new tokens are possible"
+            message += "; lower it" if asked.usual_tokens is None else " without 'max_tokens'; set it, too"
             raise invalid("min_tokens", message)
         message = f"'max_tokens' allows {most} new tokens, fewer than the {least} of 'min_tokens'; change one of them"
         raise invalid("max_tokens", message)
