@@ -109,7 +109,7 @@ class SpecDecoder:
         kv_cache: str = "auto",
         verifier: str | Verifier = "exact",
         verifier_options: Options = None,
-        expert_cache: int | float | None = None,
+        expert_cache: float | None = None,
         expert_prefetch: bool = False,
         learn: bool | None = None,
         prefix_reuse: bool = True,

@@ -43,7 +43,7 @@ class DecoderOptions(TypedDict, total=False):
     kv_cache: str
     verifier: str | Verifier
     verifier_options: Options
-    expert_cache: int | float | None
+    expert_cache: float | None
     expert_prefetch: bool
     learn: bool | None
     prefix_reuse: bool

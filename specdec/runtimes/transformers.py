@@ -453,9 +453,9 @@ def _rotated_alike(config: Any) -> Iterator[int]:
     A cache would then hold keys of both kinds.
     """
     given = getattr(config, "rope_parameters", None) or {}
-    own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
     for part in (given, *given.values()):
         if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
             yield int(part.get("original_max_position_embeddings") or own)
 
 

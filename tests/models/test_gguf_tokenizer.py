@@ -65,7 +65,11 @@ def test_a_file_that_says_how_it_splits(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_file_of_each_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    same(*both(write_family(tmp_path / "it.gguf", rough_model(kind)), tmp_path, monkeypatch))
+    own, theirs = both(write_family(tmp_path / "it.gguf", rough_model(kind)), tmp_path, monkeypatch)
+    if kind in gguf_tokenizer.NORMALIZED - {"qwen2"}:  # transformers' converter knows the normalizer of qwen2 alone
+        part = json.loads((theirs / FILE).read_text("utf-8"))
+        (theirs / FILE).write_text(json.dumps(part | {"normalizer": {"type": "NFC"}}), "utf-8")
+    same(own, theirs)
 
 
 def with_tokens(path: Path, first: bool, last: bool, **more: Any) -> Path:

@@ -157,7 +157,7 @@ class MappedExperts:
     """
 
     def __init__(self, budget: float) -> None:
-        if not (0 < budget <= 1 or (isinstance(budget, int) and budget > 1)):
+        if not (0 < budget <= 1 or (budget > 1 and float(budget).is_integer())):
             raise SpecDecError(f"an expert cache is a share in (0, 1] or a number of bytes; got {budget}")
         self.budget = budget
         self.layers = dict[int, _Layer]()
@@ -201,7 +201,7 @@ class MappedExperts:
         sizes = [size for layer in self.layers.values() for _, size in layer.places]
         self.shape = len(self.layers), len(sizes) // len(self.layers), max(sizes)
         rows, experts, each = self.shape
-        size = self.budget if isinstance(self.budget, int) and self.budget > 1 else self.budget * math.prod(self.shape)
+        size = self.budget if self.budget > 1 else self.budget * math.prod(self.shape)
         self.slots = min(int(size + 0.5) // (rows * each), experts)
         if self.slots < top_k:
             least = rows * top_k * each
