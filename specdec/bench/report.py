@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from specdec import __version__
 from specdec.base.files import write_atomically
 from specdec.bench.cell import DRAFT_LENGTH, as_yaml, axes, method_label, short_name
+from specdec.bench.plan import METHOD
 from specdec.bench.results import LEAST, NAMES, Estimate, Record, Results, acceptance, interval, labels
 
 PAGE = "report.html"  # also the name of the template
@@ -126,12 +128,16 @@ def _speed(model: str, records: Sequence[Record]) -> Picture | None:
     records: the results of the model's cells. Each setting in which they differ has a column of text beside the bars.
     """
     baseline = next(iter(records[0]["method"]["speedup"]), "")
-    others = {name: figures for record in records for name, figures in record["baselines"].items() if name != baseline}
-    found = [(record["cell"], record["method"]["speedup"].get(baseline)) for record in records]
-    found += [
-        ({"drafter": NAMES.get(name, name)}, figures["speedup"].get(baseline)) for name, figures in others.items()
-    ]
-    found = [(cell, gain) for cell, gain in found if gain and cell["drafter"] not in (baseline, *others)]
+    others = dict[str, tuple[dict[str, Any], Estimate | None]]()  # baselines of each group, by their settings
+    for record in records:
+        shared = {name: value for name, value in record["cell"].items() if name not in METHOD}
+        for name, figures in record["baselines"].items():
+            if name != baseline:
+                cell = shared | {"drafter": NAMES.get(name, name)}
+                others[json.dumps(cell)] = cell, figures["speedup"].get(baseline)
+    known = {baseline, *(name for record in records for name in record["baselines"])}
+    methods = [(r["cell"], r["method"]["speedup"].get(baseline)) for r in records if r["cell"]["drafter"] not in known]
+    found = [(cell, gain) for cell, gain in (*methods, *others.values()) if gain]
     if not found:
         return None
     found.sort(key=lambda one: -one[1]["value"])

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from measured import estimate, result
+from measured import estimate, method, result
 from typer.testing import CliRunner
 
 from specdec import cli
@@ -173,6 +173,21 @@ def test_each_setting_that_differs_is_a_column_and_the_fastest_is_first(folder: 
     assert shown[:3] == ["drafter", "length", "continuations"]
     gains = [float(text.partition(" ")[0]) for text in shown if "[" in text]
     assert gains == sorted(gains, reverse=True) and len(gains) == 12
+
+
+def test_each_group_has_a_bar_of_its_own_baseline(tmp_path: Path) -> None:
+    gains = {0.0: 2.0, 0.7: 3.0}  # temperature: x model.generate
+    cells = {t: Cell(drafter="m2r2", temperature=t, against=("none", "hf")) for t in gains}
+    records = []
+    for t, cell in cells.items():
+        record = result(cell, 1.5, speedup={"none": estimate(1.5), "hf": estimate(gains[t])})
+        record["baselines"]["hf"] = method("hf", 1.0, [], speedup={"none": estimate(1.5 / gains[t])})
+        records.append(record)
+    with matplotlib.rc_context(STYLE):
+        (speed,) = draw_all(load_results(fill(tmp_path / "sweep", records)))["Speed"]
+    shown = [text.get_text() for text in speed.figure.axes[0].texts]
+    assert shown[:2] == ["drafter", "T"] and shown.count("model.generate") == 2
+    assert [text.partition(" ")[0] for text in shown if "[" in text] == ["1.50", "1.50", "0.75", "0.50"]
 
 
 def test_a_report_is_also_markdown(folder: Path) -> None:
