@@ -16,7 +16,7 @@ MAX_ROWS = 16  # most prompts that are answered together
 FIRST_ROWS = 4  # prompts of the first batch, which shows how long an answer takes
 QUESTION_TOKENS = 80  # most new tokens of a made-up question
 ANSWER_TOKENS = 160  # most new tokens of an answer
-MARK = "question"  # stands for the user's text in a rendered chat
+MARK = "\0question\0"  # stands for the user's text in a rendered chat; no template has it
 HOLDOUT_QUESTIONS = 6  # questions that are never learned from
 HOLDOUT_TOKENS = 64  # tokens of each of their answers that are measured
 

@@ -117,7 +117,8 @@ class OwnMethod(Method):
     def reply(self, prompts: list[list[int]], count: int, seed: int, scope: str = "") -> Reply:
         start = time.perf_counter()
         with self.decoder.open(prompts, max_new_tokens=count, seed=seed, scope=scope, **self.settings) as generation:
-            arrivals = [time.perf_counter() - start for _ in generation.steps()]
+            steps = ((time.perf_counter() - start, new) for new in generation.steps())
+            deliveries = [(at, sum(len(tokens) for _, tokens in new)) for at, new in steps]
             outputs = generation.outputs()
         seconds = time.perf_counter() - start
         if failed := next((why for out in outputs if (why := out.metrics.drafting_off) is not None), None):
@@ -125,8 +126,8 @@ class OwnMethod(Method):
         return Reply(
             [out.token_ids for out in outputs],
             seconds,
-            arrivals,
-            len(prompts),
+            [at for at, _ in deliveries],
+            deliveries[0][1],  # not one of each row: a long prompt takes several steps
             [out.metrics for out in outputs],
             [out.finish_reason for out in outputs],
         )

@@ -134,7 +134,7 @@ def _drafter(name: str) -> dict[str, Any]:
     try:
         found = registry.lookup("drafters", name)
         summary, training = found.summary, found.training
-    except (ImportError, AttributeError, SpecDecError) as error:  # a broken plug-in must not hide the others
+    except Exception as error:  # a broken plug-in must not hide the others
         summary, training = f"cannot be loaded: {error}", None
     return {
         "name": name,

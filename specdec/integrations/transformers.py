@@ -90,7 +90,7 @@ class SpecGenerate:
         if self._decoder is None or self._model() is not model:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
-            label, kind = getattr(self.drafter, "label", self.drafter), model.config.model_type
+            label, kind = self.drafter if isinstance(self.drafter, str) else self.drafter.name, model.config.model_type
             terminal.say(f"preparing the {kind} model for drafter '{label}'; later calls start at once")
             self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
             self._model = weakref.ref(model)

@@ -38,3 +38,24 @@ def test_the_last_batch_is_as_small_as_the_time_left(monkeypatch, cost: float, b
     found = priming.prime(decoder, [], 60.0, lambda spent, *rest: shown.append(spent))
     assert clock.batches == batches and found.tokens == 3 * sum(batches)
     assert shown == sorted(shown) and shown[-1] <= 60
+
+
+def test_made_up_questions_begin_after_the_whole_system_prompt(monkeypatch) -> None:
+    """Also where that prompt speaks of questions."""
+    system, starts = "You answer questions.\n### Question:\n", list[list[int]]()
+    tokenizer = SimpleNamespace(
+        chat_template="a template",
+        apply_chat_template=lambda chat, **options: f"{system}{chat[0]['content']}\n### Answer:\n",
+        encode=lambda text, **options: [*text.encode()],
+        decode=lambda ids, **options: bytes(ids).decode(),
+    )
+    decoder: Any = SimpleNamespace(tokenizer=tokenizer, eos_ids=lambda: {0})
+
+    def generate(decoder: Any, prompts: list[list[int]], *rest: Any, **more: Any) -> list[list[int]]:
+        starts.extend(prompts)
+        return [[*b"Why is the sky blue?"] for _ in prompts]
+
+    monkeypatch.setattr(priming, "_generate", generate)
+    monkeypatch.setattr(priming, "encode", lambda tokenizer, text: [*text.encode()])
+    assert priming._questions(decoder, 2) == [[*b"Why is the sky blue?"]] * 2
+    assert [bytes(ids).decode() for ids in starts] == [system] * 2

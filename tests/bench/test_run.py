@@ -30,6 +30,7 @@ from specdec.bench.figures import BenchRequest
 from specdec.bench.prompts import PROMPT_SETS, PromptSource, evenly_spaced, load_prompts
 from specdec.bench.results import Results
 from specdec.bench.run import BenchRun, Decoders, measure
+from specdec.runtimes.prefill import PASS_TOKENS
 from specdec.speculation.drafter import DrafterWarning
 
 CONVERSATIONS = [
@@ -209,6 +210,13 @@ def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
     for drafter in ("hf", "none", "prompt-lookup"):
         assert decoders.method(cell(drafter=drafter, batch_size=3)).reply(rows, NEW, 0).tokens == right
     assert len(right[0]) <= 5 and max(map(len, right)) == NEW
+
+
+def test_the_first_delivery_is_counted_as_it_came(cell) -> None:
+    """The last part of a long prompt runs a step after a short prompt has got its first token."""
+    decoder = SpecDecoder.from_pretrained(cell().model, "none")
+    reply = methods.OwnMethod(decoder, cell(drafter="none")).reply([[5, 6, 7], [8] * (PASS_TOKENS + 5)], 4, 0)
+    assert [len(row) for row in reply.tokens] == [4, 4] and reply.first_tokens == 1 and len(reply.arrivals) == 4
 
 
 def test_prompt_lookup_of_generate_answers_one_prompt_at_a_time(cell) -> None:

@@ -21,6 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.base.errors import SpecDecError
+from specdec.drafters.prompt_lookup import PromptLookupDrafter
 from specdec.integrations.transformers import SpecGenerate
 
 ROWS = [[5, 6, 7, 8, 5, 6], [9, 10, 11], [3, 4, 3, 4, 3, 4, 3]]
@@ -95,8 +96,9 @@ def test_options_are_honoured(name: str) -> None:
     assert isinstance(ours, GenerateDecoderOnlyOutput) and torch.equal(plain.sequences, ours.sequences)
 
 
-def test_drafts_are_accepted_and_the_first_call_says_what_it_prepares(capsys: pytest.CaptureFixture[str]) -> None:
-    model, spec = tiny_model(), SpecGenerate("prompt-lookup", num_speculative_tokens=3)
+@pytest.mark.parametrize("drafter", ["prompt-lookup", PromptLookupDrafter()])
+def test_drafts_are_accepted_and_the_first_call_says_what_it_prepares(drafter, capsys) -> None:
+    model, spec = tiny_model(), SpecGenerate(drafter, num_speculative_tokens=3)
     given = {"max_new_tokens": 60, "do_sample": False, "custom_generate": spec}
     model.generate(torch.tensor([[5, 6] * 8]), **given)
     assert spec.metrics[0].num_accepted_draft_tokens > 0
