@@ -16,6 +16,7 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder
 from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.native.linear import rounded_for_drafts
 from specdec.runtimes.narrow import GatedMLP, gated_mlp
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import UnitMap, rms_unit
@@ -104,6 +105,7 @@ class M2R2(nn.Module):
     routers: for each exit, the module that predicts whether the draft made there is right (``Router``); None: there
         are none.
     inference_maps: the projections in their fastest format, made by ``freeze``; empty while they are trained.
+    errors: in training, what rounding the projections' weights for drafts adds to them; empty: nothing.
     """
 
     def __init__(self, path: M2R2Path, target: Target, draft_vocab: Tensor | None = None, router: int = 0) -> None:
@@ -129,6 +131,7 @@ class M2R2(nn.Module):
         counts = [path.num_residuals(index) for index in range(len(path.stages_to_exit))]
         self.routers = nn.ModuleList(Router(count, d, router) for count in counts) if router else None
         self.inference_maps: list[UnitMap] = []
+        self.errors: list[Tensor] = []
         self.register_buffer("draft_vocab", draft_vocab)
         self.draft_vocab: Tensor | None
 
@@ -168,7 +171,8 @@ class M2R2(nn.Module):
             return self.inference_maps[index](self.projection_inputs(index, x, carry))
         layer = self.projections[index]
         features = self.features(index, x, carry)
-        return F.linear(features, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        weight = layer.weight + self.errors[index] if self.errors else layer.weight
+        return F.linear(features, weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def estimate(self, exit: int, p: Tensor, carry: Carry) -> Tensor:
         """Return the estimate of the last layer's output h[N], before the final norm, [B, T, D], at an exit.
@@ -178,6 +182,16 @@ class M2R2(nn.Module):
         carry: the deep states of the token before each.
         """
         return self.project(len(self.path.segments) + exit, p, carry) if self.path.final_projection else p
+
+    @torch.no_grad()
+    def round(self, target: Target) -> None:
+        """Let training see the weights as drafts on a CPU read them, rounded to 4 or 8 bits.
+
+        Gradients pass through the rounding unchanged. Call it again after the parameters have changed.
+        """
+        target.round_adapted(self.adapters)
+        weights = [each.weight.detach() for each in self.projections]
+        self.errors = [rounded_for_drafts(each.bfloat16()).to(each.dtype) - each for each in weights]
 
     def freeze(self, target: Target, maps: list[UnitMap] | None = None) -> None:
         """Prepare for drafting: move the parameters to the target's dtype and device, and set ``inference_maps``.

@@ -14,11 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from specdec.base import files, inputs
 from specdec.base.errors import SpecDecError, did_you_mean, one_line
 
+T = TypeVar("T")
 TIMEOUT = 20  # seconds until a download must respond
 MAX_BYTES = 1 << 26  # largest size of a download
 
@@ -143,15 +144,15 @@ def load_prompts(name: str) -> PromptSet:
     return replace(_read(name, path, source), licence=f"{PROMPT_SETS[name].licence}; {PROMPT_SETS[name].page}")
 
 
-def evenly_spaced(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
-    """Return ``limit`` conversations at equal distances, so that a file sorted by category yields some of each.
+def evenly_spaced(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return ``limit`` of ``items`` at equal distances, so that a file sorted by category yields some of each.
 
-    limit: None: all conversations.
+    limit: None: all.
     """
-    count = len(conversations)
+    count = len(items)
     if limit is None or limit >= count:
-        return list(conversations)
-    return [conversations[i * count // limit] for i in range(limit)]
+        return list(items)
+    return [items[i * count // limit] for i in range(limit)]
 
 
 def _downloaded(name: str, source: PromptSource) -> Path:

@@ -148,6 +148,14 @@ class Target(ABC):
         """
         return download(*also, largest(self.readout(x)))
 
+    def round_adapted(self, adapters: Adapters) -> None:
+        """Let layers with ``adapters`` compute with the error that drafts on a CPU have, for training.
+
+        The native kernels round the weights of these layers after the adapters are merged. The error is that of the
+        adapters' present values; call it again after they have changed. No effect in runtimes without gradients.
+        """
+        return
+
     def draft_rows(
         self, cache: KVCache, roots: DraftRoots, path: DraftPath, limits: TreeLimits
     ) -> list[Nodes] | DeviceTree:
@@ -444,6 +452,8 @@ def _windows(config: Any) -> list[int | None]:
 
     config: the model's text config. Raises SpecDecError for a layer type that is unknown.
     """
+    if (kinds := getattr(config, "attention_layers", None)) is not None:  # GPT-Neo
+        return [config.window_size if kind == "local" else None for kind in kinds]
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:

@@ -137,12 +137,6 @@ def prompt_hash(ids: Sequence[int]) -> int:
     return zlib.crc32(",".join(map(str, ids)).encode())
 
 
-def spread(items: Sequence[TrainingAnswer | Prompt], count: int) -> list[TrainingAnswer | Prompt]:
-    """Return ``count`` of ``items`` at equal distances, or all if there are fewer, in order."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
-
-
 def usable(answers: Sequence[TrainingAnswer], context: int) -> list[TrainingAnswer]:
     """Return those of ``answers`` that have more than one token and fit into ``context`` tokens with their prompt."""
     return [answer for answer in answers if len(answer) <= context and len(answer.response_ids) > 1]

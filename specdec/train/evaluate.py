@@ -56,7 +56,7 @@ def _compare(teacher: Teacher, final: Tensor, best: Tensor, row: Tensor) -> tupl
     final: estimated final states of n positions [n, D]. best, row: those of ``teacher``, [n] each.
     """
     agrees, total = list[Tensor](), torch.zeros((), dtype=torch.float64, device=final.device)
-    for at, _, logits in teacher.read_out(final):
+    for at, _, logits in teacher.read_out(final, teacher.draft_head):
         for few, x in split(at, logits):
             agrees.append(agree(x[:, None], best[few, None])[:, 0])
             base = teacher.p[row[few]].float() * teacher.mass[row[few], None]

@@ -91,6 +91,7 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
+        self.refreshes = target.device.type == "cpu"  # where drafts read rounded weights
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
             if settings.neurons not in (0, self.path.neurons):
@@ -118,11 +119,16 @@ class M2R2Method(TrainingMethod[M2R2]):
         return path_states(self.path, self.target.num_layers)
 
     def build(self, vocab: Tensor | None) -> M2R2:
-        self.teacher = Teacher(self.target, vocab, self.settings.sharpen, self.settings.variation)
+        self.teacher = Teacher(
+            self.target, vocab, self.settings.sharpen, self.settings.variation, rounds=self.refreshes
+        )
         network = M2R2(self.path, self.target, vocab)
         for layer, indices in self.neurons.items():
             network.adapters.get_buffer(f"{layer}/neurons").copy_(indices)
         return network
+
+    def refresh(self, network: M2R2) -> None:
+        network.round(self.target)
 
     def parameter_scale(self, name: str, parameter: Tensor) -> float:
         """Return the typical size of the elements of the parameter ``name``; for a projection, its root mean square.
@@ -172,7 +178,7 @@ class M2R2Method(TrainingMethod[M2R2]):
             for exits, valid in draft_steps(network, self.target, batch, STEPS):
                 yield exits[-1][0], valid
 
-        return evaluate(Teacher(self.target, network.draft_vocab), batches, drafts, STEPS)
+        return evaluate(Teacher(self.target, network.draft_vocab, rounds=self.refreshes), batches, drafts, STEPS)
 
     def config(self, network: M2R2) -> dict[str, Any]:
         return {"drafter": "m2r2", "path": self.path.to_json()}

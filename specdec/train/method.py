@@ -69,10 +69,12 @@ class TrainingMethod(ABC, Generic[Network]):
 
     name: the key in ``METHODS``.
     settings_class: subclass of ``TrainSettings`` with the method's own settings.
+    refreshes: whether the network derives something from its parameters that ``refresh`` updates.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[TrainSettings]]
+    refreshes = False
 
     def __init__(self, settings: Any, target: Target) -> None:
         """Keep ``settings`` and the base model ``target``, which a run trains for.
@@ -120,6 +122,12 @@ class TrainingMethod(ABC, Generic[Network]):
         """Set parameters of ``network`` by closed-form regression, before the first update. The default does nothing.
 
         batches: a function; each call returns a new iterator over the same batches, some ``fit_tokens`` positions.
+        """
+
+    def refresh(self, network: Network) -> None:
+        """Update what ``network`` derives from its parameters, if ``refreshes``.
+
+        The trainer calls it before the first update and each evaluation, and then every 16 updates.
         """
 
     @abstractmethod

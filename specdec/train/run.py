@@ -33,8 +33,9 @@ from specdec.train.output import CHECKPOINT, METRICS, RECIPE, read_checkpoint, r
 from specdec.train.states import AnswerStates
 
 REPORT_UPDATES = 10  # updates per line of metrics.jsonl
+REFRESH_UPDATES = 16  # updates between two calls of ``TrainingMethod.refresh``
 STOP = 2.0  # stands for the finished share of the schedule where the run is stopped
-STATE = "update", "tokens", "seconds", "best", "logged"  # attributes of a run that its checkpoint stores
+STATE = "update", "tokens", "seconds", "best", "logged", "refreshed"  # attributes of a run that its checkpoint stores
 
 
 class TrainingRun:
@@ -87,6 +88,7 @@ class TrainingRun:
         self.seconds = 0.0  # of training, over all runs of this folder
         self.best = -math.inf  # the best score so far
         self.logged = 0  # length of metrics.jsonl in bytes
+        self.refreshed = dict[str, Tensor]()  # values of the running copy at the last refresh
         self.stopped = False  # whether Ctrl-C or SIGTERM asked it to end after the update
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -176,6 +178,7 @@ class TrainingRun:
             broadcast(parameter.detach())
             group["initial_lr"] = self.settings.relative_rate * self.method.parameter_scale(name, parameter)
         copy_values(self.parameters, self.running)
+        self._refresh()  # in all processes from the same values
 
     def _finish(self) -> None:
         with self.processes.main_process_first():
@@ -267,7 +270,15 @@ class TrainingRun:
             self.optimizer.step()
             copy_values(self.parameters, self.running)
             self.update, self.tokens = self.update + 1, self.tokens + count
+            if self.update % REFRESH_UPDATES == 0:
+                self._refresh()
         return figures
+
+    def _refresh(self) -> None:
+        """Call ``TrainingMethod.refresh``, and keep the values that it reads for the checkpoint."""
+        if self.method.refreshes:
+            self.method.refresh(self.network)
+            self.refreshed = {name: parameter.detach().clone() for name, parameter in self.running.items()}
 
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
         """Move the running copy's gradients to the master weights, the float32 parameters that the optimizer updates.
@@ -293,6 +304,7 @@ class TrainingRun:
 
         Sets ``best``. Only the first process does this; in others the call has no effect.
         """
+        self._refresh()
         if not self.processes.is_main_process:
             return
         figures, by_kind = self._figures(self.held_out), dict[str, list[AnswerStates]]()
@@ -364,13 +376,16 @@ class TrainingRun:
     def _restore(self) -> None:
         state = read_checkpoint(self.output, self.parameters, self.optimizer)
         for name in STATE:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # checkpoints of earlier versions lack some
         if (self.output / drafter_folder.CONFIG).exists():  # a drafter that was exported after the checkpoint
             exported = drafter_folder.read_config(self.output)["training"]["held_out"]["score"]
             self.best = max(self.best, exported)
         if self.processes.is_main_process and (self.output / METRICS).exists():
             with writing("metrics", self.output):
                 os.truncate(self.output / METRICS, self.logged)  # lines after the checkpoint are written again
+        if self.refreshed:
+            copy_values(self.refreshed, self.running)
+            self._refresh()
         copy_values(self.parameters, self.running)
 
 

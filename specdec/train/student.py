@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from specdec.base.ridge import Sums
 from specdec.drafters.m2r2.network import M2R2, Carry, router_taps
 from specdec.kvcache.mask import Mask
-from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.native.linear import rounded_for_drafts
+from specdec.runtimes.target import GivenLinear, Pass, Target
 from specdec.train.batches import TrainingBatch
 
 BLOCK = 256  # positions whose logits are computed together
@@ -168,11 +169,18 @@ class Teacher:
     sharpen: share of probability that moves to the base model's most likely token, if the vocabulary has it.
     variation: share of the loss that is the total variation; the rest is KL.
     extra: number of further tokens in the vocabulary of a batch; without effect if ``vocab`` is None.
+    rounds: whether drafters read their own vocabulary's head as drafts on a CPU do, rounded to 4 or 8 bits.
     target: the base model, whose final norm and output head make the logits.
     """
 
     def __init__(
-        self, target: Target, vocab: Tensor | None, sharpen: float = 0.0, variation: float = 0.0, extra: int = 512
+        self,
+        target: Target,
+        vocab: Tensor | None,
+        sharpen: float = 0.0,
+        variation: float = 0.0,
+        extra: int = 512,
+        rounds: bool = False,
     ) -> None:
         self.target = target
         self.sharpen = sharpen
@@ -181,6 +189,11 @@ class Teacher:
         self.own = set() if vocab is None else set(vocab.tolist())
         self.extra = 0 if vocab is None else min(extra, target.vocab_size - len(vocab))
         self.head: nn.Linear | None = None
+        self.draft_head: nn.Linear | None = None
+        self.rounded: Tensor | None = None  # rows of the draft head
+        if self.vocab is not None and rounds:
+            weight = target.reduced_head(self.vocab).weight.detach()
+            self.rounded = rounded_for_drafts(weight.bfloat16()).to(weight.dtype)
         self.index_of: Tensor | None = None  # token id -> index in the batch's vocabulary, or -1
 
     @torch.no_grad()
@@ -201,14 +214,18 @@ class Teacher:
             seen[self.vocab] = -1
             more = seen.argsort(descending=True, stable=True)[: self.extra]  # chosen tokens first, none of vocab
             vocab = torch.cat((self.vocab, more))
-            self.head = self.target.reduced_head(vocab)
+            self.head = self.draft_head = self.target.reduced_head(vocab)
+            if self.rounded is not None:
+                own = len(self.rounded)
+                weight = torch.cat((self.rounded, self.head.weight[own:]))
+                self.draft_head = GivenLinear(weight, self.head.bias)
             self.index_of = torch.full_like(seen, -1, dtype=torch.long)
             self.index_of[vocab] = torch.arange(len(vocab), device=vocab.device)
         self.best, self.next = (i if self.index_of is None else self.index_of[i] for i in (batch.best, batch.next_ids))
         self.row = batch.valid.flatten().cumsum(0).view_as(batch.valid) - 1
         best, log_z = self.best[batch.valid], batch.log_z[batch.valid]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for at, _, logits in self.read_out(batch.hidden[self.target.num_layers][batch.valid]):
+        for at, _, logits in self.read_out(batch.hidden[self.target.num_layers][batch.valid], self.head):
             for few, x in split(at, logits):
                 log_p = torch.log_softmax(x, -1, dtype=torch.float32)
                 inside = x[:, 0].float() - log_p[:, 0]  # log of the sum of exp(logit) over the vocabulary
@@ -221,17 +238,18 @@ class Teacher:
         self.p, self.entropy, self.mass = (torch.cat(each) for each in zip(*found, strict=True))
 
     def logits(self, final: Tensor) -> Tensor:
-        return self.target.readout(final, self.head)
+        """Return the drafter's logits for its estimated final states: [B, T, D] to [B, T, V']."""
+        return self.target.readout(final, self.draft_head)
 
-    def read_out(self, final: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def read_out(self, final: Tensor, head: nn.Linear | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (indices [m], final states [m, D], logits [m, V']) of ``final`` [n, D], ``BLOCK`` at a time.
 
-        The states are copies, in which the gradients of the logits end.
+        The states are copies, in which the gradients of the logits end. head: ``head``, or ``draft_head`` for drafts.
         """
         for start in range(0, len(final), BLOCK):
             at = torch.arange(start, min(start + BLOCK, len(final)), device=final.device)
             part = final[at].detach().requires_grad_(torch.is_grad_enabled())
-            yield at, part, self.logits(part[None]).squeeze(0)
+            yield at, part, self.target.readout(part[None], head).squeeze(0)
 
     def compare(self, final: Tensor, valid: Tensor, weight: float | Tensor = 1.0) -> tuple[Tensor, float, Tensor]:
         """Compare the drafts of estimated final states ``final`` [B, T, D], before the final norm, with the base model.
@@ -304,7 +322,7 @@ class _Distillation(torch.autograd.Function):
         """
         loss, gradient, hits = torch.zeros((), device=final.device), torch.zeros_like(final), list[Tensor]()
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-            for at, part, logits in teacher.read_out(final):
+            for at, part, logits in teacher.read_out(final, teacher.draft_head):
                 slopes = list[Tensor]()
                 with torch.no_grad():
                     for few, x in split(at, logits):
@@ -332,13 +350,13 @@ def split(at: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def agree(logits: Tensor, index: Tensor) -> Tensor:
-    """Return whether the token ``index`` [..., T] is a most likely one of ``logits`` [..., T or 1, V'], bool [..., T].
+    """Return whether the token ``index`` [..., T] is what ``logits`` [..., T or 1, V'] draft, bool [..., T].
+
+    That is the first of the most likely ones: in bfloat16, several are often equally likely.
 
     index: in the vocabulary of the logits; -1: none, which is False.
     """
-    logits = logits.detach()
-    chosen = logits.expand(*index.shape, -1).gather(-1, index.clamp_min(0)[..., None])[..., 0]
-    return (chosen >= logits.amax(-1)) & (index >= 0)
+    return logits.detach().argmax(-1) == index
 
 
 def fit_projections(network: M2R2, target: Target, batches: Callable[[], Iterable[TrainingBatch]]) -> None:

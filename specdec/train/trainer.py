@@ -25,6 +25,7 @@ from specdec.api.prompts import encode
 from specdec.base import machine
 from specdec.base.errors import SpecDecError
 from specdec.base.terminal import stderr, tell
+from specdec.bench.prompts import evenly_spaced
 from specdec.models import drafter_folder, loading
 from specdec.models.native_model import empty_model
 from specdec.runtimes.target import Target
@@ -94,7 +95,7 @@ def _prepare(
     # Checks that need no model come first.
     items = data.read(settings.prompts)
     tests, held = (data.read(some) if some else [] for some in (settings.evaluation, settings.holdout))
-    tests = data.spread(tests, settings.eval_answers)
+    tests = evenly_spaced(tests, settings.eval_answers)
     output = open_output(settings, resume, lock)
     keep_freed_memory()
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -123,7 +124,7 @@ def _prepare(
     if not train or not held_out:
         raise SpecDecError("all answers to train on, or to evaluate on, are empty or too long; give more prompts")
     random.Random(settings.seed).shuffle(train)
-    held_out = held_out[: settings.eval_answers]
+    held_out = evenly_spaced(held_out, settings.eval_answers)
     vocab = None
     if settings.init:  # its vocabulary was chosen on more answers
         vocab = drafter_folder.read_vocabulary(Path(settings.init), target.vocab_size)

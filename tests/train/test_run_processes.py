@@ -19,7 +19,7 @@ from specdec.cli import app
 def train(arguments: list[str], said: Path, rank: int, processes: int, port: int) -> None:
     """The command in a process of its own, as torchrun starts it."""
     PartialState._reset_state()
-    torch.set_num_threads(1)  # others do not live in a forked process
+    torch.set_num_threads(1)
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -39,11 +39,11 @@ def test_two_processes_train_the_weights_of_one(greedy: str, tmp_path: Path) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork, started = multiprocessing.get_context("fork"), []
+    spawn, started = multiprocessing.get_context("spawn"), []
     for name, ranks in (("one", 1), ("two", 2)):
         for rank in range(ranks):
             arguments = [*command, "--output", str(tmp_path / name)], tmp_path / f"{name}{rank}", rank, ranks, port
-            started.append(fork.Process(target=train, args=arguments))
+            started.append(spawn.Process(target=train, args=arguments))
             started[-1].start()
     for process in started:
         process.join()

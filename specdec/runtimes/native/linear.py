@@ -434,6 +434,16 @@ def _draft_kind(out: int, inp: int) -> int:
     return Q4 if out * inp > LARGE else Q8
 
 
+def rounded_for_drafts(weight: Tensor) -> Tensor:
+    """Return the values that the kernels read of a weight which is packed for drafts (``Packed``), bf16 [out, in].
+
+    weight: bf16 [out, in]. The result is ``weight`` itself if the kernels do not take it (``serves``).
+    """
+    if not serves(weight):
+        return weight
+    return Packed([weight], draft_only=True)(torch.eye(weight.shape[1], dtype=torch.bfloat16)).T
+
+
 def serves(weight: Tensor) -> bool:
     """Return whether the compiled kernels run on this machine and take a linear layer with this weight.
 

@@ -22,12 +22,12 @@ from specdec.models.native_model import NativeModel
 from specdec.runtimes import decoder_layer
 from specdec.runtimes.checks import check_logits, refuse_unsupported
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.native.linear import unpack_here
+from specdec.runtimes.native.linear import rounded_for_drafts, unpack_here
 from specdec.runtimes.target import Pass, Target, WholeMemory
 from specdec.runtimes.torch import linear
 from specdec.runtimes.torch.attention import Attention
 from specdec.runtimes.torch.linear import Linear
-from specdec.runtimes.torch.model import Layer, Network
+from specdec.runtimes.torch.model import Layer, LowRank, Network
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,25 +131,44 @@ class TorchTarget(Target):
                 made[index] = self._adapt(index, adapters)
         return [made[index] for index in range(lo, hi)]
 
-    def _adapt(self, index: int, adapters: Adapters) -> Layer:
+    def round_adapted(self, adapters: Adapters) -> None:
+        for index in self._adapted.setdefault(adapters, {}) or sorted({*adapters.paths, *adapters.neurons}):
+            self._adapted[adapters][index] = self._adapt(index, adapters, rounds=True)
+
+    def _adapt(self, index: int, adapters: Adapters, rounds: bool = False) -> Layer:
         """Return layer ``index`` as ``adapters`` change it: without removed MLP neurons, with low-rank (LoRA) terms.
 
-        The weights of an MLP with fewer neurons are copied; all others are shared with the model's layer.
+        The weights of an MLP with fewer neurons are copied; all others are shared with the model's layer, unless
+        ``rounds``: changed weights get the error of rounding them for drafts, with the low-rank terms as they are now.
         """
         base, slots = self.network.layers[index], decoder_layer.modules(self.blocks[index])
         maps, factors, kept = dict(base.maps), adapters.factors(index), adapters.kept(index)
         sizes = {path: module.out_features for pairs in slots.values() for path, module in pairs}
+        whole = {slot: linear.fuse([module for _, module in pairs]) for slot, pairs in slots.items()}
+        narrow = dict[str, tuple[Tensor, Tensor | None]]()
         if kept is not None:
-            (weight, bias), (down, down_bias) = (
-                linear.fuse([module for _, module in slots[slot]]) for slot in ("gate_up", "down")
-            )
+            (weight, bias), (down, down_bias) = whole["gate_up"], whole["down"]
             rows = torch.cat((kept, kept + len(weight) // 2))  # of gate, of up
-            maps["gate_up"] = self.make(weight[rows], None if bias is None else bias[rows])
-            maps["down"] = self.make(down[:, kept].contiguous(), down_bias)
+            narrow["gate_up"] = weight[rows], None if bias is None else bias[rows]
+            narrow["down"] = down[:, kept].contiguous(), down_bias
             sizes |= {path: 2 * len(kept) // len(slots["gate_up"]) for path, _ in slots["gate_up"]}
         low = {
             slot: [(sizes[path], factors.get(path)) for path, _ in pairs]
             for slot, pairs in slots.items()
             if any(path in factors for path, _ in pairs)
         }
+        changed = narrow | {slot: whole[slot] for slot in low if slot not in narrow} if rounds else narrow
+        for slot, (weight, bias) in changed.items():
+            maps[slot] = self.make(_rounded(weight, low.get(slot, ())) if rounds else weight, bias)
         return replace(base, maps=maps, low=low, base=base)
+
+
+def _rounded(weight: Tensor, low: Sequence[LowRank]) -> Tensor:
+    """Return ``weight`` [out, in] plus the error of rounding it for drafts after low-rank terms are merged into it.
+
+    low: the terms of its outputs in order, as in ``Layer.low``.
+    """
+    parts = [weight.new_zeros(n, weight.shape[1]) if f is None else f[1].float() @ f[0].float() for n, f in low]
+    merged = weight.float() + torch.cat(parts) if parts else weight.float()
+    made = rounded_for_drafts(merged.bfloat16())
+    return (weight.float() + made.float() - merged).to(weight.dtype)

@@ -37,12 +37,14 @@ from specdec.base.options import SamplingParams
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.recurrent import ALL_LAYERS
 from specdec.models.gguf.blocks import BlockLinear
-from specdec.runtimes.decoder_layer import recurrent
+from specdec.runtimes.decoder_layer import Adapters, recurrent
 from specdec.runtimes.draft_path import DraftRoots, TreeLimits
+from specdec.runtimes.narrow import gated_mlp
 from specdec.runtimes.native import library, linear, packing
 from specdec.runtimes.native.target import FAMILIES, NativeTarget
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass, Target
+from specdec.runtimes.torch.target import TorchTarget
 from specdec.speculation.candidates import Candidates
 from specdec.speculation.sampling import RowSampler, Sampler
 
@@ -231,6 +233,33 @@ def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
     share = 0.2  # of what the adapters change
     assert (got - expected).float().norm() < share * (plain - expected).float().norm()
     assert torch.equal(adapted_pass(target, None, 3), plain)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_training_sees_the_weights_that_drafts_read(narrow: bool, monkeypatch) -> None:
+    """With gradients, and after the low-rank terms have changed only when it is told."""
+    monkeypatch.setattr(linear, "LARGE", 0)  # 4 bits, as large layers
+    model = model_of("llama")
+    target, training = NativeTarget(model), TorchTarget(model, packs=False)
+    adapters = random_adapters(training)
+    if narrow:
+        shapes = {n: training.linears(n) | gated_mlp(training.block(n)).shapes(32) for n in range(3)}
+        adapters = Adapters(shapes, 3, dict.fromkeys(range(3), 32))
+        for name, parameter in adapters.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.3 if name.endswith("up") else 0.1)
+    adapters.bfloat16()
+
+    def distance() -> float:
+        with torch.no_grad():
+            return apart(*(adapted_pass(each, adapters, 6).float() for each in (training, target)))
+
+    exact = distance()
+    training.round_adapted(adapters)
+    assert distance() < 0.3 * exact
+    for parameter in adapters.parameters():
+        parameter.requires_grad_(True)
+    adapted_pass(training, adapters, 6).float().square().sum().backward()
+    assert all(each.grad is not None and bool(each.grad.any()) for each in adapters.parameters())
 
 
 @pytest.mark.parametrize(("outputs", "kind", "least", "most"), [(50, "Q8", 0, 0.02), (11002, "Q4", 0.05, 0.12)])
