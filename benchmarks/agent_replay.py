@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ import numpy as np
 from peers import Process
 from rich.console import Console
 from rich.table import Table
-from serving import Client
+from serving import Client, started
 
 ROOT = Path(__file__).parents[1]
 LICENCE = "Apache-2.0, as this repository; the answers are the model's"
@@ -118,21 +117,8 @@ def server(model: str, drafter: str, folder: str) -> Iterator[Client]:
 
     model, drafter: their names. folder: where the server stores its prefix cache.
     """
-    command = [sys.executable, "-m", "specdec", "serve", "--model", model, "--drafter", drafter, "--port", "0"]
-    command += ["--quiet", "--name", "model", "--prefix-cache", folder]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stderr is not None
-        for line in child.stderr:
-            if found := re.search(r"is served at (http://\S+)", line):
-                break
-            print(line, end="", file=sys.stderr)
-        else:
-            sys.exit("the server does not start")
-        yield Client(found[1])
-    finally:
-        child.terminate()
-        child.wait()
+    with started(model, drafter, "--name", "model", "--prefix-cache", folder) as address:
+        yield Client(address)
 
 
 @dataclass

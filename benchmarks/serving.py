@@ -157,8 +157,18 @@ def server(args: argparse.Namespace) -> Iterator[str]:
     if args.url:
         yield args.url
         return
-    command = [sys.executable, "-m", "specdec", "serve", "--model", args.model, "--drafter", args.drafter]
-    command += ["--port", "0", "--quiet", "--max-rows", str(max(args.clients))]
+    with started(args.model, args.drafter, "--max-rows", str(max(args.clients))) as address:
+        yield address
+
+
+@contextmanager
+def started(model: str, drafter: str, *more: str) -> Iterator[str]:
+    """Run ``specdec serve`` on a free port during a ``with`` block; yield its address.
+
+    model, drafter: their names. more: further arguments of the command.
+    """
+    command = [sys.executable, "-m", "specdec", "serve", "--model", model, "--drafter", drafter]
+    command += ["--port", "0", "--quiet", *more]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert child.stderr is not None

@@ -16,8 +16,8 @@ from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Mask
 from specdec.models import drafter_folder
 from specdec.runtimes.decoder_layer import Adapters
-from specdec.runtimes.native.linear import rounded_for_drafts
 from specdec.runtimes.narrow import GatedMLP, gated_mlp
+from specdec.runtimes.native.linear import rounded_for_drafts
 from specdec.runtimes.target import Pass, Target
 from specdec.runtimes.torch.linear import UnitMap, rms_unit
 

@@ -92,14 +92,14 @@ def resident(field: str, pid: int | str = "self") -> float | None:
     return None
 
 
-def check_memory(name: str, need: int, other: str = "use a smaller model") -> None:
+def check_memory(name: str, need: int) -> None:
     """Raise SpecDecError if this machine has less than ``need`` bytes of memory free for the model ``name``.
 
-    No effect if the system does not report its free memory. name: in the message. other: the advice at its end.
+    No effect if the system does not report its free memory.
     """
     free = available_memory()
     if free is not None and free < need:
         raise SpecDecError(
             f"not enough memory for '{name}': its weights need {need / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
-            f"end other programs or {other}"
+            "end other programs or use a smaller model"
         )

@@ -15,7 +15,8 @@ of ``EXTERNAL_METHODS``: ``model.generate``, plain or with prompt lookup (``hf``
     environment  CPU, threads, memory, versions, git commit, device, runtime, dtype ...
     pass_ms      {"specdec" or another engine: {number of tokens: ms of one pass, the minimum of five}}
     seconds      wall time of the run
-    interrupted  True if the run was cut short; the figures then cover the requests that were finished
+    interrupted  True if the run was cut short; the figures and "prompts" then cover the requests that were finished
+    stopped      the error that cut it short; else None
 
 FIGURES of a method (a request is one batch of prompts, answered once; tokens are raw ids):
 
@@ -28,7 +29,8 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     latency_ms      {"token" (whole call per token), "first_token", "step" (between deliveries of tokens):
                     {"p50", "p99"} over requests or steps, or None}
     mean_acceptance_length    EST, tokens per step, pooled over all steps; includes the bonus token
-    acceptance_rate           accepted over drafted tokens; None if nothing was drafted
+    acceptance_rate           accepted tokens over the depths of the drafts (of a tree, its longest path); None if
+                              nothing was drafted
     acceptance_per_position   [share of accepted tokens at this position, over all drafts that reach it]
     drafts_per_position       [number of these drafts]
     acceptance_histogram      entry n: steps that accepted n drafted tokens
@@ -36,7 +38,8 @@ FIGURES of a method (a request is one batch of prompts, answered once; tokens ar
     phase_ms_per_step        {"draft", "score", "accept", "commit", "detokenise", "overhead": ms}
     peak_memory_mb  of the process during the method's calls (CPU, Linux), or allocated on the CUDA device; else None
     equal_to_plain  {"equal", "near_ties", "faults", "of"}: outputs compared with plain decoding; near_ties and faults
-                    are None for a lossy rule and an external engine; None for sampling beside hf methods
+                    are None for a lossy rule and for other arithmetic (an external engine, or model.generate beside
+                    values in 8 bits); None for sampling beside hf methods
     quality         {"agreement", "nll", "rouge_l": EST} under the full model if a lossy rule took part; else None
     categories      {category: {"requests", "tokens", "tokens_per_second": EST, "speedup": {baseline: EST},
                     "worst": {baseline: number or None}, "mean_acceptance_length": EST or None}}

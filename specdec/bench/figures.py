@@ -37,7 +37,7 @@ class BenchRequest:
     conversations, prompts (token ids): one per row. reply: the answers and their timing.
     cells: keys of the cells whose method or baseline this method is.
     equality: how each row compares with plain decoding: "equal", "near-tie", "fault", "differs" (by a lossy
-    verifier), or None (not comparable).
+    verifier or by other arithmetic), or None (not comparable).
     qualities: one per row if a lossy verifier takes part, else empty.
     """
 
@@ -98,35 +98,19 @@ class BenchRequest:
 
 
 def summarize(
-    name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method
+    name: str, mine: list[BenchRequest], baselines: dict[str, list[BenchRequest]], method: Method, alike: bool
 ) -> dict[str, Any]:
     """Return the figures of the method ``name`` as JSON values. ``specdec.bench.cell`` describes each.
 
-    EST is {"value", "low", "high"}, an estimate and its 95 % interval. The keys:
-    name, lossless, engine (an external one's version and settings, or None), requests, tokens (numbers of these).
-    tokens_per_second: EST, of whole calls. speedup: {baseline: EST}, the baseline's seconds per token over the
-        method's. worst: {baseline: the smallest speedup of a prompt}.
-    prefill_ms, first_token_ms (from the start of a call), decode_ms_per_token (after the first token): EST.
-    latency_ms: {"p50", "p99"} for each of "token" (of whole calls), "first_token" and "step" (between deliveries).
-    mean_acceptance_length: EST, tokens per step, the bonus token included. mean_layers_per_token: EST, layers run.
-    acceptance_rate: accepted / drafted tokens, 0 to 1. acceptance_per_position, drafts_per_position: for each depth
-        from 0, the share of drafts that deep whose token is accepted there, and their number.
-    acceptance_histogram: entry n is the number of steps that accepted n tokens.
-    phase_ms_per_step: {phase: ms}. peak_memory_mb: maximum of all requests.
-    equal_to_plain: {"equal", "near_ties", "faults", "of"}, numbers of outputs.
-    quality: {"agreement", "nll", "rouge_l": EST} under the full model, if a lossy verifier takes part.
-    categories: {category: the figures of ``_summary``}. None stands for what cannot be given.
-
     mine: the requests that the method has answered. baselines: label -> requests of that baseline for the same prompts.
-    method: what decoded; says whether it is lossless, and how its output can be compared.
+    method: what decoded; says whether it is lossless. alike: whether its tokens must be those of plain decoding, but
+        for near-ties.
     """
-    alike = method.lossless and method.same_arithmetic
     by_turn = {label: {r.turn_key: r for r in requests} for label, requests in baselines.items()}
     replies = [r.reply for r in mine]
     steps = RequestMetrics(
         per_step_drafted=[n for reply in replies for m in reply.metrics for n in m.per_step_drafted],
         per_step_accepted=[n for reply in replies for m in reply.metrics for n in m.per_step_accepted],
-        num_draft_tokens=sum(m.num_draft_tokens for reply in replies for m in reply.metrics),
     )
     equality = [one for r in mine for one in r.equality if one is not None]
     categories = list(dict.fromkeys(r.category for r in mine))
@@ -143,7 +127,7 @@ def summarize(
             "first_token": _milliseconds([reply.first_seconds for reply in replies]),
             "step": _milliseconds([gap for reply in replies for gap in reply.intervals]),
         },
-        "acceptance_rate": steps.draft_acceptance_rate if steps.num_draft_tokens else None,
+        "acceptance_rate": sum(steps.per_step_accepted) / depths if (depths := sum(steps.per_step_drafted)) else None,
         "acceptance_per_position": steps.acceptance_per_position,
         "drafts_per_position": steps.drafts_per_position,
         "acceptance_histogram": steps.acceptance_histogram,

@@ -82,14 +82,14 @@ class Method:
     lossless: whether the output follows the model's own distribution.
     seeded: whether equal seeds draw the tokens of plain decoding, so that sampled output can be compared with it.
     same_arithmetic: whether tokens must equal those of plain decoding but for near-ties; not if an engine has other
-        kernels or weights.
+        kernels or weights, or rounds other values.
     engine: version and settings of an external engine; None: specdec or transformers.
     pass_seconds: number of tokens (as text) -> seconds of a forward pass of an external engine; empty: not measured.
     """
 
     lossless: bool = True
     seeded: ClassVar[bool] = False
-    same_arithmetic: ClassVar[bool] = True
+    same_arithmetic: bool = True
     engine: dict[str, Any] | None = None
     pass_seconds: Mapping[str, float] = MappingProxyType({})
 
@@ -143,6 +143,9 @@ class HFMethod(Method):
     def __init__(self, base: SpecDecoder, cell: Cell) -> None:
         kind, _ = check_external(cell.drafter, cell.drafter_options)
         self.model, self.eos = as_transformers(base.model), base.eos_ids()
+        target = base.target
+        rounded = "rounded" in target.weight_format or {target.activations, target.kv_cache} != {"as computed"}
+        self.same_arithmetic = not rounded  # model.generate rounds none of these
         self.settings: dict[str, Any] = {"do_sample": False}
         if cell.temperature > 0:
             self.settings = {"do_sample": True, **{name: getattr(cell, name) for name in SAMPLING}}

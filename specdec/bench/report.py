@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from specdec import __version__
 from specdec.base.files import write_atomically
-from specdec.bench.cell import DRAFT_LENGTH, as_yaml, axes, method_label, short_name
+from specdec.bench.cell import DRAFT_LENGTH, as_yaml, axes, short_name
 from specdec.bench.plan import METHOD
 from specdec.bench.results import LEAST, NAMES, Estimate, Record, Results, acceptance, interval, labels
 
@@ -272,24 +272,27 @@ def _quality(records: Sequence[Record]) -> Picture:
     records: results of cells, each with figures of quality and a speedup over plain decoding.
     """
     groups: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["method"]["speedup"]["none"]["value"]):
-        cell = record["cell"]
-        groups.setdefault(method_label(cell | {"verifier_options": {}}), []).append(record)
-    figure = Figure(figsize=(WIDTH, 2.5 * len(MEASURES) + 0.2 * len(groups) + 0.3), layout="constrained")
+    names = labels([record["cell"] | {"verifier_options": {}} for record in records])
+    for name, record in sorted(
+        zip(names, records, strict=True), key=lambda one: one[1]["method"]["speedup"]["none"]["value"]
+    ):
+        groups.setdefault(name, []).append(record)
+    lines = sum(1 + _wrapped(name).count("\n") for name in groups)
+    figure = Figure(figsize=(WIDTH, 2.5 * len(MEASURES) + 0.2 * lines + 0.3), layout="constrained")
     panels = figure.subplots(len(MEASURES), 1, sharex=True)
     for ax, (measure, title) in zip(panels, MEASURES.items(), strict=True):
         for name, group in groups.items():
             points = [record["method"] for record in group if record["method"]["quality"][measure]]
             xs, x_errors = _values_and_errors([method["speedup"]["none"] for method in points])
             ys, y_errors = _values_and_errors([method["quality"][measure] for method in points])
-            ax.errorbar(xs, ys, y_errors, x_errors, ecolor="grey", label=name)
+            ax.errorbar(xs, ys, y_errors, x_errors, ecolor="grey", label=_wrapped(name))
         ax.grid(linewidth=0.4)
         ax.set_title(title, loc="left")
     panels[-1].set_xlabel("speed, x plain decoding")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False, handlelength=3.5)
     caption = (
-        "Quality of lossy rules against their speed: up is better, for NLL down; right is faster. A line joins the "
-        "settings of one drafter and rule. Grey crosses are 95 % intervals."
+        "Quality of lossy rules against their speed: up is better, for NLL down; right is faster. A line joins "
+        "cells that differ only in options of the rule. Grey crosses are 95 % intervals."
     )
     return Picture("Quality against speed", "", caption, f"Quality against speed of {'; '.join(groups)}", figure)
 

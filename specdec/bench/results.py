@@ -104,14 +104,19 @@ class Results:
     def failed(self) -> list[Record]:
         return [record for record in self.records if "error" in record]
 
-    def labels(self) -> list[str]:
-        """Return a label for the cell of each record, such as ``m2r2@4 tokens=64``."""
-        return labels([record["cell"] for record in self.records])
+    def faults(self) -> list[str]:
+        """Return what has outputs that must equal those of plain decoding and do not, as ``m2r2@4 (1 of 12)``."""
+        found = []
+        for label, record in zip(labels([record["cell"] for record in self.done]), self.done, strict=True):
+            equal = record["method"]["equal_to_plain"] or {}
+            if equal.get("faults"):
+                found.append(f"{label} ({equal['faults']} of {equal['of']})")
+        return found
 
     def table(self) -> ResultTable:
         """Return the main table: a row per cell with its most important figures or its error."""
         rows = []
-        for label, record in zip(self.labels(), self.records, strict=True):
+        for label, record in zip(labels([record["cell"] for record in self.records]), self.records, strict=True):
             figures = {"error": record["error"]} if "error" in record else _figures(record["method"])
             rows.append({"cell": label} | figures)
         return make_table("All cells", rows)
@@ -150,6 +155,8 @@ class Results:
             lines += _settings(record)
             failed = record.get("failed_baselines", {})  # older results lack it
             lines += [f"{NAMES.get(name, name)} failed: {error}" for name, error in failed.items()]
+            if stopped := record.get("stopped"):
+                lines.append(f"cut short: {stopped}")
         if loads := [load for record in self.done if (load := record["environment"].get("load_average")) is not None]:
             lines.append(f"load average of the machine when a group began: {min(loads)} to {max(loads)}")
         for method in (method for record in self.done for method in (record["method"], *record["baselines"].values())):
@@ -339,7 +346,7 @@ def write_csv(results: Results, folder: Path) -> list[Path]:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([table.header, *table.rows])
         paths.append(folder / f"{table.title.lower().replace(' ', '-')}.csv")
-        write_atomically(paths[-1], text.getvalue().encode())
+        write_atomically(paths[-1], text.getvalue().encode(errors="backslashreplace"))
     return paths
 
 

@@ -136,6 +136,7 @@ class BenchRun:
         self.started = time.perf_counter()
         self.seconds = 0.0  # duration of the run
         self.interrupted = True  # until the run has ended
+        self.stopped: str | None = None  # the error that ended it
         self.methods: dict[str, Method] = {}  # name -> method
         self.names: dict[str, str] = {}  # key of a method's cell -> name
         self.errors: dict[str, Exception] = {}  # key of a failed method's cell -> its error
@@ -320,7 +321,7 @@ class BenchRun:
             theirs, equality = plain.reply.tokens[b], None
             if comparable and ours == theirs:
                 equality = "equal"
-            elif comparable and not (method.lossless and method.same_arithmetic):
+            elif comparable and not self._alike(request.method):
                 equality = "differs"
             elif comparable:
                 how = {name: getattr(cell, name) for name in SAMPLING}
@@ -332,6 +333,11 @@ class BenchRun:
             if self.lossy:
                 request.qualities.append(figures.quality(target, self.base.tokenizer, prompt, ours, theirs))
 
+    def _alike(self, name: str) -> bool:
+        """Return whether the method ``name`` must choose the tokens of the plain method, but for near-ties."""
+        method, plain = self.methods[name], self.methods[self.plain]
+        return method.lossless and method.same_arithmetic and plain.same_arithmetic
+
     def results(self) -> list[Record]:
         """Return one record per cell, in the order of ``cells``, from the requests so far; call it after ``execute``.
 
@@ -342,19 +348,26 @@ class BenchRun:
         if not self.requests and not all(map(self._error, self.cells)):
             why = f": {self.skipped[0]}" if self.skipped else ""
             raise SpecDecError(f"nothing was measured{why}")
+        chats = [(number, chat) for number, group in enumerate(self.groups) for chat in group]
+        turns = {(number, id(chat), turn) for number, chat in chats for turn in range(len(chat.turns))}
+        if self.interrupted:  # only those that were answered
+            turns = {
+                (request.group, id(chat), request.turn) for request in self.requests for chat in request.conversations
+            }
         shared = {
             "prompts": {
                 "name": self.prompt_set.name,
                 "licence": self.prompt_set.licence,
                 "sha256": self.prompt_set.sha256,
-                "conversations": sum(map(len, self.groups)),
-                "turns": sum(len(c.turns) for group in self.groups for c in group),
+                "conversations": len({(group, chat) for group, chat, _ in turns}),
+                "turns": len(turns),
                 "skipped": self.skipped,
             },
             "environment": self.environment,
             "pass_ms": self.passes,
             "seconds": self.seconds,
             "interrupted": self.interrupted,
+            "stopped": self.stopped,
         }
         requests = {name: [request for request in self.requests if request.method == name] for name in self.methods}
         return [self._result(cell, requests, shared) for cell in self.cells]
@@ -376,7 +389,9 @@ class BenchRun:
         failed = {label: _text(self.errors[key]) for label, key in keys.items() if key in self.errors}
         requests = {label: by_method[method] for label, method in baselines.items()}
         names = {name, *baselines.values()}
-        found = {each: summarize(each, by_method[each], requests, self.methods[each]) for each in names}
+        found = {
+            each: summarize(each, by_method[each], requests, self.methods[each], self._alike(each)) for each in names
+        }
         compared = {label: found[each] for label, each in baselines.items()}
         figures = {"method": found[name], "baselines": compared, "failed_baselines": failed}
         result = {"key": cell.key(), "cell": cell.as_dict(), **figures, **shared}
@@ -395,7 +410,8 @@ def measure(
 ) -> Iterator[Record]:
     """Measure a group of cells and yield the record of each cell; cells that cannot start come first.
 
-    Errors become records. Only KeyboardInterrupt is raised, after the records of what was finished.
+    Errors become records. One that ends the group, such as one of plain decoding, leaves the records of what was
+    finished, marked ``interrupted``. Only KeyboardInterrupt is raised, after these records.
 
     decoders: the cache of loaded models.
     progress: called after each turn with (finished turns, all turns, new tokens); None: not called.
@@ -418,6 +434,10 @@ def measure(
             if not run.requests:
                 raise
             interrupt = stopped
+        except Exception as error:
+            if not run.requests:
+                raise
+            run.stopped = _text(error)
         yield from run.results()
     except Exception as error:
         yield from [failure_record(cell, error, time.perf_counter() - start) for cell in left]

@@ -3,16 +3,18 @@
     sweep.json    name, description, settings (as YAML), commands, resources, prompts and the cells of the plan, by key
     cells.jsonl   one record per line, append-only: the result of a cell, or {"key", "cell", "error", "seconds"}
                   for a cell that failed; the last line of a key counts
+    results.jsonl one request per line, append-only (``BenchRequest.as_dict``)
 
-A line is written at once and synced. A process that is killed at any moment leaves whole lines and at most one
-unfinished line at the end, which the next writer cuts off.
+A line is written at once, and a record is synced. A process that is killed at any moment leaves whole lines and at most
+one unfinished line at the end of a file, which the next writer cuts off.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from filelock import FileLock, Timeout
 
 from specdec.base.errors import SpecDecError
 from specdec.base.files import write_atomically
+from specdec.base.terminal import say
 from specdec.bench.cell import Cell
 from specdec.bench.plan import Plan
 
-MANIFEST, RECORDS, LOCK = "sweep.json", "cells.jsonl", ".lock"
+MANIFEST, RECORDS, REQUESTS, LOCK = "sweep.json", "cells.jsonl", "results.jsonl", ".lock"
 
 
 def finished(record: Mapping[str, Any] | None) -> bool:
@@ -37,13 +40,14 @@ def finished(record: Mapping[str, Any] | None) -> bool:
 class Store:
     """The output folder of one benchmark: its plan, and a record for each cell (measured settings) that has run.
 
-    The folder need not exist yet. Only ``opened`` and ``append`` write into it.
+    The folder need not exist yet. Only ``opened``, ``append`` and ``logging`` write into it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = folder / MANIFEST  # the plan
         self.path = folder / RECORDS  # the results
+        self.requests = folder / REQUESTS  # every answer
 
     @contextmanager
     def opened(
@@ -72,9 +76,10 @@ class Store:
                     manifest = self.read_manifest()
                 manifest["commands"] = [*manifest.get("commands", []), command]
                 text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-                write_atomically(self.manifest, text.encode())
-                if self.path.is_file():  # cut off the end that a killed process may have left
-                    os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+                write_atomically(self.manifest, text.encode(errors="backslashreplace"))
+                for path in (self.path, self.requests):
+                    if path.is_file():  # cut off the end that a killed process may have left
+                        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
                 yield
         except Timeout:
             raise SpecDecError(f"another process is writing into '{self.folder}'; wait for it or end it") from None
@@ -140,6 +145,32 @@ class Store:
     def append(self, record: dict[str, Any]) -> None:
         """Append one record as a line of ``cells.jsonl``, and sync it to the disk. Call it only within ``opened``."""
         with self.path.open("ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+            file.write(text.encode(errors="backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
+
+    @contextmanager
+    def logging(self) -> Iterator[Callable[[Any], None]]:
+        """Open ``results.jsonl`` in the ``with`` block; give a function that appends a request (JSON values) as a line.
+
+        After a write error, such as a full disk, the function prints one line to stderr and writes no more. Use it only
+        within ``opened``.
+        """
+        whole = True
+        with self.requests.open("ab", buffering=0) as file:
+
+            def log(request: Any) -> None:
+                nonlocal whole
+                if not whole:
+                    return
+                text = json.dumps(request, ensure_ascii=False) + "\n"
+                line = text.encode(errors="backslashreplace")
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError as error:
+                    whole = False
+                    say(f"cannot write to '{self.requests}': {error.strerror}; the run goes on without this file")
+
+            yield log

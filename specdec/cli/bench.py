@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ import typer
 from specdec.base import terminal
 from specdec.base.errors import SpecDecError, how_to_install
 from specdec.base.files import find_config
+from specdec.base.interrupts import interrupt, interrupting
 from specdec.base.terminal import say, tell
 from specdec.cli import shared
 from specdec.cli.shared import INTERRUPTED
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from specdec.bench.plan import Plan
     from specdec.bench.store import Store
 
-REQUESTS = "results.jsonl"
 FILES = (".yaml", ".yml")
 
 
@@ -92,8 +91,9 @@ def bench(
     """Measure drafters against plain decoding and model.generate, side by side, prompt by prompt.
 
     Figures are medians with 95 % bootstrap intervals. A conversation continues with the answer of plain decoding. A
-    method that fails is recorded with its error, the others continue, and the exit code is 1. For several values of a
-    setting, such as temperatures, see specdec sweep.
+    method that fails is recorded with its error, the others continue, and the exit code is 1. It is 1 as well if an
+    output of an exact drafter differs from plain decoding without a near-tie. For several values of a setting, such as
+    temperatures, see specdec sweep.
     """
     if loading.model.endswith(FILES):
         raise SpecDecError(f"'{loading.model}' is a file of settings; run it with: specdec sweep {loading.model}")
@@ -141,7 +141,8 @@ def sweep(
 
     A combination is a cell. Cells that differ only in their drafter, verifier or draft length run side by side, prompt
     by prompt, against plain decoding. A cell that fails is recorded with its error, the others continue, and the exit
-    code is 1. The settings are those of specdec bench; drafter.NAME.OPTION is an option of a drafter.
+    code is 1, as it is after a FAULT. The settings are those of specdec bench; drafter.NAME.OPTION is an option of a
+    drafter.
     """
     path = find_config("sweeps", file, "benchmark file")
     _measure(path, overrides or [], running)
@@ -151,8 +152,8 @@ def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFl
     """Measure the cells of a file or of plain settings, print the results, and write them to the output folder.
 
     source: the file, or setting -> value. overrides: ``KEY=VALUE,VALUE`` in place of settings of ``source``.
-    running: where and how the cells run. Raises typer.Exit with exit code 1 if some cells failed, SpecDecError if all
-    did, and typer.Exit with 130 after Ctrl-C.
+    running: where and how the cells run. Raises typer.Exit with exit code 1 if some cells failed or have faults,
+    SpecDecError if all failed, and typer.Exit with 130 after Ctrl-C or SIGTERM.
     """
     with terminal.status("loading"):
         from specdec.bench import launch
@@ -179,8 +180,7 @@ def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFl
         if store:
             stack.enter_context(store.opened(plan, shared.command_line(), running.resume, decoders.chats(plan.cells)))
             records, waiting = store.records(), store.waiting(plan)
-            requests = stack.enter_context((store.folder / REQUESTS).open("a", buffering=1, encoding="utf-8"))
-            log = lambda request: requests.write(json.dumps(request, ensure_ascii=False) + "\n")  # noqa: E731
+            log = stack.enter_context(store.logging())
         total = len(plan.cells)
         before = total - len(waiting)
         if before:
@@ -191,7 +191,8 @@ def _measure(source: Path | dict[str, Any], overrides: list[str], running: RunFl
         else:
             arriving = launch.run_locally(groups(waiting), decoders, lambda done: bar(before + done, total), log)
         try:
-            _take(arriving, plan, bar, before, records, store)
+            with interrupting(interrupt, ended=True):
+                _take(arriving, plan, bar, before, records, store)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -207,7 +208,7 @@ def _methods(drafters: str, pairs: list[str]) -> dict[str, Any]:
     """
     from specdec.bench.cell import EXTERNAL_METHODS
 
-    names = shared.commas(drafters)
+    names = [name.strip() for name in drafters.split(",") if name.strip()]
     if not names:
         raise SpecDecError("--drafters names none; give some, such as --drafters none,auto")
     plain = [name for name in names if name in EXTERNAL_METHODS and not EXTERNAL_METHODS[name].drafts]
@@ -242,10 +243,12 @@ def _take(
 
 
 def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: RunFlags, interrupted: bool) -> None:
-    """Print notes, tables and how to continue. Raises typer.Exit (1) if some cells failed, SpecDecError if all did.
+    """Print notes, tables and how to continue.
 
+    Raises typer.Exit (1) if some cells failed or have faults, and SpecDecError if all failed.
     records: key of a cell -> its record, for the cells of ``plan`` that have run. store: the output folder; None: there
-    is none. running: the options of the command. interrupted: whether Ctrl-C ended the run; typer.Exit is then raised.
+    is none. running: the options of the command.
+    interrupted: whether Ctrl-C or SIGTERM ended the run; typer.Exit (130) is then raised.
     """
     from specdec.bench.results import Results
     from specdec.bench.store import finished
@@ -268,11 +271,17 @@ def _end(plan: Plan, records: Mapping[str, Any], store: Store | None, running: R
             failed = f", {len(results.failed)} failed" if results.failed else ""
             say(f"{what}{whole} of {total} cells are done{failed}; continue with: {again}")
         say(f"results are in '{store.folder}'; see them with: specdec report {shlex.quote(str(store.folder))}")
+    faults = results.faults()
+    if faults:
+        say(
+            f"FAULT: outputs of {', '.join(faults)} differ from plain decoding, and no near-tie explains it; this is a "
+            "bug, please report it"
+        )
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not results.done:
         raise SpecDecError(f"every cell failed; the first: {ordered[0]['error']}")
-    if not all(map(finished, ordered)):
+    if faults or not all(map(finished, ordered)):
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import inspect
 import json
@@ -413,21 +414,13 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def depth(text: str, flag: str = "--num-speculative-tokens") -> int | Literal["auto"]:
-    """Return the draft length that ``text`` gives: "auto" or a number >= 1.
-
-    flag: the option, for messages. Raises SpecDecError for other texts.
-    """
+def depth(text: str) -> int | Literal["auto"]:
+    """Return the draft length that ``text`` gives: "auto" or a number >= 1. Raises SpecDecError for other texts."""
     if text == "auto":
         return "auto"
     if text.isdecimal() and int(text) >= 1:
         return int(text)
-    raise SpecDecError(f"{flag} must be 'auto' or a number >= 1; got '{text}'")
-
-
-def commas(text: str) -> list[str]:
-    """Split a comma-separated list; spaces around its parts and empty parts are dropped."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    raise SpecDecError(f"--num-speculative-tokens must be 'auto' or a number >= 1; got '{text}'")
 
 
 def command_line(*more: str) -> str:
@@ -436,10 +429,12 @@ def command_line(*more: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON to stdout. Raises ValueError for NaN."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Print a value as one line of JSON to stdout, in ASCII unless stdout is UTF-8. Raises ValueError for NaN."""
+    ascii_only = codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"
+    print(json.dumps(value, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON to the file ``path``, atomically; a file that is there is replaced."""
-    files.write_atomically(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    files.write_atomically(path, text.encode(errors="backslashreplace"))

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from specdec.base import options
-from specdec.base.interrupts import interrupting
+from specdec.base.errors import SpecDecError
+from specdec.base.interrupts import interrupt, interrupting
 from specdec.base.terminal import stderr, tell, write
 from specdec.cli import shared
 from specdec.models.names import check_model
@@ -82,9 +83,10 @@ def run(
         method, preset = PRESETS.get(command, command), preset or command
         # Wrong prompts are known before anything heavy is imported.
         given = read_preset(preset) | {name: value for name, value in overrides.items() if value}
-        optional = [given[key] for key in ("holdout", "evaluation") if given.get(key)]
-        for names in (given.get("prompts", []), *optional):
-            data.read([names] if isinstance(names, str) else names)
+        data.read(_names("prompts", given.get("prompts", [])))
+        for key in ("holdout", "evaluation"):
+            if given.get(key):
+                data.read(_names(key, given[key]))
         from specdec.train.method import lookup  # heavy imports stay out of --help
         from specdec.train.trainer import train
 
@@ -92,6 +94,14 @@ def run(
         figures = train(load_settings(kind.settings_class, method, preset, overrides), resume, console, preset)
         if not console.quiet:  # it is for all processes but the first
             write(f"{output}: {kind.describe(figures)}\n")
+
+
+def _names(key: str, value: Any) -> list[str]:
+    """Return the files and prompt sets that ``value`` of the setting ``key`` names. Raises SpecDecError for others."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SpecDecError(f"'{key}' must be the name of a file or of a prompt set, or a list of names; got {value!r}")
+    return names
 
 
 @contextmanager
@@ -102,7 +112,7 @@ def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[Non
     all processes but the first. The exit code is 130.
     """
     try:
-        with interrupting(_raise, ended=True):
+        with interrupting(interrupt, ended=True):
             yield
     except KeyboardInterrupt:
         if not console.quiet:  # as in ``run``
@@ -113,10 +123,6 @@ def _interruptible(output: Path, resume: bool, console: Console) -> Iterator[Non
             else:
                 tell(console, f"interrupted before anything was saved; start again with: {shared.command_line()}")
         raise typer.Exit(shared.INTERRUPTED) from None
-
-
-def _raise() -> None:
-    raise KeyboardInterrupt
 
 
 for _name in (*METHODS, *PRESETS):

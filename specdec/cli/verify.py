@@ -1,7 +1,7 @@
 """``specdec verify``: a certificate of losslessness for the user's own model, drafter and prompts.
 
 The exit code is 0 if every check passed, 1 if one failed or had not enough drafts, 2 for bad input, and 130 if the run
-was interrupted.
+was interrupted by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 from specdec.base import options, terminal
 from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.files import write_atomically
+from specdec.base.interrupts import interrupt, interrupting
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED
 from specdec.speculation import registry
@@ -85,7 +86,7 @@ def verify(
         certificate = Certificate(decoder, encoded, params, max_new_tokens, lengths, batch_size, min_drafted)
     where = environment()  # with the load before the run
     try:
-        with terminal.Bar("verify") as bar:
+        with terminal.Bar("verify") as bar, interrupting(interrupt, ended=True):
             certificate.run(bar)
     except KeyboardInterrupt:
         if not certificate.checks["greedy"].answers:
@@ -114,7 +115,7 @@ def verify(
     page, data = certificate.page(facts), about | certificate.as_dict()
     terminal.write(f"{page}\n")
     if output:
-        write_atomically(output / "certificate.txt", (page + "\n").encode())
+        write_atomically(output / "certificate.txt", (page + "\n").encode(errors="backslashreplace"))
         shared.write_json(output / "certificate.json", data)
     if as_json:
         shared.print_json(data)

@@ -55,17 +55,12 @@ class TrainingBatch:
         """S, the number of exact keys per row, padding included; 0 if the batch has no keys."""
         return max((k.shape[2] for k, _ in self.kv.values()), default=0)
 
-    def cache(self, num_layers: int) -> KVCache:
-        """Return a new KV cache of ``num_layers`` layers, whose first S tokens of each row are those of ``kv``.
-
-        These are the keys and values that the base model itself computes ("exact"), not estimates of a drafter. What a
-        draft step appends comes after them. Layers that ``kv`` lacks have the same length, but no keys and values.
-        """
-        return TrainingCache(num_layers, self)
-
 
 class TrainingCache(KVCache):
     """A KV cache for training: a batch's exact keys and values, then those of draft steps, which keep gradients.
+
+    Exact ones are those that the base model itself computes, not estimates of a drafter: the first S tokens of each row
+    are those of ``batch.kv``. Layers that ``kv`` lacks have the same length, but no keys and values.
 
     num_layers: layers of the base model. batch: gives the exact keys and values, which are the same for all draft
     steps.

@@ -24,9 +24,10 @@ from specdec.train.settings import TrainSettings, from_mapping
 
 RECIPE, METRICS, CHECKPOINT = "train.yaml", "metrics.jsonl", "checkpoint.pt"
 ANSWERS, TESTS, STATES, LOCK = "answers.jsonl", "evaluation.jsonl", "states", ".lock"
+DTYPE = "dtype.json"  # {"dtype": the one that "auto" stands for}
 LENGTHS = ("minutes", "steps")  # the settings for the length of a run
 # Files that a run writes, replaces and deletes. A folder that holds them without a recipe is refused.
-WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, CARD, METRICS, CHECKPOINT, ANSWERS, TESTS, STATES)
+WRITTEN = (drafter_folder.CONFIG, drafter_folder.WEIGHTS, CARD, METRICS, CHECKPOINT, ANSWERS, TESTS, STATES, DTYPE)
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def open_output(settings: TrainSettings, resume: bool, lock: FileLock | None = N
         if not recipe.exists():
             if there := [name for name in WRITTEN if (output / name).exists()]:
                 raise SpecDecError(f"'{output}' holds a '{there[0]}' that no training run wrote; give another --output")
-        elif any(path not in (recipe, output / LOCK) for path in output.iterdir()):
+        elif any(path not in (recipe, output / LOCK, output / DTYPE) for path in output.iterdir()):
             _check_same_run(output, own, resume)
         output.mkdir(parents=True, exist_ok=True)
         if lock is not None:

@@ -35,7 +35,7 @@ from specdec.train.states import AnswerStates
 REPORT_UPDATES = 10  # updates per line of metrics.jsonl
 REFRESH_UPDATES = 16  # updates between two calls of ``TrainingMethod.refresh``
 STOP = 2.0  # stands for the finished share of the schedule where the run is stopped
-STATE = "update", "tokens", "seconds", "best", "logged", "refreshed"  # attributes of a run that its checkpoint stores
+STATE = "update", "tokens", "seconds", "best", "logged", "refreshed", "evaluated"  # what a checkpoint stores of a run
 
 
 class TrainingRun:
@@ -77,6 +77,11 @@ class TrainingRun:
         self.held_out = held_out
         self.kinds = kinds
         self.windows = batches.windows(train, self.settings.window)
+        if len(self.windows) < processes.num_processes:
+            raise SpecDecError(
+                f"{processes.num_processes} processes cannot share {len(self.windows)} windows of answers; give more "
+                "prompts, lower 'window', or use fewer processes"
+            )
         self.parameters = {n: p for n, p in self.masters.named_parameters() if p.requires_grad}
         self.running = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -89,6 +94,7 @@ class TrainingRun:
         self.best = -math.inf  # the best score so far
         self.logged = 0  # length of metrics.jsonl in bytes
         self.refreshed = dict[str, Tensor]()  # values of the running copy at the last refresh
+        self.evaluated = -1  # the update of the latest evaluation
         self.stopped = False  # whether Ctrl-C or SIGTERM asked it to end after the update
 
     def train(self, resume: bool) -> dict[str, Any]:
@@ -183,8 +189,9 @@ class TrainingRun:
     def _finish(self) -> None:
         with self.processes.main_process_first():
             self._save()
-            self._evaluate()
-            self._save()
+            if self.evaluated != self.update:
+                self._evaluate()
+                self._save()
 
     def _begin_from(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Copy the tensors of the trained drafter ``init`` to the masters and to the running copy.
@@ -302,28 +309,36 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Evaluate on held-out answers, log the figures, and export the drafter if it is the best so far.
 
-        Sets ``best``. Only the first process does this; in others the call has no effect.
+        The figures of each kind of prompts are computed for an export alone. Sets ``best`` and ``evaluated``. Only the
+        first process evaluates.
         """
         self._refresh()
+        self.evaluated = self.update
         if not self.processes.is_main_process:
             return
-        figures, by_kind = self._figures(self.held_out), dict[str, list[AnswerStates]]()
-        for record, kind in zip(self.held_out, self.kinds, strict=True):
-            by_kind.setdefault(kind or "other", []).append(record)
-        kinds = {
-            f"{kind} ({len(some)})": self._figures(some)
-            for kind, some in sorted(by_kind.items())
-            if len(by_kind) > 1 and batches.windows(some, self.settings.window)
-        }
+        figures = self._figures(self.held_out)
+        better = figures["score"] > self.best
+        kinds = self._by_kind() if better else {}
         scores = {"kinds": {kind: each["score"] for kind, each in kinds.items()}} if kinds else {}
         self._log({"update": self.update, "tokens": self.tokens, "evaluation": figures, **scores})
         tell(
             self.progress.console,
             f"update {self.update}, {self.tokens} tokens, {self.seconds / 60:.1f} min: {self.method.describe(figures)}",
         )
-        if figures["score"] > self.best:
+        if better:
             self.best = figures["score"]
             self._export(figures, kinds)
+
+    def _by_kind(self) -> dict[str, dict[str, Any]]:
+        """Evaluate on the held-out answers of each kind: {"KIND (number of answers)": figures}, {} for a single one."""
+        by_kind = dict[str, list[AnswerStates]]()
+        for record, kind in zip(self.held_out, self.kinds, strict=True):
+            by_kind.setdefault(kind or "other", []).append(record)
+        return {
+            f"{kind} ({len(some)})": self._figures(some)
+            for kind, some in sorted(by_kind.items())
+            if len(by_kind) > 1 and batches.windows(some, self.settings.window)
+        }
 
     @torch.no_grad()
     def _figures(self, records: Sequence[AnswerStates]) -> dict[str, Any]:

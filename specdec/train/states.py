@@ -1,8 +1,8 @@
 """Teacher states on disk: states of the base model for each training answer, computed once for all epochs.
 
 The states are a folder of safetensors shards (memory-mapped when read) and an ``index.json`` with the shards' names,
-the base model's fingerprint and a digest of the answers. A shard has the states of up to ``SHARD_ANSWERS`` answers.
-Shards are written one by one, so a killed run can resume.
+the base model's fingerprint and a digest of the answers. A shard has the states of answers of about ``SHARD_TOKENS``
+tokens. Shards are written one by one, so a killed run can resume.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from specdec.train.data import TrainingAnswer
 from specdec.train.output import writing
 
 INDEX, VERSION = "index.json", 1
-SHARD_ANSWERS = 256  # answers per shard
+SHARD_TOKENS = 16_000  # of the texts in a shard, the last of which may go beyond: what an interrupted run loses
 EVERY_TOKEN = "ids", "k.", "v."  # prefixes of tensors with an entry for every token; all others begin at ``first``
 NO_PATH = (
     "and training runs through layers with attention only; m2r2 learns from texts of this model by itself (specdec "
@@ -135,7 +135,7 @@ def compute_states(
             )
         index = found
     shards = index["shards"]
-    left = answers[len(shards) * SHARD_ANSWERS :]
+    left = answers[sum(shard["answers"] for shard in shards) :]
     total, missing = (sum(map(len, some)) for some in (answers, left))
     label = f"teacher states ({name})"
     task = progress.add_task(label, total=total, visible=missing > 0, unit="tokens", part="states")
@@ -143,13 +143,31 @@ def compute_states(
     done = partial(progress.advance, task)
     with writing("teacher states", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for start in range(len(shards) * SHARD_ANSWERS, len(answers), SHARD_ANSWERS):
-            chunk, file = answers[start : start + SHARD_ANSWERS], f"states-{len(shards):05d}.safetensors"
-            save_file(_make_shard(target, chunk, wanted, done), folder / f"{file}.part")
-            (folder / f"{file}.part").replace(folder / file)
+        for chunk in _chunks(left):
+            file = f"states-{len(shards):05d}.safetensors"
+            tensors, part = _make_shard(target, chunk, wanted, done), folder / f"{file}.part"
+            try:
+                save_file(tensors, part)
+                part.replace(folder / file)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
             shards.append({"file": file, "answers": len(chunk)})
             write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
     return [record for shard in shards for record in _records(_load(folder, shard), wanted)]
+
+
+def _chunks(answers: Sequence[TrainingAnswer]) -> Iterator[list[TrainingAnswer]]:
+    """Cut the answers, in order, into those of a shard each: the fewest that have ``SHARD_TOKENS`` tokens together."""
+    chunk, tokens = list[TrainingAnswer](), 0
+    for answer in answers:
+        chunk.append(answer)
+        tokens += len(answer)
+        if tokens >= SHARD_TOKENS:
+            yield chunk
+            chunk, tokens = [], 0
+    if chunk:
+        yield chunk
 
 
 @torch.inference_mode()
@@ -248,7 +266,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     what = f"'{folder / INDEX}' is not an index of teacher states; delete the folder"
     with errors_as(what, ValueError, KeyError, TypeError):
         index: dict[str, Any] = inputs.parse_json((folder / INDEX).read_bytes())
-        if index["version"] != VERSION or not isinstance(index["shards"], list):
+        counts = [shard["answers"] for shard in index["shards"]]
+        if index["version"] != VERSION or not all(type(count) is int and count > 0 for count in counts):
             raise ValueError("another format")
     return index
 

@@ -20,7 +20,7 @@ from specdec.drafters.m2r2.network import M2R2, Carry, router_taps
 from specdec.kvcache.mask import Mask
 from specdec.runtimes.native.linear import rounded_for_drafts
 from specdec.runtimes.target import GivenLinear, Pass, Target
-from specdec.train.batches import TrainingBatch
+from specdec.train.batches import TrainingBatch, TrainingCache
 
 BLOCK = 256  # positions whose logits are computed together
 FLOATS = 1 << 17  # logits that are compared together on a CPU
@@ -62,7 +62,7 @@ def shared_stages(
     exact = keys[:, None] <= batch.positions[:, :, None]  # (B, T, S)
     own = torch.zeros(*exact.shape[:2], x.shape[1], dtype=torch.bool, device=x.device)
     mask = Mask(batch.positions, torch.cat((keys, batch.positions), 1), torch.cat((exact, own), 2))
-    cache = batch.cache(target.num_layers)
+    cache = TrainingCache(target.num_layers, batch)
     for lo, hi in path.shared:
         taps = router_taps(lo + 1, hi) if watched else None
         start = batch.hidden[lo] if lo else x
@@ -91,7 +91,7 @@ def draft_steps(
     """
     path, early = network.path, shared_stages(network, target, batch, watched)
     start, first = early[-1] if early else (target.embed(batch.ids, batch.positions), [])
-    carry, cache, valid = exact_carry(network, batch), batch.cache(target.num_layers), batch.valid
+    carry, cache, valid = exact_carry(network, batch), TrainingCache(target.num_layers, batch), batch.valid
     for step in range(1, steps + 1):
         ends, p, passed, inputs = list(early), start, first, list[Tensor]()
         mask = step_mask(batch, step)
@@ -125,7 +125,7 @@ def projected_from(network: M2R2, target: Target, batch: TrainingBatch, index: i
     early, segments = shared_stages(network, target, batch), len(path.segments)
     ends = [target.embed(batch.ids, batch.positions), *(p for p, _ in early)]
     run = len(path.shared) + index if index < segments else path.stages_to_exit[index - segments]  # stages
-    mask, cache = step_mask(batch, 1), batch.cache(target.num_layers)
+    mask, cache = step_mask(batch, 1), TrainingCache(target.num_layers, batch)
     for segment in range(run - len(path.shared)):
         x = network.project(segment, ends[-1], carry)
         ends.append(network.run_segment(target, segment, x, batch.positions, batch.ids, mask, cache)[0])

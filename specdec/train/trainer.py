@@ -7,6 +7,8 @@ gradient training follow (``specdec.train.run``). The base model is frozen, and 
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import random
 import sys
 import time
@@ -22,8 +24,9 @@ from rich.console import Console
 
 from specdec.api.decoder import SpecDecoder
 from specdec.api.prompts import encode
-from specdec.base import machine
-from specdec.base.errors import SpecDecError
+from specdec.base import inputs, machine
+from specdec.base.errors import SpecDecError, errors_as
+from specdec.base.files import write_atomically
 from specdec.base.terminal import stderr, tell
 from specdec.bench.prompts import evenly_spaced
 from specdec.models import drafter_folder, loading
@@ -35,7 +38,7 @@ from specdec.speculation.generation_config import eos_token_ids
 from specdec.train import data, states
 from specdec.train.answers import answer_prompts, known_answers
 from specdec.train.method import RunContext, lookup
-from specdec.train.output import ANSWERS, CHECKPOINT, STATES, TESTS, lock_of, open_output
+from specdec.train.output import ANSWERS, CHECKPOINT, DTYPE, STATES, TESTS, lock_of, open_output, writing
 from specdec.train.progress import RunProgress, describe, expected_seconds
 from specdec.train.run import TrainingRun
 from specdec.train.settings import TrainSettings
@@ -101,7 +104,7 @@ def _prepare(
     dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
     model, tokenizer = loading.load(settings.model, dtype=dtype, device=device, adapter=settings.adapter)
     decoder = SpecDecoder(model, tokenizer, drafter="none")  # as users run it, so its states are theirs
-    target = open_target(model, settings)
+    target = open_target(model, settings, output, resume)
     if settings.init:
         _note_other_base(settings.init, target, progress.console)
     method = lookup(settings.method)(settings, target)
@@ -156,30 +159,44 @@ def _note_other_base(init: str, target: Target, console: Console) -> None:
         tell(console, f"'{init}' was trained for {other}, not for this model; it is only where training starts")
 
 
-def open_target(model: Any, settings: TrainSettings) -> Target:
+def open_target(model: Any, settings: TrainSettings, output: Path, resume: bool = False) -> Target:
     """Return the runtime to train in, for ``model`` or for a float32 copy of it.
 
     The copy is loaded if the setting ``dtype`` is "auto", the model is on a CPU that multiplies float32 matrices faster
-    than bfloat16 ones, and the memory suffices.
+    than bfloat16 ones, and the memory suffices. The choice is kept in ``output`` for all processes of the run.
     model: the base model, already loaded. settings: name the model and the dtype to train in.
+    output: the output folder. resume: whether to take the choice that is there.
     """
-    if settings.dtype == "auto" and model.device.type == "cpu" and float32_is_faster():
-        need = 4 * sum(parameter.numel() for parameter in empty_model(model.config, torch.float32).parameters())
-        free = machine.available_memory()
-        if free is None or free > 3 * need:  # the first model stays loaded, and the copy's matrices are stacked
+    if settings.dtype == "auto" and model.device.type == "cpu":
+        kept = output / DTYPE
+        if not (resume and kept.exists()):
+            choice = {"dtype": "float32" if float32_is_faster() and _float32_fits(model) else "bfloat16"}
+            with writing("the dtype", output):
+                write_atomically(kept, (json.dumps(choice) + "\n").encode())
+        with errors_as(f"'{kept}' is broken; delete it", ValueError, KeyError, TypeError):
+            dtype = inputs.parse_json(kept.read_bytes())["dtype"]
+        if dtype == "float32":
             model, _ = loading.load(settings.model, dtype="float32", device="cpu", adapter=settings.adapter)
     return training_target(model)
 
 
+def _float32_fits(model: Any) -> bool:
+    """Return whether the memory suffices for a float32 copy of ``model`` beside it."""
+    need = 4 * sum(parameter.numel() for parameter in empty_model(model.config, torch.float32).parameters())
+    free = machine.available_memory()
+    return free is None or free > 3 * need  # the copy's matrices are stacked
+
+
 def float32_is_faster() -> bool:
-    """Measure whether this CPU multiplies float32 matrices faster than bfloat16 ones."""
+    """Measure whether this CPU multiplies float32 matrices faster than bfloat16 ones: the least of three times each."""
     seconds = dict[torch.dtype, float]()
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.ones(512, 1024, dtype=dtype)
-        for _ in range(3):  # the first one warms up
+        seconds[dtype] = math.inf
+        for _ in range(3):
             start = time.perf_counter()
             x @ x.T
-            seconds[dtype] = time.perf_counter() - start
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
     return seconds[torch.float32] < seconds[torch.bfloat16]
 
 

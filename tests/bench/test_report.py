@@ -62,6 +62,23 @@ def folder(tmp_path: Path) -> Path:
     return fill(tmp_path / "sweep", records, (Cell(drafter="none"),))
 
 
+def test_quality_joins_only_cells_of_the_same_settings(tmp_path: Path) -> None:
+    records = []
+    for model in ("a", "b"):
+        for temperature in (0.0, 0.7):
+            for threshold in (0.5, 0.9):
+                quality = {key: estimate(threshold) for key in ("agreement", "nll", "rouge_l")}
+                options = {"exit_threshold": threshold}
+                how = {"drafter": "m2r2", "verifier": "confident", "verifier_options": options}
+                cell = Cell(model=model, temperature=temperature, **how)
+                records.append(result(cell, 2.5 - threshold, lossless=False, quality=quality))
+    with matplotlib.rc_context(STYLE):
+        (picture,) = draw_all(Results("", "", [], records))["Quality against speed"]
+    lines = picture.figure.axes[0].containers
+    assert [len(line.lines[0].get_xdata()) for line in lines] == [2] * 4
+    assert {line.get_label() for line in lines} == {f"m2r2 confident model={m} T={t}" for m in "ab" for t in (0.0, 0.7)}
+
+
 def report(folder: Path, *args: str):
     return CliRunner().invoke(cli.app, ["report", str(folder), *args])
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import statistics
 import threading
 from collections.abc import Iterator
@@ -291,24 +292,117 @@ def test_what_does_not_fit_the_context_is_told_and_left_out(file: Path, tmp_path
     assert result.exit_code == 2 and "nothing was measured" in line and "context of 64" in line
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("calls", "kept"), [(5, 2), (2, 0)])
-def test_an_interrupt_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch, calls: int, kept: int) -> None:
+def test_an_interrupt_keeps_what_was_measured(bench, tmp_path, monkeypatch, calls: int, kept: int, number: int) -> None:
     reply, count = methods.OwnMethod.reply, 0
 
     def interrupted(*args: object):
         nonlocal count
         count += 1
         if count > 2 + calls:  # two warm up
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return reply(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(methods.OwnMethod, "reply", interrupted)
-    result = bench("--output", str(tmp_path / "out"))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        result = bench("--output", str(tmp_path / "out"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert result.exit_code == 130
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 2 * (calls // 2)
     if kept:
         record = json.loads((tmp_path / "out/cells.jsonl").read_text().splitlines()[0])
         assert record["interrupted"] and record["method"]["requests"] == kept and "(interrupted)" in result.stdout
+        assert (record["prompts"]["conversations"], record["prompts"]["turns"]) == (1, 2)
+
+
+def test_an_error_late_in_a_run_keeps_what_was_measured(bench, tmp_path: Path, monkeypatch) -> None:
+    reply, count = methods.OwnMethod.reply, 0
+
+    def broken(method: methods.OwnMethod, prompts: list[list[int]], new: int, seed: int, scope: str):
+        nonlocal count
+        count += ", none, " in scope
+        if count > 2:
+            raise IndexError("as told")
+        return reply(method, prompts, new, seed, scope)
+
+    monkeypatch.setattr(methods.OwnMethod, "reply", broken)
+    result = bench("--output", str(tmp_path / "out"))
+    assert result.exit_code == 1 and "cut short: unexpected IndexError: as told" in result.stdout
+    records = [json.loads(line) for line in (tmp_path / "out/cells.jsonl").read_text().splitlines()]
+    assert [record["interrupted"] for record in records] == [True, True]
+    assert [record["method"]["requests"] for record in records] == [2, 2]
+    monkeypatch.undo()
+    assert bench("--output", str(tmp_path / "out"), "--resume").exit_code == 0
+
+
+def test_a_log_that_cannot_be_written_costs_a_line(bench, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("specdec.bench.store.REQUESTS", "/dev/full")
+    result = bench("--output", str(tmp_path / "out"))
+    assert result.exit_code == 0 and len((tmp_path / "out/cells.jsonl").read_text().splitlines()) == 2
+    (line,) = (line for line in result.stderr.splitlines() if "/dev/full" in line)
+    assert "No space left on device; the run goes on" in line
+
+
+def test_half_a_line_of_a_killed_run_is_cut_from_the_log(bench, tmp_path: Path) -> None:
+    args = "--output", str(tmp_path / "out"), "--resume"
+    assert bench(*args, "--limit", "1").exit_code == 0
+    log = tmp_path / "out/results.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + whole[: len(whole) // 5])
+    (tmp_path / "out/cells.jsonl").unlink()
+    assert bench(*args, "--limit", "1").exit_code == 0
+    assert all(json.loads(line)["rows"] for line in log.read_bytes().splitlines())
+
+
+def test_a_tree_is_accepted_by_its_depth(cell) -> None:
+    made: list[BenchRequest] = []
+    tree = cell(drafter="prompt-lookup", drafter_options={"continuations": 3})
+    (result,) = measure([tree], Decoders(), record=made.append)
+    metrics = [m for request in made if request.method != "none" for m in request.reply.metrics]
+    depths = sum(sum(m.per_step_drafted) for m in metrics)
+    assert sum(m.num_draft_tokens for m in metrics) > depths
+    assert result["method"]["acceptance_rate"] == sum(m.num_accepted_draft_tokens for m in metrics) / depths
+
+
+def wrong(reply):
+    """``reply`` of a method, with another first token."""
+
+    def call(*args: object):
+        made = reply(*args)
+        made.tokens[0][0] ^= 1
+        return made
+
+    return call
+
+
+def test_a_wrong_output_of_an_exact_drafter_is_a_fault_and_exit_code_1(bench, tmp_path: Path, monkeypatch) -> None:
+    reply = methods.OwnMethod.reply
+
+    def call(method: methods.OwnMethod, *args: object):
+        how = wrong(reply) if method.decoder.drafter.traits.label == "prompt-lookup" else reply
+        return how(method, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods.OwnMethod, "reply", call)
+    args = "--output", str(tmp_path / "out")
+    result = bench(*args)
+    assert result.exit_code == 1 and "(4 FAULT)" in result.stdout
+    assert "FAULT: outputs of prompt-lookup@3 (4 of 4) differ from plain decoding" in result.stderr
+    assert len((tmp_path / "out/cells.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("against", [("none",), ("hf",)])
+@pytest.mark.parametrize("rounded", ["activations", "kv_cache", "weight_format", ""])
+def test_model_generate_is_at_fault_only_with_the_same_arithmetic(cell, monkeypatch, against, rounded: str) -> None:
+    monkeypatch.setattr(methods.HFMethod, "reply", wrong(methods.HFMethod.reply))
+    decoders, own = Decoders(), cell(drafter="hf" if "none" in against else "prompt-lookup", against=against)
+    if rounded:
+        setattr(decoders.base(own).target, rounded, "8 bits, rounded")
+    (result,) = measure([own], decoders)
+    expected = {"equal": 0, "near_ties": None if rounded else 0, "faults": None if rounded else 4, "of": 4}
+    assert result["method"]["equal_to_plain"] == expected
 
 
 def test_intervals_are_those_of_a_bootstrap_over_conversations() -> None:

@@ -24,7 +24,7 @@ import specdec.serve.run
 from specdec import cli
 from specdec.base import inputs, terminal
 from specdec.base.errors import SpecDecError
-from specdec.cli import generate, train
+from specdec.cli import generate, shared, train
 from specdec.cli.statistics import speedup
 from specdec.engine.metrics import RequestMetrics
 from specdec.models import catalogue
@@ -343,6 +343,37 @@ def test_ctrl_c_in_train_says_what_is_saved_and_how_to_go_on(saved: list[str], t
     again = f"specdec train medusa --model it --output {output}"
     before = f"interrupted before anything was saved; start again with: {again}"
     assert line == (f"interrupted; '{output}' keeps {keeps}; continue with: {again} --resume" if saved else before)
+
+
+@pytest.mark.parametrize("key", ["prompts", "holdout", "evaluation"])
+@pytest.mark.parametrize("value", ["5", "{a: b}", "[1, 2]"])
+@pytest.mark.parametrize("where", ["--set", "preset"])
+def test_a_number_as_the_prompts_to_train_on_is_one_line(key: str, value: str, where: str, tmp_path: Path) -> None:
+    (preset := tmp_path / "mine.yaml").write_text(f"{key}: {value}\n")
+    (prompts := tmp_path / "prompts.txt").write_text("one\n")
+    given = ["--set", f"{key}={value}"] if where == "--set" else ["--preset", str(preset)]
+    given += [] if key == "prompts" else ["--prompts", str(prompts)]
+    result = CliRunner().invoke(cli.app, ["train", "medusa", "--output", str(tmp_path / "out"), *given])
+    assert f"error: '{key}' must be the name of a file or of a prompt set" in one_line_error(result)
+
+
+class Latin1(io.TextIOWrapper):
+    """Standard output that is no UTF-8, as ``terminal.guard_streams`` leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="latin-1", errors="backslashreplace")
+
+
+def test_json_is_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", out := Latin1())
+    shared.print_json({"text": "é, 字, 😀, \udce9"})
+    out.flush()
+    assert json.loads(out.buffer.getvalue()) == {"text": "é, 字, 😀, \udce9"}  # type: ignore[attr-defined]
+
+
+def test_json_files_may_name_a_path_that_is_no_text(tmp_path: Path) -> None:
+    shared.write_json(tmp_path / "it.json", {"path": "caf\udce9, é"})
+    assert json.loads((tmp_path / "it.json").read_text("utf-8")) == {"path": "caf\udce9, é"}
 
 
 FULL = "No space left on device"

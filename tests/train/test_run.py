@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from lora import save_lora
+from refusals import refused
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import save_granite4, save_native, save_tiny, tiny_model
@@ -147,13 +149,36 @@ def test_given_answers_are_evaluated_by_category_and_not_trained_on(answers: Pat
     assert sum(shard["answers"] for shard in index["shards"]) == len(lines) - 3
     assert not (out / "evaluation.jsonl").exists()  # all have answers
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["kinds"].keys() == {"code (2)", "math (1)"} for row in rows if "evaluation" in row)
+    assert next(row["kinds"] for row in rows if "evaluation" in row).keys() == {"code (2)", "math (1)"}
     assert "evaluation:\n- tests.jsonl" in (out / "train.yaml").read_text()
     with pytest.raises(SpecDecError, match="prompt 1 to train on contains the held-out prompt"):
         train(recipe(answers, tmp_path / "same", evaluation=[str(answers)]))
     tests.write_text(json.dumps(kinds[0] | {"response_ids": [5]}))
     with pytest.raises(SpecDecError, match="or to evaluate on, are empty or too long"):
         train(recipe(answers, tmp_path / "short", evaluation=[str(tests)]))
+
+
+def test_an_evaluation_is_made_once_and_by_category_for_an_export_alone(answers, tmp_path, monkeypatch) -> None:
+    tests, out = tmp_path / "tests.jsonl", tmp_path / "out"
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    kinds = [line | {"category": kind} for line, kind in zip(lines, ("code", "math"), strict=False)]
+    tests.write_text("\n".join(map(json.dumps, kinds)))
+    answers.write_text("\n".join(map(json.dumps, lines[2:])))
+    evaluate, scores = M2R2Method.evaluate, iter([2.0, 5.0, 5.0, 1.0, 3.0, 5.0, 5.0])  # all, and then the two kinds
+    monkeypatch.setattr(M2R2Method, "evaluate", lambda *given: evaluate(*given) | {"score": next(scores)})
+    settings = recipe(answers, out, steps=2, evaluation=[str(tests)], eval_minutes=0)
+    train(settings)
+    train(settings, resume=True)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["update"], row["evaluation"]["score"], "kinds" in row) for row in rows if "evaluation" in row]
+    assert found == [(0, 2.0, True), (1, 1.0, False), (2, 3.0, True)]
+
+
+def test_more_processes_than_windows_are_refused(answers: Path, tmp_path: Path, monkeypatch) -> None:
+    many = SimpleNamespace(num_processes=10_000, is_main_process=True)
+    monkeypatch.setattr(trainer, "TrainingRun", lambda *given: TrainingRun(*given[:-1], many))
+    with refused("10000 processes cannot share [0-9]+ windows of answers; give more prompts"):
+        train(recipe(answers, tmp_path / "out"))
 
 
 def test_prompts_to_evaluate_on_are_answered_apart_and_spread_over_their_file(answers: Path, tmp_path: Path) -> None:
@@ -284,7 +309,10 @@ def test_a_drafter_trained_on_a_gguf_file_serves_it_and_its_other_precisions(tmp
     command += ["--output", str(tmp_path / "out"), "--steps", "2", *(f"--set={each}" for each in sizes)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert dtypes == [torch.float32]
+    monkeypatch.setattr(trainer, "float32_is_faster", lambda: False)  # another timing changes nothing in this run
+    again = CliRunner().invoke(app, [*command, "--resume"])
+    assert again.exit_code == 0, again.output
+    assert dtypes == [torch.float32] * 2
     assert load_file(tmp_path / "out" / "model.safetensors")["projections.0.weight"].dtype == torch.bfloat16
     capsys.readouterr()
     for name, says in (("packed", False), ("plain", True)):

@@ -1,5 +1,8 @@
 """Teacher states: they are those of each answer alone, need the room that was announced, and show how far they are."""
 
+import errno
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ def test_states_are_those_of_each_answer_alone(kind: str, tmp_path: Path, monkey
     answers = some_answers(3)
     monkeypatch.setattr(states, "PASS_TOKENS", 200)  # several passes, of several answers each
     monkeypatch.setattr(states, "READOUT_ROWS", 50)
-    monkeypatch.setattr(states, "SHARD_ANSWERS", 5)
+    monkeypatch.setattr(states, "SHARD_TOKENS", 200)
     for answer, record in zip(
         answers, states.compute_states(tmp_path, target, answers, WANTED, Progress(), "train"), strict=True
     ):
@@ -87,7 +90,7 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monk
     target = training_target(tiny_model("llama"))
     some = [TrainingAnswer((3, 4, 5), tuple(range(6, 12 + n))) for n in range(6)]
     wanted = states.StateSelection((2,), (4,))
-    monkeypatch.setattr(states, "SHARD_ANSWERS", 2)
+    monkeypatch.setattr(states, "SHARD_TOKENS", 16)  # of answers of 9, 10, 11 ... tokens: two a shard
     whole = states.compute_states(tmp_path / "whole", target, some, wanted, Progress(), "train")
     teach, calls = states._make_shard, []
 
@@ -102,8 +105,31 @@ def test_states_are_written_shard_by_shard_and_go_on_after_a_kill(tmp_path, monk
         states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
     parts = states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
     assert len(calls) == 4  # two shards, the killed one, and that one again
+    index = json.loads((tmp_path / "parts/index.json").read_text())
+    assert [shard["answers"] for shard in index["shards"]] == [2, 2, 2]
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.hidden[4], b.hidden[4]) and torch.equal(a.kv[2][0], b.kv[2][0])
+    monkeypatch.setattr(states, "SHARD_TOKENS", 5)  # an earlier version had larger shards
+    for left in (2, 3):
+        (tmp_path / "parts/index.json").write_text(json.dumps(index | {"shards": index["shards"][:left]}))
+        parts = states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
+        index = json.loads((tmp_path / "parts/index.json").read_text())
+        assert [shard["answers"] for shard in index["shards"]] == [2, 2, 1, 1]
+        for a, b in zip(whole, parts, strict=True):
+            assert a.ids.tolist() == b.ids.tolist()
+            torch.testing.assert_close(a.hidden[4], b.hidden[4], rtol=1e-4, atol=1e-4)
     with pytest.raises(SpecDecError, match="other fingerprint"):
         target.fingerprint = "another model"
         states.compute_states(tmp_path / "parts", target, some, wanted, Progress(), "train")
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(states, "save_file", full)
+    target, some = training_target(tiny_model("llama")), [TrainingAnswer((3, 4, 5), (6, 7))]
+    with pytest.raises(SpecDecError, match="No space left on device; free some space"):
+        states.compute_states(tmp_path, target, some, WANTED, Progress(), "train")
+    assert not list(tmp_path.iterdir())

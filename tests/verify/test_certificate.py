@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,29 @@ def test_a_lossless_decoder_gets_its_certificate(run, tmp_path: Path) -> None:
     assert data["num_speculative_tokens"] == ["auto", 4] and all(c["drafted"] >= 32 for c in data["checks"])
     for fact in ("model", "fingerprint", "drafter", "specdec", "load_average"):
         assert f"\n{fact}: {data[fact]}\n" in page
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_writes_what_it_has(run, tmp_path: Path, monkeypatch, number: int) -> None:
+    take = Check.take
+
+    def interrupted(check: Check, *given: object) -> None:
+        take(check, *given)  # type: ignore[arg-type]
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(Check, "take", interrupted)
+    monkeypatch.setattr(sys, "argv", ["specdec", "verify", "caf\udce9"])  # a path that is no text
+    page = Certificate.page
+    monkeypatch.setattr(Certificate, "page", lambda *given: page(*given) + "\ncaf\udce9")
+    monkeypatch.setattr("specdec.cli.verify.terminal.write", lambda text: None)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        result = run("--output", str(tmp_path / "out"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 130 and "so far (cut short)" in (tmp_path / "out/certificate.txt").read_text()
+    data = json.loads((tmp_path / "out/certificate.json").read_text())
+    assert not data["complete"] and "caf\udce9" in data["command"] and data["checks"][0]["answers"] == 1
 
 
 def test_a_drafter_that_never_drafts_is_refused(folder: str) -> None:
