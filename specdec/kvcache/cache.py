@@ -47,7 +47,8 @@ class RowEntries:
         larger size.
     pointers: for each buffer name, (capacity in slots, address of the keys, address of the values).
     states: the states of the recurrent layers; None: the model has no recurrent layers.
-    lent: whether the buffer "kv" is memory of a runtime's CUDA graphs, which other caches must copy and not share.
+    lent: whether the buffer "kv" is memory of a runtime's CUDA graphs, which other caches must copy and not share. The
+        runtime may write into slots from ``held`` on.
     dropped: ranges [begin, end) of committed slots, in order, that ``KVCache.evict`` has dropped in sliding-window
         layers.
     window_checkpoints: numbers of tokens after which the row can be resumed, because the slots of a window before them
@@ -91,7 +92,8 @@ class RowEntries:
         From then on, no other row shares the buffer of this name.
 
         held: number of the row's slots that count as used memory; None: all slots of the buffer.
-        lent: whether it is memory of a runtime's CUDA graphs, which other caches must copy and not share.
+        lent: whether it is memory of a runtime's CUDA graphs, which other caches must copy and not share. The runtime
+            may write into slots from ``held`` on.
         """
         self.buffers[name] = buffer
         self.held = buffer.shape[-2] if held is None else held
@@ -388,7 +390,7 @@ class KVCache:
     def _grow(self, row: RowEntries, name: str, heads: int, end: int, head_dim: int, dtype: torch.dtype) -> None:
         """Enlarge the buffer ``name`` of a row so that it has at least ``end`` slots (tokens), and raise ``row.held``.
 
-        A new buffer replaces ``row.buffers[name]`` if that is missing or too small; the stored tokens are copied.
+        A new buffer replaces ``row.buffers[name]`` if that is missing, too small or lent; the stored tokens are copied.
 
         heads: number of key heads. head_dim: size of a head. dtype: dtype of keys and values before 8-bit quantisation.
         """
@@ -398,7 +400,7 @@ class KVCache:
         old = row.buffers.get(name)
         have = 0 if old is None else old.shape[3]
         held = max(row.held, self._slots(row, end, have))
-        if old is None or have < held:
+        if old is None or have < held or row.lent:
             layers = 1 if self.layers is None else len(self.layers[self.names.index(name)])
             # Grow by at least a quarter: without a known limit, each entry is copied a bounded number of times.
             made = self._buffer((2, layers, heads, max(held, grown(have)), head_dim), dtype)

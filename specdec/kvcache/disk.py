@@ -242,7 +242,8 @@ class PrefixDisk:
 
     def _names(self, ids: Sequence[int], scope: str | None) -> Iterator[str]:
         parts = f"{LAYOUT} {CHUNK} {self.window}" if self.window else f"{LAYOUT} {CHUNK}"
-        digest = hashlib.sha256(f"{self.identity}\n{parts}\n{scope or ''}\n".encode())
+        owner = b"" if scope is None else scope.encode() or b"\xff"  # which no other scope is
+        digest = hashlib.sha256(f"{self.identity}\n{parts}\n".encode() + owner + b"\n")
         for end in range(CHUNK, len(ids) + 1, CHUNK):
             digest.update(np.asarray(ids[end - CHUNK : end], np.int64).tobytes())
             yield digest.hexdigest()

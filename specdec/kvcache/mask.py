@@ -13,8 +13,17 @@ from specdec.base.devices import upload
 class Chunk(int):
     """The chunk size in tokens of chunked attention, used in place of a window.
 
-    A query attends only to keys whose position // chunk size equals its own.
+    A query attends only to keys whose position // chunk size equals its own. A chunk size equals no window.
     """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chunk) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Chunk, int(self)))
 
 
 class Mask:

@@ -9,6 +9,9 @@ model are replaced:
     recurrent mixer of such a layer   ``_Mixer``: runs the mixer with the states in the ``KVCache``
     argument ``past_key_values``      ``_Bridge``: the ``KVCache`` with the interface of transformers' ``Cache``
     argument ``attention_mask``       the mask of the pass, in the form that the layers take (``with_mask``)
+    a causal mask of its own          a mask that hides nothing (GPT-Neo, ``_by_position``)
+    query projection that is scaled   ``_Tempered``: scales each query by its own position (Llama 4, ``_by_position``)
+    by the number of tokens so far
 
 So position embeddings, rotary tables, final norms and logit caps are the model's own.
 """
@@ -28,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+from transformers.models.llama4.modeling_llama4 import Llama4TextAttention
 
 from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.kvcache.cache import KVCache
@@ -54,6 +59,7 @@ class TransformersTarget(Target):
     decoder, head: (owner module, attribute name) of the list of decoder layers, and of the output head.
     blocks: the modules of the decoder layers.
     mixers: for each layer, attribute name of its recurrent mixer; None: it has attention.
+    counting: for each layer, its attention modules that read the number of tokens so far (``_by_position``).
     mask_index: index of the attention mask among a layer's positional arguments after the hidden states; None: it has
         no argument of that name.
     extra_outputs: number of values that a layer returns in a tuple after the hidden states; None: it returns a tensor.
@@ -85,6 +91,8 @@ class TransformersTarget(Target):
             self.blocks = list(getattr(*self.decoder))
             self.mixers = [_mixer(block) for block in self.blocks]
             self.recurrent_layers = frozenset(n for n, mixer in enumerate(self.mixers) if mixer is not None)
+            kinds = GPTNeoSelfAttention, Llama4TextAttention
+            self.counting = [[part for part in block.modules() if isinstance(part, kinds)] for block in self.blocks]
             parameters = list(inspect.signature(self.blocks[0].forward).parameters)
             # GPT-2 passes the mask by position, the others by name.
             self.mask_index = parameters.index("attention_mask") - 1 if "attention_mask" in parameters else None
@@ -161,6 +169,8 @@ class TransformersTarget(Target):
                 if (name := self.mixers[layer]) is not None:
                     mixer = _Mixer(getattr(self.blocks[layer], name), layer, bridge, ctx.mask.ancestors)
                     stack.enter_context(_replaced(self.blocks[layer], name, mixer))
+                for attention in self.counting[layer]:
+                    stack.enter_context(_by_position(attention, ctx))
             self._run(call, self.base, ids, ctx.positions, cache=bridge, use_cache=True)
         # Layers without attention also count their tokens.
         ctx.cache.lengths[call.lo : call.hi] = [start + ids.shape[1]] * (call.hi - call.lo)
@@ -354,6 +364,23 @@ class _Mixer(_Replacement):
         return 1
 
 
+class _Tempered(_Replacement):
+    """Stands in the place of a query projection of Llama 4, and scales each query by its attention temperature.
+
+    inner: the query projection.
+    scales: the factor of each token's query, float32 [B, T, 1].
+    """
+
+    def __init__(self, inner: nn.Module, scales: Tensor) -> None:
+        super().__init__(inner)
+        self.scales = scales
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the scaled queries [B, T, H d] of hidden states [B, T, D]."""
+        queries: Tensor = self.inner(hidden)
+        return (queries * self.scales).to(queries.dtype)
+
+
 class _Bridge(Cache):
     """A ``KVCache`` with the interface of transformers' ``Cache``, for the attention and recurrent mixers of one call.
 
@@ -447,6 +474,25 @@ def _mixer(block: nn.Module) -> str | None:
     return None
 
 
+@contextmanager
+def _by_position(attention: Any, ctx: Pass) -> Iterator[None]:
+    """Let an attention module read the mask and the positions of the pass ``ctx``, and not the number of tokens so far.
+
+    From that number, GPT-Neo makes a mask of its own and Llama 4 the temperature of each query. Rows of different
+    lengths and the branches of a tree do not fit it.
+    """
+    with ExitStack() as stack:
+        if isinstance(attention, GPTNeoSelfAttention):
+            nothing_hidden = attention.bias.new_ones(()).expand(1, 1, ctx.mask.length, ctx.mask.length)
+            stack.enter_context(_replaced(attention, "bias", nothing_hidden))
+        elif attention.attn_temperature_tuning and not attention.use_rope:
+            steps = torch.floor((ctx.positions.float() + 1) / attention.floor_scale)
+            scales = torch.log1p(steps) * attention.attn_scale + 1  # (B, T)
+            stack.enter_context(_replaced(attention, "attn_temperature_tuning", False))
+            stack.enter_context(_replaced(attention, "q_proj", _Tempered(attention.q_proj, scales[..., None])))
+        yield
+
+
 def _rotated_alike(config: Any) -> Iterator[int]:
     """Yield the numbers of tokens beyond which rotations of type "longrope" in a ``config`` are others for all tokens.
 
@@ -473,9 +519,9 @@ def _find(root: Any, wanted: Callable[[nn.Module], bool], problem: str) -> tuple
 
 
 @contextmanager
-def _replaced(owner: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+def _replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
     own = getattr(owner, name)
-    setattr(owner, name, module)
+    setattr(owner, name, value)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import torch
 
 from specdec.kvcache import cache as cache_module
 from specdec.kvcache.cache import KVCache
+from specdec.kvcache.mask import Chunk
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,19 @@ def test_masks_of_rows_with_trees_and_windows() -> None:
     ragged = cache.register(0, torch.tensor([[3, 1, 2, 2]]), counts=[1, 3], trees=[None, tree])
     found = ragged.tree(1, 1)
     assert not ragged.chains and found is not None and found.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_a_chunk_and_a_window_of_one_size_have_masks_of_their_own() -> None:
+    assert Chunk(2) != 2 and Chunk(2) != 2 and Chunk(2) == Chunk(2) and len({2, Chunk(2), Chunk(2)}) == 2
+    positions = torch.arange(4)[None]
+    for sizes in (2, Chunk(2)), (Chunk(2), 2):
+        mask, found = KVCache(1).register(0, positions), {}
+        for size in sizes:
+            seen = mask.bool_mask(size)
+            assert seen is not None
+            found[type(size)] = seen[0, 0].int().tolist()
+        assert found[int] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+        assert found[Chunk] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("layers", [None, [range(2)]])

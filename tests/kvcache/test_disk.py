@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import os
 import resource
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -136,6 +138,19 @@ def test_scopes_and_models_have_prefixes_of_their_own(tmp_path: Path) -> None:
     for other, scope, cached in ((made, "a", True), (made, "b", False), (decoder(scale=2.0), "a", False)):
         with engine_of(other, tmp_path) as engine:
             assert bool(answer(engine, other, PROMPT, scope=scope)[1]) == cached
+
+
+def test_every_scope_has_chunks_of_its_own(tmp_path: Path) -> None:
+    """The default owner's, and those of named ones, keep their names from version to version."""
+    kept = PrefixDisk(tmp_path, 1 << 20, "model")
+    try:
+        names = {scope: next(kept._names(range(16), scope)) for scope in (None, "", "\n", "a", "ÿ")}
+        assert len({*names.values()}) == len(names)
+        ids = np.arange(16, dtype=np.int64).tobytes()
+        for scope, text in (None, ""), ("a", "a"):
+            assert names[scope] == hashlib.sha256(f"model\n{disk.LAYOUT} 16\n{text}\n".encode() + ids).hexdigest()
+    finally:
+        kept.close()
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "renamed", "gone"])

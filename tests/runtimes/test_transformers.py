@@ -2,17 +2,20 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, greedy_reference, tiny_model
+from passes import apart
+from tiny import FAMILIES, HYBRIDS, OTHERS, greedy_reference, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from specdec import SpecDecoder
 from specdec.base.errors import SpecDecError, SpecDecWarning
 from specdec.runtimes.decoder_layer import Adapters
+from specdec.runtimes.prefill import run_tokens
 from specdec.runtimes.select import make_target
 from specdec.runtimes.target import Pass
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation.draft import Draft
 
+COUNTING = "gpt_neo", "llama4_text"  # these run by default
 PIECES = ((0, 9), (9, 10), (10, 14))  # a prompt, a single token, a block
 
 
@@ -68,6 +71,39 @@ def test_every_tree_branch_equals_its_own_sequence(family: str) -> None:
             path.insert(0, parents[path[0] - 1])
         alone = model(torch.tensor([prompt + [block[i] for i in path]])).logits[0, -1]
         assert torch.allclose(logits[node], alone, atol=2e-5, rtol=1e-5), f"node {node}"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS, *OTHERS])
+def test_ragged_rows_with_trees_equal_their_own_sequences(family: str) -> None:
+    ragged_rows_with_trees(family)
+
+
+@pytest.mark.parametrize("family", COUNTING)
+def test_attention_that_counts_tokens_reads_positions(family: str) -> None:
+    """A mask of its own, and a temperature."""
+    ragged_rows_with_trees(family)
+
+
+@torch.inference_mode()
+def ragged_rows_with_trees(family: str) -> None:
+    """The longer row is beyond windows, chunks and steps of a temperature."""
+    model = tiny_model(family)
+    target = TransformersTarget(model)
+    torch.manual_seed(1)
+    texts = [torch.randint(3, 97, (count,)).tolist() for count in (29, 6)]
+    cache = target.new_cache(2)
+    run_tokens(target, cache, [text[:-1] for text in texts])
+    nodes, parents = [[5, 9, 11, 12, 13, 14], [7, 8, 21, 22, 23, 24]], (0, 0, 1, 2, 3, 4)  # two branches
+    draft = Draft(nodes, parents)
+    tokens = torch.tensor([[text[-1], *own] for text, own in zip(texts, nodes, strict=True)])
+    positions = torch.tensor(cache.rows)[:, None] + torch.tensor([draft.depths()])
+    mask = cache.register(0, positions, draft.ancestors())
+    x = target.layers(target.embed(tokens, positions), 0, 4, Pass(positions, mask, cache, ids=tokens))
+    logits = target.readout(x)
+    for row, text in enumerate(texts):
+        for path in [0, 1, 3, 5], [0, 2, 4, 6]:
+            own = model(torch.tensor([text + tokens[row, path[1:]].tolist()]), use_cache=False).logits[0, -4:]
+            assert apart(logits[row, path], own) < 1e-5, f"row {row}, nodes {path}"
 
 
 @torch.inference_mode()

@@ -204,6 +204,52 @@ HYBRIDS: dict[str, dict[str, object]] = {  # families with recurrent layers
         "num_dense_layers": 1,
     },
 }
+OTHERS: dict[str, dict[str, object]] = {  # further families that the runtime transformers takes
+    "afmoe": {
+        "head_dim": 8,
+        "sliding_window": 5,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
+    "apertus": {},
+    "biogpt": {},
+    "codegen": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4},
+    "cohere": {},
+    "cohere2": {"head_dim": 8, "sliding_window": 5},
+    "deepseek_v2": {**ROUTED, **LATENT, "n_group": 1, "topk_group": 1},
+    "diffllama": {"head_dim": 8},
+    "exaone4": {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
+    "falcon": {"alibi": False, "new_decoder_architecture": False, "multi_query": True},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 4, "n_head": 4},
+    "gpt_neo": {
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 5,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4},
+    "helium": {"head_dim": 8},
+    "mimo_v2_flash": {"sliding_window": 5},
+    "modernbert-decoder": {"local_attention": 6, "global_attn_every_n_layers": 2},
+    "nemotron": {"head_dim": 8},
+    "olmo3": {"sliding_window": 5},
+    "persimmon": {},
+    "phimoe": {"sliding_window": 5},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 5},
+    "vaultgemma": {"head_dim": 8, "sliding_window": 5},
+    "xglm": {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
+}
+EAGER = (
+    "gemma2",
+    "gpt_oss",
+    "mamba2",
+    "gpt_neo",
+    "mimo_v2_flash",
+    "vaultgemma",
+    "xglm",
+)  # other attention is not supported
 
 
 DENSE_GRANITE4: dict[str, object] = {  # as published: the type of the hybrids, no recurrent layer and no experts
@@ -228,8 +274,8 @@ DENSE_GRANITE4: dict[str, object] = {  # as published: the type of the hybrids, 
 def tiny_model(family: str = "llama", attention: str | None = None, **changes: object) -> PreTrainedModel:
     """Return a random float32 model of 4 layers in evaluation mode; its best logits are clearly the best."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS)[family], **changes})
-    attention = attention or ("eager" if family in ("gemma2", "gpt_oss", "mamba2") else "sdpa")
+    config = AutoConfig.for_model(family, **{**SMALL, **(FAMILIES | HYBRIDS | OTHERS)[family], **changes})
+    attention = attention or ("eager" if family in EAGER else "sdpa")
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():

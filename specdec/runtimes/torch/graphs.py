@@ -193,7 +193,7 @@ class CapturedTarget(TorchTarget):
 
     def _run(self, x: Tensor, lo: int, hi: int, ctx: Pass, mask: RowMask, ahead: int) -> Tensor:
         (batch, t, width), cache, taps, static = x.shape, ctx.cache, {} if ctx.taps is None else ctx.taps, self.static
-        places = static.place(cache.entries, cache.committed + ahead + t)
+        places = static.place(cache.entries, max(*cache.lengths, cache.committed + ahead + t))
         without = self._without_keys(cache, lo, hi, ahead + t)
         complete = self._sources(lo, hi) - without
         cache.claim(lo, hi, [t] * batch, [static.shape], self.dtype)
@@ -283,7 +283,7 @@ class CapturedTarget(TorchTarget):
             return super().draft_rows(cache, roots, path, limits)
         with self.lock:
             static = self.static
-            places = static.place(cache.entries, cache.committed + 1 + (limits.levels - 1) * keep)
+            places = static.place(cache.entries, max(cache.lengths) + 1 + (limits.levels - 1) * keep)
             lanes = static.lanes(bucket(max(places) + 1), places, cache.rows, 0, pending)
             rules = rules_of(roots, heads.tokens, limits.levels, self.vocab_size, waits=False)
             tokens = upload([[token] for token in roots.tokens], self.device)

@@ -1,8 +1,10 @@
 """The static cache: keys, values and recurrent states at fixed addresses, which CUDA graphs read and write.
 
 Each row (sequence) of a batch has a *lane*, one index of the batch axis. The numbers of lanes and of slots (tokens per
-lane) grow by doubling. A cache larger than ``KEPT`` bytes is released when the last of its rows ends. Inside a captured
-function, ``Lanes`` takes the place of the ordinary ``KVCache``.
+lane) grow by doubling. Captured functions write into all of the first lanes. In those whose rows they do not run, they
+write into the last ``SPARE`` slots, so no row has tokens there: it grows out of its lane before. A cache larger than
+``KEPT`` bytes is released when the last of its rows ends. Inside a captured function, ``Lanes`` takes the place of the
+ordinary ``KVCache``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from specdec.kvcache.recurrent import Advance, LayerStates, StatesByKey
 
 TOKENS = 64  # passes over more tokens are not captured
 SLOTS = 256  # fewest of a lane
-SPARE = 128  # slots behind those of a row, for drafted tokens and padding
+SPARE = 128  # last slots of a lane, for padding and for functions that run other rows
 KEPT = 512 << 20  # bytes that stay for the next request, with the passes that are captured over them
 
 
@@ -111,9 +113,11 @@ class StaticCache:
 
     @property
     def spare_bytes(self) -> int:
-        """The bytes of keys and values that are allocated for lanes (indices of the batch axis) that no row has."""
-        whole = self.whole
-        return 0 if whole is None else whole.nbytes // whole.shape[2] * (whole.shape[2] - len(self._users()))
+        """The bytes of keys and values that are allocated but not for a row: spare slots, and lanes that no row has."""
+        if self.whole is None:
+            return 0
+        held = sum(row.held for row in self._users().values())
+        return self.whole.nbytes - self.whole.nbytes // (self.whole.shape[2] * self.slots) * held
 
     def _users(self) -> dict[int, RowEntries]:
         """Return the rows (sequences) whose keys and values are in this cache, by lane (index on its batch axis)."""
@@ -133,6 +137,8 @@ class StaticCache:
         A lane is one index of the cache's batch axis; result b is the lane of ``rows[b]``. Copies the keys, values and
         states of rows that get a new lane. If there are too few lanes or slots, it allocates larger tensors, moves all
         rows, and calls ``forget``. The caller holds the model's lock.
+
+        end: of the longest row, uncommitted tokens of all layers included.
         """
         self.placing = True
         try:
@@ -185,7 +191,7 @@ class StaticCache:
         if own is not None:
             part[..., :count, :] = own[..., :count, :]
         part[..., count:, :] = 0  # a mask does not hide NaN
-        row.put(WHOLE, part, lent=True)
+        row.put(WHOLE, part, part.shape[-2] - SPARE, lent=True)
         if isinstance(row.states, LayerStates):
             row.states.move(*self.homes[lane])
         self.rows[lane] = weakref.ref(row, self._ended)
@@ -196,6 +202,8 @@ class StaticCache:
         It does nothing while another thread holds the model's lock and so may use rows. It is the callback of the weak
         references in ``rows``; the argument is not used.
         """
+        if KEPT is None:  # the interpreter ends, and has cleared this module
+            return
         if not self.placing and self.lock.acquire(blocking=False):
             try:
                 if self.whole is not None and self.whole.nbytes > KEPT and not self._users():
@@ -222,9 +230,10 @@ class StaticCache:
         pending: pending[b][r] is the number of accepted tokens of row b that the state of recurrent layer r does not
             include yet; (): there are none.
 
-        Lanes without a row count as empty. With only ``count``, so do all lanes, as for the recording of a function.
+        Lanes without one of the rows count as empty, and the function writes into their spare slots. With only
+        ``count``, so do all lanes, as for the recording of a function.
         """
-        filled, starts = [0] * count, [self.slots - SPARE] * count  # of a lane without a row
+        filled, starts = [0] * count, [self.slots - SPARE] * count  # of a lane without one of the rows
         waiting = [[0] * count for _ in self.recurrent]
         for row, (lane, n) in enumerate(zip(places, committed, strict=True)):
             filled[lane] = starts[lane] = n

@@ -5,9 +5,11 @@ graph would do something else: if an operation, a number or a tensor from outsid
 """
 
 import gc
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 from unittest.mock import Mock
 
@@ -43,6 +45,7 @@ from specdec.speculation.state import State
 from specdec.speculation.tree_builder import in_one_shape, worth_scoring
 from specdec.speculation.trees import Prices
 
+ACTIONS = ["run", "run", "first layer", "first layer", "second layer", "second layer", "commit", "select", "end"]
 OTHERS = sorted(FAMILIES.keys() - {"llama", "gpt_oss", "qwen3_next"})
 
 
@@ -307,18 +310,119 @@ def test_the_cache_doubles_counts_and_is_released(monkeypatch: pytest.MonkeyPatc
     next_logits(target, cache, torch.full((3, 2), 5))
     assert static.whole is not None and static.whole.shape[2] == 4  # lanes
     lane, slots = static.whole.nbytes // 4, static.whole.shape[4]
-    assert cache.nbytes == 3 * lane and target.spare_bytes == lane
+    assert cache.nbytes == 3 * lane // 2  # half of a lane's slots are spare
+    assert target.spare_bytes == static.whole.nbytes - cache.nbytes
     for _ in range(slots // 20):
         next_logits(target, cache, torch.full((3, 20), 5))
     assert static.whole.shape[4] == 2 * slots
     cache.select([2])
-    assert target.spare_bytes == 6 * lane
+    assert cache.nbytes == 3 * lane // 2 and target.spare_bytes == static.whole.nbytes - cache.nbytes
     assert static.whole is not None and target.captured_functions
     monkeypatch.setattr(static_cache, "KEPT", 0)
     memory = weakref.ref(static.whole)
     del cache
     assert static.whole is None and memory() is None and target.spare_bytes == 0
     next_logits(target, target.new_cache(1), torch.tensor([[5]]))
+
+
+def test_rows_that_end_with_the_process_release_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has cleared the module by then."""
+    problems = list[Any]()
+    target = CapturedTarget(tiny_model("llama"), record=Replay)
+    cache = target.new_cache()
+    with torch.inference_mode():
+        next_logits(target, cache, torch.tensor([[5]]))
+    monkeypatch.setattr(sys, "unraisablehook", problems.append)
+    monkeypatch.setattr(static_cache, "KEPT", None)
+    del cache
+    assert not problems and target.static.whole is not None
+
+
+def entries_of(cache: KVCache) -> list[Tensor]:
+    """A copy of the keys and values of each row and layer, uncommitted tokens included, [2, S, H, d] each."""
+    each = [cache.of_layer(layer, row) for row in range(cache.batch) for layer in range(len(cache.lengths))]
+    return [torch.stack([*own.values()]) for own in each]
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether each row and layer begins with what is expected."""
+    return all(torch.equal(x[:, : y.shape[1]], y) for x, y in zip(found, expected, strict=True))
+
+
+def run_layers(target: TorchTarget, cache: KVCache, count: int, lo: int = 0, hi: int = 2) -> None:
+    """Run the next ``count`` tokens of each row, whose states are random, through layers [lo, hi), without a commit."""
+    positions = torch.tensor(cache.rows)[:, None] + cache.uncommitted(lo) + torch.arange(count)
+    mask = cache.register(lo, positions)
+    target.layers(torch.randn(cache.batch, count, target.hidden_size), lo, hi, Pass(positions, mask, cache))
+
+
+@pytest.mark.parametrize("how", ["committed", "uncommitted", "early layers"])
+@torch.inference_mode()
+def test_a_captured_pass_leaves_rows_alone_that_grew_without_capture(how: str) -> None:
+    """Rows in lanes of 256 slots go on in passes of over 64 tokens. Then comes another row's prompt of 40 tokens."""
+    target = CapturedTarget(tiny_model("llama", max_position_embeddings=1024), record=Replay)
+    rows, other = target.new_cache(3), target.new_cache()
+    for count in 100, 1:  # the second pass is captured
+        next_logits(target, rows, torch.randint(3, 97, (3, count)))
+    assert target.static.slots == 256
+    for _ in range(4):
+        run_layers(target, rows, 25, 0, 2 if how == "early layers" else 4)
+        if how == "committed":
+            rows.commit([range(25)] * 3)
+    if how == "early layers":  # the others begin, captured
+        run_layers(target, rows, 8, 2, 4)
+    expected, recorded = entries_of(rows), Replay.recorded
+    next_logits(target, other, torch.randint(3, 97, (1, 40)))
+    assert Replay.recorded > recorded and same(entries_of(rows), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.inference_mode()
+def test_no_pass_changes_what_others_have_stored(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random passes of three caches, captured or not, through both layers or one, rows that go, commits.
+
+    The texts begin where lanes are nearly full.
+    """
+    monkeypatch.setattr(static_cache, "KEPT", 0)  # so that lanes are small again when all rows have ended
+    random = Random(seed)
+    torch.manual_seed(seed)
+    target = CapturedTarget(tiny_model("llama", max_position_embeddings=4096, num_hidden_layers=2), record=Replay)
+    caches = list[tuple[KVCache, list[Tensor]]]()
+    for step in range(120):
+        if step % 15 == 0:
+            caches.clear()
+            assert target.static.whole is None
+        while len(caches) < 3:
+            cache = target.new_cache(random.choice([1, 2, 3]))
+            full = max(target.static.slots, static_cache.SLOTS) - static_cache.SPARE
+            run_layers(target, cache, full - random.randrange(100))
+            cache.commit([range(cache.uncommitted(0))] * cache.batch)
+            caches.append((cache, entries_of(cache)))
+        cache, expected = caches.pop(random.randrange(3))
+        count, action = random.choice([1, 2, 8, 25, 40, 60]), random.choice(ACTIONS)
+        if behind := cache.lengths[0] - cache.lengths[1]:
+            run_layers(target, cache, min(count, behind) if action == "second layer" else behind, 1)
+        if action == "run":
+            run_layers(target, cache, count)
+        elif action == "first layer":
+            run_layers(target, cache, count, 0, 1)
+        elif action == "commit":
+            most = cache.uncommitted(0)
+            paths = [sorted(random.sample(range(most), random.randint(0, most))) for _ in cache.entries]
+            both = [(n, path) for n, path in zip(cache.rows, paths, strict=True) for _ in cache.lengths]
+            moved = zip(entries_of(cache), both, strict=True)
+            expected = [x[:, [*range(n), *(n + slot for slot in path)]] for x, (n, path) in moved]
+            cache.commit(paths)
+        elif action == "select":
+            kept = random.sample(range(cache.batch), random.randint(1, cache.batch))
+            expected = [expected[2 * row + layer][:, : cache.rows[row]] for row in kept for layer in (0, 1)]
+            cache.select(kept)
+        assert same(entries_of(cache), expected)
+        if action != "end":
+            caches.append((cache, entries_of(cache)))
+        del cache
+        assert all(same(entries_of(other), own) for other, own in caches)
+    assert Replay.replayed > Replay.recorded > 0
 
 
 @torch.inference_mode()
