@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -67,6 +68,9 @@ class JoinedDrafter(Drafter):
 
     def observe(self, row_states: list[Any], paths: list[list[int]], taps: dict[int, Tensor]) -> None:
         self.other.observe([row.other for row in row_states], paths, taps)
+
+    def keep_up(self, row_states: list[Any], texts: Sequence[Sequence[int]]) -> None:
+        self.other.keep_up([row.other for row in row_states], texts)
 
     def withdraw(self, row_state: JoinedRow) -> None:
         self.other.withdraw(row_state.other)

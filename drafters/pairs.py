@@ -60,13 +60,23 @@ class PairRow(ChainRow):
     states: the model's states of the tokens before those whose pairs have not run yet, the last tokens of the text. A
         list of parts in order, each [n, L D] for n tokens: the input states of the L ``PairDrafter.layers``,
         concatenated.
+    count: the number of these tokens.
     last: output of the drafter's layers for the root's pair, [1, 1, D'], of their own size D' (``PairDrafter.inner``);
         empty before a pair has run.
     """
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
-        self.cache, self.states, self.last = cache, list[Tensor](), torch.empty(0)
+        self.cache, self.states, self.count, self.last = cache, list[Tensor](), 0, torch.empty(0)
+
+    def add(self, part: Tensor) -> None:
+        """Append ``part``, [n, L D], to ``states``."""
+        self.states.append(part)
+        self.count += len(part)
+
+    def clear(self) -> None:
+        """Remove all ``states``, because their pairs have run."""
+        self.states, self.count = [], 0
 
 
 class PairDrafter(ChainDrafter):
@@ -152,7 +162,12 @@ class PairDrafter(ChainDrafter):
         states = torch.cat([taps[layer] for layer in self.layers], -1)
         for b, (row, path) in enumerate(zip(row_states, paths, strict=True)):
             if path:
-                row.states.append(states[b, upload(path, states.device)])
+                row.add(states[b, upload(path, states.device)])
+
+    def keep_up(self, row_states: list[Any], texts: Sequence[Sequence[int]]) -> None:
+        late = [b for b, row in enumerate(row_states) if row.count >= TOKENS]  # only these: others would be padded
+        if late:
+            self._run_new([row_states[b] for b in late], [texts[b] for b in late])
 
     def propose(self, state: State, limit: int) -> Draft:
         choice = choice_of(replace(state, prices=None), limit, self.nodes or limit, 1)
@@ -226,9 +241,9 @@ class PairDrafter(ChainDrafter):
         batch, keep = len(rows), width if len(rows) == 1 else 1
         if static is None or not torch.is_inference_mode_enabled() or self.slots(levels, keep) > SPARE:
             return None
-        if batch * max(sum(map(len, row.states)) for row in rows) > TOKENS:  # a prompt
+        if batch * max(row.count for row in rows) > TOKENS:  # a prompt
             self.catch_up(state)
-        counts = [sum(map(len, row.states)) for row in rows]
+        counts = [row.count for row in rows]
         size, device = bucket(max(1, *counts)), target.device
         none = torch.zeros(0, len(self.layers) * target.hidden_size, dtype=target.dtype, device=device)
         parts = [row.states[0] if len(row.states) == 1 else torch.cat([none, *row.states]) for row in rows]
@@ -269,7 +284,8 @@ class PairDrafter(ChainDrafter):
             )
             cache.commit([range(count) for count in counts])
             for row, own in zip(rows, last_ones.clone().split(1), strict=True):
-                row.last, row.states = own, []
+                row.last = own
+                row.clear()
         assert isinstance(found, DeviceTree)
         return found
 
@@ -278,13 +294,19 @@ class PairDrafter(ChainDrafter):
 
         Sets ``last`` of each row's ``PairRow``, commits the keys and values of these pairs, and empties ``states``.
         """
-        rows: list[PairRow] = state.row_states
+        return self._run_new(state.row_states, state.ids)
+
+    def _run_new(self, rows: Sequence[PairRow], texts: Sequence[Sequence[int]]) -> KVCache:
+        """Run the pairs of new tokens of ``rows``; return one cache over the rows' own caches. See ``catch_up``.
+
+        texts: for each row, the token ids of its text, up to the token of its last pair.
+        """
         cache = rows[0].cache.of([entries for row in rows for entries in row.cache.entries])
         like = next((row.states[0][:0] for row in rows if row.states), None)
         if like is None:
             return cache
         new = [torch.cat([like, *row.states]) for row in rows]  # (n, ...) each
-        for states, counts, tokens, positions in _chunks(state, new, self.shift):
+        for states, counts, tokens, positions in _chunks(self.target, texts, new, self.shift):
             mask = cache.register(0, positions)
             out = self.run(tokens, self.inputs(states), positions, mask, cache)  # (B, T, D')
             cache.commit([range(count) for count in counts])
@@ -292,25 +314,28 @@ class PairDrafter(ChainDrafter):
                 if count:
                     row.last = out[b : b + 1, count - 1 : count].clone()
         for row in rows:
-            row.states = []
+            row.clear()
         return cache
 
 
-def _chunks(state: State, states: Sequence[Tensor], shift: int) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
-    """Yield the pairs of each row up to its root in chunks of at most ``PASS_TOKENS`` pairs.
+def _chunks(
+    target: Target, texts: Sequence[Sequence[int]], states: Sequence[Tensor], shift: int
+) -> Iterator[tuple[Tensor, list[int], Tensor, Tensor]]:
+    """Yield the last pairs of each row's text in chunks of at most ``PASS_TOKENS`` pairs.
 
     A chunk is a tuple: states [B, T, L D], number of pairs of each row, token ids and positions, int64 [B, T] each.
     Rows with fewer pairs are padded.
 
+    target: the model. texts: for each row, the token ids of its text.
     states: for each row, the states [n, L D] before the last n tokens of its text.
     shift: position of a pair's token in the text minus the position that the drafter's layers see.
     """
-    device, last = state.cache.device, state.target.context - 1
+    device, last = target.device, target.context - 1
     for start in range(0, max(map(len, states)), PASS_TOKENS):
         parts = [each[start : start + PASS_TOKENS] for each in states]
         counts = list(map(len, parts))
-        first = [len(ids) - len(each) + start for ids, each in zip(state.ids, states, strict=True)]
-        texts = [ids[at : at + n] for ids, at, n in zip(state.ids, first, counts, strict=True)]
-        tokens = upload([[*text, *[0] * (max(counts) - len(text))] for text in texts], device)
+        first = [len(ids) - len(each) + start for ids, each in zip(texts, states, strict=True)]
+        pieces = [ids[at : at + n] for ids, at, n in zip(texts, first, counts, strict=True)]
+        tokens = upload([[*piece, *[0] * (max(counts) - len(piece))] for piece in pieces], device)
         positions = upload([[min(at - shift + i, last) for i in range(max(counts))] for at in first], device)
         yield pad_sequence(parts, batch_first=True), counts, tokens, positions

@@ -35,6 +35,7 @@ def encode(
     tools: Sequence[dict[str, Any]] | None = None,
     template: Mapping[str, Any] | None = None,
     continue_last: bool = False,
+    add_special: bool = True,
 ) -> list[int]:
     """Return token ids of a prompt.
 
@@ -50,21 +51,23 @@ def encode(
     tools: tools for the chat template, in OpenAI's format; None: there are none.
     template: other arguments of the chat template; None: there are none.
     continue_last: whether the answer continues the last message instead of beginning a new one.
-    Raises SpecDecError for an empty prompt, a wrong type, or a chat without a template; PromptTooLongError for text
-    that cannot fit the context.
+    add_special: whether plain text gets the tokens that the tokenizer puts around a text by default.
+    Raises SpecDecError for an empty prompt, white space as a chat, a wrong type, or a chat without a template;
+    PromptTooLongError for text that cannot fit the context.
     """
     if (ids := _given_ids(prompt, name)) is not None:
         return ids
-    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    plain = isinstance(prompt, str) and not (has_template if chat is None else chat)
+    if len(prompt) == 0 or (isinstance(prompt, str) and not plain and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
         raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(prompt, str) and not (has_template if chat is None else chat):
+    if isinstance(prompt, str) and plain:
         if system is not None:
             raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
         _check_length(tokenizer, len(prompt), context)
-        return token_ids(tokenizer, prompt)
+        return token_ids(tokenizer, prompt, add_special)
     if not has_template:
         raise SpecDecError("this tokenizer has no chat template; use plain text (apply_chat_template=False, --raw)")
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,9 @@ class Batch:
         joined = [rows[b] for b in complete]
         if joined:
             self._choose_first(joined, last[complete])
+        if whole_prompts:
+            alive = [(row, n) for row, n in zip(rows, cache.rows, strict=True) if row.finish_reason is None]
+            self._keep_up([row.drafter_state for row, _ in alive], [row.ids[: n + 1] for row, n in alive])
         self.timer.mark("prefill")
         return joined
 
@@ -233,6 +237,8 @@ class Batch:
         self.drafter_behind = False
         self.timer.mark("commit")
         self._record(draft, accepted, scores.count, forced)
+        self._keep_up(self.state.row_states, self.state.ids)
+        self.timer.mark("draft")  # the step is reported already: it is no cost of its draft
         for b, logits in scores.logits.items():
             row = self.rows[b]
             row.token_logprobs += token_logprobs(logits[slots[b]], row.new_tokens, row.logprobs or 0)
@@ -371,6 +377,13 @@ class Batch:
         taps: hidden states [B, T, D] by the number of the layer that they are the input of.
         """
         self.guard.call(lambda drafter: drafter.observe(row_states, paths, taps))
+
+    def _keep_up(self, row_states: list[Any], texts: list[list[int]]) -> None:
+        """Let the drafter compute what need not wait for a draft (``Drafter.keep_up``), unless it is off.
+
+        row_states, texts: for each row, what ``Drafter.begin`` returned, and its text.
+        """
+        self.guard.call(lambda drafter: drafter.keep_up(row_states, texts))
 
     def learn(self) -> bool:
         """Let the drafter train itself for about 50 ms; return False if it has no data, does not learn, or is off."""

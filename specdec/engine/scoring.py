@@ -263,7 +263,7 @@ class _Scorer:
         for b, row in enumerate(self.state.sampler.rows):
             if row.constraint is not None and self.draft.listed is not None:
                 for path in ([], *self.draft.paths(b)):
-                    row.constraint.mask([*self.state.ids[b][row.constraint.start :], *path])
+                    row.constraint.mask(self.state.ids[b], path)
 
     def _choose_along(
         self,
@@ -360,7 +360,7 @@ def _best_allowed(
     """
     constraint = row.constraint
     assert constraint is not None
-    mask = constraint.mask(text[constraint.start :])
+    mask = constraint.mask(text)
     if mask is None or best < 0 or mask[best]:
         return -1 if mask is None else best
     if others is not None and (found := others.best(mask)) is not None:

@@ -155,15 +155,18 @@ def _add_state(app: FastAPI, service: Service) -> None:
     if (adapter := service.decoder.adapter) is not None:
         model["adapter"] = adapter
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
+    @app.head("/v1/models", include_in_schema=False)
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         names = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
         return {"object": "list", "data": [model]} | names
 
+    @app.head("/v1/models/{name:path}", include_in_schema=False)
     @app.get("/v1/models/{name:path}")
     async def retrieve(name: str) -> dict[str, Any]:
         service.check_model(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,6 +129,7 @@ class Server(uvicorn.Server):
             lifespan="off",
             ws="none",
             h11_max_incomplete_event_size=MAX_HEADERS,
+            timeout_keep_alive=math.ceil(settings.client_timeout),  # ``Connection`` closes idle ones
             limit_concurrency=settings.max_connections + 1,  # the first number that is refused
             log_config=None,
             access_log=False,

@@ -17,6 +17,7 @@ from starlette.types import Scope
 from specdec.base.errors import SpecDecError
 from specdec.base.settings import UNKNOWN, explain
 
+TOO_LONG = "context_length_exceeded"
 ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors begin with it
 NAMES = {  # by beginning of the path: what other protocols call parameters of chats; "" if they have none
     ANTHROPIC: {
@@ -130,6 +131,24 @@ class ApiError(HTTPException):
         if not (name := _names(path).get(param.partition(".")[0])):
             return self
         return ApiError(self.status, self.message.replace(f"'{param}'", f"'{name}'", 1), name, self.code)
+
+
+class TooLongError(ApiError):
+    """Raised where a prompt exceeds the model's context.
+
+    Agents recognise it by the beginning of the message, in their protocol, and then shorten the chat.
+    param: the name of the parameter with the prompt. context: maximum number of tokens of a prompt and its answer.
+    rest: end of the message of OpenAI's protocol. brief: that of Anthropic's.
+    """
+
+    def __init__(self, param: str, context: int, rest: str, brief: str) -> None:
+        super().__init__(400, f"This model's maximum context length is {context} tokens; {rest}", param, TOO_LONG)
+        self.brief = brief
+
+    def as_sent(self, path: str) -> ApiError:
+        if path.startswith(ANTHROPIC):
+            return ApiError(400, f"prompt is too long: {self.brief}", self.param, self.code)
+        return super().as_sent(path)
 
 
 def invalid(param: str, message: str) -> ApiError:

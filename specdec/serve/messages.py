@@ -15,8 +15,10 @@ from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined,
 from specdec.serve.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
+    MAX_STOPS,
     MAX_TOOLS,
     UNUSED,
+    Natural,
     Options,
     Stop,
     Strict,
@@ -24,8 +26,8 @@ from specdec.serve.schema import (
 )
 from specdec.speculation.constraints import Json
 
-MAX_SEQUENCES = 64
 PROMPT = {  # members that would change the prompt and are not supported, with the values that mean "not used"
+    "add_special_tokens": (False,),
     "chat_template": ("",),
     "container": (),
     "documents": ([],),
@@ -105,10 +107,10 @@ class Turn(Strict):
         A user's message gives one message of the role "tool" for each result of a call, then one with the text; an
         assistant's message gives one with its text, reasoning and calls.
         """
-        text = joined(self.of(TextBlock), "\n")
+        text = joined(self.of(TextBlock))
         if self.role != "assistant":
             found: list[dict[str, Any]] = [
-                {"role": "tool", "tool_call_id": result.tool_use_id, "content": joined(result.content, "\n")}
+                {"role": "tool", "tool_call_id": result.tool_use_id, "content": joined(result.content)}
                 for result in self.of(ToolResult)
             ]
             return found + ([{"role": self.role, "content": text}] if text or not found else [])
@@ -170,7 +172,7 @@ class CountBody(Options):
     """
 
     unused = PROMPT
-    model: str
+
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None
     tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -192,7 +194,7 @@ class CountBody(Options):
 
     def chat(self) -> ChatPrompt:
         """Return the chat in this body. Raises ApiError if its parts contradict each other."""
-        head = [{"role": "system", "content": joined(self.system, "\n")}] if self.system else []
+        head = [{"role": "system", "content": joined(self.system)}] if self.system else []
         effort = EFFORTS.get(self.thinking.type) if self.thinking else None
         if self.output_config is not None:
             effort = self.output_config.effort or effort
@@ -217,14 +219,14 @@ class MessagesBody(CountBody):
 
     unused = UNUSED | PROMPT
 
-    max_tokens: Annotated[int, Field(ge=0)]
-    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_SEQUENCES, fail_fast=True)] | None = None
+    max_tokens: Natural
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
 
     def request(self) -> GenerationRequest:
         """Return the request in this body. Raises ApiError if its parts contradict each other."""
         form = self.output_config.format if self.output_config else None
         limits = {"max_new_tokens": self.max_tokens, "stop": self.stop_sequences}
-        return self.generation(Json(form.schema_) if form else None, limits, model=self.model, chat=self.chat())
+        return self.generation(Json(form.schema_) if form else None, limits, chat=self.chat())
 
 
 class MessagesAnswer(BlockAnswer):

@@ -21,6 +21,7 @@ from specdec.serve.settings import ServerSettings
 PUBLIC = ("/", "/health")  # paths without the key
 IGNORED = "x-specdec-ignored"  # header that names parameters that are ignored
 MAX_NAMED = 32  # names in it
+CONTAINERS = "host.docker.internal", "host.containers.internal"  # what containers call the machine that runs them
 UNLOGGED = ("/health", "/metrics")  # paths without a log line
 
 
@@ -66,14 +67,16 @@ class AccessLog:
 
 
 class AllowedHosts:
-    """Refuses Host headers other than ``settings.allowed_hosts``, localhost, this machine's name and IP addresses.
+    """Refuses Host headers other than ``settings.allowed_hosts``, names of this machine and IP addresses.
 
+    The names are localhost, the machine's own, with and without ".local", and ``CONTAINERS``. No public DNS has them.
     Otherwise a web page could make its own name point to this server and use it (DNS rebinding). The status is 421.
     app: the ASGI application that answers. settings: those of the server; the name "*" in them allows all.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        names = "", "localhost", socket.gethostname(), *settings.allowed_hosts
+        own = socket.gethostname()
+        names = "", "localhost", own, f"{own}.local", *CONTAINERS, *settings.allowed_hosts
         self.app, self.hosts = app, set(map(str.lower, names))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,13 +21,13 @@ def thought(text: str) -> dict[str, Any]:
     return dict.fromkeys(("reasoning_content", "thinking"), text)
 
 
-def joined(content: str | Iterable[Any] | None, between: str = "") -> str:
-    """Return the text of a message's content, which is text or parts with a ``text``, joined by ``between``.
+def joined(content: str | Iterable[Any] | None) -> str:
+    """Return the text of a message's content, which is text or parts with a ``text``, a line or more each.
 
     None is "".
     """
     parts: Iterable[Any] = () if isinstance(content, str) else content or ()
-    return content if isinstance(content, str) else between.join(part.text for part in parts)
+    return content if isinstance(content, str) else "\n".join(part.text for part in parts)
 
 
 def called(id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class ChatPrompt:
 class GenerationRequest:
     """A client's request, whatever its protocol. Raises ApiError if its parts contradict each other.
 
-    model: name of the model that the client asks for.
+    model: name of the model that the client asks for; None: the one that is served, as ``Service`` sets it.
     chat, prompts: either a chat or prompts, which are texts or token ids.
     options: the sampling and stopping options that the client has given, as ``SpecDecoder.request`` takes them.
     max_new_tokens: one of them, the maximum number of new tokens; 0: only the prompt runs; None: as many as fit.
@@ -126,7 +126,7 @@ class GenerationRequest:
     shown: texts, such as marks of a tool call, whose special tokens stay in the answer's text.
     """
 
-    model: str
+    model: str | None
     options: GenerationOptions
     chat: ChatPrompt | None = None
     prompts: Sequence[str | list[int]] = ()
@@ -151,10 +151,18 @@ class GenerationRequest:
             raise invalid(
                 "min_tokens", "'min_tokens' cannot be combined with a format, which ends the text; leave one out"
             )
-        if forced and self.constraint is not None and not isinstance(self.constraint, CompiledConstraint):
+        if self.constraint is None or isinstance(self.constraint, CompiledConstraint):
+            return
+        if forced:
             raise invalid(
                 "tool_choice",
                 "a tool_choice that forces a call cannot be combined with a format of text; leave one out",
+            )
+        if self.chat is not None and self.chat.tools:
+            raise invalid(
+                "tools",
+                "'tools' cannot be combined with a format of text, in which no call can be written; leave one out, or "
+                "send the tool_choice none",
             )
 
     @property

@@ -17,13 +17,16 @@ from specdec.serve.metrics import Metrics
 from specdec.serve.parts import Part, begun_object
 from specdec.serve.request import ChatPrompt, GenerationRequest, called, joined, thought
 from specdec.serve.schema import (
+    ANY,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
     UNUSED,
+    Choosing,
     Effort,
     Function,
     JsonSchema,
+    MaxTokens,
     OfFunction,
     Options,
     Strict,
@@ -115,12 +118,11 @@ class Format(JsonSchema):
 
     Unlike in chats, the members of the schema stand beside ``type``, not in a member ``json_schema``.
 
-    type: "text": any text; "json_object": any JSON object; "json_schema": JSON that follows the schema.
-    name: the client's name for the schema, which is not used.
+    type: "text": any text; "json_object": any JSON object, or one that follows the schema; "json_schema": JSON that
+        follows the schema.
     """
 
     type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[str, Field(max_length=64)] = "answer"
 
 
 class TextConfig(Strict):
@@ -143,15 +145,14 @@ class ResponsesBody(Options):
         "truncation": ("disabled",),
     }
 
-    model: str
     input: Input
     instructions: str | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: Annotated[Choosing | NamedFunction | None, ANY] = None
     parallel_tool_calls: bool | None = None
-    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_output_tokens: MaxTokens = None
     metadata: dict[str, Any] | None = None
 
     def chat(self) -> ChatPrompt:
@@ -173,8 +174,8 @@ class ResponsesBody(Options):
     def request(self) -> GenerationRequest:
         """Return the request in this body. Raises ApiError if its parts contradict each other."""
         form = self.text.format if self.text else None
-        rule = json_of(form.type, form) if form else None
-        return self.generation(rule, {"max_new_tokens": self.max_output_tokens}, model=self.model, chat=self.chat())
+        rule = json_of(form.type, form.schema_) if form else None
+        return self.generation(rule, {"max_new_tokens": self.max_output_tokens}, chat=self.chat())
 
 
 class ResponsesAnswer(BlockAnswer):

@@ -19,7 +19,7 @@ from specdec.base.errors import PromptTooLongError, QueueFullError, SpecDecError
 from specdec.engine.engine import Engine
 from specdec.engine.request import Handle, Request
 from specdec.serve.clients import Client
-from specdec.serve.errors import ApiError, invalid
+from specdec.serve.errors import ApiError, TooLongError, invalid
 from specdec.serve.metrics import Metrics
 from specdec.serve.parts import AnswerParser
 from specdec.serve.request import ChatPrompt, GenerationRequest
@@ -30,7 +30,6 @@ from specdec.speculation.constraints import CompiledConstraint, Constraint
 from specdec.speculation.sampling import streams
 
 TEMPERATURE = 1.0  # OpenAI's default
-TOO_LONG = "context_length_exceeded"
 SEEDS = 2**53  # JavaScript's integers
 PROMPT_END = 16  # tokens that may begin reasoning
 SWITCHES = "enable_thinking", "thinking"  # what chat templates call it
@@ -78,6 +77,7 @@ class Service:
         """
         asked = translate()
         self.check_limits(asked)
+        asked = replace(asked, model=self.settings.name)
         asked = self.prepare(asked) if asked.chat is None else self.prepare_chat(asked, asked.chat)
         return asked, self.submit(asked, client)
 
@@ -150,9 +150,6 @@ class Service:
         """
         template, tools, forced = self.template(chat), chat.schemas, chat.forced
         form, thoughts = template.form, template.thoughts
-        if tools and form is PLAIN:
-            message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
-            raise ApiError(400, message, "tools", "unsupported_parameter")
         if not tools and form is not HARMONY:  # marks of calls stay special without tools
             form = PLAIN
         prompt = self.encode_chat(chat, template)
@@ -172,12 +169,19 @@ class Service:
 
     def tokenize(self, body: TokenizeBody) -> list[int]:
         if body.messages is None:
-            return self.encode_text(body.prompt or "")
-        return self._encode("messages", [message.for_template() for message in body.messages])
+            return self.encode_text(body.prompt or "", body.add_special_tokens is not False)
+        return self.encode_chat(body.chat())
 
     def encode_chat(self, chat: ChatPrompt, template: ChatTemplate | None = None) -> list[int]:
-        """Return the token ids of a chat. template: its chat template; None: the method ``template`` finds it."""
-        arguments = self.template_arguments(chat, template or self.template(chat))
+        """Return the token ids of a chat. template: its chat template; None: the method ``template`` finds it.
+
+        Raises ApiError if the template has no tools and the chat has some, and for a chat that cannot be used.
+        """
+        template = template or self.template(chat)
+        if chat.tools and template.form is PLAIN:
+            message = "this model's chat template has no tools or an unknown format of calls; leave 'tools' out"
+            raise ApiError(400, message, "tools", "unsupported_parameter")
+        arguments = self.template_arguments(chat, template)
         how = {"tools": chat.tools, "template": arguments, "continue_last": chat.continue_last}
         return self._encode("messages", chat.messages, **how)
 
@@ -213,10 +217,10 @@ class Service:
         switch = next((name for name in SWITCHES if name in known), None)
         return ({switch: effort != "none"} if switch else {}) | given
 
-    def encode_text(self, prompt: str | list[int]) -> list[int]:
+    def encode_text(self, prompt: str | list[int], add_special: bool = True) -> list[int]:
         if not isinstance(prompt, str):
             self.check_length("prompt", len(prompt), self.context - 1)
-        return self._encode("prompt", prompt, chat=False)
+        return self._encode("prompt", prompt, chat=False, add_special=add_special)
 
     def _encode(self, name: str, prompt: Any, **options: Any) -> list[int]:
         """Return the token ids of ``prompt``: text, token ids or messages. Raises ApiError if it cannot be used.
@@ -226,8 +230,9 @@ class Service:
         try:
             ids = encode(self.tokenizer, prompt, context=self.context, **options)
         except SpecDecError as error:
-            code = TOO_LONG if isinstance(error, PromptTooLongError) else "invalid_value"
-            raise ApiError(400, str(error), name, code) from None
+            if isinstance(error, PromptTooLongError):
+                raise TooLongError(name, self.context, str(error), str(error)) from None
+            raise invalid(name, str(error)) from None
         self.check_length(name, len(ids), self.context - 1)
         self.check_token_ids(name, ids)
         return ids
@@ -235,8 +240,8 @@ class Service:
     def check_length(self, name: str, tokens: int, most: int) -> None:
         """Raise ApiError if the parameter ``name`` has more than ``most`` tokens. tokens: how many it has."""
         if tokens > most:
-            message = f"'{name}' has {tokens} tokens, more than the limit of {most}; shorten it"
-            raise ApiError(400, message, name, TOO_LONG)
+            rest = f"'{name}' has {tokens}; shorten it"
+            raise TooLongError(name, self.context, rest, f"{tokens} tokens > {most} maximum")
 
     def check_token_ids(self, name: str, ids: Sequence[int]) -> None:
         if max(ids, default=0) >= self.decoder.target.vocab_size:

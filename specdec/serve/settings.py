@@ -23,7 +23,7 @@ class ServerSettings(BaseModel):
     log_requests: whether to write prompts and answers into the log.
     log_access: whether to write a line for each request.
     cors: origins that CORS allows.
-    allowed_hosts: Host headers besides localhost, this machine's name and IP addresses; "*" allows all.
+    allowed_hosts: Host headers besides localhost, this machine's names and IP addresses; "*" allows all.
     max_tokens: maximum number of new tokens of a choice; None: as many as the model's context holds.
     max_connections: maximum number of connections; requests of further ones get status 503.
     client_timeout: seconds that a connection may be idle, and that a client has to send the body of a request, and to

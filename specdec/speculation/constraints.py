@@ -12,6 +12,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from specdec.base.sequences import common_prefix
 
 LONGEST = 2**16  # maximum characters of a schema, an expression or a grammar
 MASKS = 64  # number of cached masks: drafting, scoring and the search for forced tokens need the same ones
+TAIL = 256  # last tokens of a text that may change between two queries; no draft is so deep
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes it
 NO_TEXT = "NoExtensionBias"  # in llguidance's message: nothing is allowed
 NO_END = "Too many items"  # in its message: what is forced has no end, or hardly any
@@ -279,12 +281,17 @@ def _block(tokenizer: Any) -> tuple[int, int] | None:
 class ConstraintState:
     """The constraint on the text of one row (sequence), as a logits processor.
 
+    The row's text only grows, but for drafted tokens at its end. So all tokens before the last ``TAIL`` (256) ones of a
+    text are taken to be those of every later text, and a query does not read them again.
+
     compiled: the constraint, compiled for the model.
     prompt: the token ids of the row's prompt. start: their number.
     inside: whether the prompt ends in a reasoning block (<think> .. </think>), which is not constrained.
     may_reason: whether the answer may begin with a reasoning block.
     matcher, consumed: llguidance's matcher, and the generated tokens that it has consumed.
-    masks: cached results of ``mask``, by the generated tokens.
+    fixed: number of first tokens in ``consumed`` that every later text has.
+    searched: index in the text before which no reasoning block ends. answer: where the block has ended; None: unknown.
+    masks: cached results of ``mask``, by the length of the text and its last tokens.
     error_text: why the matcher failed; "": it did not.
     """
 
@@ -297,17 +304,24 @@ class ConstraintState:
         closed = last >= 0 and not opened and len(prompt) - last <= CLOSED
         self.may_reason = bool(block) and not self.inside and not closed
         self.matcher, self.consumed = compiled.matcher.deep_copy(), list[int]()
-        self.masks: dict[tuple[int, ...], Tensor | None] = {}
         self.error_text = ""
+        self._expect_any_text()
+
+    def _expect_any_text(self) -> None:
+        """Take no token of earlier texts for one of later texts."""
+        self.fixed, self.searched = 0, self.start
+        self.answer: int | None = None
+        self.masks: dict[tuple[int, tuple[int, ...]], Tensor | None] = {}
 
     def error(self, ids: Sequence[int]) -> SpecDecError | None:
         """Return an error if no token can follow the text ``ids`` (prompt and output); None: some token can."""
         why = self.error_text
-        if not why and self.mask(ids[self.start :]) is None:
+        if not why and self.mask(ids) is None:
             why = "the tokenizer and the grammar disagree on what is allowed"
         return ConstraintError(f"the constraint cannot be kept: {why}") if why else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._expect_any_text()  # a caller outside the engine may have several
         return self.masked(input_ids[0].tolist(), scores)
 
     def masked(self, ids: Sequence[int], scores: Tensor, vocab: Tensor | None = None) -> Tensor:
@@ -318,21 +332,22 @@ class ConstraintState:
         ids: prompt and output. vocab: the token ids of ``scores``, int64 [V']; None: the index of a logit is its token
             id.
         """
-        return masked(scores, self.mask(ids[self.start :]), vocab)
+        return masked(scores, self.mask(ids), vocab)
 
-    def mask(self, new: Sequence[int]) -> Tensor | None:
-        """Return which tokens may follow the generated tokens ``new``, bool [V] on the CPU.
+    def mask(self, ids: Sequence[int], drafted: Sequence[int] = ()) -> Tensor | None:
+        """Return which tokens may follow the text ``ids`` and then ``drafted``, bool [V] on the CPU.
 
-        It is cached, so the caller must not change it. None if no token may follow, or if ``new`` itself breaks the
+        It is cached, so the caller must not change it. None if no token may follow, or if the text itself breaks the
         constraint.
 
-        new: the row's tokens after its prompt; drafted ones may be at the end.
+        ids: prompt and output; drafted tokens may be at the end, too. drafted: tokens after it.
         """
-        key = tuple(new)
+        end = len(ids) + len(drafted)
+        key = end, tuple(_part(ids, drafted, max(end - TAIL, self.start), end))
         if key not in self.masks:
             if len(self.masks) >= MASKS:
                 self.masks.clear()
-            self.masks[key] = self._guarded(self._mask, key, None)
+            self.masks[key] = self._guarded(lambda: self._mask(ids, drafted), None)
         return self.masks[key]
 
     def forced(self, ids: Sequence[int], limit: int) -> list[int]:
@@ -340,103 +355,124 @@ class ConstraintState:
 
         [] if it allows a choice, or no token. limit: maximum number of tokens to return.
         """
-        found = list(ids[self.start :])
-        most = len(found) + limit
-        while len(found) < most:
-            more = self._guarded(self._forced, found, list[int]())
+        found = list[int]()
+        while len(found) < limit:
+            more = self._guarded(partial(self._forced, ids, found), list[int]())
             if not more:
                 break
             found += more
-        return found[len(ids) - self.start : most]
+        return found[:limit]
 
     def allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
         """Return how many of ``tokens``, from the first on, the constraint allows after ``ids`` (prompt and output)."""
-        before = len(ids) - self.start
-        return self._guarded(lambda text: self._allows(text, before), [*ids[self.start :], *tokens], 0)
+        return self._guarded(lambda: self._allows(ids, tokens), 0)
 
-    def _begin(self, new: Sequence[int]) -> int | None:
-        """Return the index in ``new`` from which on tokens are constrained: 0, or the index after a reasoning block.
+    def _begin(self, ids: Sequence[int], drafted: Sequence[int]) -> int | None:
+        """Return the index in the text from which on tokens are constrained: after the prompt, or a reasoning block.
 
-        None if all of ``new`` is in an open reasoning block. new: the row's tokens after its prompt.
+        None if all tokens after the prompt are in an open reasoning block. ids, drafted: as for ``mask``.
         """
-        block = self.compiled.block
-        if block is None or not (self.inside or (self.may_reason and new and new[0] == block[0])):
-            return 0
-        return next((n + 1 for n, token in enumerate(new) if token == block[1]), None)
+        block, start, end = self.compiled.block, self.start, len(ids) + len(drafted)
+        if self.answer is not None and self.answer <= end:
+            return self.answer
+        if block is None or not (
+            self.inside or (self.may_reason and _part(ids, drafted, start, start + 1) == [block[0]])
+        ):
+            return start
+        at = min(self.searched, end)
+        rest = _part(ids, drafted, at, end)
+        begin = at + rest.index(block[1]) + 1 if block[1] in rest else None
+        if begin is None:
+            self.searched = max(self.searched, end - TAIL)
+        elif begin <= end - TAIL:
+            self.answer = begin
+        return begin
 
-    def _mask(self, new: Sequence[int]) -> Tensor | None:
-        """Compute which tokens may follow the generated tokens ``new``, bool [V]; None: no token may.
+    def _mask(self, ids: Sequence[int], drafted: Sequence[int]) -> Tensor | None:
+        """Compute which tokens may follow a text, bool [V]; None: no token may, or the text breaks the constraint.
 
-        None also if ``new`` itself breaks the constraint. new: the row's tokens after its prompt.
+        ids, drafted: as for ``mask``.
         """
-        begin, block = self._begin(new), self.compiled.block
+        begin, block = self._begin(ids, drafted), self.compiled.block
         if begin is None:
             return self.compiled.reasoning
-        if not self._go_to(new[begin:]):
+        if not self._go_to(ids, drafted, begin):
             return None
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: self.compiled.vocab_size].astype(bool)
-        if block is not None and self.may_reason and not new:
+        if block is not None and self.may_reason and len(ids) + len(drafted) == self.start:
             allowed[block[0]] = True
         return torch.from_numpy(allowed)
 
-    def _forced(self, new: Sequence[int]) -> list[int]:
-        """Return one or more tokens that must follow the generated tokens ``new``.
+    def _forced(self, ids: Sequence[int], drafted: Sequence[int]) -> list[int]:
+        """Return one or more tokens that must follow the text ``ids`` and then ``drafted``.
 
-        [] if there is a choice, or if no token may follow. new: the row's tokens after its prompt.
+        [] if there is a choice, or if no token may follow. ids, drafted: as for ``mask``.
         """
-        begin = self._begin(new)
-        if begin is None or (self.may_reason and not new) or not self._go_to(new[begin:]):
+        begin = self._begin(ids, drafted)
+        if begin is None or (self.may_reason and len(ids) + len(drafted) == self.start):
+            return []
+        if not self._go_to(ids, drafted, begin):
             return []
         if more := self.matcher.compute_ff_tokens():
             return list(more)
-        if (mask := self.mask(new)) is None:
+        if (mask := self.mask(ids, drafted)) is None:
             return []
         allowed = mask.numpy()  # not torch: waking a team of threads takes ten times as long
         return [int(allowed.argmax())] if np.count_nonzero(allowed) == 1 else []
 
-    def _allows(self, text: Sequence[int], before: int) -> int:
-        """Return how many of the tokens ``text[before:]``, counted from the first, are allowed after ``text[:before]``.
+    def _allows(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
+        """Return how many of ``tokens``, counted from the first, are allowed after the text ``ids``.
 
-        text: the row's tokens after its prompt, with tokens to check at the end.
+        ids: prompt and output.
         """
-        begin, ends = self._begin(text), self.compiled.ends
-        free = text[before:begin]  # in a reasoning block
+        begin, ends = self._begin(ids, tokens), self.compiled.ends
+        free = tokens if begin is None else tokens[: max(begin - len(ids), 0)]  # in a reasoning block
         count = next((n for n, token in enumerate(free) if token in ends), len(free))
-        at = before + count
-        if begin is None or count < len(free) or not self._go_to(text[begin:at]):
+        if begin is None or count < len(free) or not self._go_to(ids, free, begin):
             return count
-        rest = text[at : next((n + 1 for n in range(at, len(text)) if text[n] in ends), len(text))]
-        return count + int(self.matcher.validate_tokens(rest))
+        rest = tokens[count : next((n + 1 for n in range(count, len(tokens)) if tokens[n] in ends), len(tokens))]
+        return count + int(self.matcher.validate_tokens(list(rest)))
 
-    def _go_to(self, new: Sequence[int]) -> bool:
-        """Move llguidance's matcher to the end of ``new``, and return whether it allows all of these tokens.
+    def _go_to(self, ids: Sequence[int], drafted: Sequence[int], begin: int) -> bool:
+        """Move llguidance's matcher to the end of a text, and return whether it allows all tokens from ``begin`` on.
 
-        new: the generated tokens that are constrained, without a reasoning block.
+        ids, drafted: as for ``mask``. begin: index from which on the text is constrained.
         """
-        new = list(new)
-        shared = common_prefix(self.consumed, new)
+        count = len(ids) + len(drafted) - begin
+        known = self.fixed if self.fixed <= count else 0
+        new = _part(ids, drafted, begin + known, begin + count)
+        shared = known + common_prefix(self.consumed[known:], new)
         if shared < len(self.consumed):
             self.matcher.rollback(len(self.consumed) - shared)
             del self.consumed[shared:]
-        more = new[shared:]
+        more = new[shared - known :]
         if self.compiled.ends.isdisjoint(more):
             self.consumed += more[: self.matcher.try_consume_tokens(more)]
-        return len(self.consumed) == len(new)
+        self.fixed = max(min(count - TAIL, len(self.consumed)), known)
+        return len(self.consumed) == count
 
-    def _guarded(self, query: Callable[[Sequence[int]], T], new: Sequence[int], otherwise: T) -> T:
-        """Return ``query(new)``. If llguidance's matcher fails in it, reset the matcher and return ``otherwise``.
+    def _guarded(self, query: Callable[[], T], otherwise: T) -> T:
+        """Return ``query()``. If llguidance's matcher fails in it, reset the matcher and return ``otherwise``.
 
         The reason is then in ``error_text``. Exceptions of ``query`` are caught.
 
-        query: function of generated tokens that uses the matcher. new: the row's tokens after its prompt.
+        query: function that uses the matcher.
         """
         try:
-            answer, why = query(new), self.matcher.get_error()
+            answer, why = query(), self.matcher.get_error()
         except Exception as error:  # of the matcher: it must not end other rows
             answer, why = otherwise, str(error)
         if not why:
             return answer
         self.error_text = _sentence(why)
-        self.matcher, self.consumed = self.compiled.matcher.deep_copy(), []
+        self.matcher, self.consumed, self.fixed = self.compiled.matcher.deep_copy(), [], 0
         return otherwise
+
+
+def _part(ids: Sequence[int], drafted: Sequence[int], first: int, end: int) -> list[int]:
+    """Return the tokens from index ``first`` to ``end`` of ``ids`` and the tokens ``drafted`` after it."""
+    before = len(ids)
+    if end <= before:
+        return list(ids[first:end])
+    return [*ids[first:], *drafted[max(first - before, 0) : end - before]]

@@ -187,6 +187,16 @@ class Drafter(ABC):
             not run again, and have empty tensors.
         """
 
+    def keep_up(self, row_states: list[Any], texts: Sequence[Sequence[int]]) -> None:  # noqa: B027 (optional)
+        """Compute what need not wait for the next draft, such as from hidden states that pile up. No effect by default.
+
+        Called at the end of each step, and after each part of a prompt if ``Traits.whole_prompts`` is set. Its time
+        does not count as the cost of a draft. There may be no draft for long, or ever.
+
+        row_states: what ``begin`` returned for each row.
+        texts: for each row, the token ids of its text up to the token after the last one that the model has run.
+        """
+
     def withdraw(self, row_state: Any) -> None:  # noqa: B027 (optional)
         """Forget a row's last draft, because the model will score it only in part or not at all.
 

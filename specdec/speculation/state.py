@@ -84,7 +84,7 @@ class State:
         [V]; None if the drafted tokens break the constraint.
         """
         constraint, ids = self.sampler.rows[row].constraint, self.ids[row]
-        return None if constraint is None else lambda tokens: constraint.mask([*ids[constraint.start :], *tokens])
+        return None if constraint is None else lambda tokens: constraint.mask(ids, tokens)
 
     @property
     def roots(self) -> Tensor:

@@ -213,7 +213,7 @@ def test_a_head_of_the_package_computes_what_the_package_does(target, tmp_path: 
     cache = KVCache(1, len(texts))
     for entries, row, text in zip(cache.entries, rows, texts, strict=True):
         entries.count = len(text) - 1
-        row.states = [tapped(target, drafter, text[:-1])]
+        row.add(tapped(target, drafter, text[:-1]))
     state = State(target, cache, None, texts, row_states=rows)
     states = drafter.block(state, drafter.catch_up(state))
     for text, after, own in zip(texts, drafted, states, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from calls import answering
 from servers import (
     NAME,
     USER,
@@ -28,6 +29,7 @@ from tiny import save_tiny
 from typer.testing import CliRunner
 
 from specdec import SpecDecoder
+from specdec.api import prompts
 from specdec.base.errors import SpecDecError
 from specdec.cli import app
 from specdec.engine.metrics import RequestMetrics
@@ -128,12 +130,76 @@ def test_messages_may_be_parts_and_come_from_developers(server: Server) -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
     tokens = server.post("/tokenize", {"messages": messages}).json()["tokens"]
     text = server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
-    assert text == "[system] Be brief.\n[user] Name three colours.\n[assistant] "
+    assert text == "[system] Be brief.\n[user] Name three \ncolours.\n[assistant] "
     answered = [*USER, {"role": "assistant", "content": "Red.", "refusal": None, "tool_calls": None}, *USER]
     assert server.chat(messages=answered, max_tokens=1).status_code == 200
 
 
-DEEP = {"name": "f", "arguments": '{"a":' * 600 + "1" + "}" * 600}
+def test_tokens_of_a_text_may_be_white_space_and_do_without_added_ones(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.post("/tokenize", {"prompt": "\n"}).json()["count"] == 1
+    assert server.complete(prompt="\n", **GREEDY).json()["usage"]["prompt_tokens"] == 1
+    asked, token_ids = list[bool](), prompts.token_ids
+    noted = lambda tokenizer, text, added: asked.append(added) or token_ids(tokenizer, text, added)  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(prompts, "token_ids", noted)
+        for more in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            assert server.post("/tokenize", {"prompt": "Name"} | more).json()["count"] == 4
+    assert asked == [True, True, False]
+    refusal(server.post("/tokenize", {"messages": USER, "add_special_tokens": True}), 400)
+    assert server.post("/tokenize", {"messages": USER, "add_special_tokens": False}).status_code == 200
+    for wrong in (server.chat(add_special_tokens=True), server.complete(add_special_tokens=False)):
+        message = "parameter 'add_special_tokens' is not supported; leave it out"
+        assert refusal(wrong, 400)["message"] == message
+    assert server.chat(add_special_tokens=False, max_tokens=1).status_code == 200
+    assert server.complete(add_special_tokens=True, max_tokens=1).status_code == 200
+
+
+def test_an_answer_goes_on_with_a_last_message_by_each_name_of_that(server: Server) -> None:
+    begun = {"role": "assistant", "content": "Red"}
+    right = server.chat(messages=[*USER, begun], continue_final_message=True, **GREEDY).json()
+    found = server.chat(messages=[*USER, begun | {"prefix": True}], **GREEDY).json()
+    assert found["choices"] == right["choices"]
+    assert found["usage"]["prompt_tokens"] == right["usage"]["prompt_tokens"]
+    again = server.chat(messages=[*USER, begun, *USER], max_tokens=1).json()["usage"]["prompt_tokens"]
+    earlier = server.chat(messages=[*USER, begun | {"prefix": True}, *USER], max_tokens=1).json()["usage"]
+    assert earlier["prompt_tokens"] == again
+    count = server.post("/tokenize", {"messages": [*USER, begun], "continue_final_message": True}).json()["count"]
+    assert count == right["usage"]["prompt_tokens"]
+    for wrong in (
+        server.chat(messages=[USER[0] | {"prefix": True}]),
+        server.chat(messages=[*USER, begun | {"prefix": True}], add_generation_prompt=True),
+        server.post("/tokenize", {"messages": USER, "add_generation_prompt": False}),
+    ):
+        refusal(wrong, 400)
+
+
+def test_other_values_of_not_used_and_other_forms_of_numbers(server: Server) -> None:
+    base = server.complete(**GREEDY).json()
+    same: dict[str, Any] = {"temperature": 0.9, "top_p": 0, "seed": -1, "top_k": -1.0, "n": 1.0, "max_tokens": 24.0}
+    assert server.complete(**same).json()["choices"] == base["choices"]
+    assert server.complete(**GREEDY, max_tokens=-1, stop=base["choices"][0]["text"][9]).status_code == 200
+    assert server.chat(**GREEDY, max_completion_tokens=-1).json()["usage"]["completion_tokens"] == 24
+    body = {"messages": USER, "max_tokens": 3}
+    assert server.post("/v1/chat/completions", body).json()["model"] == NAME
+    assert server.post("/v1/messages", body).json()["model"] == NAME
+    assert server.post("/v1/responses", {"input": "a", "max_output_tokens": 3.0}).json()["model"] == NAME
+    result = [*USER, {"role": "tool", "content": None}]
+    assert server.chat(messages=result, max_tokens=1).status_code == 200
+    for wrong in ({"max_tokens": -2}, {"max_tokens": 1.5}, {"seed": -2}, {"top_p": -1}, {"top_p": False}, {"n": 0.0}):
+        refusal(server.complete(**wrong), 400)
+
+
+def test_reasoning_has_two_names() -> None:
+    template = "{% for m in messages %}[{{ m.reasoning_content }}]{{ m.content }}{% endfor %}"
+    with answering("ok", template=template) as other:
+        for name in ("reasoning", "reasoning_content"):
+            other.chat(messages=[*USER, {"role": "assistant", "content": "a", name: "Hm."}, *USER])
+            assert "[Hm.]a" in other.decoder.tokenizer.decode(other.engine.handles[-1].request.prompt)
+
+
+NUMBER = {"name": "f", "arguments": 5}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the parameter, a part of the message
     "a message without a role": ({"messages": [{"content": "x"}]}, "messages.0.role", ""),
@@ -143,8 +209,8 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the para
         "'messages.0.content.0.type': it must be 'text'",
     ),
     "a number": ({"messages": [{"role": "user", "content": 5}]}, None, "it must be a valid string or a valid list"),
-    "a call that is nested without end": (
-        {"messages": [*USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}]},
+    "a call whose arguments are a number": (
+        {"messages": [*USER, {"role": "assistant", "tool_calls": [{"id": "1", "function": NUMBER}]}]},
         "messages.1.tool_calls.0.function.arguments",
         "",
     ),
@@ -154,7 +220,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a body, the para
     "a bias of a token that the model lacks": ({"logit_bias": {"99999": 1}}, "logit_bias", ""),
     "a character without a token": ({"messages": [{"role": "user", "content": "\x1b"}]}, "messages", ""),
     "a million choices": ({"n": 1_000_000}, "n", ""),
-    "five stops": ({"stop": list("abcde")}, "stop", "'stop': it must have at most 4 items and has 5"),
+    "sixty-five stops": ({"stop": ["a"] * 65}, "stop", "'stop': it must have at most 64 items and has 65"),
     "an option of a stream": ({"stream_options": {"include_usage": True}}, None, ""),
 }
 
@@ -372,25 +438,32 @@ def test_the_command_takes_vllms_names(tmp_path: Path, monkeypatch: pytest.Monke
         assert says in CliRunner().invoke(app, [*command, "--allowed-origins", wrong]).stderr
 
 
-@pytest.mark.parametrize("host", ["evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x"])
+EVIL = "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1].x", "evil.local"
+
+
+@pytest.mark.parametrize("host", EVIL)
 def test_other_hosts_are_refused(server: Server, host: str) -> None:
     assert "--allowed-hosts" in refusal(server.get("/health", headers={"Host": host}), 421)["message"]
 
 
 def test_hosts_of_this_machine_and_those_named_are_answered(server: Server, decoder: SpecDecoder) -> None:
-    for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:8000", "10.0.0.7:1", socket.gethostname()):
+    own = socket.gethostname()
+    names = own, f"{own}.local", "host.docker.internal:8000", "host.containers.internal"
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:8000", "10.0.0.7:1", *names):
         assert server.get("/health", headers={"Host": host}).status_code == 200, host
     for hosts in (("a.example",), ("*",)):
         with serving(decoder, Replay(lambda request: []), allowed_hosts=hosts) as named:
             assert named.get("/v1/models", headers={"Host": "a.example:80"}).status_code == 200
 
 
-def test_a_path_forges_no_line_and_health_has_a_head(server: Server) -> None:
+def test_a_path_forges_no_line_and_what_clients_look_for_has_a_head(server: Server) -> None:
     assert server.get("/x%0a127.0.0.1%20GET%20/%20200%1b[2J%c2%9b").status_code == 404
     until(lambda: any("GET /x" in line for line in server.lines))
     [line] = [line for line in server.lines if "GET /x" in line]
     assert line.isascii() and line.isprintable()
-    assert httpx.head(server.url + "/health").status_code == 200
+    for path in ("/", "/health", "/v1/models", f"/v1/models/{NAME}"):
+        found = httpx.head(server.url + path)
+        assert found.status_code == 200 and not found.content, path
 
 
 def test_an_empty_key_opens_no_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,16 @@ def test_idle_connections_beyond_the_limit_are_closed_the_longest_idle_first() -
         assert idle[-1].recv(15) == b"HTTP/1.1 200 OK"
 
 
+def test_a_connection_is_idle_for_the_time_that_is_set() -> None:
+    """No timer of uvicorn's closes it before."""
+    with served(client_timeout=60.0) as server, connect(server.url) as client:
+        client.sendall(HEAD + b"\r\n")
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+        [own] = list(server.server.server_state.connections)
+        until(lambda: own.expiry and own.timeout_keep_alive_task)
+        assert own.expiry.when() <= own.timeout_keep_alive_task.when()
+
+
 def test_a_head_must_arrive_in_time_however_it_is_sent() -> None:
     with served(client_timeout=0.2) as server, connect(server.url) as silent, connect(server.url) as slow:
         slow.sendall(HEAD)

@@ -185,11 +185,21 @@ def test_turns_of_one_role_in_a_row_are_one() -> None:
     assert prompts[0] == prompts[1] and prompts[0].count("[user]") == 1
 
 
+FORM = {"type": "json_schema", "schema": {"type": "object"}}
 RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "4"}
 CALL = {"type": "tool_use", "id": "x", "name": "sum", "input": {}}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "x"}}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unsupported member": ({"mcp_servers": [{}]}, "parameter 'mcp_servers' is not supported"),
+    "a format with tools": ({"tools": GIVEN, "output_config": {"format": FORM}}, "'tools' cannot be combined"),
+    "a prompt that is too long": (
+        {"messages": [{"role": "user", "content": "x" * 2000}]},
+        "prompt is too long: 2006 tokens > 1023 maximum",
+    ),
+    "a prompt that is much too long": (
+        {"messages": [{"role": "user", "content": "x" * 100_000}]},
+        "prompt is too long: the prompt has 100000 characters",
+    ),
     "a call of the system": ({"messages": [{"role": "system", "content": [CALL]}]}, "the role system"),
     "an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "'messages.0.content.0': Input tag 'image'"),
     "a call of the user": ({"messages": [{"role": "user", "content": [CALL]}]}, "does not belong to the role user"),

@@ -110,6 +110,8 @@ def test_text_has_the_form_that_is_asked_for(client: openai.OpenAI) -> None:
     form: Any = {"format": {"type": "json_schema", "name": "number", "schema": schema, "strict": True}}
     found = client.responses.create(**BODY, text=form)
     assert json.loads(found.output_text)["a"] in (1, 2) and found.status == "completed"
+    same = client.responses.create(**BODY, text={"format": form["format"] | {"type": "json_object"}})
+    assert json.loads(same.output_text)["a"] in (1, 2)
 
 
 def test_reasoning_text_and_parallel_calls_are_items() -> None:
@@ -164,6 +166,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a hosted tool": ({"tools": [{"type": "web_search"}]}, "'tools.0.type': it must be 'function'"),
     "a part of a number": ({"input": [{"role": "user", "content": [5]}]}, "'input.0.content.0': it must be an object"),
     "items in a number": ({"input": 5}, "'input': it must be a valid string or a valid list"),
+    "a format with tools": (
+        {"tools": GIVEN, "text": {"format": {"type": "json_object"}}},
+        "'tools' cannot be combined",
+    ),
     "a choice without tools": ({"tool_choice": "required"}, "tool_choice needs tools"),
 }
 

@@ -349,15 +349,18 @@ def test_11_a_full_queue_says_when_to_come_back(other: SpecDecoder, n: int) -> N
 def test_11_a_prompt_that_is_too_long_is_refused_with_both_numbers(server: Server) -> None:
     for response in (server.complete(prompt=[5] * 4096), server.complete(prompt="x" * 4096)):
         error = refusal(response, 400)
-        assert "4096" in error["message"] and "4095" in error["message"]
+        says = "This model's maximum context length is 4096 tokens; 'prompt' has 4096; shorten it"
+        assert error["message"] == says
         assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
     error = refusal(server.chat(messages=[{"role": "user", "content": "x" * 5000}]), 400)
-    assert "5020" in error["message"] and "4095" in error["message"] and error["param"] == "messages"
+    says = "This model's maximum context length is 4096 tokens; 'messages' has 5020; shorten it"
+    assert error["message"] == says and error["param"] == "messages"
     for response in (
         server.chat(messages=[{"role": "user", "content": "x " * 300_000}]),
         server.complete(prompt="x" * 300_000),
     ):
         error = refusal(response, 400)
+        assert error["message"].startswith("This model's maximum context length is 4096 tokens; the prompt has ")
         assert "characters" in error["message"] and error["code"] == "context_length_exceeded"  # it is not tokenised
     full = server.complete(**GREEDY, prompt=[5] * 4093, max_tokens=50).json()
     assert full["usage"]["completion_tokens"] == 3 and full["choices"][0]["finish_reason"] == "length"

@@ -117,8 +117,11 @@ def test_vllms_names_of_formats_constrain_the_text(server: Server) -> None:
     with ThreadPoolExecutor(len(FORMS)) as pool:
         for (form, pattern), texts in zip(FORMS, pool.map(ask, [form for form, _ in FORMS]), strict=True):
             assert all(re.fullmatch(pattern, each) for each in texts), (form, texts)
-    same = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}
-    assert ask(same) == ask(FORMS[0][0])
+    same = {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}
+    assert ask(same) == ask(FORMS[0][0]) == ask({"response_format": {"type": "json_object", "schema": SCHEMA}})
+    for kind in ("text", "json_schema"):
+        wrong = server.complete(response_format={"type": kind, "schema": SCHEMA})
+        assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "response_format"
     both = server.complete(structured_outputs={"regex": "a"}, **same)
     assert both.status_code == 400 and "one format only" in both.json()["error"]["message"]
 
@@ -169,7 +172,7 @@ def test_what_would_change_the_text_and_cannot_be_served_is_refused_by_name(path
     for name in (NAMED | served | UNUSED.keys()) - NEUTRAL - made.model_fields.keys():
         with pytest.raises(ValidationError, match=name):
             made.model_validate({"model": NAME, name: "used"} | body)
-        for value in (None, *UNUSED[name]):
+        for value in (None, *made.unused[name]):
             made.model_validate({"model": NAME, name: value} | body)
 
 

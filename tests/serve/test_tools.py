@@ -6,7 +6,7 @@ from typing import Any
 
 import openai
 import pytest
-from calls import CALLS, FORMS, SCHEMAS, TEMPLATE, TOOLS, answering, calls_of, read, written
+from calls import CALLS, FORMS, SCHEMAS, TEMPLATE, THINKING, TOOLS, answering, calls_of, read, written
 from servers import NAME, USER, Replay, Server, byte_tokenizer, serving, stand_in
 from tiny import tiny_model
 from tiny_tokenizers import letters
@@ -318,6 +318,8 @@ def given(parameters: Any) -> dict[str, Any]:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "not in tools"),
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "leave one out"),
         ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "'tools' cannot be combined with a format"),
+        ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "'tools' cannot be combined with a format"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
         (given({"enum": []}), "cannot be used"),
         (given({"$ref": "#"}), "the grammar cannot be used"),
@@ -329,6 +331,57 @@ def given(parameters: Any) -> dict[str, Any]:
 def test_what_is_refused_of_tools(server: Server, body: dict[str, Any], what: str) -> None:
     found = server.chat(**body)
     assert found.status_code == 400 and what in found.json()["error"]["message"], found.text
+
+
+def test_a_format_goes_with_tools_that_must_not_be_called(server: Server) -> None:
+    form = {"response_format": {"type": "json_object", "schema": {"enum": [{}]}}}
+    found = server.chat(tools=TOOLS, tool_choice="none", **form).json()["choices"][0]
+    assert found["message"]["content"] == "{}"
+
+
+def test_any_is_a_name_of_required(server: Server) -> None:
+    for path, body in (("/v1/chat/completions", {"messages": USER}), ("/v1/responses", {"input": "a"})):
+        error = server.post(path, body | {"tool_choice": "any"}).json()["error"]
+        assert error["message"] == "tool_choice needs tools"
+
+
+LEVELS = 180  # about as many as a body may have
+SENT: list[tuple[Any, str]] = [  # arguments of a call that clients send back, and those that the template gets
+    ('{"city": "Rome"}', "Rome"),
+    ({"city": "Rome"}, "Rome"),
+    ('{"city": "Rome", "da', "Rome"),
+    ('{"city": "Ro', "Ro"),
+    ("city=Rome", ""),
+    ("[1]", ""),
+    ("", ""),
+    (None, ""),
+    ('{"city":' * 600 + "1" + "}" * 600, ""),
+    ('{"city":' * 100_000, ""),
+    ('{"city":' * LEVELS, "{'city': " * (LEVELS - 2) + "{}" + "}" * (LEVELS - 2)),
+    (json.loads('{"city":' * LEVELS + '"Rome"' + "}" * LEVELS),
+     "{'city': " * (LEVELS - 1) + "'Rome'" + "}" * (LEVELS - 1)),
+]  # fmt: skip
+
+
+def test_a_call_is_taken_back_whatever_its_arguments() -> None:
+    with answering("ok") as other:
+        for sent, city in SENT:
+            call = {"id": "x", "type": "function", "function": {"name": "weather", "arguments": sent}}
+            found = other.chat(messages=[*USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
+            assert found.status_code == 200, found.text
+            prompt = other.decoder.tokenizer.decode(other.engine.handles[-1].request.prompt)
+            assert prompt.endswith(f"[assistant]<tool_call>{city}</tool_call>"), (sent, prompt)
+
+
+def test_tokens_of_a_chat_with_tools_and_arguments_are_counted() -> None:
+    more: dict[str, Any] = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    with answering("ok", template=THINKING) as other:
+        for given in ({}, more, more | {"tool_choice": "none"}, {"add_generation_prompt": True}):
+            count = other.post("/tokenize", {"messages": USER} | given).json()["count"]
+            assert count == other.chat(**given).json()["usage"]["prompt_tokens"]
+        assert other.post("/tokenize", {"messages": USER, "enable_thinking": False}).status_code == 400
+    with answering("ok", template="{{ messages[0].content }}") as other:
+        assert other.post("/tokenize", {"messages": USER, "tools": TOOLS}).status_code == 400
 
 
 def test_a_template_without_tools_is_refused(server: Server) -> None:

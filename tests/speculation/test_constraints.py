@@ -1,8 +1,10 @@
 """Constrained decoding: what plain decoding under the same masks gives, for every drafter, and an end at the end."""
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.engine.engine import Engine
 from specdec.engine.request import Event
 from specdec.runtimes.transformers import TransformersTarget
+from specdec.speculation import constraints
 from specdec.speculation.constraints import LONGEST, CompiledConstraint, Constraint, ConstraintState, compile_constraint
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler, Sampler
@@ -67,7 +70,7 @@ def plainly(model: PreTrainedModel, prompt: list[int], rule: CompiledConstraint,
     """Greedy decoding one token at a time; the mask of each is that of a new matcher."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count and EOS not in ids[len(prompt) :]:
-        mask = rule.state(prompt).mask(ids[len(prompt) :])
+        mask = rule.state(prompt).mask(ids)
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].masked_fill(~mask, float("-inf")).argmax()))
     return ids[len(prompt) :]
 
@@ -200,7 +203,7 @@ def test_masks_are_made_along_what_is_accepted(monkeypatch: pytest.MonkeyPatch, 
     assert constraint is not None and row.sampler.masked_greedy == alone
     together(TransformersTarget(model), Scripted(script), [row], FixedDepth(2))
     assert new_tokens(row) == text and row.metrics.num_accepted_draft_tokens > 4
-    assert all(list(new) == text[: len(new)] for new in constraint.masks)
+    assert all([*PROMPTS[0], *new] == [*PROMPTS[0], *text][:length] for length, new in constraint.masks)
 
 
 def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +213,9 @@ def test_masks_are_made_while_a_device_scores(monkeypatch: pytest.MonkeyPatch) -
     model, rule, made_when = tiny_model(), made(Regex("[a-e]{3,9}(foo|fool)x?")), list[str]()
     text, own, read = plainly(model, PROMPTS[0], rule), ConstraintState._mask, scoring.download
 
-    def noted(self: ConstraintState, new: list[int]) -> torch.Tensor | None:
+    def noted(self: ConstraintState, *text: Sequence[int]) -> torch.Tensor | None:
         made_when.append("mask")
-        return own(self, new)
+        return own(self, *text)
 
     def reads(*tensors: torch.Tensor) -> list[list[list[int]]]:
         made_when.append("read")
@@ -250,13 +253,13 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     rule = compile_constraint(Regex("xy"), tokenizer, 97, frozenset([EOS]))
     ids, xy = tokenizer(prompt).input_ids, tokenizer("xy").input_ids
     state = rule.state(ids)
-    first = state.mask([])
+    first = state.mask(ids)
     if reasons == "inside":
         assert int(first.sum()) == 96 and not first[EOS]
     else:
         assert first.nonzero()[:, 0].tolist() == sorted([xy[0]] + [begin] * (reasons == "may"))
     block = {"inside": [5, xy[0], end], "may": [begin, 5, xy[0], end], "not": []}[reasons]
-    assert all(int(state.mask(block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
+    assert all(int(state.mask(ids, block[:n]).sum()) == 96 for n in range(1, len(block)))  # type: ignore[union-attr]
     assert state.forced(ids + block, 9) == [*xy, EOS]
     target = TransformersTarget(tiny_model())
     row = Request(ids, 100, RowSampler(SamplingParams(), [state]), eos=frozenset([EOS]))
@@ -264,6 +267,93 @@ def test_a_constraint_begins_after_a_block_of_reasoning(prompt: str, reasons: st
     new = new_tokens(row)
     answer = new[new.index(end) + 1 :] if reasons != "not" and end in new else new
     assert answer == [*xy, EOS] if row.finish_reason == "eos" else reasons != "not"
+
+
+def reasoning(pattern: str) -> tuple[CompiledConstraint, list[int]]:
+    """A constraint for a model that reasons, and the ids of the tokens around its reasoning."""
+    tokenizer = letters(92)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "</think>"
+    rule = compile_constraint(Regex(pattern), tokenizer, 97, frozenset([EOS]))
+    return rule, tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+
+
+class Counted(list[int]):
+    """Token ids that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        self.read += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("where", ["answer", "block", "behind a block"])
+def test_a_query_reads_no_more_tokens_of_a_long_text(where: str) -> None:
+    """Once a query has seen it: nodes of drafts, what is forced, and what is allowed."""
+    rule, (begin, end) = reasoning("[a-z]*")
+    [letter] = letters()("a").input_ids
+    counts = []
+    for length in (1000, 30_000):
+        block = {"answer": [], "block": [begin], "behind a block": [begin, 7, end]}[where]
+        prompt = [5, 6]
+        state, ids = rule.state(prompt), Counted([*prompt, *block, *[letter] * length])
+        expected = state.mask(ids)
+        assert expected is not None
+        ids.read = 0
+        for step in range(3):
+            for depth in range(9):
+                mask = state.mask(ids, [letter] * depth)
+                assert mask is not None and torch.equal(mask, expected)
+                scores = state.masked(ids, torch.zeros(1, 97))
+                assert torch.equal(scores.isfinite()[0], expected)
+            assert state.forced(ids, 16) == [] and state.allows(ids, [letter] * 5) == 5
+            assert state.error(ids) is None
+            ids.extend([letter] * step)
+        counts.append(ids.read)
+    assert counts[0] == counts[1] < 64 * 1000
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_query_answers_as_a_new_matcher_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For texts that grow, with drafts that are rejected, break the constraint, or end a block of reasoning."""
+    monkeypatch.setattr(constraints, "TAIL", 7)
+    rng, (rule, (begin, end)) = random.Random(seed), reasoning("([a-c]{2,9}xyz)*")
+    letter_ids = letters()("abcxyz").input_ids
+    prompt = [[5, 6], [5, begin], [5, begin, end], [begin, 6, 6]][seed % 4]
+    state, ids = rule.state(prompt), list(prompt)
+    while len(ids) < 90:
+        for _ in range(4):
+            drafted = rng.choices([*letter_ids, end, EOS], [4, 4, 4, 2, 2, 2, 1, 1], k=rng.randint(0, 6))
+            fresh = rule.state(prompt)
+            expected, mask = fresh.mask([*ids, *drafted]), state.mask(ids, drafted)
+            assert (mask is None) == (expected is None)
+            assert mask is None or expected is None or torch.equal(mask, expected)
+            assert state.allows(ids, drafted) == rule.state(prompt).allows(ids, drafted)
+            assert state.forced(ids, 5) == rule.state(prompt).forced(ids, 5)
+        for _ in range(rng.randint(1, 6)):
+            allowed = rule.state(prompt).mask(ids)
+            assert allowed is not None
+            right = [token for token in (begin, *letter_ids) if allowed[token]]
+            ids.append(end if len(ids) > 40 and end not in ids[len(prompt) :] and allowed[end] else rng.choice(right))
+    assert not state.error_text
+
+
+def test_as_a_logits_processor_it_takes_any_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of several beams, which differ early."""
+    monkeypatch.setattr(constraints, "TAIL", 2)
+    a, b, c, x = letters()("abcx").input_ids
+    state = made(Regex("a{9}x|b{9}c")).state([5])
+    for _ in range(2):
+        for letter, last in ((a, x), (b, c)):
+            for count in (9, 5):
+                found = state(torch.tensor([[5, *[letter] * count]]), torch.zeros(1, 97))
+                assert found.isfinite().nonzero()[:, 1].tolist() == [last if count == 9 else letter]
 
 
 @pytest.mark.parametrize(
@@ -309,10 +399,10 @@ def test_a_constraint_that_fails_ends_its_own_request_only(monkeypatch: pytest.M
     bad, good = request(PROMPTS[0], rule), request(PROMPTS[1], rule)
     failing, go_to = bad.sampler.constraint, ConstraintState._go_to
 
-    def fails(self: ConstraintState, new: list[int]) -> bool:
-        if self is failing and len(new) > 4:
+    def fails(self: ConstraintState, ids: Sequence[int], drafted: Sequence[int], begin: int) -> bool:
+        if self is failing and len(ids) + len(drafted) - begin > 4:
             raise ValueError("too complex")
-        return go_to(self, new)
+        return go_to(self, ids, drafted, begin)
 
     monkeypatch.setattr(ConstraintState, "_go_to", fails)
     target = TransformersTarget(model)
