@@ -52,18 +52,17 @@ def encode(
     template: other arguments of the chat template; None: there are none.
     continue_last: whether the answer continues the last message instead of beginning a new one.
     add_special: whether plain text gets the tokens that the tokenizer puts around a text by default.
-    Raises SpecDecError for an empty prompt, white space as a chat, a wrong type, or a chat without a template;
-    PromptTooLongError for text that cannot fit the context.
+    Raises SpecDecError for an empty prompt, white space unless ``chat`` is False, a wrong type, or a chat without a
+    template; PromptTooLongError for text that cannot fit the context.
     """
     if (ids := _given_ids(prompt, name)) is not None:
         return ids
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    plain = isinstance(prompt, str) and not (has_template if chat is None else chat)
-    if len(prompt) == 0 or (isinstance(prompt, str) and not plain and not prompt.strip()):
+    if len(prompt) == 0 or (isinstance(prompt, str) and chat is not False and not prompt.strip()):
         raise SpecDecError(f"the {name} is empty; give some text")
     if tokenizer is None:
         raise SpecDecError("text prompts need a tokenizer; pass token ids or give SpecDecoder a tokenizer")
-    if isinstance(prompt, str) and plain:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str) and not (has_template if chat is None else chat):
         if system is not None:
             raise SpecDecError("a system prompt needs a chat template; this prompt is used as plain text")
         _check_length(tokenizer, len(prompt), context)
