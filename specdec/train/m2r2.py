@@ -91,7 +91,8 @@ class M2R2Method(TrainingMethod[M2R2]):
 
     def __init__(self, settings: M2R2Settings, target: Target) -> None:
         super().__init__(settings, target)
-        self.refreshes = target.device.type == "cpu"  # where drafts read rounded weights
+        # Drafts of a model in float32, and those on other devices, read weights as they are.
+        self.refreshes = target.device.type == "cpu" and settings.dtype != "float32"
         if settings.init:
             self.path = M2R2Path.from_json(drafter_folder.read_config(Path(settings.init)).get("path", {}))
             if settings.neurons not in (0, self.path.neurons):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,11 +56,13 @@ def test_training_brings_drafts_nearer_to_the_base_and_leaves_the_base_alone(ans
     assert (tmp_path / "out" / "train.yaml").exists()
 
 
-@pytest.mark.parametrize("checkpoint", [5, None])
+@pytest.mark.parametrize(("checkpoint", "dtype"), [(5, "float32"), (5, "bfloat16"), (None, "float32")])
 def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
-    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: int | None, dtype: str
 ) -> None:
-    train(recipe(answers, tmp_path / "whole", steps=10))
+    """In bfloat16, it goes on with the weights as they were when they were last rounded, too."""
+    given = partial(recipe, answers, steps=10, dtype=dtype)
+    train(given(tmp_path / "whole"))
     step = TrainingRun._step
 
     def killed(run: TrainingRun, *args: Any) -> dict[str, float]:
@@ -71,15 +74,15 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
 
     monkeypatch.setattr(TrainingRun, "_step", killed)
     with pytest.raises(Killed):
-        train(recipe(answers, tmp_path / "parts", steps=10))
+        train(given(tmp_path / "parts"))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"seconds": 1')  # as if it had been writing just then
     monkeypatch.setattr(TrainingRun, "_step", step)
     with pytest.raises(SpecDecError, match="--resume"):
-        train(recipe(answers, tmp_path / "parts", steps=10))
+        train(given(tmp_path / "parts"))
     with pytest.raises(SpecDecError, match="rank 4 -> 5"):
-        train(recipe(answers, tmp_path / "parts", steps=10, rank=5), resume=True)
-    train(recipe(answers, tmp_path / "parts", steps=10), resume=True)
+        train(given(tmp_path / "parts", rank=5), resume=True)
+    train(given(tmp_path / "parts"), resume=True)
 
     whole, parts = (checkpoint_of(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

@@ -4,10 +4,15 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_model
+from passes import apart
+from targets import needs_native
+from tiny import model_of, tiny_model
 from training import PATHS, same_drafts, shaken
 
 from specdec.drafters.m2r2 import M2R2Path
+from specdec.drafters.m2r2.network import Carry
+from specdec.runtimes.native import linear
+from specdec.runtimes.native.target import NativeTarget
 from specdec.runtimes.target import Pass
 from specdec.runtimes.torch.target import TorchTarget
 from specdec.runtimes.transformers import TransformersTarget
@@ -15,7 +20,7 @@ from specdec.train import states, student
 from specdec.train.batches import assemble, windows
 from specdec.train.data import TrainingAnswer
 from specdec.train.evaluate import evaluate
-from specdec.train.student import Teacher
+from specdec.train.student import Teacher, agree
 from specdec.train.trainer import training_target
 
 
@@ -87,3 +92,35 @@ def test_losses_and_gradients_are_those_of_the_formula(share: float, sharpen: fl
     assert found["positions"] == int(valid.sum())
     loss, agreement, right = teacher.compare(final, valid & False)
     assert loss == 0 and math.isnan(agreement) and not right.any()
+
+
+def test_of_equally_likely_tokens_the_first_one_is_the_draft() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
+    assert [bool(agree(logits, torch.tensor([index]))) for index in (1, 2, 3, -1)] == [True, False, False, False]
+
+
+@needs_native
+def test_projections_and_heads_are_rounded_as_in_drafts(monkeypatch) -> None:
+    monkeypatch.setattr(linear, "LARGE", 0)  # 4 bits, as large weights
+    model = model_of("llama")
+    target, vocab = training_target(model), torch.arange(2, 66)
+    network = shaken(M2R2Path(0, ((2, 4),), True, 4), target, vocab.int()).bfloat16().requires_grad_(True)
+    x, carry = torch.randn(1, 9, target.hidden_size).bfloat16(), torch.randn(2, 1, 9, target.hidden_size).bfloat16()
+    given = 0, x, Carry(carry[0], [carry[1]])
+    exact = network.project(*given)
+    network.round(target)
+    rounded = network.project(*given)
+    rounded.float().square().sum().backward()
+    assert bool(network.projections[0].weight.grad.any())
+    network.freeze(target)
+    drafted = network.project(*given)
+    assert apart(rounded.float(), drafted.float()) < 0.3 * apart(exact.float(), drafted.float())
+
+    head = NativeTarget(model).readout(x, target.reduced_head(vocab)).float()
+    teachers = [Teacher(target, vocab, extra=0, rounds=rounds) for rounds in (False, True)]
+    wanted = states.StateSelection((), (target.num_layers,))
+    records = states._records(states._make_shard(target, [TrainingAnswer((5, 6), (7, 8, 9))], wanted), wanted)
+    for teacher in teachers:
+        teacher.begin(assemble(records, windows(records, 64), target.device, target.dtype))
+    plain, drafts = (apart(teacher.logits(x).float(), head) for teacher in teachers)
+    assert drafts < 0.3 * plain and torch.equal(teachers[0].p, teachers[1].p)

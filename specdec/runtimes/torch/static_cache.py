@@ -138,7 +138,7 @@ class StaticCache:
         states of rows that get a new lane. If there are too few lanes or slots, it allocates larger tensors, moves all
         rows, and calls ``forget``. The caller holds the model's lock.
 
-        end: of the longest row, uncommitted tokens of all layers included.
+        end: number of slots that the longest row needs, also for uncommitted tokens, in any of its layers.
         """
         self.placing = True
         try:

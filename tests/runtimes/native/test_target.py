@@ -237,7 +237,7 @@ def test_adapters_agree_with_the_reference_runtime(family: str) -> None:
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_training_sees_the_weights_that_drafts_read(narrow: bool, monkeypatch) -> None:
-    """With gradients, and after the low-rank terms have changed only when it is told."""
+    """Adapted layers compute what the native kernels do, and gradients reach the low-rank terms."""
     monkeypatch.setattr(linear, "LARGE", 0)  # 4 bits, as large layers
     model = model_of("llama")
     target, training = NativeTarget(model), TorchTarget(model, packs=False)
