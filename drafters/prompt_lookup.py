@@ -5,6 +5,7 @@ Needs no training and no model. Searches the text so far; ``ngram`` also searche
 
 from __future__ import annotations
 
+from array import array
 from typing import ClassVar
 
 from specdec.base.errors import SpecDecError
@@ -15,7 +16,7 @@ from specdec.speculation.drafter import Drafter
 from specdec.speculation.state import State
 from specdec.speculation.tree_builder import merge
 
-Continuation = tuple[list[int], int]  # a text, and the index in it at which the continuation starts
+WIDTH = array("i").itemsize  # bytes of a token id
 
 
 class _Index:
@@ -23,24 +24,31 @@ class _Index:
 
     sizes: the lengths of n-grams.
     most: maximum number of continuations of an n-gram, which begin with different tokens.
-    found: by n-gram (token ids), its continuations, latest first: (the text's token ids, index where it goes on).
-    seen: number of tokens of the text that are in the index.
+    text: the token ids that are in the index, 4 bytes each.
+    found: by n-gram (its bytes in ``text``), where the text goes on: indices in it, the latest first.
     """
 
     def __init__(self, sizes: range, most: int) -> None:
         self.sizes, self.most = sizes, most
-        self.found = dict[tuple[int, ...], tuple[Continuation, ...]]()
-        self.seen = 0
+        self.text = b""
+        self.found = dict[bytes, tuple[int, ...]]()
 
     def add(self, ids: list[int]) -> None:
         """Add the n-grams of a row's text ``ids`` that have a token after them and are not in the index yet."""
-        for end in range(max(self.seen, 1), len(ids)):
+        seen = len(self.text) // WIDTH
+        self.text += array("i", ids[seen:]).tobytes()
+        text, found, more = self.text, self.found, self.most - 1
+        for end in range(max(seen, 1), len(ids)):
+            last, only = end * WIDTH, (end,)  # one object for all lengths
             for n in self.sizes:
                 if n <= end:
-                    key = tuple(ids[end - n : end])
-                    others = [(text, at) for text, at in self.found.get(key, ()) if text[at] != ids[end]]
-                    self.found[key] = ((ids, end), *others[: self.most - 1])
-        self.seen = len(ids)
+                    gram = text[last - n * WIDTH : last]
+                    others = [at for at in found.get(gram, ()) if ids[at] != ids[end]][:more] if more else ()
+                    found[gram] = (end, *others) if others else only
+
+    def after(self, count: int) -> tuple[int, ...]:
+        """Return where the text goes on after its last ``count`` tokens, as ``found`` has it; (): nowhere."""
+        return self.found.get(self.text[-count * WIDTH :], ())
 
 
 class PromptLookupDrafter(Drafter):
@@ -83,10 +91,9 @@ class PromptLookupDrafter(Drafter):
         index.add(ids)  # an n-gram enters it once its continuation is known, so the current suffix never finds itself
         found: dict[int, list[int]] = {}  # by first token
         # Of the longest n-gram at the end of the text, then of shorter ones
-        grams = (tuple(ids[-n:]) for n in self.sizes if n <= len(ids))
-        for text, start in (each for gram in grams for each in index.found.get(gram, ())):
-            if text[start] not in found and (tokens := state.allowed(row, text[start : start + limit])):
-                found[text[start]] = tokens
+        for start in (at for n in self.sizes if n <= len(ids) for at in index.after(n)):
+            if ids[start] not in found and (tokens := state.allowed(row, ids[start : start + limit])):
+                found[ids[start]] = tokens
             if len(found) == self.continuations:
                 break
         return list(found.values())

@@ -30,6 +30,7 @@ from .network import M2R2
 from .path import M2R2Path
 
 VOCABULARY = 8192  # tokens that are drafted
+AGREEMENTS = 100  # latest fits whose agreement with the model is kept
 
 
 def learned_path(target: Target) -> M2R2Path:
@@ -272,6 +273,7 @@ class Fits:
         self.network, self.head = network, self.newest
         self.progress.fits += 1
         self.progress.agreement.append((self.progress.fitted, share))
+        del self.progress.agreement[:-AGREEMENTS]  # all of them are written each time
 
     def _likeliest(self) -> Tensor | None:
         """Return the ids of the V' = ``VOCABULARY`` most frequent tokens, int32 [V'], in ascending order.

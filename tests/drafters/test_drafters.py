@@ -1,9 +1,11 @@
 """What each drafter proposes, which options it takes, how names are read, and how outside packages add one."""
 
 import copy
+import random
 import re
 import sys
 import tomllib
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +128,40 @@ def test_prompt_lookup_drafts_different_continuations_longest_match_first(llama:
     for count in (1, 2, 3, 9):
         assert draft_after(PromptLookupDrafter(continuations=count), target, ids) == expected[:count]
     assert draft_after(PromptLookupDrafter(prompt_lookup_min=2, continuations=9), target, ids) == expected[:2]
+
+
+def looked_up(ids: list[int], count: int, limit: int) -> list[tuple[int, ...]]:
+    """What prompt lookup says: the texts after earlier occurrences of the last tokens, of most tokens and latest first.
+
+    At most ``count``, which begin with different tokens.
+    """
+    found = dict[int, tuple[int, ...]]()
+    for n in range(min(8, len(ids)), 0, -1):
+        for end in range(len(ids) - 1, n - 1, -1):
+            if ids[end - n : end] == ids[-n:] and len(found) < count:
+                found.setdefault(ids[end], tuple(ids[end : end + limit]))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_prompt_lookup_finds_what_a_search_through_the_text_finds(llama: PreTrainedModel, count: int) -> None:
+    """Also as the text grows."""
+    rng, target, drafter = random.Random(count), TransformersTarget(llama), PromptLookupDrafter(continuations=count)
+    sampler, ids, row = Sampler([RowSampler(SamplingParams())]), [5], drafter.begin()
+    for _ in range(60):
+        ids += rng.choices(range(3, 7), k=rng.randint(1, 5))
+        draft = drafter.propose(State(target, target.new_cache(), sampler, [ids], row_states=[row]), 4)
+        paths = [tuple(path) for i, path in enumerate(draft.paths(0), 1) if i not in draft.parents]
+        assert paths == looked_up(ids, count, 4)
+
+
+def test_prompt_lookup_keeps_less_than_a_kilobyte_of_a_token() -> None:
+    row, ids = PromptLookupDrafter().begin(), random.Random(0).choices(range(50_000), k=5000)
+    tracemalloc.start()
+    row.add(ids)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1000 * len(ids)
 
 
 def test_what_the_lookahead_pool_learns_is_what_the_model_says(llama: PreTrainedModel) -> None:

@@ -148,6 +148,9 @@ def test_it_learns_to_draft_what_the_model_writes(quick: Target) -> None:
     assert learner.fits.progress.fits >= 2 and learner.fits.progress.agreement[-1][1] > 0.3
     tokens = [tokens for tokens, _ in learner.fits.progress.agreement]
     assert tokens == sorted(tokens)
+    for share in range(300):  # those of the latest fits are kept
+        learner.fits.serve(learner.fits.network, share / 300)
+    assert [share for _, share in learner.fits.progress.agreement] == [share / 300 for share in range(200, 300)]
 
 
 def test_a_fit_that_agrees_less_on_held_out_texts_does_not_serve(quick: Target, monkeypatch) -> None:  # type: ignore[no-untyped-def]
