@@ -42,6 +42,9 @@ def keep(name: str, folder: Path) -> None:
     ]
     for record in records:
         record["cell"]["model"] = Path(record["cell"]["model"]).name  # as another machine finds it
+        for some in (record["method"]["categories"] or {}).values():
+            for unread in some.keys() - {"mean_acceptance_length", "speedup"}:
+                del some[unread]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
 
