@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -60,7 +61,7 @@ class SharedRequest:
         self.shared = shared
         self._start = start  # makes the engine of the first user
         self._make = make  # makes the request
-        self._entered = False
+        self._left: weakref.finalize[..., SharedRequest] | None = None  # runs if nobody leaves; None: not entered yet
 
     async def __aenter__(self) -> SharedRequest:
         try:
@@ -78,11 +79,12 @@ class SharedRequest:
         """
         self._request = self._make()
         engine = self.shared.enter(self._start)
-        self._entered = True
+        self._left = weakref.finalize(self, _abandon, self._request, self.shared)
+        self._left.atexit = False
         self._handle = engine.submit(self._request)
 
     async def __aexit__(self, *error: object) -> None:
-        if self._entered:
+        if self._left is not None and self._left.detach():
             self._request.cancelled = True  # a request that has ended stays as it is
             await _in_thread(self.shared.leave)
 
@@ -101,6 +103,15 @@ class SharedRequest:
     def output(self) -> GenerationOutput:
         """Return the output so far. Call it when no more text is read, since it flushes incomplete characters."""
         return GenerationOutput.of(self._request)
+
+
+def _abandon(request: Request, shared: SharedEngine) -> None:
+    """Cancel a request and leave its engine, after its event loop was closed beneath it.
+
+    Any thread may collect garbage, also one that holds a lock or that the engine waits for.
+    """
+    request.cancelled = True
+    threading.Thread(target=shared.leave, daemon=True).start()
 
 
 async def _in_thread(run: Callable[[], T]) -> T:

@@ -6,7 +6,6 @@ import copy
 import functools
 import math
 import os
-import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -119,6 +118,10 @@ class SpecDecoder:
             wanted = "a loaded model; SpecDecoder.from_pretrained loads one by name"
             raise SpecDecError(f"model must be {wanted}; got {short_repr(model)}")
         self.verifier = registry.verifier(verifier, verifier_options)
+        if hasattr(model, "get_base_model"):  # a PeftModel, whose adapters are in the layers of its base model
+            if model.active_peft_config.is_prompt_learning:
+                raise SpecDecError("SpecDecoder cannot run adapters that learn prompts; give the base model")
+            model = model.get_base_model()
         model, self.tokenizer = model.eval(), tokenizer
         self.learning = LEARN if learn is None else learn
         self.target, self.runtime_note = make_target(
@@ -133,6 +136,7 @@ class SpecDecoder:
         if self.learning and self.drafter.learner is not None:
             first_use()
         self._kept_at = -KEEP_EVERY
+        self._changes = self._count_changes()
 
     def __repr__(self) -> str:
         model = str(self.model.config._name_or_path) or type(self.model).__name__
@@ -363,7 +367,12 @@ class SpecDecoder:
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
-            prompts = list(prompts)
+            prompts, tokens = list(prompts), prompts.shape[1]
+            pad = getattr(self.tokenizer, "pad_token_id", None)
+            begins = getattr(self.tokenizer, "bos_token_id", None)
+            known = tokens and pad not in {None, begins, *self.eos_ids()}
+            if known and any(pad in (row[0], row[-1]) for row in prompts):
+                raise SpecDecError("prompts has padding, which would be read as text; give a list of unpadded prompts")
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
             raise SpecDecError(
                 f"prompts must be a list of prompts; got {short_repr(prompts)}; use generate for one prompt"
@@ -383,9 +392,7 @@ class SpecDecoder:
             given["constraint"] = self.compile_constraint(rule, given.get("ignore_eos", False))  # once, for all rows
         numbered = zip(ids, streams(ids), strict=True)
         requests = [self._request(row, given, stream, scope=scope) for row, stream in numbered]
-        if (prefixes := self.prefixes) is not None:
-            prefixes.max_bytes = (free_memory(self.device) + prefixes.nbytes) // PREFIX_SHARE
-        rows = max_rows or len(ids)
+        rows, prefixes = max_rows or len(ids), self._own_prefixes()
         engine = self.stepped_engine(num_speculative_tokens, max_rows=rows, max_waiting=len(ids), prefixes=prefixes)
         try:
             return Generation(engine, requests)
@@ -512,7 +519,16 @@ class SpecDecoder:
         """
         make = functools.partial(self.request, prompt, num_speculative_tokens=depth, **given)
         shared = _shared.setdefault(self, SharedEngine())
-        return SharedRequest(shared, functools.partial(self.engine, max_waiting=sys.maxsize), make)
+        return SharedRequest(shared, self._start_shared, make)
+
+    def _start_shared(self) -> Engine:
+        """Return the running engine of ``agenerate`` and ``astream``, with the prefixes that ``generate`` has, too."""
+        return self.stepped_engine(
+            kv_memory=free_memory(self.device) // 2,
+            prefill_chunk=self._prefill_chunk,
+            prefixes=self._own_prefixes(),
+            learn=self.learning,
+        ).start()
 
     @checked
     def engine(
@@ -553,7 +569,7 @@ class SpecDecoder:
                 max_rows=max_rows,
                 max_waiting=max_waiting,
                 kv_memory=free_memory(self.device) // 2 if kv_memory is None else kv_memory,
-                prefill_chunk=prefill_chunk or PREFILL_CHUNK.get(self.device.type, PASS_TOKENS),
+                prefill_chunk=prefill_chunk or self._prefill_chunk,
                 prefixes=prefixes,
                 disk=disk,
                 learn=self.learning,
@@ -564,6 +580,16 @@ class SpecDecoder:
             raise
         return engine.start()
 
+    @property
+    def _prefill_chunk(self) -> int:
+        return PREFILL_CHUNK.get(self.device.type, PASS_TOKENS)
+
+    def _own_prefixes(self) -> PrefixStore | None:
+        """Return the store of this decoder's texts, which may take a share of the free memory; None: it has none."""
+        if self.prefixes is not None:
+            self.prefixes.max_bytes = (free_memory(self.device) + self.prefixes.nbytes) // PREFIX_SHARE
+        return self.prefixes
+
     def stepped_engine(self, num_speculative_tokens: Depth = "auto", **how: Any) -> Engine:
         """Return an engine without a thread, whose steps the caller runs with ``Engine.steps``.
 
@@ -572,6 +598,8 @@ class SpecDecoder:
         num_speculative_tokens: draft length; "auto": the engine chooses it in each step.
         how: further keyword arguments of ``Engine``, such as ``max_rows``.
         """
+        if self.model_changed:
+            raise SpecDecError("the model's weights have changed since this SpecDecoder was made; make another one")
         claimed = drafter_use.claim(self.drafter)
         try:
             policy = self._policy(num_speculative_tokens)
@@ -582,6 +610,15 @@ class SpecDecoder:
         release = weakref.finalize(engine, drafter_use.release, claimed)
         engine.on_close = functools.partial(self._engine_closed, policy, release)
         return engine
+
+    @property
+    def model_changed(self) -> bool:
+        """Whether the model's weights were changed in place, by an optimizer for example: a decoder keeps copies."""
+        return self._count_changes() != self._changes
+
+    def _count_changes(self) -> int:
+        """Return how often the parameters were changed in place, which PyTorch counts but for inference tensors."""
+        return sum(each._version for each in self.model.parameters() if not each.is_inference())
 
     def compile_constraint(
         self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from specdec.base.errors import SpecDecError
 from specdec.speculation.drafter import Drafter
 
-work_lock = threading.Lock()  # held during a piece of a drafter's work outside of engines
-_claiming = threading.Lock()
+work_lock = threading.RLock()  # held during a piece of a drafter's work outside of engines
+_claiming = threading.RLock()
 _busy: set[int] = set()  # ids of the drafters that engines have
+if hasattr(os, "register_at_fork"):  # a child has no threads that could release them
+    for _lock in (work_lock, _claiming):
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def claim(drafter: Drafter) -> int:
@@ -20,8 +24,12 @@ def claim(drafter: Drafter) -> int:
     with _claiming:
         check_free(drafter)
         _busy.add(id(drafter))
-    with work_lock:  # wait for the end of a piece of work
-        return id(drafter)
+    try:
+        with work_lock:  # wait for the end of a piece of work
+            return id(drafter)
+    except BaseException:  # Ctrl-C
+        release(id(drafter))
+        raise
 
 
 def release(claimed: int) -> None:

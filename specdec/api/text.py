@@ -42,7 +42,10 @@ def token_ids(tokenizer: Any, text: str, add_special: bool = True, split_special
 
 def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
     """Return the text of token ids. special: whether to include special tokens."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+    # A cleanup removes spaces before punctuation, so that a longer text need not begin with a shorter one.
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+    how = {"clean_up_tokenization_spaces": False} if cleans else {}
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special, **how))
 
 
 def special_tokens(tokenizer: Any) -> dict[int, Any]:

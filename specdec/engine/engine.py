@@ -226,8 +226,10 @@ class Engine:
         with self._stepping:
             try:
                 return self._step(), None
-            except Exception as error:
+            except BaseException as error:
                 self._fail(error)
+                if not isinstance(error, Exception):  # Ctrl-C: no prefix is kept of what it cut off
+                    raise
                 return [], error
 
     def _step(self) -> Events:

@@ -19,6 +19,8 @@ from specdec.api.decoder import SpecDecoder
 from specdec.base.errors import SpecDecError
 from specdec.base.options import SamplingOptions
 
+LIMITS = "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"
+
 
 @register_model("specdec")  # type: ignore[untyped-decorator]
 class SpecDecLM(TemplateLM):  # type: ignore[misc]
@@ -149,16 +151,21 @@ def _options(given: dict[str, Any], most: int) -> dict[str, Any]:
     """Translate the generation options of an lm-eval task into keyword arguments of ``SpecDecoder.generate_batch``.
 
     The result has ``max_new_tokens``, ``stop`` and the sampling options; without "do_sample", decoding is greedy unless
-    the task sets a temperature.
+    the task sets a temperature; with it, the temperature is 1 unless the task sets one. Raises SpecDecError for options
+    that ``SpecDecoder`` does not have.
     given: the task's options, such as "until" and "temperature". most: number of new tokens if the task sets no limit.
     """
     until = given.get("until") or []
     options: dict[str, Any] = {
         name: given[name] for name in SamplingOptions.__annotations__ if given.get(name) is not None
     }
+    for name in given.keys() - {*SamplingOptions.__annotations__, *LIMITS, "until", "do_sample"}:
+        if given[name] not in (None, 0, 1):  # num_beams=1 and the like change nothing
+            raise SpecDecError(f"specdec cannot generate with {name}={given[name]}; leave it out of generation_kwargs")
     if not given.get("do_sample", bool(options.get("temperature"))):
         options["temperature"] = 0.0
-    count = next((given[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if given.get(name)), most)
+    options.setdefault("temperature", 1.0)
+    count = next((given[name] for name in LIMITS if given.get(name)), most)
     return options | {"max_new_tokens": int(count), "stop": [until] if isinstance(until, str) else list(until)}
 
 

@@ -8,7 +8,8 @@ by position, as in ``model.generate``, so that criteria and streamers see the sa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -83,15 +84,16 @@ class SpecGenerate:
         self._model: Callable[[], PreTrainedModel | None] = lambda: None
 
     def decoder(self, model: PreTrainedModel) -> SpecDecoder:
-        """Return the ``SpecDecoder`` for ``model``, created at the first call and again for another model.
+        """Return the ``SpecDecoder`` for ``model``, created at the first call and again for another or changed model.
 
         Raises SpecDecError for an encoder-decoder model, or options that ``SpecDecoder`` refuses.
         """
-        if self._decoder is None or self._model() is not model:
+        if self._decoder is None or self._model() is not model or self._decoder.model_changed:
             if getattr(model.config, "is_encoder_decoder", False):
                 raise SpecDecError("SpecGenerate cannot run encoder-decoder models; call generate without it")
             label, kind = self.drafter if isinstance(self.drafter, str) else self.drafter.name, model.config.model_type
             terminal.say(f"preparing the {kind} model for drafter '{label}'; later calls start at once")
+            self._decoder = None  # its copies of the weights are freed first
             self._decoder = SpecDecoder(model, self.tokenizer, self.drafter, **self.more)
             self._model = weakref.ref(model)
         return self._decoder
@@ -114,36 +116,49 @@ class SpecGenerate:
         for unsupported arguments, and if the model's context is too short.
         """
         config: Any = generation_config
-        decoder = self.decoder(model)
-        _check(config, logits_processor, model_kwargs)
-        prompts = _prompts(input_ids, model_kwargs.pop("attention_mask", None))
-        _check_inputs(prompts, input_ids, model_kwargs)
-        new = max(config.max_length - input_ids.shape[1], 1)
-        if (longest := max(map(len, prompts)) + new) > decoder.target.context:
-            raise SpecDecError(
-                f"prompt and new tokens may be {longest} tokens, more than the model's context of "
-                f"{decoder.target.context}; lower max_new_tokens"
-            )
-        criteria = StoppingCriteriaList(stopping_criteria)
-        if self.stop_strings:
-            criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
-        call = _GenerateCall(input_ids, criteria, config)
-        rows = _samplers(prompts, input_ids, list(logits_processor), config.do_sample, generator)
-        requests = [
-            decoder.request(prompt, max_new_tokens=new, sampler=sampler)
-            for prompt, sampler in zip(prompts, rows, strict=True)
-        ]
-        for request in requests:
-            request.eos = call.ends
-        engine = decoder.stepped_engine(self.num_speculative_tokens, max_rows=len(requests))
-        try:
-            call.run(engine, requests, self.streamer)
-        finally:
-            engine.close()
-            self.metrics = [request.metrics for request in requests]
-        if config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=call.sequences)  # type: ignore[arg-type]
-        return call.sequences
+        with _evaluating(model):
+            decoder = self.decoder(model)
+            _check(config, logits_processor, model_kwargs)
+            prompts = _prompts(input_ids, model_kwargs.pop("attention_mask", None))
+            _check_inputs(prompts, input_ids, model_kwargs)
+            new = max(config.max_length - input_ids.shape[1], 1)
+            if (longest := max(map(len, prompts)) + new) > decoder.target.context:
+                raise SpecDecError(
+                    f"prompt and new tokens may be {longest} tokens, more than the model's context of "
+                    f"{decoder.target.context}; lower max_new_tokens"
+                )
+            criteria = StoppingCriteriaList(stopping_criteria)
+            if self.stop_strings:
+                criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
+            call = _GenerateCall(input_ids, criteria, config)
+            rows = _samplers(prompts, input_ids, list(logits_processor), config.do_sample, generator)
+            requests = [
+                decoder.request(prompt, max_new_tokens=new, sampler=sampler)
+                for prompt, sampler in zip(prompts, rows, strict=True)
+            ]
+            for request in requests:
+                request.eos = call.ends
+            engine = decoder.stepped_engine(self.num_speculative_tokens, max_rows=len(requests))
+            try:
+                call.run(engine, requests, self.streamer)
+            finally:
+                engine.close()
+                self.metrics = [request.metrics for request in requests]
+            if config.return_dict_in_generate:
+                return GenerateDecoderOnlyOutput(sequences=call.sequences)  # type: ignore[arg-type]
+            return call.sequences
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Run without dropout; afterwards, the modules of a model in training are so again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # -- checks of the arguments -------------------------------------------------------------------------------------------

@@ -172,7 +172,10 @@ class RowSampler:
             else:
                 ids = torch.tensor([list(before)], device=scores.device) if ids is None else ids
                 try:
-                    scores = processor(ids, scores)
+                    found = processor(ids, scores)
+                    if not isinstance(found, Tensor) or found.shape != scores.shape:
+                        raise TypeError("a logits processor must return logits of the shape that it gets")
+                    scores = found
                 except Exception as error:
                     self.failure = self.failure or error
                     return torch.full_like(scores, -torch.inf)

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from refusals import refused
-from tiny import greedy_reference, save_tiny
+from tiny import greedy_reference, save_tiny, tiny_model
 from tiny_tokenizers import Letters
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -156,6 +156,50 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(monkeypatch, give
     monkeypatch.setattr(loading, "load", None)
     with pytest.raises(SpecDecError, match=message):
         SpecDecoder.from_pretrained(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_is_changed_in_place_is_refused(dtype: torch.dtype) -> None:
+    """The decoder has packed copies of some weights, and keys and values that were made with the others."""
+    model = tiny_model().to(dtype)
+    decoder = SpecDecoder(model, drafter="prompt-lookup")
+    decoder.generate(PROMPT, max_new_tokens=3)
+    assert not decoder.model_changed
+    torch.optim.SGD(model.parameters(), 0.1).step()  # without gradients it changes nothing
+    decoder.generate(PROMPT, max_new_tokens=3)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    for call in (decoder.generate, decoder.with_drafter("none").generate):
+        with pytest.raises(SpecDecError, match="the model's weights have changed since this SpecDecoder was made"):
+            call(PROMPT, max_new_tokens=3)
+    assert len(SpecDecoder(model, drafter="none").generate(PROMPT, max_new_tokens=3).token_ids) == 3
+
+
+def test_padded_tensors_are_refused(llama: PreTrainedModel) -> None:
+    tokenizer = Letters()
+    decoder = SpecDecoder(llama, tokenizer, drafter="prompt-lookup")
+    rows = torch.tensor([[50, 5, 6, 7], [5, 6, 7, 50]])
+    decoder.generate_batch(rows, max_new_tokens=2)
+    tokenizer.pad_token_id = 50  # type: ignore[attr-defined]
+    for row in rows:
+        with pytest.raises(SpecDecError, match="prompts has padding, which would be read as text"):
+            decoder.generate_batch(torch.stack((row, torch.tensor([5, 6, 7, 8]))), max_new_tokens=2)
+    tokenizer.pad_token_id = tokenizer.eos_token_id  # type: ignore[attr-defined]
+    decoder.generate_batch(rows, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_peft_model_generates_as_it_does_itself(dtype: torch.dtype) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = tiny_model().to(dtype)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.eval()
+    assert SpecDecoder(adapted, drafter="none").generate(PROMPT, max_new_tokens=9).token_ids == greedy_reference(
+        adapted, PROMPT, 9
+    )
+    prompts = peft.get_peft_model(tiny_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(SpecDecError, match="cannot run adapters that learn prompts"):
+        SpecDecoder(prompts)
 
 
 def test_vanishing_temperatures_are_greedy(decoder: SpecDecoder) -> None:

@@ -1,7 +1,10 @@
 """Several answers, seeds, chats and plain prompts, the model's own sampling, and calls on an event loop."""
 
 import asyncio
+import gc
 import threading
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +121,52 @@ def test_a_stream_that_is_left_at_the_end_of_the_loop_closes_quietly(decoder: Sp
     assert decoder.generate("Name three", max_new_tokens=3).token_ids
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stream_whose_loop_is_closed_beneath_it_ends(decoder: SpecDecoder) -> None:
+    async def first() -> AsyncIterator[str]:
+        pieces = decoder.astream("Name three", max_new_tokens=2000)
+        await anext(pieces)
+        return pieces
+
+    loop = asyncio.new_event_loop()
+    pieces = loop.run_until_complete(first())
+    loop.close()
+    del pieces
+    gc.collect()
+    for _ in range(600):
+        if _shared[decoder].engine is None:
+            break
+        time.sleep(0.1)
+    assert decoder.generate("Name three", max_new_tokens=3).token_ids
+
+
+def test_turns_of_a_chat_on_an_event_loop_run_what_is_new_only(decoder: SpecDecoder) -> None:
+    decoder = decoder.with_drafter("prompt-lookup")
+
+    async def turns() -> list[int]:
+        prompt, cached = list(range(5, 60)), list[int]()
+        for _ in range(3):
+            out = await decoder.agenerate(prompt, max_new_tokens=4, ignore_eos=True)
+            prompt = [*prompt, *out.token_ids, 7]
+            cached.append(out.metrics.num_cached_tokens)
+        return cached
+
+    first, *later = asyncio.run(turns())
+    assert first == 0 and later == [58, 63]
+
+
 @pytest.mark.parametrize("moment", ["start", "close"])
 def test_a_call_that_is_cancelled_while_its_engine_starts_or_closes_leaves_none_open(
     decoder: SpecDecoder, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     async def cancelled() -> None:
-        loop, told, make = asyncio.get_running_loop(), threading.Event(), decoder.engine
+        loop, told, make = asyncio.get_running_loop(), threading.Event(), decoder._start_shared
 
         def cancel() -> None:  # and go on only when the loop has done so
             loop.call_soon_threadsafe(lambda: (task.cancel(), told.set()))
             assert told.wait(60)
 
-        def engine(**_: Any) -> Engine:
+        def engine() -> Engine:
             if moment == "start":
                 cancel()
             made = make()
@@ -138,7 +175,7 @@ def test_a_call_that_is_cancelled_while_its_engine_starts_or_closes_leaves_none_
                 made.close = lambda: (cancel(), close())  # type: ignore[method-assign, assignment]
             return made
 
-        monkeypatch.setattr(decoder, "engine", engine)
+        monkeypatch.setattr(decoder, "_start_shared", engine)
         task = asyncio.create_task(decoder.agenerate("Name three", max_new_tokens=3))
         with pytest.raises(asyncio.CancelledError):
             await task

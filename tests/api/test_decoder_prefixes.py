@@ -13,6 +13,7 @@ from zoo import eagle3
 from specdec import SpecDecError, SpecDecoder
 from specdec.api import decoder as api
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.kvcache.cache import KVCache
 from specdec.speculation.drafter import Drafter
 
 PROMPT = [3 + n % 90 for n in range(70)]
@@ -104,3 +105,26 @@ def test_an_engine_keeps_none_of_a_decoder_that_reuses_none(llama: Any, tmp_path
         assert engine.stats().prefix_bytes == 0
     with pytest.raises(SpecDecError, match="no prefixes are kept with prefix_reuse=False"):
         decoder.engine(prefix_cache=tmp_path)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_what_an_interrupt_cuts_off_is_not_gone_on_with(monkeypatch, step: int) -> None:
+    """Ctrl-C between the states of a recurrent layer and the count of their tokens."""
+    model = tiny_model("qwen3_next")
+    decoder, left, commit = SpecDecoder(model, Letters(), "prompt-lookup"), iter(range(step)), KVCache.commit
+
+    def cut_off(cache: KVCache, paths: Any) -> None:
+        counts = [row.count for row in cache.entries]
+        commit(cache, paths)
+        if next(left, None) is None:
+            for row, count in zip(cache.entries, counts, strict=True):
+                row.count = count
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KVCache, "commit", cut_off)
+        generated(decoder, PROMPT, ignore_eos=True)
+    plain = generated(SpecDecoder(model, Letters(), "none"), PROMPT, ignore_eos=True)[0]
+    for count in range(1, 15):
+        prompt = [*PROMPT, *plain[:count], 9]
+        assert generated(decoder, prompt)[0] == generated(SpecDecoder(model, Letters(), "none"), prompt)[0]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from refusals import refused
 from tiny_tokenizers import Bytes, special_tokenizer
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from specdec.api.prompts import PLACEHOLDERS, encode
 from specdec.api.text import Detokenizer
@@ -264,3 +265,17 @@ def test_stop_strings_match_special_tokens_where_they_stand(stop: list[str], tex
     pieces.append(detokenizer.finish())
     assert ("".join(pieces), detokenizer.text) == (text, text)
     assert taken == (count if detokenizer.stopped else len(tokens))
+
+
+def test_a_tokenizer_that_removes_spaces_before_punctuation_loses_no_characters() -> None:
+    words = ["print", "'", "string", "ok", ".", "x", "?", ","]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="x")),
+        clean_up_tokenization_spaces=True,
+    )
+    ids = [0, 1, 2, 1, 4, 3, 6, 5, 7, 5]
+    text, taken = Detokenizer(tokenizer), ""
+    for token in ids:
+        text.push(token)
+        taken += text.take()
+    assert (taken + text.finish()).replace(" ", "") == "".join(words[i] for i in ids)

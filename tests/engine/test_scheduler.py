@@ -217,13 +217,17 @@ def test_closing_ends_what_runs_and_draining_lets_it_end(decoder: SpecDecoder) -
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("place", [0, 5])
-def test_a_logits_processor_that_raises_ends_its_own_request_alone(
-    llama: PreTrainedModel, temperature: float, place: int
+@pytest.mark.parametrize("what", ["KeyError: 'mine'", "must return logits of the shape"])
+def test_a_logits_processor_that_fails_ends_its_own_request_alone(
+    llama: PreTrainedModel, temperature: float, place: int, what: str
 ) -> None:
-    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if ids.shape[1] >= len(PROMPTS[0]) + place:
+    def broken(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor | None:
+        if ids.shape[1] < len(PROMPTS[0]) + place:
+            return scores
+        if "mine" in what:
             raise KeyError("mine")
-        return scores
+        scores[:, 5] = 9.0
+        return None
 
     engine = plain_engine(TransformersTarget(llama))
     params = SamplingParams(temperature=temperature, seed=3)
@@ -234,7 +238,7 @@ def test_a_logits_processor_that_raises_ends_its_own_request_alone(
     alone = Request(PROMPTS[0], 12, RowSampler(params))
     finish(plain_engine(TransformersTarget(llama)), alone)
     assert new_tokens(rows[0]) == new_tokens(alone) and new_tokens(rows[1]) == new_tokens(alone)[:place]
-    assert rows[1].finish_reason == "error" and "KeyError: 'mine'" in str(rows[1].error)
+    assert rows[1].finish_reason == "error" and what in str(rows[1].error)
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(llama: PreTrainedModel) -> None:

@@ -95,6 +95,19 @@ def test_the_model_is_registered_and_takes_what_a_decoder_takes(tasks: list[dict
     assert found["until"] and max(rows) == 2  # six prompts, two at a time
 
 
+def test_options_of_tasks_are_kept_or_refused() -> None:
+    from specdec.integrations.lm_eval import _options
+
+    def read(**given: Any) -> dict[str, Any]:
+        return {name: value for name, value in _options(given, 9).items() if name != "stop"}
+
+    assert read() == read(num_beams=1, no_repeat_ngram_size=0) == {"temperature": 0.0, "max_new_tokens": 9}
+    assert read(do_sample=True, top_p=0.9) == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 9}
+    assert read(temperature=0.5, max_completion_tokens=5) == {"temperature": 0.5, "max_new_tokens": 5}
+    with pytest.raises(SpecDecError, match="specdec cannot generate with num_beams=4"):
+        read(num_beams=4)
+
+
 @pytest.mark.slow
 def test_the_module_is_the_command_and_hides_no_other_model() -> None:
     """In a process of its own: lm-eval registers its models as it looks for the first one."""

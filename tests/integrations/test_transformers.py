@@ -108,6 +108,18 @@ def test_drafts_are_accepted_and_the_first_call_says_what_it_prepares(drafter, c
     assert not capsys.readouterr().err
 
 
+def test_a_model_in_training_stays_so_and_its_new_weights_are_used() -> None:
+    model, spec = tiny_model(), SpecGenerate("prompt-lookup")
+    model.train()
+    model.lm_head.eval()
+    for _ in range(2):
+        ours = model.generate(**padded(ROWS), do_sample=False, max_new_tokens=12, custom_generate=spec)
+        assert model.training and model.model.layers[0].training and not model.lm_head.training
+        assert torch.equal(ours, model.generate(**padded(ROWS), do_sample=False, max_new_tokens=12))
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(-2)
+
+
 def sampled(model: Any, rows: list[list[int]] = ROWS, **given: Any) -> Tensor:
     options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_new_tokens": 12}
     spec = SpecGenerate("prompt-lookup", num_speculative_tokens=given.pop("depth", 3))
