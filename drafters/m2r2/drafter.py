@@ -232,13 +232,11 @@ class M2R2Drafter(ChainDrafter):
 
         False: ``propose`` drafts a chain, token by token. Level by level needs drafts that scoring verifies
         (``State.threshold`` is None); a draft path with projections and one exit, and without first layers whose
-        results scoring takes over (E is 0); and no logits processor that reads the tokens before, other than the
-        constraint of a single row.
+        results scoring takes over (E is 0); and no constraint, other than that of a single row.
         """
-        path, one = self.network.path, len(state.ids) == 1
-        verified = state.threshold is None
-        plain = not state.sampler.needs_prefixes and (one or not state.constrained)
-        return verified and plain and not path.exit_layer and not path.exits and bool(self.traits.taps)
+        path, masked = self.network.path, state.constrained and len(state.ids) > 1
+        verified = state.threshold is None and not masked
+        return verified and not path.exit_layer and not path.exits and bool(self.traits.taps)
 
     def _draft_path(self, state: State) -> DraftPath:
         """Return the draft path as ``Target.draft_rows`` runs it, with output heads for the current draft vocabulary.

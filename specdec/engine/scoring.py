@@ -121,8 +121,8 @@ class _Scorer:
             if readout in taps:
                 taps[readout] = logits
             if sampler.plain_greedy or along:
-                some_greedy = any(row.greedy for row in sampler.rows)
-                tokens = largest(logits) if some_greedy else torch.zeros(logits.shape[:2], dtype=torch.long)
+                needed = any(row.plain_greedy or row.masked_greedy for row in sampler.rows)
+                tokens = largest(logits) if needed else torch.zeros(logits.shape[:2], dtype=torch.long)
                 if is_asynchronous(cache.device):
                     self._make_masks()
                     likely = [_likeliest(logits)] if any(row.masked_greedy for row in sampler.rows) else []

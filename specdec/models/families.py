@@ -40,6 +40,7 @@ ROPE = {
     *("low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim", "original_max_position_embeddings"),
     *("partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type"),
 }
+NORMALIZED = "olmoe", "qwen3_moe", "qwen3_next"  # obey ``norm_topk_prob``; other mixtures always normalize
 ACTIVATIONS = "silu", "gelu_pytorch_tanh", "clamped"  # as in native.h
 # Sizes in a config, and what they are below: nothing is allocated for a larger one.
 WIDEST, LONGEST = 1 << 20, 1 << 30
@@ -269,7 +270,7 @@ FAMILIES = {
         scales_layers=True,
         attention_bias=False,
         fields=GEMMA | PER_LAYER | {"final_logit_softcapping"},
-        only={"use_bidirectional_attention": "vision"},  # between the tokens of an image
+        only={"attention_bias": False, "use_bidirectional_attention": "vision"},  # between the tokens of an image
         gguf="gemma4",
         keys=WINDOW | {SOFTCAPS[0]: SOFTCAPS[0]} | BY_KIND,
     ),
@@ -373,7 +374,8 @@ def mixture_of(config: Any) -> Mixture:
     if not FAMILIES[config.model_type].fields >= EXPERTS:
         return Mixture()
     count = getattr(config, "num_experts", None) or config.num_local_experts
-    return Mixture(count, config.num_experts_per_tok, bool(getattr(config, "norm_topk_prob", True)))
+    normalizes = config.model_type not in NORMALIZED or bool(getattr(config, "norm_topk_prob", True))
+    return Mixture(count, config.num_experts_per_tok, normalizes)
 
 
 class Mixer(NamedTuple):
@@ -479,7 +481,7 @@ def check_fields(config: Any) -> None:
     for name, value in _fields(config):
         if value and name in MISSING:
             raise SpecDecError(f"this '{config.model_type}' model has {MISSING[name]}")
-        known = name in COMMON | IGNORED | family.fields or family.only.get(name) == value
+        known = family.only[name] == value if name in family.only else name in COMMON | IGNORED | family.fields
         if not known and value not in (None, False, [], {}):
             raise SpecDecError(
                 f"the config of this '{config.model_type}' model has {name} = {str(value)[:40]}, and it is unknown "
@@ -500,7 +502,11 @@ def _fields(config: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
         parameters = value if name in ("per_layer_config", "rope_parameters") and isinstance(value, dict) else {}
         each = list(parameters.values()) if all(isinstance(v, dict) for v in parameters.values()) else [parameters]
-        yield from ((f"{name}.{key}", found) for part in each for key, found in part.items() if key not in ROPE)
+        partial = FAMILIES[config.model_type].partial or any(part.get("rope_type") == "proportional" for part in each)
+        read = ROPE if partial else ROPE - {"partial_rotary_factor"}
+        for key, found in ((key, found) for part in each for key, found in part.items() if key not in read):
+            if (key, found) != ("partial_rotary_factor", 1):
+                yield f"{name}.{key}", found
 
 
 def check_sizes(name: str, config: Any) -> None:
@@ -519,14 +525,16 @@ def check_sizes(name: str, config: Any) -> None:
     for key, value in values.items():
         if value is not None and not (type(value) is int and 0 < value < SIZES[key]):
             raise SpecDecError(f"cannot load model '{name}': its config says that {key} is {str(value)[:60]!r}")
-    layers, experts = values["num_hidden_layers"], max(values[k] or 1 for k in ("num_experts", "num_local_experts"))
-    if values["num_experts_per_tok"] and 1 < experts < values["num_experts_per_tok"]:
+    layers, experts = values["num_hidden_layers"], values["num_experts"] or values["num_local_experts"] or 1
+    family = FAMILIES.get(getattr(text, "model_type", ""))
+    least = 1 if family is not None and family.fields >= EXPERTS else 2  # dense models of other types may say 1
+    if values["num_experts_per_tok"] and least <= experts < values["num_experts_per_tok"]:
         raise SpecDecError(f"cannot load model '{name}': a token takes more experts than the {experts} of its config")
     for key in ("layer_types", "no_rope_layers"):
         each = getattr(text, key, None)
         if each is not None and layers is not None and len(each) < layers:
             raise SpecDecError(f"cannot load model '{name}': its config has {len(each)} {key} for {layers} layers")
-    if getattr(text, "model_type", None) in FAMILIES and FAMILIES[text.model_type].fields >= PER_LAYER:
+    if family is not None and family.fields >= PER_LAYER:
         _check_layers(name, text, layers or 0)
 
 
@@ -553,4 +561,12 @@ def _check_layers(name: str, config: Any, layers: int) -> None:
         ):
             raise SpecDecError(
                 f"cannot load model '{name}': its config says {str(fields)[:60]} of layer {str(number)[:60]}"
+            )
+    heads = {int(number): fields.get("head_dim") for number, fields in own.items()}
+    sizes = [heads.get(layer) or found.get("head_dim") for layer in range(layers)]
+    for layer, source in enumerate(key_sources(config)):
+        if sizes[layer] != sizes[source]:
+            raise SpecDecError(
+                f"cannot load model '{name}': layer {layer} has heads of {sizes[layer]} values, and reads keys of "
+                f"{sizes[source]}"
             )

@@ -79,6 +79,8 @@ def _frequencies(config: Any, rope: dict[str, Any], kind: str, head: int) -> tup
         powers = rope["rope_theta"] ** (torch.arange(0, 2 * count, 2, dtype=torch.int64).float() / head)
         return F.pad(1.0 / powers, (0, head // 2 - count)) / (rope.get("factor") or 1.0), 1.0
     dim = int(head * (rope.get("partial_rotary_factor") or 1.0))
+    if not 0 < dim <= head:
+        raise SpecDecError(f"rotary embeddings of {dim} of the {head} values of a head are impossible")
     powers = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
     if kind == "yarn":
         return _yarn(config, rope, powers, dim)

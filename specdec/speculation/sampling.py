@@ -20,10 +20,11 @@ from torch import Tensor
 
 from specdec.base.devices import upload
 from specdec.base.options import SamplingParams
+from specdec.base.sequences import common_prefix
 from specdec.runtimes.draft_path import Sampled
 from specdec.runtimes.target import largest
 from specdec.speculation import library
-from specdec.speculation.constraints import ConstraintState
+from specdec.speculation.constraints import TAIL, ConstraintState
 from specdec.speculation.warpers import MinP, Penalties, Processor, RepetitionPenalty, Temperature, TopK, TopP
 
 Prefixes = Callable[[], Sequence[Sequence[Sequence[int]]]]  # [B][T]: the tokens before each position
@@ -149,6 +150,7 @@ class RowSampler:
         self.alike: Hashable = self.sampling if warpers is None else tuple(map(id, warpers))
         self.noise = Noise(params.seed, stream)
         self.failure: Exception | None = None
+        self.held, self.ids = list[int](), torch.empty(0, dtype=torch.long)  # the last text of ``_text``
         self.greedy = params.temperature == 0
         self.simple = not self.greedy and not self.processors and warpers is None and not params.min_p
         self.constraint = next((each for each in self.processors if isinstance(each, ConstraintState)), None)
@@ -170,7 +172,7 @@ class RowSampler:
             if isinstance(processor, ConstraintState):
                 scores = processor.masked(before, scores, vocab)
             else:
-                ids = torch.tensor([list(before)], device=scores.device) if ids is None else ids
+                ids = self._text(before, scores.device) if ids is None else ids
                 try:
                     found = processor(ids, scores)
                     if not isinstance(found, Tensor) or found.shape != scores.shape:
@@ -180,6 +182,24 @@ class RowSampler:
                     self.failure = self.failure or error
                     return torch.full_like(scores, -torch.inf)
         return scores
+
+    def _text(self, before: Sequence[int], device: torch.device) -> Tensor:
+        """Return the token ids ``before`` a position, int64 [1, T], in memory that later calls go on with.
+
+        Texts of one row differ in their last ``TAIL`` tokens at most, which are drafted ones.
+        """
+        held, size = self.held, len(before)
+        end = min(len(held), size)
+        start = max(end - TAIL, 0)
+        same = start + common_prefix(held[start:end], before[start:end])
+        new = list(before[same:])
+        held[same:] = new
+        if size > len(self.ids):
+            grown = torch.empty(2 * size, dtype=torch.long, device=device)
+            grown[:same] = self.ids[:same]
+            self.ids = grown
+        self.ids[same:size] = torch.tensor(new, dtype=torch.long)
+        return self.ids[None, :size]
 
     def warp(self, scores: Tensor) -> Tensor:
         """Apply temperature, top-k, top-p and min-p to logits ``scores``, float32 [B, T, V'], and return the result.

@@ -16,7 +16,9 @@ from zoo import PROMPTS, run
 from specdec.base.errors import SpecDecError
 from specdec.drafters.none import NoDrafter
 from specdec.models import families, loading, safetensors_file
+from specdec.models.config import Config
 from specdec.models.native_model import NativeModel
+from specdec.models.rotary import Rotary
 from specdec.runtimes.select import make_target
 
 UNKNOWN: list[tuple[str, str, Any]] = [
@@ -160,3 +162,27 @@ def test_packed_weights_may_hold_more_numbers_than_elements(tmp_path: Path) -> N
     """Those of quantised checkpoints: a byte has up to eight."""
     save_file({"packed": torch.zeros(3, 5, dtype=torch.uint8), "scale": torch.ones(7)}, tmp_path / "it.safetensors")
     assert safetensors_file.numbers_in([tmp_path / "it.safetensors"]) == {"packed": 8 * 15, "scale": 7}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mixtral", {"num_local_experts": 1, "num_experts_per_tok": 2}, "takes more experts than the 1 of its config"),
+        ("qwen3_moe", {"num_experts": 2, "num_local_experts": 64, "num_experts_per_tok": 8}, "more experts than the 2"),
+    ],
+)
+def test_impossible_mixtures_are_refused(family: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecDecError, match=message):
+        families.check_sizes("x", Config(model_type=family, num_hidden_layers=2, **fields))
+
+
+def test_fields_that_a_familys_code_ignores_or_obeys_alone_are_not_mixed_up() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(SpecDecError, match=r"has rope_parameters\.partial_rotary_factor = 0\.5"):
+        families.check_fields(Config(model_type="llama", rope_parameters=rope, hidden_act="silu"))
+    families.check_fields(Config(model_type="phi3", rope_parameters=rope, hidden_act="silu"))
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False}
+    assert families.mixture_of(Config(model_type="mixtral", **sizes)).normalize_top_k
+    assert not families.mixture_of(Config(model_type="olmoe", num_experts=4, **sizes)).normalize_top_k
+    with pytest.raises(SpecDecError, match="rotary embeddings of 64 of the 32 values of a head are impossible"):
+        Rotary(Config(head_dim=32, num_key_value_heads=1, rope_parameters=rope | {"partial_rotary_factor": 2.0}))

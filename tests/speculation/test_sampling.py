@@ -3,6 +3,7 @@ top-p without a sort of the vocabulary, which keeps what Hugging Face's keeps.
 """
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,19 @@ def test_rows_with_warpers_of_their_own_share_none() -> None:
     scores = Sampler(rows).scores(logits, list)
     for found, given, factor in zip(scores, logits, (0.5, 2.0, 1.0, 0.5), strict=True):
         assert torch.allclose(found, given / factor)
+
+
+def test_processors_see_the_text_of_each_position_whatever_was_drafted_before() -> None:
+    seen, rng = list[list[int]](), random.Random(0)
+
+    def note(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids[0].tolist())
+        return scores
+
+    row, text = RowSampler(SamplingParams(), [note]), [rng.randrange(9) for _ in range(700)]
+    for _ in range(40):
+        for _ in range(5):
+            draft = [rng.randrange(9) for _ in range(rng.randrange(100))]
+            row.process(torch.zeros(1, 9), before := (*text, *draft), None)
+            assert seen[-1] == list(before)
+        text += [rng.randrange(9) for _ in range(rng.randrange(4))]

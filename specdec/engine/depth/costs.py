@@ -45,6 +45,7 @@ NOISE = 0.1  # of the time of a pass from its expectation
 DRAFT_NOISE = 0.3  # of the time of drafting from its expectation
 DRIFT = 0.01  # of the machine's speed, from step to step
 OUTLIER = 0.5  # errors of passes beyond this count less
+MOST_ERROR = 4.0  # of the logarithm of a part's error
 MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
 SURE = 2.5  # standard deviations by which a time can be too short by chance
 # Assumed costs of drafting.
@@ -307,8 +308,10 @@ class CostModel:
         error = min(error, MOST_DEVIATIONS * math.sqrt(total))
         for part, own in errors.items():
             covariance = doubt * covariances[part]
-            left = doubt * own.variance - covariance**2 / total + DRIFT**2
-            self.others.setdefault(part, {})[rows] = LogError(own.mean + covariance * error / total, left)
+            gain = min(covariance / total, 1.0)  # a part is not corrected by more than the whole
+            grown = own.variance * (1 + (doubt - 1) * shares[part])  # a part that took no time is not in doubt
+            left = min(max(grown - covariance**2 / total + DRIFT**2, DRIFT**2), OTHER_SPREAD**2)
+            self.others.setdefault(part, {})[rows] = LogError(_bounded(own.mean + gain * error), left)
 
     # -- other processes ----------------------------------------------------------------------------------------------
 
@@ -331,12 +334,19 @@ class CostModel:
         self.known = True
         for name, error in earlier.others.items():
             kind, exit, rows = name.split(" ")
-            self.others.setdefault((kind, int(exit)), {})[int(rows)] = LogError(error / 2, OTHER_SPREAD**2 / 4)
+            self.others.setdefault((kind, int(exit)), {})[int(rows)] = LogError(
+                _bounded(error / 2), OTHER_SPREAD**2 / 4
+            )
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the sum of the products of the elements of ``a`` and ``b``, which are equally many."""
     return sum(map(mul, a, b))
+
+
+def _bounded(error: float) -> float:
+    """Return the logarithm of an error between -``MOST_ERROR`` and ``MOST_ERROR``."""
+    return min(max(error, -MOST_ERROR), MOST_ERROR)
 
 
 def _doubt(error: float, variance: float, noise: float) -> float:

@@ -226,7 +226,7 @@ class AutoDepth:
         self.contexts = contexts = contexts or [0] * len(rows)
         count, drafting = len(rows), [row for row, cap in zip(rows, caps, strict=True) if cap]
         self.choice = DepthChoice([0] * count)
-        passes = self.passes = self.model.passing(contexts, len(drafting) * MOST_NODES)
+        passes = self.passes = self.model.passing(contexts, 0)
         if not drafting:
             return self.choice
         speed = self.speedup * count / passes[0]
@@ -237,6 +237,7 @@ class AutoDepth:
         else:
             drafts = self._explores(DRAFT, -gain)
         if drafts:
+            self.passes = self.model.passing(contexts, len(drafting) * MOST_NODES)
             self.choice = self._best(rows, caps, speed)
         return self.choice
 

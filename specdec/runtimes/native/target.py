@@ -258,7 +258,8 @@ class NativeTarget(Target):
         assert isinstance(mask, RowMask)
         model = self.packed.merged(ctx.adapters, lo, hi)
         call, positions = self._new_call(lo, hi), ctx.positions.contiguous()
-        sequences, *alive = self.place(call, cache, lo, hi, mask.counts, mask.whole)
+        end = int(positions.max()) + 1  # beyond the slots where a cache begins within the text
+        sequences, *alive = self.place(call, cache, lo, hi, mask.counts, mask.whole, end)
         alive += [sequences, positions, mask]
         call.x, call.positions = x.data_ptr(), positions.data_ptr()
         if self.packed.embeds:
@@ -291,7 +292,7 @@ class NativeTarget(Target):
         return self.packed.merged(adapters, lo, hi), self._new_call(lo, hi)
 
     def place(
-        self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False
+        self, call: Call, cache: KVCache, lo: int, hi: int, counts: Sequence[int], whole: bool = False, end: int = 0
     ) -> tuple[Any, ...]:
         """Reserve slots of a KV cache for the tokens of a pass, and set the fields of ``call`` that describe them.
 
@@ -304,6 +305,7 @@ class NativeTarget(Target):
         lo, hi: the layers [lo, hi) of the pass.
         counts: for each sequence of the cache, number of its tokens in the pass (of a draft: that it may have).
         whole: whether the caller commits all tokens of the pass, so that recurrent layers need not prepare a roll-back.
+        end: number of positions that rotary tables must have; 0: positions are those of the slots.
 
         Returns objects that ``call`` points to; the caller keeps them alive until the kernels have run. The first is
         the array of the sequences' structures (``library.SequenceArgs``), whose field ``trees`` the caller may set.
@@ -324,7 +326,7 @@ class NativeTarget(Target):
             if isinstance(row.states, KernelStates):
                 held = row.states.arguments(ahead, count, whole)
                 sequence.held, sequence.slots, sequence.states, sequence.ahead, sequence.inputs, sequence.pending = held
-        rotary = self._rotary_tables(cache.lengths[lo])  # no position is beyond its slot
+        rotary = self._rotary_tables(max(cache.lengths[lo], end))
         call.count = len(rows)
         call.tokens = sum(counts)
         call.cache = cache.int8

@@ -264,3 +264,25 @@ def test_a_row_with_a_long_context_drafts_less_than_its_neighbour() -> None:
         likely = [Candidates([math.log(0.5 * 0.9**n) for n in range(6)], [*range(6)], [*range(6)], [[0.5] * 6])] * 2
         taken = [len(own.tokens) for own in worth_scoring(likely, 6, None, prices)]
         assert taken[contexts.index(100)] > taken[contexts.index(16_000)]
+
+
+@pytest.mark.parametrize(("share", "delay"), [(0.05, 0.004), (0.3, 0.02), (0.5, 0.02), (0.3, 0.1)])
+def test_drafts_that_wait_for_other_programs_leave_sane_costs(share: float, delay: float) -> None:
+    """Levels that look much dearer than they are would not be tried again."""
+    for seed in range(4):
+        model, rng = taught(FLAT), random.Random(seed)
+        for _ in range(1500):
+            levels = rng.randint(0, 4)
+            seconds = (0.0002 + 0.0008 * (levels > 0) + 0.0004 * levels) * noisy(rng)
+            waited = rng.expovariate(1 / delay) if rng.random() < share else 0.0
+            model.add_draft(0, [0], levels, seconds + waited)
+        for _ in range(150):  # the machine is quiet again
+            levels = rng.randint(1, 4)
+            model.add_draft(0, [0], levels, (0.001 + 0.0004 * levels) * noisy(rng))
+        expected = model.drafting([0]) + model.first(0, [0]) + 2 * model.level(0, [0])
+        assert 0.0009 < expected < 0.0036
+
+
+def test_impossible_costs_of_an_earlier_process_are_bounded() -> None:
+    model = CostModel(TokenCosts(0.1), (0.1,), Costs([0.0], {"first 0 1": 712.0, "level 0 1": -712.0}))
+    assert model.first(0, [0]) < 60 and model.level(0, [0]) > 0.001
