@@ -192,9 +192,11 @@ def parse_assignments(flag: str, pairs: Iterable[str]) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for pair in pairs:
-        key, given, value = pair.partition("=")
+        key, given, text = pair.partition("=")
         try:
-            out[key] = inputs.parse_yaml(value)
+            value = inputs.parse_yaml(text)
+            earlier = out.get(key)  # m2r2={width: 2} and m2r2={nodes: 4}: options of one drafter
+            out[key] = {**earlier, **value} if isinstance(earlier, dict) and isinstance(value, dict) else value
         except ValueError:
             given = ""
         if not (key and given):

@@ -18,7 +18,6 @@ from threading import Event, RLock, Thread
 from typing import IO, Any
 
 from rich import progress
-from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -133,9 +132,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
-        # The first column has names, which stay whole; the widest of the others, such as paths, are broken first.
-        words = [cell_len(word) for row in (header, *rows) for word in printable(row[number]).split()]
-        table.add_column(Text(printable(name)), overflow="fold", min_width=max(words, default=0) if not number else 1)
+        # The first column has names, which break last; a fixed least width would push other columns off a terminal.
+        table.add_column(Text(printable(name)), overflow="fold", min_width=1, no_wrap=not number)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

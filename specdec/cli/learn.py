@@ -151,7 +151,9 @@ def export(
 
         decoder = SpecDecoder.from_pretrained(model, "none", learn=False, adapter=adapter)
         drafter = M2R2Drafter.load(decoder.target)
-        if drafter.learner is None or not drafter.learner.version:
+        if drafter.learner is None:
+            raise SpecDecError(f"the m2r2 drafter of '{model}' was trained and does not learn; --drafter m2r2 uses it")
+        if not drafter.learner.version:
             raise SpecDecError(f"nothing that drafts was learned for '{model}' yet; specdec learn {model} does so now")
         base = drafter_folder.describe_base(decoder.target, source.public_name(model, adapter))
     config = {"drafter": "m2r2", "path": drafter.network.path.to_json(), "base": base}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from specdec.base.sequences import common_prefix
@@ -92,10 +92,10 @@ class Scheduler:
         """
         self._defer_background()
         self._share_rows()
-        fresh = list[Request]()
-        while self.running + len(fresh) < self.max_rows and (row := self._next(fresh)) is not None:
+        fresh, waits = list[Request](), set[Request]()
+        while self.running + len(fresh) < self.max_rows and (row := self._next(fresh, waits)) is not None:
             try:
-                if not self._admit(row, fresh):
+                if not self._admit(row, fresh, waits):
                     break
             except Exception:
                 if row.status is Status.WAITING:  # it would fail again, and end others each time
@@ -106,10 +106,11 @@ class Scheduler:
             cache.expect([*map(self._expected_slots, fresh)])
             self.prefilling.add(fresh, cache)
 
-    def _admit(self, row: Request, fresh: list[Request]) -> bool:
-        """Let the request ``row`` begin with the longest cached prefix of its text; return False if it has to wait.
+    def _admit(self, row: Request, fresh: list[Request], waits: set[Request]) -> bool:
+        """Let the request ``row`` begin with the longest cached prefix of its text; return False if memory is missing.
 
         fresh: the requests that begin in this step without a prefix; ``row`` is added if no prefix of it is cached.
+        waits: ``row`` is added if it waits for the prompt of another request, and others may begin before it.
         """
         others, need = self.running + len(fresh), [*map(self._expected_slots, (*fresh, row))]
         if self.memory.room(DRAFTED + HEADROOM, need) < 0 and others:
@@ -118,7 +119,8 @@ class Scheduler:
         ids = row.ids[: len(row.prompt_token_logprobs) if row.needs_prompt_logprobs else -1]
         source, found, shared = self._longest_prefix(ids, row.scope)
         if self._should_wait(row, ids, found, fresh):
-            return False
+            waits.add(row)
+            return True
         self.memory.make_room(DRAFTED + HEADROOM, need)
         if shared > found + SHARED:
             self._fork(row, shared)
@@ -181,12 +183,16 @@ class Scheduler:
             row.deferred = True
             self.waiting.appendleft(row)
 
-    def _next(self, fresh: Sequence[Request]) -> Request | None:
+    def _next(self, fresh: Sequence[Request], waits: Collection[Request] = ()) -> Request | None:
         """Return the waiting request that begins next, which stays in the queue; None if none may run.
 
         fresh: requests that have left the queue in this step and are no rows yet; they count as running.
+        waits: requests of the queue that cannot begin in this step.
         """
-        return self.fairness.next(tuple(self.waiting), (*self.rows, *fresh))  # other threads add to the queue
+        waiting = tuple(self.waiting)  # other threads add to the queue
+        if waits:
+            waiting = tuple(row for row in waiting if row not in waits)
+        return self.fairness.next(waiting, (*self.rows, *fresh))
 
     def _expected_slots(self, row: Request) -> int:
         """Return the number of tokens for which to allocate memory when ``row`` begins: its text, new ones, a draft."""
@@ -265,6 +271,7 @@ class Scheduler:
     def prefill(self) -> list[Request]:
         """Run the next tokens of all prompts in ``prefilling``, at most ``chunk`` together while other rows decode.
 
+        Each prompt gets an equal share of these, so that short ones do not wait for long ones; the first get the rest.
         Without decoding rows, it is at most ``chunk`` tokens of each prompt. Rows whose prompts are complete get their
         first token, join the batch, and are returned.
         """
@@ -272,16 +279,18 @@ class Scheduler:
         if cache is None:
             return []
         left = [len(row.ids) - n for row, n in zip(prefilling.rows, cache.rows, strict=True)]
-        counts, budget = [], self.chunk if self.batch.rows else self.chunk * len(left)
-        for row, n, count in zip(prefilling.rows, cache.rows, left, strict=True):
-            count = min(count, self.chunk, budget)
+        budget = self.chunk if self.batch.rows else self.chunk * len(left)
+        counts, shares = [], [min(count, budget // len(left)) for count in left]
+        rest = budget - sum(shares)
+        for row, n, count, share in zip(prefilling.rows, cache.rows, left, shares, strict=True):
+            count = min(count, self.chunk, share + rest)
             if cache.has_checkpoints:
                 count = min([count, *(fork - n for fork in row.fork_positions if fork > n)])
             chunk = self.disk.chunk if self.disk is not None and cache.recurrent else 1
             if (end := (n + count) // chunk * chunk) > n:
                 count = end - n  # a checkpoint on disk is at the end of a chunk
             counts.append(count)
-            budget -= count
+            rest += share - count
         began = time.perf_counter()
         complete = self.batch.prefill(prefilling.rows, cache, counts)
         self._count_saved(complete, sum(counts), time.perf_counter() - began)

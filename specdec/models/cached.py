@@ -80,13 +80,12 @@ def remove(name: str) -> int:
     if found is None:
         raise SpecDecError(f"'{name}' is not in specdec's cache{did_you_mean(name, known)}; see 'specdec models'")
     freed = found.bytes
-    with locked(work_folder(cache_dir()) / "lock"):
+    with errors_as(f"cannot delete '{name}'"), locked(work_folder(cache_dir()) / "lock"):
         for path in found.paths:
-            with errors_as(f"cannot delete '{path}'"):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     return freed
 
 

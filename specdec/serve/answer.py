@@ -115,7 +115,7 @@ class Answer(ABC):
 
         A prompt counts once for all its choices. New tokens count when they are read.
         """
-        prompts = [handle.metrics for handle in self.handles[self.asked.n - 1 :: self.asked.n]]
+        prompts = [handle.metrics for handle in self.handles[:: self.asked.n]]  # later choices go on with it
         cached = sum(metrics.num_cached_tokens for metrics in prompts)
         return sum(metrics.num_prompt_tokens for metrics in prompts), cached, sum(text.num_read for text in self.texts)
 

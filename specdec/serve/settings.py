@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_validator
 
+from specdec.base.errors import SpecDecError
 from specdec.serve.clients import ASCII, Key
 
 
@@ -42,6 +43,13 @@ class ServerSettings(BaseModel):
     max_tokens: PositiveInt | None = None
     max_connections: PositiveInt = 1024
     client_timeout: float = 30.0
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        for field in ("key", "name"):
+            if len({getattr(own, field) for own in self.all_keys}) < len(self.all_keys):
+                raise SpecDecError(f"the API key has the {field} of one in the file of keys; give it only once")
+        return self
 
     @property
     def all_keys(self) -> tuple[Key, ...]:

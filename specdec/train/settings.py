@@ -70,7 +70,7 @@ class TrainSettings(Settings):
     prompts: Files = ()
     holdout: Files = ()
     output: str = ""
-    dtype: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     storage: Literal["auto", "bfloat16", "int8"] = "auto"
     device: str = "auto"
     seed: int = Field(0, ge=0, le=2**63 - 1)

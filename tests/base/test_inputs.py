@@ -109,3 +109,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path.write_text("first\nsecond", "utf-8-sig")
     assert [c.turns[0] for c in load_prompts(str(path)).conversations] == ["first", "second"]
     assert data.read([path]) == [data.Prompt(("first",)), data.Prompt(("second",))]
+
+
+def test_options_of_one_drafter_add_up() -> None:
+    pairs = ["m2r2={width: 2}", "m2r2={nodes: 4, width: 3}", "a=1", "a=2"]
+    assert options.parse_assignments("--drafter-option", pairs) == {"m2r2": {"width": 3, "nodes": 4}, "a": 2}

@@ -82,6 +82,20 @@ def test_a_narrow_terminal_breaks_no_name_in_a_table(monkeypatch: pytest.MonkeyP
     assert max(map(len, shown.splitlines())) <= 100 and path not in shown
 
 
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_a_narrow_terminal_loses_nothing_of_a_wide_table(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    out = Tty()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", out)
+    row = ["organisation/quite-a-long-name", *(chr(ord("a") + n) * 14 for n in range(7))]
+    terminal.print_table([f"column{n}" for n in range(8)], [row])
+    shown = re.sub(r"\x1b\[\d*m", "", out.getvalue())
+    assert max(map(len, shown.splitlines())) <= width
+    body = shown.split("organisation", 1)[1] if "organisation" in shown else shown
+    for cell in row[1:]:
+        assert body.count(cell[0]) >= len(cell)
+
+
 def test_a_pipe_gets_lines_while_something_is_under_way(heard: Heard) -> None:
     with terminal.status("loading [bold]"):
         assert heard.event.wait(300)

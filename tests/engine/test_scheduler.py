@@ -557,3 +557,33 @@ def test_a_higher_priority_is_first_and_a_scope_has_so_many_rows() -> None:
         scopes = [row.scope for row in (*engine.batch.rows, *engine.scheduler.prefilling.rows)]
         assert scopes.count("a") <= 1
     assert all(request.finish_reason == "length" for request in few)
+
+
+def first_tokens(engine: Engine, requests: list[Request]) -> list[int]:
+    """The step in which each request gets its first token."""
+    found = dict[Request, int]()
+    for n, events in enumerate(engine.steps()):
+        for request, _ in events:
+            found.setdefault(request, n)
+    return [found[request] for request in requests]
+
+
+def test_a_request_that_waits_for_anothers_prompt_holds_up_no_third(llama: PreTrainedModel) -> None:
+    engine = plain_engine(TransformersTarget(llama), prefill_chunk=16, prefixes=PrefixStore())
+    shared = [3 + n % 90 for n in range(100)]
+    requests = [Request([*shared, 5], 4), Request([*shared, 6], 4), Request([7, 8, 9], 4)]
+    for request in requests:
+        engine.submit(request)
+    first, second, third = first_tokens(engine, requests)
+    assert third == 0 < first < second
+
+
+def test_a_short_prompt_does_not_wait_for_the_whole_of_a_longer_one(llama: PreTrainedModel) -> None:
+    engine = plain_engine(TransformersTarget(llama), prefill_chunk=16)
+    engine.submit(Request([5, 6, 7], 60))
+    step(engine)
+    requests = [Request([3 + n % 90 for n in range(100)], 4), Request(list(range(5, 15)), 4)]
+    for request in requests:
+        engine.submit(request)
+    long, short = first_tokens(engine, requests)
+    assert short <= 2 and 5 <= long <= 9

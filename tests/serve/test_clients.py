@@ -13,6 +13,7 @@ from servers import NAME, USER, Server, serving, tiny_decoder, until
 
 from specdec.base.errors import SpecDecError
 from specdec.serve.clients import Key, find_client, read_keys
+from specdec.serve.settings import ServerSettings
 
 KEYS = (Key(name="ann", key="sk-ann"), Key(name="bob", key="sk-bob"), Key(name="cy", key="sk-cy", learn=False))
 BODY: dict[str, Any] = {"model": NAME, "messages": USER, "max_tokens": 4, "temperature": 0}
@@ -124,3 +125,10 @@ def test_prompts_and_answers_are_logged_if_that_is_asked_for() -> None:
             found = [json.loads(line) for line in other.lines if line.startswith("{")]
         prompt = "[user]" + USER[0]["content"]
         assert found == ([{"id": request_id, "prompt": prompt, "answer": "It scatters."}] if wanted else [])
+
+
+@pytest.mark.parametrize("own", [Key(name="robot", key="secret", learn=False), Key(name="default", key="other")])
+def test_a_key_that_is_given_twice_is_refused(own: Key) -> None:
+    """Its limits would be those of one of the two."""
+    with pytest.raises(SpecDecError, match=r"the API key has the (key|name) of one in the file of keys"):
+        ServerSettings(name="x", api_key="secret", keys=(own,))

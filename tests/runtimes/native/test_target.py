@@ -142,6 +142,15 @@ def test_a_branch_deeper_than_a_window_sees_in_each_layer_what_its_window_shows(
     assert torch.equal(target.readout(x)[0, path], single[0, 20:])
 
 
+@torch.inference_mode()
+def test_tables_reach_to_positions_beyond_the_slots() -> None:
+    """A drafter's cache may begin within the text, where the model's reuses a prefix."""
+    target = NativeTarget(model_of("llama", max_position_embeddings=4096))
+    ids, positions, cache = torch.tensor([[5, 6, 7]]), torch.arange(3000, 3003)[None], target.new_cache()
+    target.layers(target.embed(ids, positions), 0, 4, Pass(positions, cache.register(0, positions), cache))
+    assert target._positions >= 3003
+
+
 @pytest.mark.parametrize(
     ("family", "kv_cache"), [("mistral", "auto"), ("llama", "int8"), ("qwen3_5_text", "auto"), ("qwen3_moe", "auto")]
 )
