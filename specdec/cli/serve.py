@@ -74,7 +74,7 @@ def serve(
     ] = 16,
     max_waiting: Annotated[
         int,
-        _limits("Requests that wait at most; others get status 429. Of several clients, twice as many.", "N", min=1),
+        _limits("Requests that wait at most; others get status 429. With several clients, twice as many.", "N", min=1),
     ] = 256,
     kv_memory: Annotated[
         str | None, _limits("Memory for keys and values, such as 2GiB; default: a share of the free memory.", "SIZE")
