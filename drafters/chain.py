@@ -153,6 +153,11 @@ def _pick(
         full = logits.new_full((logits.shape[0], size), float("-inf"))
         full[:, vocab] = logits
         logits, vocab = full, None
+    if vocab is None and not state.constrained and not is_asynchronous(logits.device):  # as the model's own draw
+        token = sampler.draw(logits[:, None], lambda: [[prefix] for prefix in prefixes], [[len(p)] for p in prefixes])
+        for prefix, [chosen] in zip(prefixes, token.tolist(), strict=True):
+            prefix.append(max(chosen, 0))
+        return token, None
     scores = sampler.scores(logits[:, None], lambda: [[prefix] for prefix in prefixes], vocab)
     noisy = sampler.perturb(scores, [[len(prefix)] for prefix in prefixes], size, vocab)[:, 0]  # (B, V')
     values, best = noisy.max(-1, keepdim=True)

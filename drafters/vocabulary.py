@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from specdec.base import memory
 from specdec.base.devices import upload
@@ -42,10 +43,10 @@ class DraftVocabulary:
         empty set: all.
     head: the output head for ``trained``; None: the model's own. The argument may be None in any case: the head is then
         made of the model's rows for ``trained``.
-    tokens: ``trained`` and ``added``, int64 [V'], the token ids of the logits; None: all.
-    added: token ids of the rows' texts that are not in ``trained``.
-    added_head: the output head for ``added``; None: no token has been added yet.
-    forbidden: whether a row has not seen an added token, bool [B, len(added)]; None: every row has seen all of them.
+    tokens: ``trained`` and the added ones, int64 [V'], the token ids of the logits; None: all.
+    columns: the added tokens, those of the rows' texts that are not in ``trained``, with the index of each in its head.
+    added_head: the output head of the added tokens; None: no token has been added yet.
+    forbidden: whether a row has not seen an added token, bool [B, len(columns)]; None: every row has seen all of them.
     contexts: those of the last step's rows.
     """
 
@@ -57,7 +58,7 @@ class DraftVocabulary:
         self.trained_ids = frozenset() if self.trained is None else frozenset(self.trained.tolist())
         memory.release(matrix(target.model.get_output_embeddings()).data)
         self.tokens = self.trained
-        self.added: list[int] = []
+        self.columns: dict[int, int] = {}
         self.added_head: GrowingLinear | None = None
         self.forbidden: Tensor | None = None
         self.contexts: list[Context] = []
@@ -65,36 +66,48 @@ class DraftVocabulary:
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
         """Add the new tokens of all rows' texts to the draft vocabulary; each row drafts only those of its own text.
 
-        Sets ``tokens``, ``added``, ``added_head`` and ``forbidden``. No effect if all tokens are drafted anyway.
+        Sets ``tokens``, ``columns``, ``added_head`` and ``forbidden``. No effect if all tokens are drafted anyway.
 
         contexts: one context for each row of ``state``, in its order; the call updates it.
         """
         if self.trained is None:
             return
-        known, self.contexts, changed = self.contexts, [*contexts], False
-        for context, ids in zip(contexts, state.ids, strict=True):
-            before = len(context.added)
-            context.added.update((token, None) for token in ids[context.read :] if token not in self.trained_ids)
-            context.read, changed = len(ids), changed or len(context.added) > before
-        if known == self.contexts and not changed:
+        same, self.contexts, fresh = self.contexts == [*contexts], [*contexts], list[tuple[int, int]]()
+        for b, (context, ids) in enumerate(zip(contexts, state.ids, strict=True)):
+            for token in ids[context.read :]:
+                if token not in self.trained_ids and token not in context.added:
+                    context.added[token] = None
+                    fresh.append((b, token))
+            context.read = len(ids)
+        if same and not fresh:
             return
-        seen = dict.fromkeys(token for context in contexts for token in context.added)
-        wanted = [token for token in seen if token not in self.trained_ids]  # a row may have begun with another drafter
-        there = set(self.added)
-        new = [token for token in wanted if token not in there]
-        # Several rows may have tokens of others in the head, which are forbidden; a single one may not.
-        most = len(wanted) if len(contexts) == 1 else REUSE_FACTOR * len(wanted)
-        if len(self.added) + len(new) > most:
-            self.added, self.tokens, new = [], self.trained, wanted
-            if self.added_head is not None:
-                self.added_head.clear()  # drafts are captured with its memory
+        if same:  # each step costs as much as its own new tokens
+            new = list(dict.fromkeys(token for _, token in fresh if token not in self.columns))
+        else:
+            seen = dict.fromkeys(token for context in contexts for token in context.added)
+            wanted = [token for token in seen if token not in self.trained_ids]  # a row may be another drafter's
+            new = [token for token in wanted if token not in self.columns]
+            # Several rows may have tokens of others in the head, which are forbidden; a single one may not.
+            most = len(wanted) if len(contexts) == 1 else REUSE_FACTOR * len(wanted)
+            if len(self.columns) + len(new) > most:
+                self.columns, self.tokens, new = {}, self.trained, wanted
+                if self.added_head is not None:
+                    self.added_head.clear()  # drafts are captured with its memory
+        old = len(self.columns)
         if new:
             added = upload(new, self.trained.device)
-            self.added, self.added_head = self.added + new, self.target.extended_head(self.added_head, added)
+            self.columns.update(zip(new, range(old, old + len(new)), strict=True))
+            self.added_head = self.target.extended_head(self.added_head, added)
             self.tokens = torch.cat((self.trained if self.tokens is None else self.tokens, added))
-        self.forbidden = None
-        if len(contexts) > 1 and self.added:
-            unseen = [[token not in context.added for token in self.added] for context in contexts]
+        if len(contexts) == 1 or not self.columns:
+            self.forbidden = None
+        elif same and self.forbidden is not None:
+            rows, tokens = zip(*fresh, strict=True)
+            grown = F.pad(self.forbidden, (0, len(new)), value=True)
+            grown[list(rows), [self.columns[token] for token in tokens]] = False
+            self.forbidden = grown
+        else:
+            unseen = [[token not in context.added for token in self.columns] for context in contexts]
             self.forbidden = upload(unseen, self.trained.device, torch.bool)
 
     @property
@@ -103,7 +116,7 @@ class DraftVocabulary:
 
         With several rows, ``forbidden`` says which outputs of the second head a row may not draft.
         """
-        return [self.head, self.added_head] if self.added else [self.head]
+        return [self.head, self.added_head] if self.columns else [self.head]
 
     def logits(self, final: Tensor) -> Tensor:
         """Return draft logits [B, T, V'] over ``tokens``, from final states [B, T, D], before the final norm.

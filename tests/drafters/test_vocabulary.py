@@ -1,5 +1,6 @@
 """The draft vocabulary follows the texts of the rows: what a new token costs, and whose tokens a row drafts."""
 
+import random
 from typing import Any
 
 import pytest
@@ -40,12 +41,12 @@ def test_a_new_token_costs_its_own_row_however_many_there_are(runtime: str, rows
         follow(vocabulary, contexts, texts)
         logits = vocabulary.logits(x.expand(rows, -1, -1))
         assert vocabulary.tokens is not None and logits.shape[-1] == len(vocabulary.tokens) == number - 2
-        assert vocabulary.forbidden is None or int((~vocabulary.forbidden).sum()) == len(vocabulary.added)
+        assert vocabulary.forbidden is None or int((~vocabulary.forbidden).sum()) == len(vocabulary.columns)
     assert read == [1] * 80
     if runtime == "native":  # whole tiles of 16 rows; twice as much memory for 65 rows
         assert len(packed) == 80 and sorted(packed)[-2:] == [16, 65]
     vocabulary.forbidden = None
-    whole = target.readout(x, target.reduced_head(torch.tensor(vocabulary.added)))
+    whole = target.readout(x, target.reduced_head(torch.tensor([*vocabulary.columns])))
     assert torch.equal(vocabulary.logits(x)[..., 10:], whole)
 
 
@@ -55,16 +56,41 @@ def test_a_row_alone_drafts_no_token_of_another_text() -> None:
     vocabulary = DraftVocabulary(target, torch.arange(3, 13, dtype=torch.int32))
     contexts = [Context(), Context()]
     follow(vocabulary, contexts, [[20, 21], [30]])
-    assert vocabulary.added == [20, 21, 30]
+    assert [*vocabulary.columns] == [20, 21, 30]
     follow(vocabulary, contexts[1:], [[30, 31]])
-    assert vocabulary.added == [30, 31] and vocabulary.forbidden is None
+    assert [*vocabulary.columns] == [30, 31] and vocabulary.forbidden is None
     assert vocabulary.added_head is not None
     memory = vocabulary.added_head.memory
     follow(vocabulary, [Context()], [[5]])
-    assert vocabulary.added == [] and len(vocabulary.heads) == 1
+    assert [*vocabulary.columns] == [] and len(vocabulary.heads) == 1
     assert torch.equal(vocabulary.tokens, vocabulary.trained)  # type: ignore[arg-type]
     follow(vocabulary, [Context()], [[40]])
-    assert vocabulary.added == [40] and vocabulary.added_head.memory is memory  # with which drafts are captured
+    assert [*vocabulary.columns] == [40] and vocabulary.added_head.memory is memory  # with which drafts are captured
     x = torch.randn(1, 2, target.hidden_size)
     whole = target.readout(x, target.reduced_head(torch.tensor([40])))
     torch.testing.assert_close(vocabulary.logits(x)[..., 10:], whole)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.inference_mode()
+def test_each_row_drafts_the_tokens_of_its_own_text_as_rows_come_and_go(seed: int) -> None:
+    target, rng = target_of("transformers"), random.Random(seed)
+    vocabulary, rows = (
+        DraftVocabulary(target, torch.arange(3, 13, dtype=torch.int32)),
+        list[tuple[Context, list[int]]](),
+    )
+    for _ in range(150):
+        if not rows or (len(rows) < 4 and rng.random() < 0.15):
+            rows.append((Context(), [rng.randrange(3, 97)]))
+        elif rng.random() < 0.1 and len(rows) > 1:
+            rows.pop(rng.randrange(len(rows)))
+        for _, text in rows:
+            text += rng.choices(range(3, 97), k=rng.choice([0, 0, 1, 2]))
+        follow(vocabulary, [context for context, _ in rows], [text for _, text in rows])
+        assert vocabulary.tokens is not None
+        added = vocabulary.tokens[10:].tolist()
+        assert added == [*vocabulary.columns]
+        for b, (_, text) in enumerate(rows):
+            seen = {token for token in text if token >= 13}
+            forbidden = [False] * len(added) if vocabulary.forbidden is None else vocabulary.forbidden[b].tolist()
+            assert {token for token, no in zip(added, forbidden, strict=True) if not no} == seen
