@@ -92,6 +92,10 @@ class DraftModelDrafter(ChainDrafter):
     def begin(self) -> DraftModelRow:
         return DraftModelRow(self.draft_target.new_cache())
 
+    def end(self, row_state: DraftModelRow, ids: list[int], start: int, learn: bool = True) -> None:
+        if any(row_state is row for row in self.rows):  # the memory of its keys and values is freed
+            self.cache, self.rows, self.fed = self.draft_target.new_cache(0), [], None
+
     def propose(self, state: State, limit: int) -> Draft:
         own = self.draft_target
         limit = min(limit, own.context + 1 - max(map(len, state.ids)))

@@ -17,7 +17,7 @@ from specdec.base.errors import SpecDecError, errors_as
 from specdec.base.interrupts import interrupting
 from specdec.cli import shared, statistics
 from specdec.cli.shared import INTERRUPTED, panel, print_json
-from specdec.models.catalogue import DEFAULT_MODEL
+from specdec.models.catalogue import DEFAULT_MODEL, EMBEDDED
 from specdec.speculation import registry
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def generate(
     if len(given) > 2:
         raise SpecDecError("there are several prompts; give one, in quotes, with at most the model before it")
     named, prompt = given[0] if len(given) > 1 else None, given[-1] if given else None
+    if len(given) == 1 and _is_model(given[0]):
+        named, prompt = given[0], None  # and the prompt comes from a pipe
     loading = replace(loading, model=shared.one_model(named, loading.model, DEFAULT_MODEL))
     if compare:  # a comparison must not draft from the answer of an earlier one
         loading = replace(loading, keep_ngrams=False)
@@ -179,6 +181,10 @@ def generate(
         raise typer.Exit(INTERRUPTED)
     if comparison is not None and comparison["fault"]:
         raise typer.Exit(1)
+
+
+def _is_model(word: str) -> bool:
+    return word in EMBEDDED or (word.endswith(".gguf") and Path(word).is_file())
 
 
 def _check_text(name: str, text: str) -> None:

@@ -243,6 +243,14 @@ def test_bad_input_is_one_line_and_exit_code_2(run, args: list[str], expected: s
     assert expected in one_line_error(run(*args))
 
 
+def test_a_model_alone_takes_its_prompt_from_a_pipe(tmp_path: Path) -> None:
+    file = tmp_path / "other.gguf"
+    file.write_bytes(b"GGUF")
+    for model in (str(file), "smollm2-135m-instruct"):
+        result = CliRunner().invoke(cli.app, ["generate", model], input="")
+        assert "the prompt is empty" in one_line_error(result)
+
+
 def test_stdin_that_is_no_text_is_refused(run) -> None:
     assert "not UTF-8" in one_line_error(run("-", stdin=b"\xff\xfe"))
 

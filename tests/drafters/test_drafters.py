@@ -94,6 +94,16 @@ class Words:
         return {word: index for index, word in enumerate(self.words)}
 
 
+def test_a_draft_model_keeps_nothing_of_rows_that_have_ended(llama: PreTrainedModel) -> None:
+    drafter = DraftModelDrafter(TransformersTarget(llama))
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0][:2]]
+    decoder = SpecDecoder(llama, drafter=drafter, learn=False)
+    for depth in (3, 2):
+        out = decoder.generate_batch(prompts, max_new_tokens=20, max_rows=2, num_speculative_tokens=depth)
+        assert [each.token_ids for each in out] == [greedy_reference(llama, prompt, 20) for prompt in prompts]
+        assert not drafter.rows and not drafter.cache.batch
+
+
 def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> None:
     target = TransformersTarget(llama)
     with pytest.raises(SpecDecError, match="vocabularies of 97 and 90 tokens"):
