@@ -67,7 +67,10 @@ class Tokenizer:
     name_or_path: the folder's path.
     digest: SHA-256 of tokenizer.json, 64 hex digits.
     bos_token, bos_token_id, eos_token, ...: the special tokens as text, and their ids; None: there is no such token.
+    clean_up_tokenization_spaces: False: decoding removes no spaces.
     """
+
+    clean_up_tokenization_spaces = False
 
     def __init__(self, folder: Path) -> None:
         self.name_or_path, given = str(folder), json.loads((folder / CONFIG).read_text("utf-8"))
