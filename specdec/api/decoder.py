@@ -367,12 +367,8 @@ class SpecDecoder:
         Raises SpecDecError for wrong types, values out of range, and prompts that do not fit the context.
         """
         if isinstance(prompts, Tensor) and prompts.dim() == 2:
-            prompts, tokens = list(prompts), prompts.shape[1]
-            pad = getattr(self.tokenizer, "pad_token_id", None)
-            begins = getattr(self.tokenizer, "bos_token_id", None)
-            known = tokens and pad not in {None, begins, *self.eos_ids()}
-            if known and any(pad in (row[0], row[-1]) for row in prompts):
-                raise SpecDecError("prompts has padding, which would be read as text; give a list of unpadded prompts")
+            self._refuse_padding(prompts)
+            prompts = list(prompts)
         if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
             raise SpecDecError(
                 f"prompts must be a list of prompts; got {short_repr(prompts)}; use generate for one prompt"
@@ -399,6 +395,13 @@ class SpecDecoder:
         except BaseException:
             engine.close()
             raise
+
+    def _refuse_padding(self, prompts: Tensor) -> None:
+        """Raise SpecDecError if a row of ``prompts`` [B, T] begins or ends with padding that means nothing else."""
+        pad, begins = (getattr(self.tokenizer, name, None) for name in ("pad_token_id", "bos_token_id"))
+        edges = {*prompts[:, :1].flatten().tolist(), *prompts[:, -1:].flatten().tolist()}
+        if pad in edges - {begins, *self.eos_ids()}:
+            raise SpecDecError("prompts has padding, which would be read as text; give a list of unpadded prompts")
 
     @overload
     def generate(self, prompt: Prompt, *, n: None = None, **given: Unpack[GenerationOptions]) -> GenerationOutput: ...

@@ -184,6 +184,7 @@ def generate(
 
 
 def _is_model(word: str) -> bool:
+    """Return whether ``word`` is the name of an embedded model or a GGUF file, and so hardly a prompt."""
     return word in EMBEDDED or (word.endswith(".gguf") and Path(word).is_file())
 
 

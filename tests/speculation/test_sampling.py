@@ -196,4 +196,6 @@ def test_processors_see_the_text_of_each_position_whatever_was_drafted_before() 
             draft = [rng.randrange(9) for _ in range(rng.randrange(100))]
             row.process(torch.zeros(1, 9), before := (*text, *draft), None)
             assert seen[-1] == list(before)
+        if rng.random() < 0.1:
+            text = [rng.randrange(9) for _ in range(rng.randrange(900))]  # a sampler that is used again
         text += [rng.randrange(9) for _ in range(rng.randrange(4))]
