@@ -47,6 +47,7 @@ class DraftVocabulary:
     columns: the added tokens, those of the rows' texts that are not in ``trained``, with the index of each in its head.
     added_head: the output head of the added tokens; None: no token has been added yet.
     forbidden: whether a row has not seen an added token, bool [B, len(columns)]; None: every row has seen all of them.
+    unseen: ``forbidden`` on the CPU.
     contexts: those of the last step's rows.
     """
 
@@ -61,6 +62,7 @@ class DraftVocabulary:
         self.columns: dict[int, int] = {}
         self.added_head: GrowingLinear | None = None
         self.forbidden: Tensor | None = None
+        self.unseen = torch.empty(0, 0, dtype=torch.bool)
         self.contexts: list[Context] = []
 
     def follow(self, state: State, contexts: Sequence[Context]) -> None:
@@ -101,14 +103,15 @@ class DraftVocabulary:
             self.tokens = torch.cat((self.trained if self.tokens is None else self.tokens, added))
         if len(contexts) == 1 or not self.columns:
             self.forbidden = None
-        elif same and self.forbidden is not None:
-            rows, tokens = zip(*fresh, strict=True)
-            grown = F.pad(self.forbidden, (0, len(new)), value=True)
-            grown[list(rows), [self.columns[token] for token in tokens]] = False
-            self.forbidden = grown
+            return
+        if same and self.forbidden is not None:
+            self.unseen = F.pad(self.unseen, (0, len(new)), value=True)
+            for b, token in fresh:
+                self.unseen[b, self.columns[token]] = False
         else:
             unseen = [[token not in context.added for token in self.columns] for context in contexts]
-            self.forbidden = upload(unseen, self.trained.device, torch.bool)
+            self.unseen = torch.tensor(unseen)
+        self.forbidden = upload(self.unseen, self.trained.device, torch.bool)
 
     @property
     def heads(self) -> list[nn.Linear | None]:
