@@ -621,7 +621,8 @@ class SpecDecoder:
 
     def _count_changes(self) -> int:
         """Return how often the parameters were changed in place, which PyTorch counts but for inference tensors."""
-        return sum(each._version for each in self.model.parameters() if not each.is_inference())
+        with self.target.lock:  # another decoder may be fusing the weights
+            return sum(each._version for each in self.model.parameters() if not each.is_inference())
 
     def compile_constraint(
         self, constraint: Constraint | CompiledConstraint, ignore_eos: bool = False
