@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from specdec.base import terminal
@@ -54,7 +55,9 @@ def chat(
         engine = decoder.engine(max_rows=1)
     with engine:
         note(f"{loading.model} with {decoder.drafter.traits.label}; /help lists commands")
-        ChatSession(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
+        failed = ChatSession(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
+    if failed and ask is _piped:
+        raise typer.Exit(1)
 
 
 class ChatSession:
@@ -90,26 +93,28 @@ class ChatSession:
         self.system = system
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
-    def run(self, ask: Callable[[], str]) -> None:
+    def run(self, ask: Callable[[], str]) -> bool:
         """Read lines with ``ask`` and answer them until the user enters "/exit" or ends the input (Ctrl-D).
 
         Ctrl-C stops the answer that is being decoded; at the prompt it drops the line. It does not end the chat. A
-        SpecDecError is printed, and the chat goes on.
+        SpecDecError is printed, and the chat goes on. Returns whether one was printed.
 
         ask: returns the next line; raises EOFError at the end of the input, and KeyboardInterrupt after Ctrl-C.
         """
+        failed = False
         while True:
             try:
                 line = ask().strip()
                 if line == "/exit":
-                    return
+                    return failed
                 if line:
                     self.take(line)
             except EOFError:
-                return
+                return failed
             except KeyboardInterrupt:  # at the prompt: drop the line
                 continue
             except SpecDecError as error:
+                failed = True
                 terminal.error(str(error))
 
     def take(self, line: str) -> None:
@@ -215,8 +220,10 @@ def _asker() -> Callable[[], str]:
 
 
 def _piped() -> str:
-    with errors_as("the input is not text in this terminal's encoding", UnicodeDecodeError):
-        return input()
+    with errors_as("the input is not text in this terminal's encoding", UnicodeError):
+        line = input()
+        line.encode()  # bytes that are no text come as lone surrogates
+        return line
 
 
 def _history() -> Any:

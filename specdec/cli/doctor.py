@@ -110,7 +110,8 @@ def _folder(folder: Path, parts: Iterable[str]) -> dict[str, Any]:
     """
     sizes = {name: files.size_of(folder / name) for name in parts if (folder / name).exists()}
     there = folder.exists()
-    free = shutil.disk_usage(folder).free if there else 0
+    disk = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(disk).free
     return {"folder": str(folder), "exists": there, "bytes": sum(sizes.values()), "parts": sizes, "free_bytes": free}
 
 

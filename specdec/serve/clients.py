@@ -52,7 +52,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         first = error.errors(include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise SpecDecError(f"'{path}' is no file of keys: {place}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         what = error.strerror if isinstance(error, OSError) else "it must be a YAML list of keys with names"
         raise SpecDecError(f"'{path}' cannot be read: {what}") from None
     for member in ("name", "key"):

@@ -96,6 +96,7 @@ BAD = {
     "a mapping": ("a: 1", "no file of keys"),
     "a list of nothing": ("[]", "has no keys"),
     "no YAML": ("[", "YAML list"),
+    "a date that cannot be": ("- {name: ann, key: 2026-13-01}", "YAML list"),
     "a key with spaces": ("- {name: ann, key: a b}", "0.key"),
     "an unknown member": ("- {name: ann, key: a, colour: 1}", "0.colour"),
     "a name twice": ("- {name: a, key: a}\n- {name: a, key: b}", "the same name twice"),
