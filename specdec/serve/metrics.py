@@ -73,12 +73,12 @@ class Metrics:
         self.generation_tokens.inc(tokens)
         (self.ttft if first else self.itl).observe(seconds)
 
-    def record_finished(self, metrics: RequestMetrics, reason: str, seconds: float) -> None:
+    def record_finished(self, metrics: RequestMetrics, reason: str, seconds: float, began: bool = True) -> None:
         """Count a finished choice. metrics: the engine's figures of it. seconds: time since its submission.
 
-        reason: OpenAI's finish reason, or "abort".
+        reason: OpenAI's finish reason, or "abort". began: whether it has left the queue.
         """
-        self.prompt_tokens.inc(metrics.num_prompt_tokens)
+        self.prompt_tokens.inc(metrics.num_prompt_tokens * began)
         self.drafts.inc(metrics.num_spec_steps)
         self.drafted.inc(metrics.num_draft_tokens)
         self.accepted.inc(metrics.num_accepted_draft_tokens)
@@ -93,7 +93,7 @@ class Metrics:
             self.accepted_per_position.labels(self.model, str(position)).inc(count)
         self.finished.labels(self.model, reason).inc()
         self.e2e_latency.observe(seconds)
-        self.queue_time.observe(metrics.queue_seconds)
+        self.queue_time.observe(metrics.queue_seconds if began else seconds)
 
     def record_key(self, name: str, choices: int, tokens: int) -> None:
         """Count ``choices`` answers and ``tokens`` prompt and new tokens for the API key called ``name``."""

@@ -299,9 +299,9 @@ class Service:
         for handle in handles:
             handle.cancel()
             text = text_of(handle.request)
-            seconds = now - handle.request.submit_time
-            self.metrics.record_finished(handle.metrics, text.finish_reason or "abort", seconds)
-            tokens += handle.metrics.num_prompt_tokens + text.num_read
+            seconds, began = now - handle.request.submit_time, handle.request.phases_at_start is not None
+            self.metrics.record_finished(handle.metrics, text.finish_reason or "abort", seconds, began)
+            tokens += handle.metrics.num_prompt_tokens * began + text.num_read
         if client.key is not None:
             self.metrics.record_key(client.key.name, len(handles), tokens)
 

@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from scripted import Scripted
-from servers import serving, tiny_decoder
+from servers import Gate, serving, tiny_decoder, until
 
 from specdec.engine import guard
 from specdec.engine.engine import EngineStats
@@ -31,6 +32,15 @@ def test_an_aborted_request_is_counted_while_its_figures_still_grow() -> None:
         for each in ({"model_name": "model", "source": "ngram"}, {"model_name": "model", "source": "m2r2"})
     ]
     assert found == [1, 1]
+
+
+def test_a_request_that_never_began_has_waited_for_all_its_time_and_run_no_prompt(tmp_path: Path) -> None:
+    decoder = tiny_decoder(tmp_path, Scripted(lambda ids, limit: []))
+    with decoder.engine(max_rows=1) as engine, serving(decoder, engine) as server, Gate(engine):
+        with pytest.raises(httpx.ReadTimeout):
+            server.post("/v1/completions", {"prompt": "Name"}, timeout=2)
+        until(lambda: server.figure("request_queue_time_seconds_count") == 1)
+        assert server.figure("request_queue_time_seconds_sum") > 0 and server.figure("prompt_tokens_total") == 0
 
 
 @pytest.mark.filterwarnings("ignore::specdec.DrafterWarning")
