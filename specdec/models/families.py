@@ -41,6 +41,8 @@ ROPE = {
     *("partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type"),
 }
 NORMALIZED = "olmoe", "qwen3_moe", "qwen3_next"  # obey ``norm_topk_prob``; other mixtures always normalize
+# All layers obey ``sliding_window``; of other families whose configs name no layer types, none does.
+WINDOWS = "mistral", "ministral3", "mixtral", "phi3", "qwen3_moe"
 ACTIVATIONS = "silu", "gelu_pytorch_tanh", "clamped"  # as in native.h
 # Sizes in a config, and what they are below: nothing is allocated for a larger one.
 WIDEST, LONGEST = 1 << 20, 1 << 30

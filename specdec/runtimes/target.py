@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -18,6 +19,7 @@ from specdec.base.errors import SpecDecError
 from specdec.kvcache.cache import KVCache
 from specdec.kvcache.mask import Chunk, Mask
 from specdec.models import identity
+from specdec.models.families import FAMILIES, WINDOWS
 from specdec.models.gguf.blocks import Blocks, matrix, weight_rows
 from specdec.models.native_model import AnyModel
 from specdec.runtimes.decoder_layer import Adapters
@@ -121,7 +123,7 @@ class Target(ABC):
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(matrix(self.own_head).shape[0])
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self.windows = _windows(config)
+        self.windows = _windows(model)
         self.device, self.dtype = model.device, model.dtype
 
     def beside(self, model: AnyModel) -> Target:
@@ -444,20 +446,21 @@ class GrowingLinear(GivenLinear):
         GivenLinear.__init__(self, self.memory.values[:0], bias)
 
 
-def _windows(config: Any) -> list[int | None]:
+def _windows(model: AnyModel) -> list[int | None]:
     """Return the attention window of each layer: how many of the last tokens a token attends to, itself included.
 
     None: the layer has no window, so that a token attends to all earlier ones, or it has no attention. A ``Chunk``, a
     subclass of int, is the size of a chunk instead: tokens attend only within their chunk.
 
-    config: the model's text config. Raises SpecDecError for a layer type that is unknown.
+    Raises SpecDecError for a layer type that is unknown.
     """
+    config = model.config.get_text_config()
     if (kinds := getattr(config, "attention_layers", None)) is not None:  # GPT-Neo
         return [config.window_size if kind == "local" else None for kind in kinds]
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
-        return [window] * config.num_hidden_layers
+        return [window if _windowed(model) else None] * config.num_hidden_layers
     chunk = getattr(config, "attention_chunk_size", None)
     known = {"sliding_attention": window, "chunked_attention": chunk and Chunk(chunk), **dict.fromkeys(UNLIMITED)}
     for kind in kinds:
@@ -467,6 +470,17 @@ def _windows(config: Any) -> list[int | None]:
                 "use a model with full, sliding-window or chunked attention, or recurrent layers"
             )
     return [known[kind] for kind in kinds]
+
+
+def _windowed(model: AnyModel) -> bool:
+    """Return whether the layers of a model whose config names no layer types obey its ``sliding_window``.
+
+    Some checkpoints, such as those converted from another family, have a field that the family's code ignores.
+    """
+    kind, module = model.config.get_text_config().model_type, sys.modules[type(model).__module__]
+    if kind in FAMILIES:
+        return kind in WINDOWS
+    return not module.__name__.startswith("transformers.") or hasattr(module, "create_sliding_window_causal_mask")
 
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

@@ -106,6 +106,20 @@ def ragged_rows_with_trees(family: str) -> None:
             assert apart(logits[row, path], own) < 1e-5, f"row {row}, nodes {path}"
 
 
+IGNORING, OBEYING = ["llama", "granite", "olmoe", "gpt_neox"], ["mistral", "phi3", "mixtral", "starcoder2"]
+
+
+@pytest.mark.parametrize("family", [*IGNORING, *OBEYING])
+@torch.inference_mode()
+def test_a_window_in_the_config_counts_where_the_family_reads_it(family: str) -> None:
+    """Checkpoints that were converted from another family may have the field of that one."""
+    model = tiny_model(family, sliding_window=8)
+    target, ids = TransformersTarget(model), torch.randint(3, 97, (30,), generator=torch.Generator().manual_seed(1))
+    found = target.readout(run_tokens(target, target.new_cache(), [ids.tolist()]))
+    assert torch.allclose(found[0], model(ids[None], use_cache=False).logits[0, -1:], atol=2e-5, rtol=1e-5)
+    assert set(target.windows) == {None if family in IGNORING else 8}
+
+
 @torch.inference_mode()
 def test_taps_record_layer_inputs() -> None:
     model = tiny_model("llama")
