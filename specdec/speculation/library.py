@@ -28,7 +28,6 @@ def load() -> Any | None:
     found.specdec_texts_close.argtypes, found.specdec_texts_close.restype = (POINTER,), None
     found.specdec_ngram_grow.argtypes = (POINTER,)
     found.specdec_top_p.argtypes = (POINTER, INT, ctypes.c_double, POINTER)
-    found.specdec_choose.argtypes, found.specdec_choose.restype = (POINTER, INT, *(ctypes.c_uint64,) * 2, INT), INT
     found.specdec_draw.argtypes = (
         *(POINTER, ctypes.c_int, INT, ctypes.c_float, INT, ctypes.c_double),
         *((ctypes.c_uint64,) * 2),

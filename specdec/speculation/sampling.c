@@ -209,17 +209,6 @@ CLONES static int64_t choose(const Scores *s, float least, uint64_t seed, uint64
     return best;
 }
 
-/* choose() of scores [count]; -2 without memory. */
-EXPORT int64_t specdec_choose(const float *scores, int64_t count, uint64_t seed, uint64_t stream, int64_t position) {
-    Scores s;
-    float *high = high_of(count);
-    if (!high) return -2;
-    look_at(scores, count, high, &s);
-    const int64_t chosen = choose(&s, -INFINITY, seed, stream, position);
-    free(high);
-    return chosen;
-}
-
 CLONES static void divide(const void *restrict logits, int is_float, int64_t count, float temperature, float *restrict scores) {
     const float *floats = logits;
     const uint16_t *halves = logits;

@@ -63,25 +63,13 @@ class Noise:
             self.made[position] = noise
         return noise
 
-    def choose(self, lib: Any, scores: Tensor, position: int) -> int:
-        """Return the token drawn at ``position``, the argmax of ``scores`` plus this noise; -1: scores not finite.
+    def draw(
+        self, lib: Any, logits: Tensor, position: int, temperature: float = 1, top_k: int = 0, top_p: float = 1
+    ) -> int:
+        """Return the token drawn at ``position`` from logits; -1: the largest is not finite, or one is NaN.
 
-        Equals ``__call__`` and argmax, but makes noise only for tokens that can win, and caches none.
-
-        lib: the compiled library (``library.load()``).
-        scores: processed logits, float32 [V] on the CPU; -inf: the token is not allowed.
-        position: index in the text of the token that is drawn.
-        """
-        scores = scores.contiguous()
-        chosen: int = lib.specdec_choose(scores.data_ptr(), len(scores), *self.key.tolist(), position)
-        if chosen < -1:
-            raise MemoryError("no memory for a draw")
-        return chosen
-
-    def draw(self, lib: Any, logits: Tensor, position: int, temperature: float, top_k: int, top_p: float) -> int:
-        """Return the token drawn at ``position`` from raw logits; -1: the largest is not finite, or one is NaN.
-
-        Equals division by ``temperature``, top-k, top-p and ``choose``, in one call.
+        Equals division by ``temperature``, top-k, top-p, and the argmax with the noise of ``__call__``. Noise is made
+        only for tokens that can win, and none is cached.
 
         lib: the compiled library (``library.load()``).
         logits: bf16 or float32 [V], contiguous, on the CPU.
@@ -343,7 +331,9 @@ class Sampler:
                 if row.greedy:
                     tokens[:] = largest(own[None])[0]
                 else:
-                    tokens[:] = torch.tensor([row.noise.choose(lib, *each) for each in zip(own, at, strict=True)])
+                    tokens[:] = torch.tensor(
+                        [row.noise.draw(lib, *each) for each in zip(own.contiguous(), at, strict=True)]
+                    )
             return chosen
         tokens = self.perturb(scores, positions, scores.shape[-1], places=places).argmax(-1)
         return tokens.masked_fill(~scores.amax(-1).isfinite(), -1)
