@@ -37,8 +37,8 @@ class World:
     phases: kinds of positions; a text has positions of the kinds of a phase, at random, for ``tokens`` tokens of a
     row.
     powers: for each drafter, a probability p is stated as p ** (1 / power). told: factor on the ``ratio`` that the
-    policy
-    knows. busy: number of first steps that other work makes slow.
+    policy knows. busy: number of first steps that other work makes slow. cold: what levels take more after a step
+    without levels.
     """
 
     phases: Sequence[Kinds]
@@ -52,6 +52,7 @@ class World:
     told: float = 1.3
     base: float = 0.02
     busy: int = 0
+    cold: float = 0.0
 
     def scoring(self, tokens: int) -> float:
         return self.base * math.hypot(1, tokens * self.ratio) * (1.05 if tokens > 16 else 1.0)

@@ -42,9 +42,10 @@ TYPICAL_TOKENS = 4  # tokens that a step drafts
 SPREAD = 0.15  # of error(2 n) from error(n), before any time is known
 OTHER_SPREAD = 0.5  # of the error of a part of drafting, and of a speed that an earlier process has measured
 NOISE = 0.1  # of the time of a pass from its expectation
-DRAFT_NOISE = 0.3  # of the time of drafting from its expectation
+DRAFT_NOISE = 0.3  # of the time of drafting from its expectation, above it
+LEAST_DRAFT_NOISE = 0.2  # below it
 DRIFT = 0.01  # of the machine's speed, from step to step
-OUTLIER = 0.5  # errors of passes beyond this count less
+OUTLIER = 0.5  # errors beyond this count less
 MOST_ERROR = 4.0  # of the logarithm of a part's error
 MOST_DEVIATIONS = 6.0  # standard deviations that an error of drafts counts as at most
 SURE = 2.5  # standard deviations by which a time can be too short by chance
@@ -303,8 +304,9 @@ class CostModel:
         covariances = {part: errors[part].variance * share for part, share in shares.items()}
         variance = sum(covariances[part] * share for part, share in shares.items())
         error = math.log(max(seconds, 1e-9) / expected)
-        doubt = 1 + _doubt(error, variance, DRAFT_NOISE**2) / variance
-        total = doubt * variance + DRAFT_NOISE**2
+        noise = (DRAFT_NOISE if error > 0 else LEAST_DRAFT_NOISE) ** 2
+        doubt = 1 + _doubt(error, variance, noise) / variance
+        total = doubt * variance + noise
         error = min(error, MOST_DEVIATIONS * math.sqrt(total))
         for part, own in errors.items():
             covariance = doubt * covariances[part]

@@ -146,6 +146,7 @@ class AutoDepth:
     choice: DepthChoice = field(default_factory=DepthChoice)
     width: float = 1.0  # nodes of a level, of a drafter without probabilities
     version: int | None = None  # of the drafter
+    warm: bool = False  # whether the last step drafted levels
     since_tried: defaultdict[str | int, float] = field(default_factory=lambda: defaultdict(float))
 
     def __post_init__(self) -> None:
@@ -314,7 +315,9 @@ class AutoDepth:
             self.passes = model.passing(contexts, len(self.passes) - 1)
         self.tokens = FADE * self.tokens + (1 - FADE) * (count + accepted)
         self.spent = FADE * self.spent + (1 - FADE) * count * seconds / self.passes[0]
-        made = [NODES if nodes else PLAIN] + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0)
+        # After a pause, a draft also does what it has missed, so levels are explored in two steps, one after the other.
+        made = [NODES if nodes else PLAIN] + [DRAFT] * (choice.depth > 0) + [exit] * (levels > 0 and self.warm)
+        self.warm = levels > 0
         for what in (PLAIN, DRAFT, NODES, *self.exits):
             self.since_tried[what] = 0.0 if what in made else self.since_tried[what] + seconds
         if not choice.depth:

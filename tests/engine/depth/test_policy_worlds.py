@@ -30,7 +30,7 @@ def run(world: World, seed: int) -> list[float]:
     busy = world.busy
     drafter.bind(SimpleNamespace())  # type: ignore[arg-type]
     policy = AutoDepth(True, 3, (0.1,), TokenCosts(world.told * world.ratio))
-    histories = [policy.begin() for _ in range(world.rows)]
+    histories, paused = [policy.begin() for _ in range(world.rows)], False
     for phase, kinds in enumerate([world.phases[0], *world.phases]):
         rows, total = [Row(world, kinds, 1000 * seed + 20 * phase + b) for b in range(world.rows)], 0.0
         while sum(row.at for row in rows) < world.tokens * world.rows:
@@ -39,10 +39,12 @@ def run(world: World, seed: int) -> list[float]:
             if choice.depth:
                 draft = drafter.propose(state_of(rows, choice.prices), choice.depth)
                 found, nodes = draft.found, sum(token >= 0 for own in draft.lists() for token in own)
-                levels, drafting = found.levels, world.drafting(True, found.levels)
+                levels = found.levels
+                drafting = world.drafting(True, levels) + world.base * world.cold * (paused and levels > 0)
                 for own, paths, row in zip(taken, map(draft.paths, range(world.rows)), rows, strict=True):
                     right = [path for path in paths if all(map(row.rightly, range(len(path)), path))]
                     own.extend(max(right, key=len, default=[]))
+            paused = not levels
             other, accepted = world.scoring(world.rows + nodes), [len(own) for own in taken]
             new = [[*own, 3 * (row.at + len(own))] for own, row in zip(taken, rows, strict=True)]
             noise = math.exp(rng.gauss(0, 0.05)) * (3 if rng.random() < 0.01 else 1)
@@ -120,6 +122,9 @@ WORLDS = {
     "both are too modest": World((PROSE,), powers=(0.6, 0.6)),
     "other work at first": World((PROSE,), busy=12),
     "other work at first, n-grams alone": World((NGRAMS,), busy=12),
+    "other work at first, levels are dear after a pause": World(
+        (PROSE,), level=0.15, cold=0.3, busy=12, tokens=300, base=0.005
+    ),
     "passes are steeper than the formula says": replace(STEEP, told=0.5),
     "four rows": World((GOOD,), rows=4, tokens=400),
     "four rows, steep passes": replace(STEEP, rows=4, tokens=400, level=0.2),
@@ -131,6 +136,7 @@ USUAL = {
     *("levels of 10 %", "n-grams alone", "levels become bad", "other work at first"),
     *("steep passes, copying after prose", "four rows, steep passes"),
     "deep levels behind a dear first one, after copying",
+    "other work at first, levels are dear after a pause",
 }
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS if name not in USUAL]
 
