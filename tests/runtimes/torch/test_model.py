@@ -63,7 +63,7 @@ def test_modules_and_logits_are_those_of_transformers(kind: str, changes: dict[s
     rope = {"rope_parameters": ROPES[kind]} if kind in ROPES else {}
     model = rough_model(kind, **(sizes_of(kind) | rope | changes))
     expected = model(IDS[None]).logits[0]
-    found = logits_of(native_model(model), IDS, _windows(model.config))
+    found = logits_of(native_model(model), IDS, _windows(model))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -75,7 +75,7 @@ def test_tokens_take_the_experts_that_are_given(kind: str) -> None:
         seen[layer] = logits
         return logits.topk(2).indices if least is None else logits.topk(2, largest=False).indices
 
-    windows, least = _windows(model.config), None
+    windows, least = _windows(model), None
     assert torch.equal(logits_of(model, IDS, windows, choose), logits_of(model, IDS, windows))
     assert sorted(seen) == [0, 1, 2, 3] and seen[0].shape == (20, 4)
     least = True
