@@ -40,8 +40,8 @@ class DraftModelRow(ChainRow):
 class DraftModelDrafter(ChainDrafter):
     """Drafts a chain with a second model, which must have the target's vocabulary.
 
-    Drafts nothing once the text is longer than the draft model's context. Raises SpecDecError, when bound, if the
-    vocabularies differ.
+    A row is not drafted for once its text is longer than the draft model's context. Raises SpecDecError, when bound, if
+    the vocabularies differ.
 
     draft_target (argument ``own``): the runtime of the draft model.
     tokenizer: the draft model's tokenizer, which must equal the target's; None: not known, and not compared.
@@ -98,9 +98,12 @@ class DraftModelDrafter(ChainDrafter):
 
     def propose(self, state: State, limit: int) -> Draft:
         own = self.draft_target
-        limit = min(limit, own.context + 1 - max(map(len, state.ids)))
-        if limit < 1:
+        fits = [b for b, ids in enumerate(state.ids) if len(ids) <= own.context]
+        if not fits:
             return Draft.empty(len(state.ids), own.device)
+        if len(fits) < len(state.ids):
+            return self.propose(state.of(fits), limit).spread(fits, len(state.ids))
+        limit = min(limit, own.context + 1 - max(map(len, state.ids)))
         if state.row_states != self.rows:
             self.rows, self.fed = list(state.row_states), None
             self.cache = self.cache.of([entries for row in self.rows for entries in row.cache.entries])

@@ -153,6 +153,11 @@ class Draft:
         made.found, made.states, made.exit_layer, made.layers = self.found, self.states, self.exit_layer, self.layers
         return made
 
+    def spread(self, rows: Sequence[int], batch: int) -> Draft:
+        """Return a draft for ``batch`` rows: row ``rows[i]`` has the nodes of this draft's row i, others have none."""
+        tokens = self.tokens.new_full((batch, len(self.parents)), -1)  # (B, M)
+        return Draft(tokens.index_copy(0, upload([*rows], self.device), self.tokens), self.parents)
+
     @classmethod
     def empty(cls, batch: int, device: torch.device | str = "cpu") -> Draft:
         """Return a draft without tokens for ``batch`` rows. Scoring it is plain decoding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from specdec.base.devices import is_asynchronous, upload
 from specdec.speculation.draft import Draft
+from specdec.speculation.sampling import Sampler
 from specdec.speculation.trees import Prices
 
 if TYPE_CHECKING:
     from specdec.kvcache.cache import KVCache
     from specdec.runtimes.target import Target
-    from specdec.speculation.sampling import Sampler
 
 UNBOUNDED = 1 << 30  # a depth that no draft has
 
@@ -60,6 +60,12 @@ class State:
         self.depths = self.depths or [UNBOUNDED] * count
         if not len(self.row_states) == len(self.scopes) == len(self.depths) == count:
             raise ValueError(f"of {count} rows, some have no state, scope or depth")
+
+    def of(self, rows: Sequence[int]) -> State:
+        """Return the state of the rows with the indices ``rows`` alone, in this order."""
+        lists = {name: [getattr(self, name)[b] for b in rows] for name in ("ids", "row_states", "scopes", "depths")}
+        cache = self.cache.of([self.cache.entries[b] for b in rows])
+        return replace(self, cache=cache, sampler=Sampler([self.sampler.rows[b] for b in rows]), **lists)
 
     @property
     def constrained(self) -> bool:

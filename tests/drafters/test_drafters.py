@@ -104,6 +104,19 @@ def test_a_draft_model_keeps_nothing_of_rows_that_have_ended(llama: PreTrainedMo
         assert not drafter.rows and not drafter.cache.batch
 
 
+def test_a_row_beyond_the_draft_models_context_ends_no_drafts_of_others(llama: PreTrainedModel) -> None:
+    short = other_model(max_position_embeddings=len(PROMPTS[1]) + 16)
+    prompts = [PROMPTS[1] + PROMPTS[0] * 12, PROMPTS[1]]
+    metrics = {}
+    for count in (2, 1):
+        decoder = SpecDecoder(llama, drafter=DraftModelDrafter(short), learn=False)
+        out = decoder.generate_batch(prompts[-count:], max_new_tokens=12, num_speculative_tokens=3)
+        assert [each.token_ids for each in out] == [greedy_reference(llama, p, 12) for p in prompts[-count:]]
+        metrics[count] = [each.metrics for each in out]
+    assert not metrics[2][0].num_draft_tokens
+    assert metrics[2][1].num_draft_tokens == metrics[1][0].num_draft_tokens > 0
+
+
 def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> None:
     target = TransformersTarget(llama)
     with pytest.raises(SpecDecError, match="vocabularies of 97 and 90 tokens"):
