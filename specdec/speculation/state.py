@@ -63,9 +63,12 @@ class State:
 
     def of(self, rows: Sequence[int]) -> State:
         """Return the state of the rows with the indices ``rows`` alone, in this order."""
-        lists = {name: [getattr(self, name)[b] for b in rows] for name in ("ids", "row_states", "scopes", "depths")}
+        ids, states, scopes, depths = (
+            [own[b] for b in rows] for own in (self.ids, self.row_states, self.scopes, self.depths)
+        )
         cache = self.cache.of([self.cache.entries[b] for b in rows])
-        return replace(self, cache=cache, sampler=Sampler([self.sampler.rows[b] for b in rows]), **lists)
+        sampler = Sampler([self.sampler.rows[b] for b in rows])
+        return replace(self, cache=cache, sampler=sampler, ids=ids, row_states=states, scopes=scopes, depths=depths)
 
     @property
     def constrained(self) -> bool:
