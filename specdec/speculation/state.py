@@ -63,9 +63,8 @@ class State:
 
     def of(self, rows: Sequence[int]) -> State:
         """Return the state of the rows with the indices ``rows`` alone, in this order."""
-        ids, states, scopes, depths = (
-            [own[b] for b in rows] for own in (self.ids, self.row_states, self.scopes, self.depths)
-        )
+        ids, states = [self.ids[b] for b in rows], [self.row_states[b] for b in rows]
+        scopes, depths = [self.scopes[b] for b in rows], [self.depths[b] for b in rows]
         cache = self.cache.of([self.cache.entries[b] for b in rows])
         sampler = Sampler([self.sampler.rows[b] for b in rows])
         return replace(self, cache=cache, sampler=sampler, ids=ids, row_states=states, scopes=scopes, depths=depths)
