@@ -99,7 +99,10 @@ class JoinedDrafter(Drafter):
         if not any(each.tokens for each in found):
             return draft_best(given, limit, nodes, state, 0, alone)
         levels = max(each.levels() for each in found)
-        return draft_best(self.ngram.candidates(state, limit, found), limit, nodes, state, levels, alone)
+        draft = draft_best(self.ngram.candidates(state, limit, found), limit, nodes, state, levels, alone)
+        assert draft.found is not None
+        draft.found.skipped = [b for b, each in enumerate(found) if not each.tokens]
+        return draft
 
     def _proposed(self, state: State, limit: int) -> list[Candidates]:
         """Draft by ``other.propose``, for a drafter without ``candidates`` in this step; return each row's candidates.

@@ -57,7 +57,7 @@ def chat(
         note(f"{loading.model} with {decoder.drafter.traits.label}; /help lists commands")
         failed = ChatSession(decoder, engine, params, max_new_tokens, system, quiet).run(ask)
     if failed and ask is _piped:
-        raise typer.Exit(1)
+        raise typer.Exit(2)
 
 
 class ChatSession:

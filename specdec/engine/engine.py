@@ -361,7 +361,11 @@ class Engine:
 
     def _fail(self, error: BaseException) -> None:
         """End all requests but those that wait, after a step that failed with ``error``, and drop cached prefixes."""
-        self._finish([row for row in self._all_requests() if row.status is not Status.WAITING], "error", failure(error))
+        failed = [row for row in self._all_requests() if row.status is not Status.WAITING]
+        for row in failed:
+            if row.phases_at_start is not None:
+                self.batch.end(row)
+        self._finish(failed, "error", failure(error))
         self.scheduler.clear()
         if self.scheduler.memory.prefixes is not None:
             self.scheduler.memory.prefixes.clear()

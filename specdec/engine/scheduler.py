@@ -177,8 +177,7 @@ class Scheduler:
         if all(row.background for row in (*waiting, *self.rows)):
             return
         for row in [row for row in self.prefilling.rows if row.background]:
-            if (cache := self.prefilling.remove([row])) is not None and self.memory.prefixes is not None:
-                self.memory.prefixes.add(row.ids, cache, row.scope)
+            self.remove([row])
             row.set_status(Status.WAITING)
             row.deferred = True
             self.waiting.appendleft(row)
@@ -325,7 +324,7 @@ class Scheduler:
     def remove(self, rows: Sequence[Request], keep: bool = True) -> None:
         """Remove rows that have ended or are preempted from the batch and from ``prefilling``.
 
-        keep: whether to cache the keys and values of decoding rows, for later prompts that begin like their texts.
+        keep: whether to cache their keys and values, for later prompts that begin like their texts.
         """
         batch = self.batch
         if keep and self.memory.prefixes is not None:
@@ -335,7 +334,10 @@ class Scheduler:
                     if self.disk is not None:
                         self.disk.keep(text.ids, text.cache, text.scope)
         batch.keep([row for row in batch.rows if row not in rows])
-        self.prefilling.remove(rows)
+        for row in [row for row in self.prefilling.rows if row in rows]:
+            cache = self.prefilling.remove([row])
+            if keep and self.memory.prefixes is not None and row.error is None and cache is not None:
+                self.memory.prefixes.add(row.ids, cache, row.scope)
         self.memory.make_room(0)
 
     def clear(self) -> None:

@@ -202,7 +202,7 @@ class BlockAnswer(Answer):
     def _whole(self) -> bytes:
         for _ in self._read(self.text.text, last=True):
             pass
-        return to_json(self.result() | self.metrics())
+        return to_json(self.result() | self.metrics(), inf_nan_mode="null")
 
     async def events(self) -> AsyncIterator[bytes]:
         try:

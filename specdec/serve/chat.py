@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from anyio.to_thread import run_sync
@@ -16,7 +17,7 @@ from specdec.engine.request import Handle
 from specdec.serve.answer import Answer
 from specdec.serve.errors import ApiError
 from specdec.serve.events import DONE, sse
-from specdec.serve.logprobs import chat_logprobs, completion_logprobs
+from specdec.serve.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from specdec.serve.metrics import Metrics
 from specdec.serve.parts import Part, merged
 from specdec.serve.request import GenerationRequest
@@ -28,7 +29,7 @@ class OpenAIAnswer(Answer):
     chat: whether the format is that of chats.
     head, chunk_head: members that all answers have, whole or as chunks of a stream: id, object, created, model, ...
     scored: for each choice, the number of tokens whose log-probabilities have been sent.
-    offsets: for each choice, the number of characters in these tokens.
+    offsets: for each choice, where its tokens begin in its text.
     """
 
     def __init__(self, asked: GenerationRequest, handles: Sequence[Handle], counters: Metrics) -> None:
@@ -42,7 +43,8 @@ class OpenAIAnswer(Answer):
             "system_fingerprint": f"specdec-{__version__}",
         }
         self.chunk_head = self.head | ({"object": "chat.completion.chunk"} if self.chat else {})
-        self.scored, self.offsets = [0] * len(handles), [0] * len(handles)
+        self.scored = [0] * len(handles)
+        self.offsets = [TextOffsets(text.tokenizer, partial(self._shown, b)) for b, text in enumerate(self.texts)]
 
     async def json(self) -> bytes:
         await self._finished()
@@ -57,7 +59,7 @@ class OpenAIAnswer(Answer):
             parts = self.parsers[number].push(text, last=True)
             content: dict[str, Any] = {"message": {"role": "assistant", "refusal": None} | message(parts)}
         else:
-            content = {"text": self._echo(number) + text}
+            content = {"text": self._shown(number)}
         return to_json(self._choice(number, content, self._finish_reason(number)))
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -98,6 +100,10 @@ class OpenAIAnswer(Answer):
         """Return the prompt's text if it comes before the answer of choice ``number``, else ""."""
         return self.asked.echoes[number // self.asked.n] if self.asked.echo else ""
 
+    def _shown(self, number: int) -> str:
+        """Return the text of choice ``number`` so far, with the prompt if that comes before it."""
+        return self._echo(number) + self.texts[number].text
+
     def _contents(self, number: int, piece: Piece) -> list[dict[str, Any]]:
         """Return for each chunk to send its {"delta": ...}, or {"text": ...} without a chat.
 
@@ -133,8 +139,7 @@ class OpenAIAnswer(Answer):
         first = None
         if self.asked.echo and not start:
             first, tokens = request.prompt[0], [*request.prompt_token_logprobs, *tokens]
-        found, self.offsets[number] = completion_logprobs(text.tokenizer, tokens, first, self.offsets[number])
-        return found
+        return completion_logprobs(text.tokenizer, tokens, self.offsets[number], first)
 
 
 def _delta(part: Part, calls: Sequence[str]) -> dict[str, Any]:

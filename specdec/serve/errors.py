@@ -194,7 +194,11 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def unexpected_error(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response(request.scope)
+        found = ApiError(500, f"unexpected {type(error).__name__}; the server's log has more").response(request.scope)
+        state = request.scope.get("state", {})
+        if "id_header" in state:  # this response does not go through AccessLog
+            found.headers[state["id_header"]] = state["request_id"]
+        return found
 
 
 def _invalid(error: RequestValidationError, path: str) -> ApiError:

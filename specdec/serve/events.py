@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def sse(value: dict[str, Any]) -> bytes:
     """Return a JSON object as the bytes of a server-sent event, ``data: JSON`` and an empty line."""
-    return b"data: " + to_json(value) + b"\n\n"
+    return b"data: " + to_json(value, inf_nan_mode="null") + b"\n\n"
 
 
 class EventStream(StreamingResponse):

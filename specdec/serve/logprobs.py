@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from specdec.engine.logprobs import TokenLogprob
@@ -31,14 +32,36 @@ def _entry(tokenizer: Any, token_id: int, logprob: float) -> dict[str, Any]:
     return {"token": found.decode("utf-8", "replace"), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(found)}
 
 
+class TextOffsets:
+    """Where the tokens of a text begin in it, in characters. Tokens that are not in the text take no place.
+
+    tokenizer: gives the tokens' bytes. text: returns the text as far as it is known.
+    """
+
+    def __init__(self, tokenizer: Any, text: Callable[[], str]) -> None:
+        self.tokenizer, self.text, self.count = tokenizer, text, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several tokens
+
+    def next(self, token_id: int) -> int:
+        """Return the offset of the next token of the text, whose id is ``token_id``."""
+        begin, found = self.count, token_bytes(self.tokenizer, token_id)
+        if token_id in self.tokenizer.added_tokens_decoder and not self.text().startswith(found.decode(), begin):
+            return begin  # a special token that is not shown
+        piece = self.decoder.decode(found)
+        if not begin and piece.startswith(" ") and not self.text().startswith(" "):  # the tokenizer has put it there
+            piece = piece[1:]
+        self.count += len(piece)
+        return begin
+
+
 def completion_logprobs(
-    tokenizer: Any, scored: Sequence[TokenLogprob], first: int | None = None, offset: int = 0
-) -> tuple[dict[str, Any], int]:
-    """Return the member ``logprobs`` of a choice of ``/v1/completions``, and the offset for the next call.
+    tokenizer: Any, scored: Sequence[TokenLogprob], offsets: TextOffsets, first: int | None = None
+) -> dict[str, Any]:
+    """Return the member ``logprobs`` of a choice of ``/v1/completions``.
 
     scored: the tokens with their log-probabilities. tokenizer: gives the tokens' texts.
+    offsets: counts the tokens of this call and the calls before.
     first: id of the first token of a prompt, which has no log-probability; None: the prompt is not included.
-    offset: number of characters of text before these tokens.
     """
     found: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
     rows: list[tuple[int, float | None, list[tuple[int, float]]]] = [] if first is None else [(first, None, [])]
@@ -46,12 +69,11 @@ def completion_logprobs(
         name, likely = token_text(tokenizer, token_id), dict[str, float]()
         for other, share in [*top, *([(token_id, logprob)] if top and logprob is not None else [])]:
             likely.setdefault(token_text(tokenizer, other), max(share, MIN_LOGPROB))
-        found["text_offset"].append(offset)
+        found["text_offset"].append(offsets.next(token_id))
         found["token_logprobs"].append(None if logprob is None else max(logprob, MIN_LOGPROB))
         found["tokens"].append(name)
         found["top_logprobs"].append(likely or None)
-        offset += len(token_bytes(tokenizer, token_id).decode("utf-8", "ignore"))
-    return found, offset
+    return found
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:

@@ -68,7 +68,6 @@ class ToolResult(Strict):
     type: Literal["tool_result"]
     tool_use_id: Annotated[str, Field(max_length=256)]
     content: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
-    is_error: bool | None = None
 
 
 AnyBlock = Annotated[TextBlock | ThinkingBlock | RedactedBlock | ToolUse | ToolResult, Field(discriminator="type")]
@@ -147,8 +146,6 @@ class ToolChoice(Strict):
 
 class Thinking(Strict):
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: int | None = None
-    display: Any = None
 
 
 class OutputFormat(Strict):

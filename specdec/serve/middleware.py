@@ -54,7 +54,7 @@ class AccessLog:
             await send(message)
 
         summary: list[str] = []
-        scope.setdefault("state", {}).update(summary=summary, request_id=request_id)
+        scope.setdefault("state", {}).update(summary=summary, request_id=request_id, id_header=header)
         try:
             await self.app(scope, receive, send_and_note)
         except Exception:

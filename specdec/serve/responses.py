@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -126,6 +126,7 @@ class Format(JsonSchema):
 
 
 class TextConfig(Strict):
+    unused: ClassVar = {"verbosity": ("medium",)}
     format: Format | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,8 +119,10 @@ class CandidateSet:
         no such pass, as with n-grams.
     without_levels: for each row the nodes that would have been drafted without any such pass, as by the n-grams of
         ngram+X; None: there is no such draft.
+    skipped: the rows that the levels have no candidates for, such as texts longer than a draft model's context.
     """
 
     rows: Sequence[Candidates]
     levels: int = 0
     without_levels: Sequence[Candidates] | None = None
+    skipped: Collection[int] = ()

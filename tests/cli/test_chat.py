@@ -126,12 +126,12 @@ def test_the_command_reads_lines_from_a_pipe(tmp_path: Path, monkeypatch: pytest
     lines = f"Hello\n/sysem\n\n/save {file}\n/exit\nnot read\n"
     command = ["chat", "--model", str(model), "--drafter", "prompt-lookup", "--max-new-tokens", "6"]
     outcome = CliRunner().invoke(cli.app, command, input=lines)
-    assert outcome.exit_code == 1 and "there is no /sysem" in outcome.stderr
+    assert outcome.exit_code == 2 and "there is no /sysem" in outcome.stderr
     user, answer = json.loads(file.read_text())["messages"]
     assert user == {"role": "user", "content": "Hello"} and answer["content"] in outcome.stdout
     assert CliRunner().invoke(cli.app, command, input="Hello\n").exit_code == 0  # the end of the input ends it
     outcome = CliRunner().invoke(cli.app, command, input="Hel\udcfflo\n".encode(errors="surrogateescape"))
-    assert outcome.exit_code == 1 and "not text in this terminal's encoding" in outcome.stderr
+    assert outcome.exit_code == 2 and "not text in this terminal's encoding" in outcome.stderr
 
 
 def test_a_terminal_has_a_history_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from scripted import Scripted
 from spies import noted
 from tiny import greedy_reference, without
 from transformers import PreTrainedModel
-from zoo import PROMPTS, layers_run, m2r2, other_model, run, watched
+from zoo import PROMPTS, layers_run, m2r2, other_model, run, step, watched
 
 from specdec import SamplingParams, SpecDecError, SpecDecoder
 from specdec.drafters.draft_model import DraftModelDrafter
@@ -29,6 +30,9 @@ from specdec.drafters.layer_skip import LayerSkipDrafter
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.prompt_lookup import PromptLookupDrafter
+from specdec.engine.depth import AutoDepth, FixedDepth
+from specdec.engine.engine import Engine
+from specdec.engine.request import Request
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
 from specdec.speculation import registry
@@ -38,6 +42,7 @@ from specdec.speculation.drafter_spec import DrafterSpec
 from specdec.speculation.sampling import RowSampler, Sampler
 from specdec.speculation.state import State
 from specdec.speculation.trees import Prices
+from specdec.verifiers.exact import ExactVerifier
 
 DOCS = ROOT / "docs"
 
@@ -115,6 +120,40 @@ def test_a_row_beyond_the_draft_models_context_ends_no_drafts_of_others(llama: P
         metrics[count] = [each.metrics for each in out]
     assert not metrics[2][0].num_draft_tokens
     assert metrics[2][1].num_draft_tokens == metrics[1][0].num_draft_tokens > 0
+
+
+def test_a_row_that_the_draft_model_skips_teaches_no_other_row(llama: PreTrainedModel) -> None:
+    target = TransformersTarget(llama)
+    found = dict[int, list[float]]()
+    for count in (0, 4):
+        own = other_model(noise=0.0, max_position_embeddings=48)
+        drafter = JoinedDrafter(NgramDrafter(prior=False, store=0), DraftModelDrafter(own))
+        drafter.bind(target)
+        policy = AutoDepth.of(drafter, target.token_costs)
+        engine = Engine(target, drafter, ExactVerifier(), policy, max_rows=8)
+        prompts = [[3 + (7 * n * n + b) % 90 for n in range(60)] for b in range(count)]
+        for prompt in [*prompts, *([5 + b, 6, 7, 8] for b in range(8))]:
+            engine.submit(Request(prompt, 40))
+        for _ in engine.steps():
+            pass
+        [counts, *_] = policy.common.by_position
+        found[count] = [hits / trials for hits, trials in zip(counts.hits, counts.trials, strict=True) if trials > 1]
+    assert found[4] and min(found[4]) > 0.95 and min(found[0]) > 0.95, found
+
+
+def test_a_draft_model_keeps_nothing_of_rows_whose_step_failed(llama: PreTrainedModel, monkeypatch) -> None:
+    target = TransformersTarget(llama)
+    drafter = DraftModelDrafter(other_model())
+    drafter.bind(target)
+    engine = Engine(target, drafter, ExactVerifier(), FixedDepth(3))
+    engine.submit(Request(PROMPTS[0], 40))
+    for _ in range(3):
+        step(engine)
+    assert drafter.rows
+    monkeypatch.setattr(target, "layers", Mock(side_effect=RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError):
+        step(engine)
+    assert not drafter.rows and not drafter.cache.nbytes
 
 
 def test_a_draft_model_with_other_tokens_is_refused(llama: PreTrainedModel) -> None:

@@ -9,6 +9,9 @@ import torch
 from servers import byte_tokenizer, events, serving, tiny_decoder
 from targets import target_of
 from tiny import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 from zoo import EOS, EVERY, PROMPTS, alike, new_tokens, together
 
 from specdec import Request, SamplingParams, SpecDecError, SpecDecoder
@@ -17,7 +20,7 @@ from specdec.engine.depth import FixedDepth
 from specdec.kvcache.prefix import PrefixStore
 from specdec.runtimes.target import Target
 from specdec.runtimes.transformers import TransformersTarget
-from specdec.serve.logprobs import token_bytes, token_text
+from specdec.serve.logprobs import TextOffsets, token_bytes, token_text
 from specdec.speculation.drafter import Drafter
 from specdec.speculation.sampling import RowSampler
 
@@ -131,6 +134,19 @@ def test_what_the_server_refuses_of_them(tmp_path: Path) -> None:
         assert server.chat(top_logprobs=2).status_code == server.chat(logprobs=True, top_logprobs=21).status_code == 400
         assert server.chat(logprobs=False, top_logprobs=0).json()["choices"][0]["logprobs"] is None
         assert len(server.complete(logprobs=0).json()["choices"][0]["logprobs"]["tokens"]) == 24
+
+
+def test_offsets_are_those_of_the_text_that_the_client_gets() -> None:
+    byte = byte_tokenizer()
+    text = "\u00e9 \u20ac 1"
+    offsets = TextOffsets(byte, lambda: text)
+    found = [offsets.next(token) for token in byte(text).input_ids]
+    assert found == [0, 0, 1, 2, 2, 2, 3, 4]
+    words = Tokenizer(WordLevel({"<s>": 0, "\u2581ab": 1, "\u2581cd": 2}, unk_token="<s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    for text, expected in (("ab cd", [0, 0, 2]), (" ab cd", [0, 0, 3]), ("<s> ab cd", [0, 3, 6])):
+        offsets = TextOffsets(tokenizer, lambda text=text: text)  # type: ignore[misc]
+        assert [offsets.next(token) for token in (0, 1, 2)] == expected
 
 
 def test_a_part_of_a_character_is_named_by_its_bytes() -> None:

@@ -167,6 +167,22 @@ def test_a_background_request_that_is_cancelled_while_it_waits_is_gone(llama: Pr
     assert warm.finish_reason == "cancelled" and asked.finish_reason == "length" and not engine.scheduler.running
 
 
+def test_a_prompt_that_is_cancelled_while_it_runs_leaves_what_it_has(llama: PreTrainedModel) -> None:
+    """Else a reader that leaves would take a cached text along, with which the prompt began."""
+    engine = plain_engine(TransformersTarget(llama), prefill_chunk=8, prefixes=PrefixStore())
+    text = [3 + n * n % 90 for n in range(60)]
+    finish(engine, Request(text, 1))
+    left = Request([*text, *[90] * 30], 4)
+    handle = engine.submit(left)
+    step(engine)
+    assert left.status is Status.PREFILL and not engine.scheduler.memory.prefixes.entries
+    handle.cancel()
+    step(engine)
+    later = Request([*text, 91, 92], 1)
+    finish(engine, later)
+    assert later.metrics.num_cached_tokens == 60
+
+
 def test_running_rows_wait_for_a_bounded_part_of_a_prompt(llama: PreTrainedModel, monkeypatch) -> None:
     target = TransformersTarget(llama)
     parts = noted(monkeypatch, batch, "run_tokens", lambda target, cache, rows, *more: sum(map(len, rows)))

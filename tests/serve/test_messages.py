@@ -150,12 +150,23 @@ def test_thoughts_text_and_parallel_calls_are_blocks() -> None:
     assert names(events) == ["message_start", *BLOCK * 4, "message_delta", "message_stop"]
 
 
+def test_numbers_that_json_lacks_are_null() -> None:
+    call = '<tool_call>\n{"name": "sum", "arguments": {"a": [NaN, 1e999, 2]}}\n</tool_call>'
+    tool = {"name": "sum", "input_schema": {"type": "object"}}
+    with answering(call) as server:
+        response = server.post("/v1/messages", {"model": NAME, "messages": USER, "max_tokens": 9, "tools": [tool]})
+    assert response.json()["content"][0]["input"] == {"a": [None, None, 2]}
+
+
 def test_thinking_is_switched_by_the_templates_argument(client: Any) -> None:
     def count(**how: Any) -> int:
         return client.messages.count_tokens(model=NAME, messages=USER, **how).input_tokens
 
     assert count(thinking={"type": "disabled"}) == count() + len("<think></think>")
-    assert count(thinking={"type": "enabled", "budget_tokens": 1024}) == count()
+    thought = {"type": "enabled", "budget_tokens": 1024}
+    assert count(thinking=thought) == count()
+    raw = client.messages.with_raw_response.create(model=NAME, messages=USER, max_tokens=4, thinking=thought)
+    assert raw.headers["x-specdec-ignored"] == "budget_tokens"
 
 
 def test_models_are_listed(client: Any) -> None:

@@ -162,6 +162,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "'input.0.content.0.type': it"),
     "an item of another type": ({"input": [{"type": "web_search_call"}]}, "'input.0': Input tag 'web_search_call'"),
     "an earlier response": ({"previous_response_id": "resp_x"}, "'previous_response_id'"),
+    "a verbosity": ({"text": {"verbosity": "low"}}, "'text.verbosity' is not supported"),
     "a truncation": ({"truncation": "auto"}, "'truncation'"),
     "a hosted tool": ({"tools": [{"type": "web_search"}]}, "'tools.0.type': it must be 'function'"),
     "a part of a number": ({"input": [{"role": "user", "content": [5]}]}, "'input.0.content.0': it must be an object"),

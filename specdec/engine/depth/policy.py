@@ -335,7 +335,8 @@ class AutoDepth:
             else:
                 first = 0 if found.without_levels is None else len(found.without_levels[b].path(step.tokens[b]))
                 outcome = Outcome.of(right, min(levels, most), first, found.rows[b], step.tokens[b])
-            for history in (row, self.common):
+            own = found is not None and b in found.skipped  # no other row is to expect what this one lacks
+            for history in (row,) if own else (row, self.common):
                 history.add(outcome, exit, count, right - price)
         if found is None and levels:
             self.width = 0.8 * self.width + 0.2 * nodes / (rows * levels)
