@@ -287,6 +287,16 @@ class TrainingRun:
             self.method.refresh(self.network)
             self.refreshed = {name: parameter.detach().clone() for name, parameter in self.running.items()}
 
+    def _refresh_from(self, values: Mapping[str, Tensor]) -> None:
+        """Refresh from earlier ``values`` of the running copy (``refreshed``), which then has the present ones again.
+
+        {}: there are none, and nothing is refreshed.
+        """
+        if values:
+            copy_values(values, self.running)
+            self._refresh()
+        copy_values(self.parameters, self.running)
+
     def _average(self, figures: dict[str, float], count: Tensor) -> tuple[dict[str, float], int]:
         """Move the running copy's gradients to the master weights, the float32 parameters that the optimizer updates.
 
@@ -309,13 +319,21 @@ class TrainingRun:
     def _evaluate(self) -> None:
         """Evaluate on held-out answers, log the figures, and export the drafter if it is the best so far.
 
-        The figures of each kind of prompts are computed for an export alone. Sets ``best`` and ``evaluated``. Only the
-        first process evaluates.
+        Sets ``best`` and ``evaluated``. Only the first process evaluates. Later updates are those of a run without this
+        evaluation, whose time depends on a clock.
         """
+        before = self.refreshed
         self._refresh()
         self.evaluated = self.update
-        if not self.processes.is_main_process:
-            return
+        if self.processes.is_main_process:
+            self._report()
+        self._refresh_from(before)
+
+    def _report(self) -> None:
+        """Evaluate the running copy, log the figures, and export it if it is the best so far.
+
+        The figures of each kind of prompts are computed for an export alone.
+        """
         figures = self._figures(self.held_out)
         better = figures["score"] > self.best
         kinds = self._by_kind() if better else {}
@@ -398,10 +416,7 @@ class TrainingRun:
         if self.processes.is_main_process and (self.output / METRICS).exists():
             with writing("metrics", self.output):
                 os.truncate(self.output / METRICS, self.logged)  # lines after the checkpoint are written again
-        if self.refreshed:
-            copy_values(self.refreshed, self.running)
-            self._refresh()
-        copy_values(self.parameters, self.running)
+        self._refresh_from(self.refreshed)
 
 
 @torch.no_grad()

@@ -90,6 +90,17 @@ def test_a_killed_run_goes_on_to_exactly_the_weights_of_an_uninterrupted_one(
     assert len(evaluations(tmp_path / "parts")) == len(evaluations(tmp_path / "whole"))
 
 
+def test_evaluations_on_the_way_change_no_weights(answers: Path, tmp_path: Path) -> None:
+    """They read the weights rounded anew, at times that depend on the machine; updates between do not."""
+    found = []
+    for minutes in (999.0, 0.0):
+        out = tmp_path / str(minutes)
+        train(recipe(answers, out, steps=10, dtype="bfloat16", eval_minutes=minutes))
+        found.append(checkpoint_of(out))
+    assert len(evaluations(tmp_path / "0.0")) > len(evaluations(tmp_path / "999.0"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_writes_a_checkpoint_and_goes_on_to_the_same_weights(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
