@@ -59,8 +59,9 @@ class BenchRequest:
 
     @property
     def category(self) -> str:
-        """The category of the request in the figures: that of its first conversation."""
-        return self.conversations[0].category
+        """The category of the request in the figures; "": its conversations have none, or several."""
+        found = {conversation.category for conversation in self.conversations}
+        return found.pop() if len(found) == 1 else ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the request, its answers and their metrics as JSON values: a line of ``results.jsonl``.

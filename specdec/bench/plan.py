@@ -113,9 +113,9 @@ def load_plan(source: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
             raise SpecDecError("the sweep has no cell: exclude drops them all")
         found = {cell.key(): cell for cell in (cell.canonical() for cell in cells)}
         resources = Resources(**_mapping(given.get("resources"), "resources"))
-        name = str(given.get("name", path and path.stem))
+        name, description = _text(given, "name", path and path.stem), _text(given, "description", "")
         text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
-        return Plan(name, " ".join(str(given.get("description", "")).split()), tuple(found.values()), resources, text)
+        return Plan(name, " ".join(description.split()), tuple(found.values()), resources, text)
 
 
 @contextlib.contextmanager
@@ -125,6 +125,16 @@ def _errors_from(where: str) -> Iterator[None]:
         yield
     except (SpecDecError, ValueError) as error:
         raise SpecDecError(f"{where}{error}") from None
+    except RecursionError:
+        raise SpecDecError(f"{where}it is nested too deeply") from None
+
+
+def _text(given: Mapping[str, Any], key: str, default: Any) -> str:
+    """Return the text ``given[key]``, or ``default``. Raises SpecDecError for a list or a mapping."""
+    value = given.get(key, default)
+    if isinstance(value, dict | list):
+        raise SpecDecError(f"'{key}' must be a text")
+    return str(value)
 
 
 def _plugins(group: str, given: Any, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -57,8 +57,8 @@ class Store:
 
         command: the command line, for the report. resume: whether the folder may hold finished cells of this plan.
         prompts: name of each prompt set -> its conversations as JSON values, for the report; None: they are not kept.
-        Raises SpecDecError if the folder holds another plan, other files or, without ``resume``, records, and if it
-        cannot be written or another process has locked it.
+        Raises SpecDecError if the folder holds another plan, other prompts, other files or, without ``resume``,
+        records, and if it cannot be written or another process has locked it.
         """
         self._check(plan, resume)
         try:
@@ -74,6 +74,12 @@ class Store:
                 }
                 if self.manifest.is_file():
                     manifest = self.read_manifest()
+                    known = manifest.get("prompts")
+                    if known and prompts and known != json.loads(json.dumps(prompts)):  # tuples are lists there
+                        raise SpecDecError(
+                            f"'{self.folder}' holds results for other prompts: a prompt file has changed; "
+                            "give another --output"
+                        )
                 manifest["commands"] = [*manifest.get("commands", []), command]
                 text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
                 write_atomically(self.manifest, text.encode(errors="backslashreplace"))

@@ -322,6 +322,10 @@ class Engine:
         Their keys and values may stay, as cached prefixes for prompts that begin alike.
         """
         self.scheduler.remove(rows)
+        self._end_drafts(rows)
+
+    def _end_drafts(self, rows: Sequence[Request]) -> None:
+        """Tell the drafter that ``rows`` have ended, those that had begun."""
         for row in rows:
             if row.phases_at_start is not None:
                 self.batch.end(row)
@@ -362,9 +366,7 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         """End all requests but those that wait, after a step that failed with ``error``, and drop cached prefixes."""
         failed = [row for row in self._all_requests() if row.status is not Status.WAITING]
-        for row in failed:
-            if row.phases_at_start is not None:
-                self.batch.end(row)
+        self._end_drafts(failed)
         self._finish(failed, "error", failure(error))
         self.scheduler.clear()
         if self.scheduler.memory.prefixes is not None:

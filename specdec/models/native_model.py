@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdec.base.devices import without_memory
+from specdec.base.errors import SpecDecError, one_line
 from specdec.models.config import Config, GenerationSettings
 from specdec.models.families import (
     FAMILIES,
@@ -101,12 +102,19 @@ class NativeModel(nn.Module):
 
         It is made at the first call; later calls return the same object, and give it the present weights again.
         Weights in GGUF quantization blocks stay in them; its ``state_dict`` and ``save_pretrained`` dequantize them.
+        Raises SpecDecError for a config that transformers cannot read, such as one with an unknown ``rope_type``.
         """
         with _making:
             if not self._made:
-                theirs = transformers_config(self.config.to_dict())
-                theirs._name_or_path, theirs._commit_hash = self.config._name_or_path, self.config._commit_hash
-                model = empty_model(theirs, self.dtype).eval().requires_grad_(False)
+                try:
+                    theirs = transformers_config(self.config.to_dict())
+                    theirs._name_or_path, theirs._commit_hash = self.config._name_or_path, self.config._commit_hash
+                    model = empty_model(theirs, self.dtype).eval().requires_grad_(False)
+                except Exception as error:
+                    raise SpecDecError(
+                        f"transformers cannot read the config of this {self.config.model_type} model "
+                        f"({type(error).__name__}: {one_line(error)}); it may need a newer transformers"
+                    ) from error
                 model.register_state_dict_post_hook(_add_blocks)
                 self._made.append(model)
             made = self._made[0]

@@ -54,9 +54,8 @@ class OpenAIAnswer(Answer):
 
     def _written(self, number: int) -> bytes:
         """Return the entry of ``choices`` for choice ``number``, whose text has been read to its end, as JSON."""
-        text = self.texts[number].text
         if self.chat:
-            parts = self.parsers[number].push(text, last=True)
+            parts = self.parsers[number].push(self.texts[number].text, last=True)
             content: dict[str, Any] = {"message": {"role": "assistant", "refusal": None} | message(parts)}
         else:
             content = {"text": self._shown(number)}

@@ -48,7 +48,7 @@ class TextOffsets:
         if token_id in self.tokenizer.added_tokens_decoder and not self.text().startswith(found.decode(), begin):
             return begin  # a special token that is not shown
         piece = self.decoder.decode(found)
-        if not begin and piece.startswith(" ") and not self.text().startswith(" "):  # the tokenizer has put it there
+        if not begin and piece.startswith(" ") and self.text()[:1] not in ("", " "):  # the tokenizer has put it there
             piece = piece[1:]
         self.count += len(piece)
         return begin

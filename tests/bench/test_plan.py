@@ -329,6 +329,26 @@ def test_a_full_disk_ends_a_sweep_that_can_go_on(sweep, counted: Counter, tmp_pa
     assert sweep("--resume").exit_code == 0 and len(Store(tmp_path / "out").records()) == CELLS
 
 
+def test_a_sweep_does_not_go_on_with_other_prompts(sweep, counted: Counter, tmp_path: Path) -> None:
+    assert sweep().exit_code == 0 and sweep("--resume").exit_code == 0
+    before = (tmp_path / "out" / RECORDS).read_bytes()
+    (tmp_path / "prompts.txt").write_text("another text\n")
+    assert "holds results for other prompts" in one_line_error(sweep("--resume"))
+    assert (tmp_path / "out" / RECORDS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("drafter: &x {none: *x}", "it is nested too deeply"),
+        ("description: [&a [1], *a, *a]", "'description' must be a text"),
+        ("name: {a: 1}", "'name' must be a text"),
+    ],
+)
+def test_a_file_of_nested_values_is_refused(write, sweep, text: str, says: str) -> None:
+    assert says in one_line_error(sweep("--dry-run", file=write(text + "\n")))
+
+
 def test_a_folder_belongs_to_one_sweep(sweep, counted: Counter, tmp_path: Path) -> None:
     assert sweep().exit_code == 0
     assert "holds these results already (7 of 7 cells); go on with --resume" in one_line_error(sweep())

@@ -213,6 +213,12 @@ def test_a_batch_counts_each_row_up_to_its_own_end(cell) -> None:
     assert len(right[0]) <= 5 and max(map(len, right)) == NEW
 
 
+def test_a_batch_of_several_categories_counts_in_none(cell) -> None:
+    for size, expected in ((2, {"talk", "lists"}), (3, {""})):  # two of "talk", then one of "lists"
+        [found] = measure([cell(drafter="none", batch_size=size, turns=1)], Decoders())
+        assert set(found["method"]["categories"]) == expected
+
+
 def test_the_first_delivery_is_counted_as_it_came(cell) -> None:
     """The last part of a long prompt runs a step after a short prompt has got its first token."""
     decoder = SpecDecoder.from_pretrained(cell().model, "none")

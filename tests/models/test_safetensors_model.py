@@ -312,6 +312,13 @@ def test_without_a_place_for_its_entry_transformers_loads_it(folder: Path, monke
     assert "Read-only file system; set SPECDEC_CACHE to use another folder" in said
 
 
+def test_a_rotary_embedding_that_nothing_knows_is_one_sentence(tmp_path: Path) -> None:
+    folder = save_native(tmp_path / "it", "qwen3")
+    edit(folder, rope_parameters={"rope_type": "su", "rope_theta": 1e4})
+    with refused(r"transformers cannot read the config of this qwen3 model \(KeyError: 'su'\)"):
+        make_target(loading.load(folder)[0])
+
+
 def test_what_the_native_runtime_refuses_runs_in_others_as_before(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     folder = save_native(tmp_path / "it", rope_parameters=rope, max_position_embeddings=64)
